@@ -2,6 +2,15 @@
 
 from importlib.metadata import PackageNotFoundError, version
 
+from fastsimclr.data import Batch, open_views
+from fastsimclr.errors import UserError
+from fastsimclr.loss import NTXentLoss, nt_xent
+from fastsimclr.models import SimCLR, encoder, projector
+from fastsimclr.optim import LARS
+from fastsimclr.views import Views
+
+__all__ = ["LARS", "Batch", "NTXentLoss", "SimCLR", "UserError", "Views", "encoder", "nt_xent", "open_views", "projector"]
+
 try:
     __version__ = version("fastsimclr")
 except PackageNotFoundError:  # a checkout that nobody installed

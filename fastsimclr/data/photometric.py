@@ -1,0 +1,122 @@
+"""What happens to a view's colours: jitter in random order, grey, blur, normalisation. One for all loaders.
+
+The operations are torchvision's on uint8 tensors (transforms.v2.functional), clamped and truncated to whole levels
+between the steps as those are, but on a batch whose images each have factors and an order of their own.
+"""
+
+from collections.abc import Callable
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from fastsimclr.data.draws import Draws
+from fastsimclr.views import Views
+
+_GREY = (0.2989, 0.587, 0.114)  # ITU-R 601-2 luma, with torchvision's digits
+_CHUNK = 16  # images at a time on a CPU: a few MB of floats, which the caches hold
+
+
+def photometric(crops: Tensor, draws: Draws, views: Views, dtype: torch.dtype = torch.float32) -> Tensor:
+    """Views (B, 3, H, W) in `dtype`, channels-last, normalised, from crops (B, H, W, 3) uint8 on the same device."""
+    shape = (crops.shape[0], 3, *crops.shape[1:3])
+    out = torch.empty(shape, dtype=dtype, device=crops.device, memory_format=torch.channels_last)
+    mean = torch.tensor(views.mean, device=crops.device).view(3, 1, 1) * 255
+    std = torch.tensor(views.std, device=crops.device).view(3, 1, 1) * 255
+    chunk = _CHUNK if crops.device.type == "cpu" else len(crops)
+    for first in range(0, len(crops), max(1, chunk)):
+        part = slice(first, first + chunk)
+        x = crops[part].permute(0, 3, 1, 2).to(torch.float32, memory_format=torch.contiguous_format)
+        x = _colour(x, Draws(*(field[part] for field in draws)), views)
+        out[part] = x.sub_(mean).div_(std)
+    return out
+
+
+def _colour(x: Tensor, draws: Draws, views: Views) -> Tensor:
+    """x: (B, 3, H, W) float32 of whole levels 0 to 255, planar; changed in place where possible."""
+    for step in range(4):
+        for operation, apply in enumerate((_brightness, _contrast, _saturation, _hue)):
+            chosen = draws.jitter & (draws.order[:, step] == operation)
+            factor = draws.factors[:, operation]
+            if operation == 3:
+                chosen &= factor != 0
+            _apply_to(x, chosen, apply, factor)
+    _apply_to(x, draws.grey, lambda part, _: _luma(part).floor_().expand_as(part), draws.sigma)
+    window = _blur_window(views)
+    _apply_to(x, draws.sigma > 0, lambda part, sigma: _blur(part, sigma, window), draws.sigma)
+    return x
+
+
+def _apply_to(
+    x: Tensor, chosen: np.ndarray, apply: Callable[[Tensor, Tensor], Tensor], parameter: np.ndarray
+) -> None:
+    """x[chosen] = apply(x[chosen], parameter[chosen]), the parameter as (b, 1, 1, 1)."""
+    rows = np.flatnonzero(chosen)
+    if len(rows) == 0:
+        return
+    values = torch.from_numpy(parameter[rows].astype(np.float32)).to(x.device, non_blocking=True).view(-1, 1, 1, 1)
+    if len(rows) == len(x):
+        x.copy_(apply(x, values))
+        return
+    index = torch.from_numpy(rows).to(x.device, non_blocking=True)
+    x.index_copy_(0, index, apply(x.index_select(0, index), values))
+
+
+def _luma(x: Tensor) -> Tensor:
+    """(B, 1, H, W) grey levels, not rounded."""
+    r, g, b = x.unbind(1)
+    return (r * _GREY[0]).add_(g, alpha=_GREY[1]).add_(b, alpha=_GREY[2]).unsqueeze(1)
+
+
+def _levels(x: Tensor) -> Tensor:
+    return x.clamp_(0, 255).floor_()
+
+
+def _brightness(x: Tensor, factor: Tensor) -> Tensor:
+    return _levels(x * factor)
+
+
+def _contrast(x: Tensor, factor: Tensor) -> Tensor:
+    mean = _luma(x).floor_().mean((1, 2, 3), keepdim=True)
+    return _levels(torch.addcmul(mean * (1 - factor), x, factor))
+
+
+def _saturation(x: Tensor, factor: Tensor) -> Tensor:
+    return _levels(torch.addcmul(_luma(x).floor_() * (1 - factor), x, factor))
+
+
+def _hue(x: Tensor, turn: Tensor) -> Tensor:
+    """Turn the hue circle of HSV by `turn` (1 is once around)."""
+    x = x / 255
+    value, low = x.amax(1, keepdim=True), x.amin(1, keepdim=True)
+    spread = value - low
+    safe = torch.where(spread == 0, 1.0, spread)
+    r, g, b = x.split(1, 1)
+    sixths = torch.where(
+        value == r, (g - b) / safe, torch.where(value == g, 2 + (b - r) / safe, 4 + (r - g) / safe)
+    )  # of the circle; 0 where there is no colour
+    sixths = torch.where(spread == 0, 0.0, sixths).add_(turn * 6)
+    # HSV to RGB in closed form: channel c is value - spread * clamp(min(k, 4 - k), 0, 1), k = (n_c + sixths) mod 6
+    n = torch.tensor([5.0, 3.0, 1.0], device=x.device).view(1, 3, 1, 1)
+    k = (n + sixths).remainder_(6)
+    rgb = value - spread * torch.minimum(k, 4 - k).clamp_(0, 1)
+    return rgb.mul_(255 + 1 - 1e-3).floor_()  # torchvision's float to uint8
+
+
+def _blur_window(views: Views) -> int:
+    """Taps of the blur's kernel: `blur_kernel` of the side, made odd, and at least 3 as 1 would not blur."""
+    return max(3, int(views.image_size * views.blur_kernel) // 2 * 2 + 1)
+
+
+def _blur(x: Tensor, sigma: Tensor, taps: int) -> Tensor:
+    """Gaussian blur, separable, mirrored at the borders. sigma: (B, 1, 1, 1) in pixels."""
+    b, c, h, w = x.shape
+    taps = min(taps, 2 * min(h, w) - 1)  # a mirror shows no more than the image
+    at = torch.arange(taps, device=x.device) - (taps - 1) / 2
+    kernel = torch.exp(-0.5 * (at / sigma.view(b, 1)) ** 2)
+    kernel = (kernel / kernel.sum(1, keepdim=True)).repeat_interleave(c, 0)  # (B C, taps)
+    planes = F.pad(x, (taps // 2,) * 4, mode="reflect").view(1, b * c, h + taps - 1, w + taps - 1)
+    planes = F.conv2d(planes, kernel.view(b * c, 1, taps, 1), groups=b * c)
+    planes = F.conv2d(planes, kernel.view(b * c, 1, 1, taps), groups=b * c)
+    return planes.view(b, c, h, w).round_()

@@ -1,0 +1,265 @@
+"""Where images come from: class folders, a flat folder, WebDataset tar shards, and the built-in sets.
+
+    a folder of class folders    train/daisy/1.jpg               label: the class folder's place in sorted order
+    a flat folder of images      photos/1.jpg                    no labels
+    tar shards                   'train-{000..127}.tar', '*.tar' label: NAME.cls beside NAME.jpg, else NAME's folder
+    digits                       scikit-learn's 1,797 handwritten digits, 80 % of each class for training
+    cifar10[:ROOT]               CIFAR-10 through torchvision, from ROOT or downloaded to it
+"""
+
+import glob
+import os
+import re
+import tarfile
+from collections.abc import Sequence
+from pathlib import Path
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from PIL import Image
+from torch import Tensor
+
+from fastsimclr.data.images import EXTENSIONS
+from fastsimclr.errors import UserError
+
+BUILT_IN = ("digits", "cifar10")
+NO_LABEL = -1
+_EXPECTED = "a folder of images, tar shards, digits or cifar10[:ROOT]"
+
+
+class Source:
+    """Images with labels. labels: (N,) int64, -1 where there is none; classes: their names."""
+
+    labels: NDArray[np.int64]
+    classes: Sequence[str]
+
+    def __len__(self) -> int:
+        return len(self.labels)
+
+    @property
+    def has_labels(self) -> bool:
+        return bool((self.labels != NO_LABEL).all())
+
+    def name(self, index: int) -> str:
+        """What to call image `index` in a message: its file, or its place in an archive."""
+        raise NotImplementedError
+
+
+class ArraySource(Source):
+    """Images of one size, already decoded: (N, 3, H, W) uint8."""
+
+    def __init__(self, title: str, images: Tensor, labels: NDArray[np.int64], classes: Sequence[str]) -> None:
+        self.title, self.images, self.labels, self.classes = title, images, labels, classes
+
+    def name(self, index: int) -> str:
+        return f"{self.title}[{index}]"
+
+
+class EncodedSource(Source):
+    """Images as they lie on disk: encoded, of any size."""
+
+    def read(self, index: int) -> NDArray[np.uint8]:
+        """The bytes of image `index`."""
+        raise NotImplementedError
+
+
+class FolderSource(EncodedSource):
+    """Files of a folder, or of its class folders."""
+
+    def __init__(self, files: Sequence[str], labels: NDArray[np.int64], classes: Sequence[str]) -> None:
+        self.files, self.labels, self.classes = np.array(files), labels, classes  # an array: workers get one buffer
+
+    def name(self, index: int) -> str:
+        return str(self.files[index])
+
+    def read(self, index: int) -> NDArray[np.uint8]:
+        try:
+            return np.fromfile(self.files[index], dtype=np.uint8)
+        except OSError as error:
+            raise UserError(f"{self.name(index)}: cannot be read ({error.strerror}); expected an image file") from error
+
+
+class TarSource(EncodedSource):
+    """Images inside uncompressed tar files, found once by their headers and read by their offsets."""
+
+    def __init__(
+        self,
+        shards: Sequence[str],
+        members: Sequence[str],
+        places: NDArray[np.int64],
+        labels: NDArray[np.int64],
+        classes: Sequence[str],
+    ) -> None:
+        self.shards, self.members, self.labels, self.classes = shards, np.array(members), labels, classes
+        self.places = places  # (N, 3): shard, offset, size
+
+    def name(self, index: int) -> str:
+        return f"{self.shards[self.places[index, 0]]}: {self.members[index]}"
+
+    def read(self, index: int) -> NDArray[np.uint8]:
+        shard, offset, size = self.places[index]
+        try:
+            data = np.fromfile(self.shards[shard], dtype=np.uint8, count=size, offset=offset)
+        except OSError as error:
+            raise UserError(f"{self.name(index)}: cannot be read ({error.strerror})") from error
+        if len(data) != size:
+            raise UserError(f"{self.name(index)}: got {len(data)} of {size} bytes: the shard changed since it was opened")
+        return data
+
+
+def open_source(path: str, *, split: str = "train") -> Source:
+    """The images at `path`, in any of the forms above. split: "train" or "val", of the built-in sets only.
+
+    Raises UserError if nothing is there, or nothing in it is an image.
+    """
+    assert split in ("train", "val"), split
+    kind, _, root = path.partition(":")
+    if path == "digits":
+        return _digits(split)
+    if kind == "cifar10":
+        return _cifar10(os.path.expanduser(root) or "data", split)
+    if path.endswith(".tar") or any(c in path for c in "{*?["):
+        return _open_tars(_expand(path))
+    folder = Path(path).expanduser()
+    if not folder.is_dir():
+        got = "a file" if folder.exists() else "nothing at that path"
+        raise UserError(f"{path}: got {got}, expected {_EXPECTED}")
+    return _open_folder(folder)
+
+
+def _open_folder(folder: Path) -> FolderSource:
+    flat = sorted(entry.path for entry in os.scandir(folder) if entry.is_file() and _is_image(entry.name))
+    if flat:
+        return FolderSource(flat, np.full(len(flat), NO_LABEL), ())
+    files: list[str] = []
+    labels: list[int] = []
+    classes: list[str] = []
+    for class_folder in sorted(entry.path for entry in os.scandir(folder) if entry.is_dir()):
+        inside = sorted(
+            os.path.join(parent, file)
+            for parent, _, names in os.walk(class_folder, followlinks=True)
+            for file in names
+            if _is_image(file)
+        )
+        if inside:
+            files += inside
+            labels += [len(classes)] * len(inside)
+            classes.append(os.path.basename(class_folder))
+    if not files:
+        raise UserError(
+            f"{folder}: got a folder with no images in it or its subfolders, expected files ending in "
+            f"{' '.join(EXTENSIONS)}"
+        )
+    return FolderSource(files, np.array(labels), classes)
+
+
+def _open_tars(shards: list[str]) -> TarSource:
+    members: list[str] = []
+    places: list[tuple[int, int, int]] = []
+    class_of: list[str] = []  # of each image: the text of NAME.cls, or its folder
+    for number, shard in enumerate(shards):
+        found, texts = _scan_tar(shard)
+        for member, offset, size in found:
+            stem = _stem(member)
+            members.append(member)
+            places.append((number, offset, size))
+            class_of.append(texts.get(stem, os.path.basename(os.path.dirname(stem))))
+    if not members:
+        raise UserError(f"{shards[0]}: got no images in {len(shards)} shards, expected members such as 0001.jpg")
+    if not all(class_of):
+        return TarSource(shards, members, np.array(places), np.full(len(members), NO_LABEL), ())
+    numbers = all(name.isascii() and name.isdigit() for name in class_of)
+    classes = sorted(set(class_of), key=int if numbers else None)
+    labels = np.array([int(name) for name in class_of] if numbers else np.searchsorted(classes, class_of))
+    return TarSource(shards, members, np.array(places), labels, classes)
+
+
+def _scan_tar(shard: str) -> tuple[list[tuple[str, int, int]], dict[str, str]]:
+    """The image members of a tar as (name, offset, size), and the text of its NAME.cls members by NAME."""
+    images: list[tuple[str, int, int]] = []
+    texts: dict[str, str] = {}
+    try:
+        with tarfile.open(shard, mode="r:") as tar:
+            end = 0
+            for member in tar:
+                end = member.offset_data + -(-member.size // tarfile.BLOCKSIZE) * tarfile.BLOCKSIZE
+                if not member.isfile():
+                    continue
+                if _is_image(member.name):
+                    images.append((member.name, member.offset_data, member.size))
+                elif member.name.endswith(".cls"):
+                    content = tar.extractfile(member)
+                    assert content is not None  # it is a file
+                    texts[_stem(member.name)] = content.read().decode().strip()
+        if os.path.getsize(shard) < end + tarfile.BLOCKSIZE:
+            raise tarfile.ReadError("no end-of-archive mark")
+    except FileNotFoundError as error:
+        raise UserError(f"{shard}: got no such file, expected a tar shard") from error
+    except (OSError, tarfile.TarError, UnicodeDecodeError) as error:
+        raise UserError(
+            f"{shard}: got a tar that is cut short or damaged ({error}), expected a whole, uncompressed one: "
+            "fetch or write it again"
+        ) from error
+    return images, texts
+
+
+def _expand(pattern: str) -> list[str]:
+    """Files of a pattern with brace ranges ({000..127}) and globs (* ? [])."""
+    brace = re.search(r"\{(\d+)\.\.(\d+)\}", pattern)
+    if brace:
+        first, last = brace.groups()
+        if int(first) > int(last):
+            raise UserError(f"{pattern}: got a range from {first} down to {last}, expected {{{last}..{first}}}")
+        width = len(first) if first.startswith("0") else 0
+        numbers = [f"{n:0{width}d}" for n in range(int(first), int(last) + 1)]
+        return [file for n in numbers for file in _expand(pattern[: brace.start()] + n + pattern[brace.end() :])]
+    pattern = os.path.expanduser(pattern)
+    if not any(c in pattern for c in "*?["):
+        return [pattern]
+    found = sorted(glob.glob(pattern))
+    if not found:
+        raise UserError(f"{pattern}: got no file that matches, expected tar shards")
+    return found
+
+
+def _stem(member: str) -> str:
+    """WebDataset's key of a sample: the name up to the first dot behind the last slash."""
+    folder, slash, file = member.rpartition("/")
+    return folder + slash + file.split(".", 1)[0]
+
+
+def _is_image(name: str) -> bool:
+    return name.lower().endswith(EXTENSIONS) and not os.path.basename(name).startswith(".")
+
+
+def _digits(split: str) -> ArraySource:
+    """8x8 handwritten digits rendered as 32x32 RGB. Every fifth image of each class is held out for "val"."""
+    from sklearn.datasets import load_digits  # a second to import: only when asked for
+
+    data = load_digits()
+    labels = data.target.astype(np.int64)
+    held_out = np.zeros(len(labels), dtype=bool)
+    for label in range(10):
+        held_out[np.flatnonzero(labels == label)[::5]] = True
+    rendered = [
+        np.asarray(Image.fromarray(grey).resize((32, 32), Image.Resampling.BICUBIC))
+        for grey in np.rint(data.images * (255 / 16)).astype(np.uint8)
+    ]
+    chosen = held_out if split == "val" else ~held_out
+    images = torch.from_numpy(np.stack(rendered)[chosen])[:, None].repeat(1, 3, 1, 1)
+    return ArraySource("digits", images, labels[chosen], [str(d) for d in range(10)])
+
+
+def _cifar10(root: str, split: str) -> ArraySource:
+    from torchvision.datasets import CIFAR10  # imports pandas-free but slow parts of torchvision: only when asked for
+
+    try:
+        data = CIFAR10(root, train=split == "train", download=True)  # downloads only what is not there
+    except Exception as error:  # network and disk errors of many kinds
+        raise UserError(
+            f"cifar10:{root}: got no CIFAR-10 there and could not download it ({str(error).splitlines()[0]}); "
+            "expected cifar-10-batches-py in that folder"
+        ) from error
+    images = torch.from_numpy(data.data).permute(0, 3, 1, 2).contiguous()
+    return ArraySource("cifar10", images, np.array(data.targets), data.classes)

@@ -1,0 +1,113 @@
+"""Decoding and cropping by torchvision in a DataLoader's workers."""
+
+import os
+from collections.abc import Iterator
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+from torch.utils.data import DataLoader, Dataset
+from torchvision.transforms import InterpolationMode
+from torchvision.transforms.v2 import functional as TF
+
+from fastsimclr.data.draws import Draws, boxes
+from fastsimclr.data.images import decode
+from fastsimclr.data.loader import Job
+from fastsimclr.data.sources import ArraySource, EncodedSource, Source
+from fastsimclr.errors import UserError
+from fastsimclr.views import Views
+
+
+class TorchvisionFront:
+    """Images decoded once each by torchvision.io, each view cropped and resized by transforms.v2 on uint8 tensors."""
+
+    def __init__(self, source: Source, views: Views, device: torch.device, workers: int) -> None:
+        self.device = device
+        self._jobs: Iterator[Job] = iter(())
+        self._loader: DataLoader[list[Tensor | UserError]] = DataLoader(
+            _Crops(source, views),
+            batch_sampler=self,  # type: ignore[arg-type]  # an iterable of batches of keys
+            collate_fn=_collate,
+            num_workers=workers,
+            persistent_workers=workers > 0,
+            pin_memory=device.type == "cuda",
+            # Not fork: it copies locked locks of the threads of torch and of DALI.
+            multiprocessing_context="forkserver" if workers else None,
+        )
+
+    def __iter__(self) -> Iterator[list[tuple[int, tuple[Draws, ...]]]]:
+        """The DataLoader's batch sampler: a key is an image's index with the draws of its views."""
+        for job in self._jobs:
+            yield [
+                (int(index), tuple(Draws(*(field[i : i + 1] for field in draws)) for draws in job.draws))
+                for i, index in enumerate(job.index)
+            ]
+
+    def crops(self, jobs: Iterator[Job]) -> Iterator[tuple[Tensor, ...]]:
+        self._jobs = jobs
+        for views in self._loader:
+            if isinstance(views, UserError):
+                raise views
+            yield tuple(view.to(self.device, non_blocking=True) for view in views)
+
+    def close(self) -> None:
+        iterator = self._loader._iterator
+        if iterator is not None and hasattr(iterator, "_shutdown_workers"):
+            iterator._shutdown_workers()
+        self._loader._iterator = None
+
+
+class _Crops(Dataset[list[Tensor]]):
+    """Maps a key (index, draws of each view) to the views' crops, (H, W, 3) uint8."""
+
+    def __init__(self, source: Source, views: Views) -> None:
+        if isinstance(source, ArraySource):
+            source.images.share_memory_()  # workers get a handle, not a copy
+        self.source, self.views = source, views
+
+    def __getitem__(self, key: tuple[int, tuple[Draws, ...]]) -> list[Tensor] | UserError:
+        index, draws = key
+        try:
+            image = decoded(self.source, index)
+        except UserError as error:
+            return error  # raised in a worker, it would come back wrapped in its traceback
+        return [crop(image, self.views, d) for d in draws]
+
+
+def decoded(source: Source, index: int) -> Tensor:
+    """Image `index` as (3, H, W) uint8."""
+    if isinstance(source, ArraySource):
+        return source.images[index]
+    assert isinstance(source, EncodedSource)
+    return decode(source.read(index), source.name(index))
+
+
+def crop(image: Tensor, views: Views, draws: Draws) -> Tensor:
+    """The view (H, W, 3) of an image (3, h, w), both uint8, before its colours change. draws: of this image alone."""
+    height, width = (np.array([side]) for side in image.shape[1:])
+    top, left, h, w = boxes(views, draws, height, width)[0].tolist()
+    size = [views.image_size, views.image_size]
+    view = TF.resized_crop(image, top, left, h, w, size, InterpolationMode(views.interpolation), antialias=True)
+    if draws.flip[0]:
+        view = TF.horizontal_flip(view)
+    return view.permute(1, 2, 0).contiguous()
+
+
+def _collate(items: list[list[Tensor] | UserError]) -> list[Tensor] | UserError:
+    for item in items:
+        if isinstance(item, UserError):
+            return item
+    return [torch.stack(views) for views in zip(*items, strict=True)]  # type: ignore[arg-type]
+
+
+def default_workers(source: Source, device: torch.device) -> int:
+    """Worker processes that pay: none for small decoded images, one beside training on a CPU, else the rank's cores."""
+    if isinstance(source, ArraySource):
+        return 0
+    if device.type == "cpu":
+        return 1
+    cores = len(os.sched_getaffinity(0)) // int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
+    return max(1, min(16, cores - 1))
+
+

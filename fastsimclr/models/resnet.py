@@ -1,0 +1,69 @@
+"""torchvision's ResNets as encoders: any width, and a stem for small images."""
+
+from torch import nn
+from torchvision.models.resnet import BasicBlock, Bottleneck, ResNet
+
+from fastsimclr.errors import UserError
+
+_BLOCKS: dict[str, tuple[type[BasicBlock | Bottleneck], list[int]]] = {
+    "resnet18": (BasicBlock, [2, 2, 2, 2]),
+    "resnet34": (BasicBlock, [3, 4, 6, 3]),
+    "resnet50": (Bottleneck, [3, 4, 6, 3]),
+    "resnet101": (Bottleneck, [3, 4, 23, 3]),
+    "resnet152": (Bottleneck, [3, 8, 36, 3]),
+}
+ENCODERS = tuple(_BLOCKS)
+STEMS = ("auto", "imagenet", "small")
+SMALL_IMAGE = 64  # pixels: up to this side, "auto" takes the small stem
+
+
+class Encoder(ResNet):
+    """A ResNet without its classifier: images (N, 3, H, W) to representations h (N, out_features)."""
+
+    def __init__(self, name: str, width: int, stem: str) -> None:
+        block, layers = _BLOCKS[name]
+        nn.Module.__init__(self)  # ResNet's own __init__ fixes the widths: the same layers follow, `width` times wider
+        self._norm_layer = nn.BatchNorm2d
+        self.inplanes, self.dilation, self.groups, self.base_width = 64 * width, 1, 1, 64
+        if stem == "small":  # CIFAR's, as in the paper's appendix B.9
+            self.conv1 = nn.Conv2d(3, self.inplanes, kernel_size=3, stride=1, padding=1, bias=False)
+            self.maxpool = nn.Identity()
+        else:
+            self.conv1 = nn.Conv2d(3, self.inplanes, kernel_size=7, stride=2, padding=3, bias=False)
+            self.maxpool = nn.MaxPool2d(kernel_size=3, stride=2, padding=1)
+        self.bn1 = nn.BatchNorm2d(self.inplanes)
+        self.relu = nn.ReLU(inplace=True)
+        self.layer1 = self._make_layer(block, 64 * width, layers[0])
+        self.layer2 = self._make_layer(block, 128 * width, layers[1], stride=2)
+        self.layer3 = self._make_layer(block, 256 * width, layers[2], stride=2)
+        self.layer4 = self._make_layer(block, 512 * width, layers[3], stride=2)
+        self.avgpool = nn.AdaptiveAvgPool2d((1, 1))
+        self.fc = nn.Identity()
+        self.out_features = 512 * width * block.expansion
+
+        for module in self.modules():
+            if isinstance(module, nn.Conv2d):
+                nn.init.kaiming_normal_(module.weight, mode="fan_out", nonlinearity="relu")
+            elif isinstance(module, BasicBlock):  # each block begins as the identity
+                nn.init.zeros_(module.bn2.weight)
+            elif isinstance(module, Bottleneck):
+                nn.init.zeros_(module.bn3.weight)
+
+
+def encoder(name: str, width: int = 1, stem: str = "auto", *, image_size: int = 224) -> Encoder:
+    """A ResNet encoder: images (N, 3, H, W) to representations h (N, encoder.out_features) after average pooling.
+
+    name: resnet18, resnet34, resnet50, resnet101 or resnet152. width: multiplies every layer's channels (paper: 1, 2, 4).
+    stem: "imagenet" (7x7 of stride 2, max-pool), "small" (3x3 of stride 1, no pool; for CIFAR), "auto": small where
+    `image_size` is at most 64. At width 1 and stem "imagenet" its state dict is that of torchvision's model, `fc` apart.
+    Raises ValueError for an unknown name, stem or width.
+    """
+    if name not in _BLOCKS:
+        raise UserError(f"encoder: got {name!r}, expected one of {', '.join(ENCODERS)}")
+    if stem not in STEMS:
+        raise UserError(f"stem: got {stem!r}, expected one of {', '.join(STEMS)}")
+    if width < 1 or int(width) != width:
+        raise UserError(f"width: got {width!r}, expected a whole number from 1")
+    if stem == "auto":
+        stem = "small" if image_size <= SMALL_IMAGE else "imagenet"
+    return Encoder(name, int(width), stem)

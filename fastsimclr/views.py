@@ -1,0 +1,77 @@
+"""The augmentation recipe as data: what may happen to a view, and how often. No framework, no pixels."""
+
+from dataclasses import dataclass, fields
+
+INTERPOLATIONS = ("bilinear", "bicubic")
+CROPS = ("random", "center")
+
+
+@dataclass(frozen=True)
+class Views:
+    """How views are drawn from an image. The defaults are the paper's for ImageNet (arXiv 2002.05709, appendix A)."""
+
+    image_size: int = 224
+    """Side of a view in pixels."""
+    crop: str = "random"
+    """random: a resized crop of random area and aspect ratio. center: the central square, for evaluation."""
+    scale: tuple[float, float] = (0.08, 1.0)
+    """Area of a random crop, as a fraction of the image's."""
+    ratio: tuple[float, float] = (3 / 4, 4 / 3)
+    """Aspect ratio (width / height) of a random crop."""
+    center_fraction: float = 0.875
+    """Side of a center crop, as a fraction of the image's shorter side."""
+    interpolation: str = "bicubic"
+    """Filter of the resize: bilinear or bicubic, always antialiased."""
+    flip: float = 0.5
+    """Probability of a horizontal flip."""
+    jitter: float = 0.8
+    """Probability of colour jitter: the four changes below, in random order."""
+    brightness: float = 0.8
+    """Brightness factor from U(1 - b, 1 + b), at least 0."""
+    contrast: float = 0.8
+    """Contrast factor from U(1 - c, 1 + c), at least 0, about the view's mean grey."""
+    saturation: float = 0.8
+    """Saturation factor from U(1 - s, 1 + s), at least 0."""
+    hue: float = 0.2
+    """Turn of the hue circle from U(-h, h); at most 0.5."""
+    grey: float = 0.2
+    """Probability of greyscale."""
+    blur: float = 0.5
+    """Probability of Gaussian blur."""
+    blur_sigma: tuple[float, float] = (0.1, 2.0)
+    """Standard deviation of the blur in pixels of the view, from U(low, high)."""
+    blur_kernel: float = 0.1
+    """Side of the blur's window, as a fraction of the view's (made odd)."""
+    mean: tuple[float, float, float] = (0.485, 0.456, 0.406)
+    """Mean to subtract, of red, green and blue in [0, 1]."""
+    std: tuple[float, float, float] = (0.229, 0.224, 0.225)
+    """Standard deviation to divide by, likewise."""
+    views: int = 2
+    """Views of each image."""
+
+    def __post_init__(self) -> None:
+        for name in ("flip", "jitter", "grey", "blur"):
+            self._expect(name, 0 <= getattr(self, name) <= 1, "a probability")
+        for name in ("brightness", "contrast", "saturation"):
+            self._expect(name, getattr(self, name) >= 0, "at least 0")
+        for name in ("ratio", "blur_sigma", "scale"):
+            low, high = getattr(self, name)
+            self._expect(name, 0 < low <= high, "0 < low <= high")
+        self._expect("scale", self.scale[1] <= 1, "at most 1")
+        self._expect("hue", 0 <= self.hue <= 0.5, "from 0 to 0.5")
+        self._expect("image_size", self.image_size >= 1, "at least 1")
+        self._expect("views", self.views >= 1, "at least 1")
+        self._expect("center_fraction", 0 < self.center_fraction <= 1, "above 0, at most 1")
+        self._expect("blur_kernel", 0 < self.blur_kernel <= 1, "above 0, at most 1")
+        self._expect("std", min(self.std) > 0, "positive")
+        self._expect("interpolation", self.interpolation in INTERPOLATIONS, f"one of {', '.join(INTERPOLATIONS)}")
+        self._expect("crop", self.crop in CROPS, f"one of {', '.join(CROPS)}")
+
+    def _expect(self, name: str, holds: bool, expected: str) -> None:
+        if not holds:
+            raise ValueError(f"{name}: got {getattr(self, name)!r}, expected {expected}")
+
+    def plain(self) -> "Views":
+        """The same images seen for evaluation: one view, the central square, nothing else changed."""
+        kept = {f.name: getattr(self, f.name) for f in fields(Views)}
+        return Views(**kept | {"views": 1, "crop": "center", "flip": 0.0, "jitter": 0.0, "grey": 0.0, "blur": 0.0})
