@@ -25,6 +25,7 @@ from setuptools.command.build_ext import build_ext
 from setuptools.command.build_py import build_py
 
 ROOT = Path(__file__).resolve().parent
+USUAL_CUDA = Path("/usr/local/cuda")
 WHEEL_ARCHITECTURES = ["80", "86", "89", "90", "100", "120"]
 EDITABLE_ARCHITECTURES = ["80", "90"]  # where there is no GPU to ask
 
@@ -53,9 +54,9 @@ def find_nvcc() -> tuple[Path | None, str]:
     else:
         # In pip's isolated build purelib is still the environment that is being installed into.
         packages = Path(sysconfig.get_path("purelib"), "nvidia")
-        candidates = [Path("/usr/local/cuda/bin/nvcc"), Path(shutil.which("nvcc") or "/nowhere")]
+        candidates = [USUAL_CUDA / "bin" / "nvcc", Path(shutil.which("nvcc") or "/nowhere")]
         candidates += sorted(packages.glob("*/bin/nvcc"), reverse=True)
-        looked = "looked in CUDA_HOME, /usr/local/cuda, PATH and the pip package nvidia-cuda-nvcc"
+        looked = f"looked in CUDA_HOME, {USUAL_CUDA}, PATH and the pip package nvidia-cuda-nvcc"
     nvcc = next((path for path in candidates if os.access(path, os.X_OK)), None)
     return nvcc, "" if nvcc else f"no nvcc was found ({looked})"
 

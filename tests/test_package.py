@@ -1,0 +1,245 @@
+"""The package as it is built: what the extension says of itself, and each way in which it can be missing."""
+
+import ast
+import importlib.util
+import os
+import re
+import shutil
+import subprocess
+import sys
+import sysconfig
+from collections.abc import Iterator
+from pathlib import Path
+from types import ModuleType
+
+import pytest
+import torch
+
+import fastsimclr
+from fastsimclr.loss.fused import build_info, describe_build, is_available
+
+ROOT = Path(__file__).resolve().parents[1]
+LIBRARY = f"_C{sysconfig.get_config_var('EXT_SUFFIX')}"
+
+
+def load_setup() -> ModuleType:
+    spec = importlib.util.spec_from_file_location("fastsimclr_setup", ROOT / "setup.py")
+    assert spec is not None
+    assert spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+setup = load_setup()
+needs_compiler = pytest.mark.skipif(setup.find_compiler()[0] is None, reason=setup.find_compiler()[1])
+needs_nvcc = pytest.mark.skipif(setup.find_nvcc()[0] is None, reason=setup.find_nvcc()[1])
+
+
+@pytest.fixture
+def checkout(tmp_path: Path) -> Path:
+    """A copy of the sources, so that no build here touches the installed one."""
+    copy = tmp_path / "checkout"
+    for folder in ("fastsimclr", "csrc", "configs"):
+        if (ROOT / folder).exists():
+            shutil.copytree(
+                ROOT / folder, copy / folder, ignore=shutil.ignore_patterns("__pycache__", "_C.*.so", "_build.*.json")
+            )
+    for file in ("setup.py", "pyproject.toml", "CMakeLists.txt", "README.md", "LICENSE"):
+        if (ROOT / file).exists():
+            shutil.copy(ROOT / file, copy)
+    return copy
+
+
+def run(checkout: Path, *arguments: str, **variables: str) -> subprocess.CompletedProcess[str]:
+    ours = ("FASTSIMCLR_CUDA", "FASTSIMCLR_CUDA_ARCHS", "CUDA_HOME", "PYTHONPATH")
+    environment = {name: value for name, value in os.environ.items() if name not in ours} | variables
+    if environment.get("CXX") == "":
+        del environment["CXX"]
+    command = [sys.executable, *arguments]
+    return subprocess.run(command, cwd=checkout, env=environment, capture_output=True, text=True, timeout=300)
+
+
+def build(checkout: Path, **variables: str) -> str:
+    """Builds the package into checkout/lib, as for a wheel; returns what was printed."""
+    done = run(checkout, "setup.py", "build", "--build-lib", "lib", "--build-temp", "temp", **variables)
+    assert done.returncode == 0, done.stdout + done.stderr
+    return done.stdout
+
+
+def describe(folder: Path) -> str:
+    """The line that the package in this folder says of its extension."""
+    # An editable install finds its own _C for a package that has none, wherever that package lies.
+    code = (
+        "import sys; sys.meta_path = [finder for finder in sys.meta_path if '__editable__' not in finder.__module__];"
+        "import fastsimclr.loss.fused as fused; print(fused.__file__); print(fused.describe_build())"
+    )
+    done = run(folder, "-c", code)  # -c looks for modules where it runs, before all else
+    assert done.returncode == 0, done.stderr
+    file, line = done.stdout.splitlines()
+    assert Path(file).is_relative_to(folder)
+    return line
+
+
+def test_build_info_of_the_installed_package() -> None:
+    info = build_info()
+    assert info["extension"] in ("cuda", "cpu", "none")
+    assert bool(info["reason"]) == (info["extension"] != "cuda")
+    if info["extension"] == "none":
+        assert describe_build() == f"extension: none ({info['reason']})"
+        return
+    assert info["version"] == fastsimclr.__version__
+    assert re.fullmatch(r"(g\+\+|clang\+\+) \d+\.\d+", info["compiler"])
+    if info["extension"] == "cpu":
+        assert (info["cuda"], info["cuda_runtime"], info["architectures"]) == (None, None, [])
+        assert describe_build() == f"extension: CPU only ({info['reason']})"
+        return
+    assert re.fullmatch(r"\d+\.\d+", info["cuda"])
+    assert info["cuda_runtime"].split(".")[0] == info["cuda"].split(".")[0]  # cudart of nvcc's own toolkit
+    assert info["architectures"]
+    assert all(re.fullmatch(r"sm_\d+", name) for name in info["architectures"])
+    assert describe_build().startswith(f"extension: CUDA {info['cuda']} for {info['architectures'][0]}")
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
+def test_fused_loss_is_not_available_without_a_gpu() -> None:
+    assert not is_available()
+
+
+@needs_compiler
+@needs_nvcc
+def test_cuda_build_carries_the_architectures_asked_for(checkout: Path) -> None:
+    assert "building for CUDA" in build(checkout, FASTSIMCLR_CUDA="1", FASTSIMCLR_CUDA_ARCHS="80;90")
+    assert re.fullmatch(r"extension: CUDA \d+\.\d+ for sm_80, sm_90 \(.*\)", describe(checkout / "lib"))
+
+
+@needs_compiler
+def test_without_nvcc_the_extension_is_for_the_cpu_and_says_so(checkout: Path) -> None:
+    nowhere = str(checkout / "nowhere")
+    reason = f"no nvcc was found (CUDA_HOME is {nowhere!r}, which has no bin/nvcc)"
+    assert f"building for the CPU only: {reason}" in build(checkout, CUDA_HOME=nowhere)
+    assert describe(checkout / "lib") == f"extension: CPU only ({reason})"
+
+
+def test_without_a_compiler_the_package_installs_pure_and_says_so(checkout: Path) -> None:
+    stale = checkout / "lib" / "fastsimclr" / LIBRARY
+    stale.parent.mkdir(parents=True)
+    stale.write_text("an earlier build's")
+    reason = "no C++ compiler was found (looked for c++, g++, clang++ in PATH; install g++ or set CXX)"
+    assert f"installing without the extension: {reason}" in build(checkout, PATH=str(checkout), CXX="")
+    assert not stale.exists()
+    assert describe(checkout / "lib") == f"extension: none ({reason})"
+
+    packaged = checkout / "lib" / "fastsimclr"
+    assert (packaged / "py.typed").exists()
+    presets = sorted(preset.name for preset in (ROOT / "configs").glob("*.yaml"))
+    assert sorted(preset.name for preset in (packaged / "configs").iterdir()) == presets
+
+
+def test_an_editable_build_without_a_compiler_leaves_no_earlier_library(checkout: Path) -> None:
+    stale = checkout / "fastsimclr" / LIBRARY
+    stale.write_text("an earlier build's")
+    done = run(checkout, "setup.py", "build_ext", "--inplace", CXX="no-such-compiler")
+    assert done.returncode == 0, done.stderr
+    assert not stale.exists()
+    reason = "no C++ compiler was found (CXX is 'no-such-compiler', which is not a program)"
+    assert describe(checkout) == f"extension: none ({reason})"
+
+
+def test_a_library_that_cannot_be_imported_says_why(checkout: Path) -> None:
+    assert "it was never built for this Python" in describe(checkout)
+    (checkout / "fastsimclr" / LIBRARY).write_text("not a library")
+    assert re.search(rf"can't be imported: .*{re.escape(LIBRARY)}", describe(checkout))
+
+
+@pytest.mark.parametrize(
+    ("variables", "message"),
+    [
+        pytest.param({"CXX": "no-such-compiler"}, "but no C++ compiler was found (CXX is 'no", id="no compiler"),
+        pytest.param({"CUDA_HOME": "no-cuda"}, "but no nvcc was found (CUDA_HOME is 'no-cuda'", marks=needs_compiler),
+        pytest.param({"FASTSIMCLR_CUDA": "yes"}, "FASTSIMCLR_CUDA is 'yes'; expected 1", id="not a value"),
+    ],
+)
+def test_asking_for_cuda_makes_what_is_missing_an_error(
+    checkout: Path, variables: dict[str, str], message: str
+) -> None:
+    arguments = ("setup.py", "build_ext", "--build-lib", "lib", "--build-temp", "temp")
+    done = run(checkout, *arguments, **({"FASTSIMCLR_CUDA": "1"} | variables))
+    assert done.returncode == 1
+    assert message in done.stderr.splitlines()[-1]
+    assert not (checkout / "lib").exists()
+
+
+def test_nvcc_is_looked_for_in_order(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def make(folder: str) -> Path:
+        nvcc = tmp_path / folder / "nvcc"
+        nvcc.parent.mkdir(parents=True)
+        nvcc.touch(mode=0o755)
+        return nvcc
+
+    monkeypatch.delenv("CUDA_HOME", raising=False)
+    monkeypatch.setenv("PATH", str(tmp_path / "path"))
+    monkeypatch.setattr(setup, "USUAL_CUDA", tmp_path / "usual")
+    monkeypatch.setattr(sysconfig, "get_path", lambda name: str(tmp_path / name))
+    nvcc, reason = setup.find_nvcc()
+    assert nvcc is None
+    assert all(place in reason for place in ("CUDA_HOME", str(tmp_path / "usual"), "PATH", "nvidia-cuda-nvcc"))
+    for folder in ("purelib/nvidia/cu13/bin", "path", "usual/bin", "home/bin"):  # each goes before the ones before it
+        expected = make(folder)
+        if folder == "home/bin":
+            monkeypatch.setenv("CUDA_HOME", str(tmp_path / "home"))
+        assert setup.find_nvcc() == (expected, "")
+
+
+@needs_nvcc
+def test_architectures(monkeypatch: pytest.MonkeyPatch) -> None:
+    nvcc = setup.find_nvcc()[0]
+    monkeypatch.delenv("FASTSIMCLR_CUDA_ARCHS", raising=False)
+    assert {"80", "90"} <= set(setup.choose_architectures(nvcc, editable=False))
+    assert setup.choose_architectures(nvcc, editable=True) == (setup.present_architectures() or ["80", "90"])
+    for editable in (False, True):
+        monkeypatch.setenv("FASTSIMCLR_CUDA_ARCHS", "80;90a")
+        assert setup.choose_architectures(nvcc, editable=editable) == ["80", "90a"]
+        monkeypatch.setenv("FASTSIMCLR_CUDA_ARCHS", "8.0 9.0")
+        with pytest.raises(SystemExit, match=r"is '8\.0 9\.0'; expected numbers with ';' between"):
+            setup.choose_architectures(nvcc, editable=editable)
+
+
+def test_no_torch_header_in_the_extension() -> None:
+    sources = [path for path in (ROOT / "csrc").rglob("*") if path.is_file()]
+    assert sources
+    for path in sources:
+        assert not re.search(r"#\s*include\s*[<\"](torch|ATen|c10|THC)\b", path.read_text()), path
+
+
+def imports(path: Path) -> Iterator[str]:
+    """The full names of all that a module of ours imports; of `from a import b` both a and a.b."""
+    package = path.relative_to(ROOT).with_suffix("").parts[:-1]
+    for node in ast.walk(ast.parse(path.read_text())):
+        if isinstance(node, ast.Import):
+            yield from (alias.name for alias in node.names)
+        elif isinstance(node, ast.ImportFrom):
+            start = package[: len(package) - node.level + 1] if node.level else ()
+            module = ".".join([*start, *([node.module] if node.module else [])])
+            yield module
+            yield from (f"{module}.{alias.name}" for alias in node.names)
+        elif isinstance(node, ast.Call) and ast.unparse(node.func).endswith(("import_module", "__import__")):
+            yield from (str(argument.value) for argument in node.args if isinstance(argument, ast.Constant))
+
+
+@pytest.mark.parametrize(
+    ("dependency", "users"),
+    [
+        ("fastsimclr._C", {"fastsimclr/loss/fused.py", "fastsimclr/data/photometric.py"}),
+        ("nvidia.dali", {"fastsimclr/data/dali.py"}),
+    ],
+)
+def test_a_heavy_dependency_has_its_own_module(dependency: str, users: set[str]) -> None:
+    found = {
+        path.relative_to(ROOT).as_posix()
+        for path in (ROOT / "fastsimclr").rglob("*.py")
+        if any(f"{name}.".startswith(f"{dependency}.") for name in imports(path))
+    }
+    assert found <= users
+    if dependency == "fastsimclr._C":
+        assert "fastsimclr/loss/fused.py" in found  # or this test looks for nothing
