@@ -1,9 +1,10 @@
 """LARS: SGD with momentum and a rate of its own for every layer, in multi-tensor steps.
 
 What is fused and why. A step written per tensor costs about ten kernel launches for each of ResNet-50's 161 tensors on
-a GPU, and on a CPU fresh temporaries for each, whose pages the system may have to clear and map again at every step.
-Here the excluded tensors are updated by three multi-tensor calls. The adapted ones go through in parts: a part's
-g = grad + weight_decay·w is formed in a scratch buffer, so that on a CPU its norm and the update find g in the cache.
+a GPU; on a CPU it is bound by memory traffic, and multi-tensor calls over the whole network double that, as nothing
+stays in the cache from one call to the next. So the excluded tensors are updated by three multi-tensor calls, and the
+adapted ones in parts: a part's g = grad + weight_decay·w is formed in a scratch buffer, where on a CPU its norm and the
+update find it in the cache. Only addcmul, with a rate for each tensor, is a launch for each on a GPU.
 """
 
 import math

@@ -1,0 +1,104 @@
+"""Compare contenders on a noisy machine: in rounds, one call of each per round, by the median of the rounds' ratios.
+
+A machine that slows down for a second slows every contender of that round, and the ratio stays. Timing one contender
+after the other would put the slow second on one of them. Each timed call follows an untimed one of the same contender,
+so that nobody is charged for the caches and the heap that the one before has left.
+
+    timing = interleave(benchmark, {"ours": f, "theirs": g}, rounds=20)     # pytest-benchmark's fixture; "ours" first
+    timing.speedup["theirs"].median     # how many times faster "ours" is
+    print(timing)                       # a table; the same figures are in the JSON's extra_info
+"""
+
+import itertools
+import statistics
+import time
+from collections.abc import Callable, Mapping
+from dataclasses import asdict, dataclass
+
+from pytest_benchmark.fixture import BenchmarkFixture
+
+
+@dataclass(frozen=True)
+class Spread:
+    """Median and quartiles of a sample."""
+
+    median: float
+    lower: float
+    upper: float
+
+    @classmethod
+    def of(cls, sample: list[float]) -> "Spread":
+        lower, median, upper = statistics.quantiles(sample, method="inclusive") if len(sample) > 1 else 3 * sample
+        return cls(median, lower, upper)
+
+    def __str__(self) -> str:
+        return f"{self.median:.2f} ({self.lower:.2f} to {self.upper:.2f})"
+
+
+@dataclass(frozen=True)
+class Timing:
+    """What `interleave` measured: milliseconds of each contender, and each rival's time over that of the first."""
+
+    rounds: int
+    milliseconds: dict[str, Spread]
+    speedup: dict[str, Spread]
+
+    def __str__(self) -> str:
+        lines = [f"{self.rounds} rounds; median (quartiles)"]
+        for name, spread in self.milliseconds.items():
+            ratio = f"   {self.speedup[name]} times the first's" if name in self.speedup else ""
+            lines.append(f"  {name:24} {spread} ms{ratio}")
+        return "\n".join(lines)
+
+
+def interleave(
+    benchmark: BenchmarkFixture,
+    contenders: Mapping[str, Callable[[], object]],
+    *,
+    rounds: int = 20,
+    warmup_rounds: int = 3,
+    synchronize: Callable[[], object] = lambda: None,
+) -> Timing:
+    """Time the contenders in alternation; the first is ours, the one that pytest-benchmark's own columns show.
+
+    contenders: by name; each is called 2 · (warmup_rounds + rounds) times, rivals in an order that reverses from round
+    to round. synchronize: waits for the device, e.g. torch.cuda.synchronize; called before a clock is read.
+    Puts rounds, milliseconds and speedup into benchmark.extra_info.
+    """
+    ours, *rivals = contenders
+    seconds: dict[str, list[float]] = {name: [] for name in contenders}
+    turn = itertools.count()
+
+    def lead_in(name: str) -> None:
+        contenders[name]()
+        synchronize()
+
+    def call(name: str) -> None:
+        start = time.perf_counter()
+        contenders[name]()
+        synchronize()
+        seconds[name].append(time.perf_counter() - start)
+
+    def call_rivals() -> None:
+        for name in rivals if next(turn) % 2 else reversed(rivals):
+            lead_in(name)
+            call(name)
+        lead_in(ours)
+
+    for _ in range(warmup_rounds):
+        for name in contenders:
+            lead_in(name)
+            call(name)
+    benchmark.pedantic(call, args=(ours,), setup=call_rivals, rounds=rounds)
+    assert len({len(each) for each in seconds.values()}) == 1, "pytest-benchmark called ours more often than its setup"
+
+    measured = {name: each[warmup_rounds:] for name, each in seconds.items()}
+    timing = Timing(
+        rounds=len(measured[ours]),
+        milliseconds={name: Spread.of([1e3 * s for s in each]) for name, each in measured.items()},
+        speedup={
+            name: Spread.of([a / b for a, b in zip(measured[name], measured[ours], strict=True)]) for name in rivals
+        },
+    )
+    benchmark.extra_info.update(asdict(timing))
+    return timing
