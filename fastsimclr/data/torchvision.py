@@ -1,6 +1,7 @@
 """Decoding and cropping by torchvision in a DataLoader's workers."""
 
 import os
+import signal
 from collections.abc import Iterator
 
 import numpy as np
@@ -34,6 +35,7 @@ class TorchvisionFront:
             pin_memory=device.type == "cuda",
             # Not fork: it copies locked locks of the threads of torch and of DALI.
             multiprocessing_context="forkserver" if workers else None,
+            worker_init_fn=_leave_signals_to_the_parent,
         )
 
     def __iter__(self) -> Iterator[list[tuple[int, tuple[Draws, ...]]]]:
@@ -92,6 +94,12 @@ def crop(image: Tensor, views: Views, draws: Draws) -> Tensor:
     if draws.flip[0]:
         view = TF.horizontal_flip(view)
     return view.permute(1, 2, 0).contiguous()
+
+
+def _leave_signals_to_the_parent(_: int) -> None:
+    """A terminal or a scheduler signals the whole group; the parent still wants batches until it has stopped."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    signal.signal(signal.SIGTERM, signal.SIG_IGN)
 
 
 def _collate(items: list[list[Tensor] | UserError]) -> list[Tensor] | UserError:

@@ -1,0 +1,107 @@
+"""What a run leaves for people and programs: metrics.jsonl, TensorBoard, a progress bar or lines."""
+
+import json
+import os
+import sys
+import time
+from collections import deque
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+from tqdm import tqdm
+
+
+class RunLog:
+    """The record of a run, kept by its first rank: one JSON object a line of metrics.jsonl, the same in TensorBoard."""
+
+    def __init__(self, folder: Path, *, first_step: int, total_steps: int, epochs: int) -> None:
+        from torch.utils.tensorboard import SummaryWriter  # a second to import: not for the other ranks
+
+        self._path = folder / "metrics.jsonl"
+        self._drop_lines_after(first_step)
+        self._file = open(self._path, "a", buffering=1)  # noqa: SIM115 - open as long as the run
+        self._board = SummaryWriter(str(folder / "tensorboard"), purge_step=first_step + 1)
+        self._bar = tqdm(total=total_steps, initial=first_step, unit="step", dynamic_ncols=True, disable=None)
+        self._speed: deque[tuple[float, int]] = deque(maxlen=20)
+        self._total_steps, self._epochs = total_steps, epochs
+        self._started, self._first_step = time.monotonic(), first_step
+
+    def step(self, record: dict[str, Any], images: int, seconds: float) -> None:
+        """A step is done: `record` is its line."""
+        self._write(record)
+        self._speed.append((seconds, images))
+        rate = sum(i for _, i in self._speed) / sum(s for s, _ in self._speed)
+        self._bar.set_postfix_str(f"loss {record['loss']:.4f}, {rate:.0f} images/s", refresh=False)
+        self._bar.update()
+
+    def epoch(self, epoch: int, record: dict[str, Any]) -> None:
+        """`epoch` epochs are done: a line, where no progress bar shows it. record: that of the last step."""
+        if not self._bar.disable:
+            return
+        seconds = sum(s for s, _ in self._speed)
+        rate = sum(i for _, i in self._speed) / seconds if seconds else 0.0
+        done = record["step"] - self._first_step
+        left = (time.monotonic() - self._started) / max(1, done) * (self._total_steps - record["step"])
+        print(
+            f"epoch {epoch}/{self._epochs}  step {record['step']}/{self._total_steps}  loss {record['loss']:.4f}  "
+            f"lr {record['lr']:.3g}  {rate:.0f} images/s  {left / 60:.1f} min left",
+            file=sys.stderr,
+            flush=True,
+        )
+
+    def event(self, record: dict[str, Any]) -> None:
+        """A line that is not a step's."""
+        self._write(record)
+
+    def close(self) -> None:
+        self._bar.close()
+        self._file.close()
+        self._board.close()
+
+    def _write(self, record: dict[str, Any]) -> None:
+        self._file.write(json.dumps(record) + "\n")
+        for name, value in record.items():
+            if name != "step" and isinstance(value, int | float):
+                self._board.add_scalar(name, value, record["step"])
+
+    def _drop_lines_after(self, step: int) -> None:
+        """A run that was killed has written of steps that will now be done again; and its last line may be torn."""
+        if not self._path.exists():
+            return
+        kept = []
+        for line in self._path.read_text().splitlines(keepends=True):
+            if line.endswith("\n") and json.loads(line)["step"] <= step and step > 0:
+                kept.append(line)
+        partial = self._path.with_suffix(".partial")
+        partial.write_text("".join(kept))
+        os.replace(partial, self._path)
+
+
+class LaggedLoss:
+    """A step's loss, read one step later, so that nobody waits for the GPU. On a CPU it is there at once."""
+
+    def __init__(self) -> None:
+        self._pending: tuple[Tensor, torch.cuda.Event | None, dict[str, Any]] | None = None
+
+    def push(self, loss: Tensor, record: dict[str, Any]) -> dict[str, Any] | None:
+        """Take this step's loss and record; give the earlier record whose loss is known by now, if any."""
+        if loss.device.type == "cpu":
+            return record | {"loss": float(loss)}
+        host = torch.empty((), dtype=loss.dtype, pin_memory=True).copy_(loss, non_blocking=True)
+        event = torch.cuda.Event()
+        event.record()
+        done = self.flush()
+        self._pending = host, event, record
+        return done
+
+    def flush(self) -> dict[str, Any] | None:
+        """The record that is still out, if any."""
+        if self._pending is None:
+            return None
+        host, event, record = self._pending
+        assert event is not None
+        event.synchronize()
+        self._pending = None
+        return record | {"loss": float(host)}

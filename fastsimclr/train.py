@@ -1,0 +1,404 @@
+"""Pre-train an encoder with SimCLR: `python -m fastsimclr.train`, alone or under torchrun.
+
+Exit codes: 0 done, or stopped by SIGTERM or SIGINT with a checkpoint written; 2 a user's mistake, in one line; 1 a fault
+of ours.
+"""
+
+import itertools
+import math
+import os
+import re
+import signal
+import sys
+import time
+from collections.abc import Iterator, Sequence
+from contextlib import nullcontext
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+from torch.nn.parallel import DistributedDataParallel
+
+from fastsimclr import checkpoint, distributed
+from fastsimclr.config import Config, parse
+from fastsimclr.data import Batch, open_source, open_views
+from fastsimclr.distributed import World
+from fastsimclr.errors import UserError
+from fastsimclr.knn import measure
+from fastsimclr.loss import NTXentLoss
+from fastsimclr.loss.fused import describe_build
+from fastsimclr.models import SimCLR, encoder, projector, synchronise_batch_norm
+from fastsimclr.optim import build_optimizer, learning_rate, resolve_lr
+from fastsimclr.run_log import LaggedLoss, RunLog
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Run the command line; returns the exit code."""
+    try:
+        config, text = parse(arguments)
+        world = distributed.start(config.device)
+        return Training(config, text, world).run()
+    except UserError as error:
+        if os.environ.get("RANK", "0") == "0":
+            print(f"fastsimclr.train: error: {' '.join(str(error).split())}", file=sys.stderr)
+        return 2
+    finally:
+        distributed.stop()
+
+
+class Training:
+    """A run: what it needs, opened and checked on every rank, and then the loop."""
+
+    def __init__(self, config: Config, text: str, world: World) -> None:
+        self.config, self.text, self.world = config, text, world
+        self.output = Path(distributed.share(config.output or _new_folder(config), world))
+        self.untrained_knn: float | None = None
+        self.losses = LaggedLoss()
+        self.failure: str | None = None  # of this rank: all ranks learn of it, and stop together
+        self.stop_signal = 0
+        for number in (signal.SIGTERM, signal.SIGINT):
+            signal.signal(number, self._on_signal)
+        # No collective in here: a rank that fails must not leave the others waiting.
+        try:
+            self._open()
+        except UserError as error:
+            self.failure = str(error)
+        self._fail_together()
+
+    def _open(self) -> None:
+        config, world = self.config, self.world
+        assert config.data.train is not None  # the preset of the demonstration names one
+        self.views = config.data.views_recipe()
+        if self.views.views < 2:
+            raise UserError(f"--data.views: got {self.views.views}, expected at least 2: the loss compares views")
+        self.source = open_source(config.data.train)
+        self.val = None
+        if config.data.val is not None or config.data.train.partition(":")[0] in ("digits", "cifar10"):
+            self.val = open_source(config.data.val or config.data.train, split="val")
+        if config.data.val is not None and not (self.source.has_labels and self.val and self.val.has_labels):
+            raise UserError("--data.val: got images without labels in it or in --data.train; kNN accuracy needs both")
+        self.measures_knn = config.knn_every > 0 and self.source.has_labels
+        self.loader = open_views(
+            self.source,
+            self.views,
+            config.batch_size,
+            backend=config.data.backend,
+            device=world.device,
+            rank=world.rank,
+            world_size=world.world_size,
+            seed=config.seed,
+            drop_last=config.data.drop_last,
+            min_local_batch=2,  # one image would have no negative on its rank, and no batch to be normalised by
+            workers=config.data.workers,
+        )
+        self.bf16, self.dtype, self.why_precision = _precision(config.precision, world.device)
+
+        torch.manual_seed(config.seed)
+        chosen = encoder(
+            config.model.encoder, config.model.width, config.model.stem, image_size=self.views.image_size
+        )
+        head = projector(chosen.out_features, config.model.hidden, config.model.out, config.model.layers)
+        model: nn.Module = SimCLR(chosen, head).to(world.device, self.dtype)
+        model = model.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
+        if world.world_size > 1 and config.model.sync_bn:
+            model = synchronise_batch_norm(model)
+        self.model = model
+        optim = config.optim
+        self.peak_lr = resolve_lr(optim.lr_rule, config.batch_size, optim.name) if optim.lr == "auto" else optim.lr
+        self.optimizer = build_optimizer(
+            optim.name, model.parameters(), self.peak_lr, optim.momentum, optim.weight_decay
+        )
+        self.loss = NTXentLoss(
+            config.loss.temperature,
+            group="world" if config.loss.global_negatives else None,
+            backend=config.loss.backend,
+            precision=config.loss.precision,
+            decoupled=config.loss.decoupled,
+        )
+
+        self.steps_per_epoch = len(self.loader)
+        self.total_steps = config.epochs * self.steps_per_epoch
+        self.last_step = min(self.total_steps, config.max_steps or self.total_steps)
+        self.warmup_steps = min(round(optim.warmup_epochs * self.steps_per_epoch), self.total_steps // 10)
+        self.checkpoint_file = self.output / "checkpoints" / "last.pt"
+        self._resume()
+
+    def run(self) -> int:
+        """Train to the end, or to a signal."""
+        config, world = self.config, self.world
+        if self.step >= self.last_step:
+            self._say(f"{self.checkpoint_file} has {self.step} of {self.last_step} steps: nothing is left to do")
+            return 0
+        self.forward = torch.compile(self.model) if config.compile else self.model
+        if world.world_size > 1:
+            self.forward = DistributedDataParallel(
+                self.forward,
+                device_ids=[world.device] if world.device.type == "cuda" else None,
+                broadcast_buffers=not config.model.sync_bn,
+                gradient_as_bucket_view=True,
+            )
+        torch.backends.cudnn.benchmark = True
+        self._describe()
+        self.log = None
+        if world.is_first:
+            self.output.mkdir(parents=True, exist_ok=True)
+            (self.output / "config.yaml").write_text(self.text)
+            self.log = RunLog(
+                self.output, first_step=self.step, total_steps=self.last_step, epochs=config.epochs
+            )
+        try:
+            if self.measures_knn and self.untrained_knn is None:
+                self.untrained_knn = self._measure_knn()
+            finished = self._train()
+            knn = self._measure_knn() if self.measures_knn and finished else None
+        finally:
+            if self.log is not None:
+                self.log.close()
+            self.loader.close()
+        self._report(finished, knn)
+        return 0
+
+    def _train(self) -> bool:
+        """The loop. True at its end; False if a signal stopped it."""
+        every = max(1, round(self.config.checkpoint_every * self.steps_per_epoch))
+        while self.step < self.last_step:
+            epoch = self.step // self.steps_per_epoch
+            self.loader.set_epoch(epoch)
+            batches = iter(self.loader)
+            mark = time.perf_counter()
+            while self.step < self.last_step:
+                batch = self._next(batches)
+                waited = time.perf_counter() - mark
+                local_sizes, stopped = self._exchange(0 if batch is None else len(batch.index))
+                if stopped:
+                    self._checkpoint()
+                    return False
+                if batch is None:
+                    break
+                record = {"step": self.step + 1, "epoch": epoch, "lr": self._set_lr(), "data_wait": waited}
+                loss = self._step(batch, max(local_sizes))
+                self.step += 1
+                seconds = time.perf_counter() - mark
+                mark += seconds
+                images = sum(local_sizes)
+                record |= {"images_per_second": images / seconds, "step_ms": 1000 * seconds, "images": images}
+                self._log(self.losses.push(loss, record))
+                if self.step % every == 0 or self.step == self.last_step:
+                    self._checkpoint()
+            if self.step % self.steps_per_epoch == 0:
+                self._end_epoch(self.step // self.steps_per_epoch)
+        return True
+
+    def _step(self, batch: Batch, largest_local_batch: int) -> Tensor:
+        """Forward, backward and update; returns the loss over all ranks, detached."""
+        views = [view.to(self.dtype) for view in batch.views]
+        size = self.config.micro_batch_size or largest_local_batch
+        if size >= largest_local_batch:
+            loss = self._loss(self._project(torch.cat(views)).chunk(len(views)))
+            loss.backward()
+        else:
+            loss = self._step_in_micro_batches(views, -(-largest_local_batch // size))
+        if self.config.optim.clip_grad is not None:
+            nn.utils.clip_grad_norm_(self.model.parameters(), self.config.optim.clip_grad)
+        self.optimizer.step()
+        self.optimizer.zero_grad(set_to_none=True)
+        loss = loss.detach()
+        if self.world.world_size > 1:
+            dist.all_reduce(loss)
+            loss /= self.world.world_size
+        return loss
+
+    def _step_in_micro_batches(self, views: list[Tensor], parts: int) -> Tensor:
+        """The whole batch's loss and gradients with the activations of one part at a time (GradCache, Gao et al.,
+        arXiv 2101.06983): project without a graph, take the loss's gradient by each z, project again and pass it on."""
+        pieces = [torch.cat(piece) for piece in zip(*(view.tensor_split(parts) for view in views), strict=True)]
+        with torch.no_grad():
+            projected = [self._project(piece).chunk(len(views)) for piece in pieces]
+        z = [torch.cat(parts_of_view).requires_grad_() for parts_of_view in zip(*projected, strict=True)]
+        loss = self._loss(z)
+        loss.backward()
+        gradients = zip(*(z_view.grad.tensor_split(parts) for z_view in z if z_view.grad is not None), strict=True)
+        for number, (piece, gradient) in enumerate(zip(pieces, gradients, strict=True), start=1):
+            waits = number < parts and isinstance(self.forward, DistributedDataParallel)
+            with self.forward.no_sync() if waits else nullcontext():  # type: ignore[operator]
+                self._project(piece).backward(torch.cat(gradient))
+        return loss
+
+    def _project(self, images: Tensor) -> Tensor:
+        """images (N, 3, H, W) to projections (N, D), at least float32."""
+        with torch.autocast(self.world.device.type, torch.bfloat16, enabled=self.bf16):
+            z: Tensor = self.forward(images.contiguous(memory_format=torch.channels_last))
+        return z.to(torch.promote_types(z.dtype, torch.float32))
+
+    def _loss(self, z: Sequence[Tensor]) -> Tensor:
+        """Mean over the pairs of views."""
+        losses = [self.loss(a, b) for a, b in itertools.combinations(z, 2)]
+        return torch.stack(losses).mean()
+
+    def _set_lr(self) -> float:
+        lr = learning_rate(
+            self.step, peak=self.peak_lr, warmup_steps=self.warmup_steps, total_steps=self.total_steps
+        )
+        for group in self.optimizer.param_groups:
+            group["lr"] = lr
+        return lr
+
+    def _next(self, batches: Iterator[Batch]) -> Batch | None:
+        """The next batch; None at the epoch's end, and where this rank cannot read one."""
+        try:
+            return next(batches, None)
+        except UserError as error:
+            self.failure = str(error)
+            return None
+
+    def _exchange(self, local_batch_size: int) -> tuple[list[int], bool]:
+        """Before each step, through the CPU: every rank's batch size, and whether one was told to stop.
+
+        Raises UserError on all ranks if one has failed, so that none waits for it in the step's collectives.
+        """
+        mine = torch.tensor([local_batch_size, self.stop_signal, self.failure is not None])
+        everyone = mine[None]
+        if self.world.world_size > 1:
+            everyone = mine.new_empty(self.world.world_size, 3)
+            dist.all_gather_into_tensor(everyone, mine[None])
+        sizes, stops, failures = everyone.T.tolist()
+        if any(failures):
+            self._fail_together()
+        self.stop_signal = max(stops)
+        return sizes, any(stops)
+
+    def _fail_together(self) -> None:
+        """Raise UserError on all ranks if any has failed, with the first rank's reason that there is."""
+        failures = [f for f in distributed.gather_objects(self.failure, self.world) if f is not None]
+        if failures:
+            raise UserError(failures[0])
+
+    def _on_signal(self, number: int, _: Any) -> None:
+        self.stop_signal = number
+
+    def _log(self, record: dict[str, Any] | None) -> None:
+        if record is None:
+            return
+        if not math.isfinite(record["loss"]):
+            raise UserError(
+                f"loss: got {record['loss']} at step {record['step']} (lr {record['lr']:.4g}); expected a finite one: "
+                f"lower --optim.lr or use --precision fp32. {self.checkpoint_file} is from before, if it is there"
+            )
+        self.record = record
+        if self.log is not None:
+            self.log.step(record, record["images"], record["step_ms"] / 1000)
+
+    def _end_epoch(self, epochs_done: int) -> None:
+        self._log(self.losses.flush())
+        if self.log is not None:
+            self.log.epoch(epochs_done, self.record)
+        if self.measures_knn and epochs_done % self.config.knn_every == 0 and self.step < self.last_step:
+            self._measure_knn()
+
+    def _measure_knn(self) -> float:
+        config = self.config
+        accuracy = measure(
+            self.model.encoder,  # type: ignore[arg-type]
+            self.source,
+            self.val,
+            self.views,
+            config.batch_size,
+            self.world,
+            config.knn_k,
+            backend=self.loader.backend,
+            bf16=self.bf16,
+        )
+        if self.log is not None:
+            epoch = self.step // self.steps_per_epoch
+            self.log.event({"step": self.step, "epoch": epoch, "knn_accuracy": accuracy})
+        return accuracy
+
+    def _checkpoint(self) -> None:
+        self._log(self.losses.flush())  # a step whose loss is not finite is never saved
+        if self.world.is_first:
+            state = {
+                "step": self.step,
+                "architecture": self._architecture(),
+                "model": self.model.state_dict(),
+                "optimizer": self.optimizer.state_dict(),
+                "data": self.loader.state_dict(),
+                "untrained_knn": self.untrained_knn,
+                "config": self.text,
+            }
+            checkpoint.save(self.checkpoint_file, state)
+
+    def _resume(self) -> None:
+        """Take up the checkpoint that --resume means, if there is one."""
+        self.step = 0
+        file = self.checkpoint_file if self.config.resume == "auto" else Path(self.config.resume)
+        if self.config.resume == "never" or (self.config.resume == "auto" and not file.exists()):
+            return
+        state = checkpoint.load(file)
+        checkpoint.check_architecture(file, state["architecture"], self._architecture())
+        self.model.load_state_dict(state["model"])
+        self.optimizer.load_state_dict(state["optimizer"])
+        self.loader.load_state_dict(state["data"])
+        self.untrained_knn = state["untrained_knn"]
+        # Counted anew, in this run's batches: the same number unless the batch size has changed.
+        position = state["data"]["position"]
+        self.step = state["data"]["epoch"] * self.steps_per_epoch + position // self.config.batch_size
+        self._say(f"resumed from {file} at step {self.step}")
+
+    def _architecture(self) -> dict[str, Any]:
+        model = self.config.model
+        stem = "small" if isinstance(self.model.encoder.maxpool, nn.Identity) else "imagenet"  # type: ignore[union-attr]
+        head = {"hidden": model.hidden, "out": model.out, "layers": model.layers}
+        return {"encoder": model.encoder, "width": model.width, "stem": stem, **head, "optimizer": self.config.optim.name}
+
+    def _describe(self) -> None:
+        """What was chosen, and why."""
+        config, world = self.config, self.world
+        optim = config.optim
+        parameters = sum(p.numel() for p in self.model.parameters())
+        lr = f"lr {self.peak_lr:.4g}"
+        if optim.lr == "auto":
+            lr += f" (auto: {optim.lr_rule} rule at batch {config.batch_size})"
+        classes = f" in {len(self.source.classes)} classes" if self.source.has_labels else ", no labels"
+        self._say(f"data: {config.data.train}, {len(self.source)} images{classes}; views by {self.loader.backend}")
+        self._say(f"model: {config.model.encoder} x{config.model.width}, {parameters / 1e6:.1f} M parameters with its head")
+        self._say(f"device: {world.world_size} x {world.device.type}, {self.why_precision}")
+        self._say(f"loss: NT-Xent, temperature {config.loss.temperature}, backend {config.loss.backend}; {describe_build()}")
+        self._say(f"optimizer: {optim.name}, {lr}, {self.warmup_steps} steps of warm-up, {self.total_steps} in all")
+        self._say(f"output: {self.output}")
+
+    def _report(self, finished: bool, knn: float | None) -> None:
+        if not finished:
+            name = signal.Signals(self.stop_signal).name
+            self._say(f"stopped by {name} at step {self.step}; the same command with --output {self.output} goes on")
+            return
+        self._say(f"trained {self.step} steps, last loss {self.record['loss']:.4f}")
+        if knn is not None:
+            where = f"{len(self.val)} held-out images" if self.val is not None else "the training images, leave-one-out"
+            self._say(f"kNN accuracy on {where}: {knn:.1%} trained, {self.untrained_knn:.1%} untrained")
+        self._say(f"files: {self.output}: checkpoints/last.pt, metrics.jsonl, config.yaml, tensorboard/")
+
+    def _say(self, line: str) -> None:
+        if self.world.is_first:
+            print(line, flush=True)
+
+
+def _precision(wanted: str, device: torch.device) -> tuple[bool, torch.dtype, str]:
+    """(bf16 autocast, dtype of the weights, what was chosen and why)."""
+    if wanted == "auto":
+        if device.type == "cuda":
+            bf16, why = torch.cuda.is_bf16_supported(including_emulation=False), "this GPU"
+        else:
+            bf16, why = torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported(), "this CPU"
+        return bf16, torch.float32, f"bf16 autocast (auto: {why} has it)" if bf16 else f"fp32 (auto: {why} has no bf16)"
+    return wanted == "bf16", torch.float64 if wanted == "fp64" else torch.float32, wanted
+
+
+def _new_folder(config: Config) -> str:
+    data = re.sub(r"[^\w-]+", "-", Path(config.data.train or "").name.removesuffix(".tar")).strip("-")
+    return f"runs/{data}-{config.model.encoder}-{time.strftime('%Y%m%d-%H%M%S')}"
+
+
+if __name__ == "__main__":
+    sys.exit(main())
