@@ -9,7 +9,18 @@ from fastsimclr.models import SimCLR, encoder, projector
 from fastsimclr.optim import LARS
 from fastsimclr.views import Views
 
-__all__ = ["LARS", "Batch", "NTXentLoss", "SimCLR", "UserError", "Views", "encoder", "nt_xent", "open_views", "projector"]
+__all__ = [
+    "LARS",
+    "Batch",
+    "NTXentLoss",
+    "SimCLR",
+    "UserError",
+    "Views",
+    "encoder",
+    "nt_xent",
+    "open_views",
+    "projector",
+]
 
 try:
     __version__ = version("fastsimclr")

@@ -33,7 +33,9 @@ def load(path: Path) -> dict[str, Any]:
     except FileNotFoundError as error:
         raise UserError(f"{path}: got no such file, expected a checkpoint (RUN/checkpoints/last.pt)") from error
     except (OSError, RuntimeError, EOFError, pickle.UnpicklingError) as error:
-        raise UserError(f"{path}: got a file that is damaged or no checkpoint, expected one that a run wrote") from error
+        raise UserError(
+            f"{path}: got a file that is damaged or no checkpoint, expected one that a run wrote"
+        ) from error
     if not isinstance(state, dict) or state.get("format") != FORMAT:
         raise UserError(f"{path}: got a file of another kind, expected a checkpoint that a fastsimclr run wrote")
     return state
@@ -42,7 +44,9 @@ def load(path: Path) -> dict[str, Any]:
 def check_architecture(path: Path, saved: dict[str, Any], expected: dict[str, Any]) -> None:
     """Raise UserError, naming each difference, unless a checkpoint's model is built as ours."""
     differences = [
-        f"{name} {saved.get(name)!r} instead of {value!r}" for name, value in expected.items() if saved.get(name) != value
+        f"{name} {saved.get(name)!r} instead of {value!r}"
+        for name, value in expected.items()
+        if saved.get(name) != value
     ]
     if differences:
         raise UserError(

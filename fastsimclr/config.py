@@ -1,4 +1,4 @@
-"""Every knob of a run, one documented field each. The command line, YAML files and --help are made from these classes."""
+"""Every knob of a run, one documented field each: the command line, YAML and --help are made from these classes."""
 
 import re
 import sys

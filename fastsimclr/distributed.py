@@ -103,7 +103,7 @@ def gather_sizes(size: int, group: dist.ProcessGroup, device: torch.device) -> l
 
 
 def all_gather_rows(rows: Tensor, sizes: list[int], group: dist.ProcessGroup) -> Tensor:
-    """Rows of every rank, one rank after the other: (n_r, ...) on each gives (sum of n_r, ...) on all. Not differentiable.
+    """Rows of every rank, one rank after the other: (n_r, ...) on each to (sum of n_r, ...) on all. No gradient.
 
     sizes: n_r of every rank. Uneven ranks are padded to the largest for the exchange.
     """

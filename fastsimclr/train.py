@@ -1,7 +1,7 @@
 """Pre-train an encoder with SimCLR: `python -m fastsimclr.train`, alone or under torchrun.
 
-Exit codes: 0 done, or stopped by SIGTERM or SIGINT with a checkpoint written; 2 a user's mistake, in one line; 1 a fault
-of ours.
+Exit codes: 0 done, or stopped by SIGTERM or SIGINT with a checkpoint written; 2 a user's mistake, in one line; 1 a
+fault of ours.
 """
 
 import itertools
@@ -96,9 +96,7 @@ class Training:
         self.bf16, self.dtype, self.why_precision = _precision(config.precision, world.device)
 
         torch.manual_seed(config.seed)
-        chosen = encoder(
-            config.model.encoder, config.model.width, config.model.stem, image_size=self.views.image_size
-        )
+        chosen = encoder(config.model.encoder, config.model.width, config.model.stem, image_size=self.views.image_size)
         head = projector(chosen.out_features, config.model.hidden, config.model.out, config.model.layers)
         model: nn.Module = SimCLR(chosen, head).to(world.device, self.dtype)
         model = model.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
@@ -131,7 +129,7 @@ class Training:
         if self.step >= self.last_step:
             self._say(f"{self.checkpoint_file} has {self.step} of {self.last_step} steps: nothing is left to do")
             return 0
-        self.forward = torch.compile(self.model) if config.compile else self.model
+        self.forward: Any = torch.compile(self.model) if config.compile else self.model
         if world.world_size > 1:
             self.forward = DistributedDataParallel(
                 self.forward,
@@ -145,9 +143,7 @@ class Training:
         if world.is_first:
             self.output.mkdir(parents=True, exist_ok=True)
             (self.output / "config.yaml").write_text(self.text)
-            self.log = RunLog(
-                self.output, first_step=self.step, total_steps=self.last_step, epochs=config.epochs
-            )
+            self.log = RunLog(self.output, first_step=self.step, total_steps=self.last_step, epochs=config.epochs)
         try:
             if self.measures_knn and self.untrained_knn is None:
                 self.untrained_knn = self._measure_knn()
@@ -222,7 +218,7 @@ class Training:
         gradients = zip(*(z_view.grad.tensor_split(parts) for z_view in z if z_view.grad is not None), strict=True)
         for number, (piece, gradient) in enumerate(zip(pieces, gradients, strict=True), start=1):
             waits = number < parts and isinstance(self.forward, DistributedDataParallel)
-            with self.forward.no_sync() if waits else nullcontext():  # type: ignore[operator]
+            with self.forward.no_sync() if waits else nullcontext():
                 self._project(piece).backward(torch.cat(gradient))
         return loss
 
@@ -238,9 +234,7 @@ class Training:
         return torch.stack(losses).mean()
 
     def _set_lr(self) -> float:
-        lr = learning_rate(
-            self.step, peak=self.peak_lr, warmup_steps=self.warmup_steps, total_steps=self.total_steps
-        )
+        lr = learning_rate(self.step, peak=self.peak_lr, warmup_steps=self.warmup_steps, total_steps=self.total_steps)
         for group in self.optimizer.param_groups:
             group["lr"] = lr
         return lr
@@ -349,8 +343,15 @@ class Training:
     def _architecture(self) -> dict[str, Any]:
         model = self.config.model
         stem = "small" if isinstance(self.model.encoder.maxpool, nn.Identity) else "imagenet"  # type: ignore[union-attr]
-        head = {"hidden": model.hidden, "out": model.out, "layers": model.layers}
-        return {"encoder": model.encoder, "width": model.width, "stem": stem, **head, "optimizer": self.config.optim.name}
+        return {
+            "encoder": model.encoder,
+            "width": model.width,
+            "stem": stem,
+            "hidden": model.hidden,
+            "out": model.out,
+            "layers": model.layers,
+            "optimizer": self.config.optim.name,
+        }
 
     def _describe(self) -> None:
         """What was chosen, and why."""
@@ -362,9 +363,10 @@ class Training:
             lr += f" (auto: {optim.lr_rule} rule at batch {config.batch_size})"
         classes = f" in {len(self.source.classes)} classes" if self.source.has_labels else ", no labels"
         self._say(f"data: {config.data.train}, {len(self.source)} images{classes}; views by {self.loader.backend}")
-        self._say(f"model: {config.model.encoder} x{config.model.width}, {parameters / 1e6:.1f} M parameters with its head")
+        self._say(f"model: {config.model.encoder} x{config.model.width}, {parameters / 1e6:.1f} M parameters with head")
         self._say(f"device: {world.world_size} x {world.device.type}, {self.why_precision}")
-        self._say(f"loss: NT-Xent, temperature {config.loss.temperature}, backend {config.loss.backend}; {describe_build()}")
+        self._say(f"loss: NT-Xent, temperature {config.loss.temperature}, backend {config.loss.backend}")
+        self._say(describe_build())
         self._say(f"optimizer: {optim.name}, {lr}, {self.warmup_steps} steps of warm-up, {self.total_steps} in all")
         self._say(f"output: {self.output}")
 

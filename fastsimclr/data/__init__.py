@@ -39,7 +39,7 @@ def open_views(
     backend: "dali" (on a GPU, or its CPU operators), "torchvision" (a DataLoader), "memory" (digits and CIFAR-10, kept
         decoded on the device); "auto": memory for those, else dali on a GPU and torchvision without one.
     device: where views are made and delivered.
-    seed: of the order and of every draw. Views are the same for every backend but for how they resample (about a level).
+    seed: of the order and of every draw. Views are the same for every backend but for how it resamples (a level).
     shuffle: a new order each epoch; else the source's.
     workers: DataLoader processes, or DALI threads; None chooses by the machine.
 
@@ -72,7 +72,9 @@ def _front(
         from fastsimclr.data.memory import MemoryFront
 
         if not isinstance(source, ArraySource):
-            raise UserError("backend: got memory for image files, expected dali or torchvision (memory: digits, cifar10)")
+            raise UserError(
+                "backend: got memory for image files, expected dali or torchvision (memory: digits, cifar10)"
+            )
         return MemoryFront(source, views, device)
     if workers is None:
         workers = default_workers(source, device)

@@ -9,8 +9,8 @@ import numpy as np
 import nvidia.dali.fn as fn
 import nvidia.dali.types as types
 import torch
-from nvidia.dali import Pipeline
 from numpy.typing import NDArray
+from nvidia.dali import Pipeline
 from torch import Tensor
 
 from fastsimclr.data.draws import boxes

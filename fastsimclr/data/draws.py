@@ -31,6 +31,10 @@ class Draws(NamedTuple):
     grey: NDArray[np.bool_]  # (B,)
     sigma: NDArray[np.float64]  # (B,): of the blur in pixels; 0 for none
 
+    def part(self, rows: slice) -> "Draws":
+        """The draws of some of the images."""
+        return Draws(*(field[rows] for field in self))  # type: ignore[arg-type]  # each field keeps its dtype
+
 
 def draw(views: Views, seed: int, epoch: int, index: NDArray[np.int64], view: int) -> Draws:
     """Draws for view `view` of the images `index` (B,)."""

@@ -24,7 +24,7 @@ def decode(data: NDArray[np.uint8], name: str) -> Tensor:
         if is_web_format(data):
             image = decode_image(torch.from_numpy(data), mode=ImageReadMode.RGB, apply_exif_orientation=True)
             return image if image.dtype == torch.uint8 else (image.to(torch.int32) >> 8).to(torch.uint8)
-        with Image.open(io.BytesIO(data)) as opened:
+        with Image.open(io.BytesIO(data.tobytes())) as opened:
             return torch.from_numpy(_to_rgb(opened)).permute(2, 0, 1)
     except Exception as error:  # each decoder raises its own kinds, for the same cause
         reason = str(error).splitlines()[0].split("decode_jpeg, ")[-1][:120] if str(error) else type(error).__name__
@@ -43,7 +43,7 @@ def is_web_format(data: NDArray[np.uint8]) -> bool:
 def upright_size(data: NDArray[np.uint8], name: str) -> tuple[int, int]:
     """(height, width) of the decoded image, from its header alone. Raises UserError as `decode`."""
     try:
-        with Image.open(io.BytesIO(data)) as opened:
+        with Image.open(io.BytesIO(data.tobytes())) as opened:
             width, height = opened.size
             turned = opened.getexif().get(_EXIF_ORIENTATION, 1) >= 5  # 5 to 8 exchange the sides
     except Exception as error:

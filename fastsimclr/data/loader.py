@@ -1,6 +1,7 @@
 """What every loader shares: the order, the draws, the photometric op, and the place where a run stands."""
 
 from collections.abc import Iterator
+from dataclasses import dataclass
 from typing import Any, NamedTuple, Protocol
 
 import numpy as np
@@ -20,13 +21,14 @@ class Batch(NamedTuple):
 
     views: tuple[Tensor, ...]
     """(B, 3, H, W) of each view, normalised, channels-last."""
-    index: Tensor
+    index: Tensor  # type: ignore[assignment]  # a field here, not tuple's method
     """(B,) int64: which images of the source."""
     label: Tensor
     """(B,) int64; -1 where there is none."""
 
 
-class Job(NamedTuple):
+@dataclass(frozen=True)
+class Job:
     """A batch to make: image index[i] is cropped by the draws of each view."""
 
     index: NDArray[np.int64]

@@ -28,7 +28,7 @@ def photometric(crops: Tensor, draws: Draws, views: Views, dtype: torch.dtype = 
     for first in range(0, len(crops), max(1, chunk)):
         part = slice(first, first + chunk)
         x = crops[part].permute(0, 3, 1, 2).to(torch.float32, memory_format=torch.contiguous_format)
-        x = _colour(x, Draws(*(field[part] for field in draws)), views)
+        x = _colour(x, draws.part(part), views)
         out[part] = x.sub_(mean).div_(std)
     return out
 
@@ -48,9 +48,7 @@ def _colour(x: Tensor, draws: Draws, views: Views) -> Tensor:
     return x
 
 
-def _apply_to(
-    x: Tensor, chosen: np.ndarray, apply: Callable[[Tensor, Tensor], Tensor], parameter: np.ndarray
-) -> None:
+def _apply_to(x: Tensor, chosen: np.ndarray, apply: Callable[[Tensor, Tensor], Tensor], parameter: np.ndarray) -> None:
     """x[chosen] = apply(x[chosen], parameter[chosen]), the parameter as (b, 1, 1, 1)."""
     rows = np.flatnonzero(chosen)
     if len(rows) == 0:

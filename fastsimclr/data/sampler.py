@@ -42,8 +42,8 @@ class Sampler:
             )
         if self.batch_size // self.world_size < self.min_local_batch:
             raise UserError(
-                f"batch_size: got {self.batch_size} for {self.world_size} ranks, so {self.batch_size // self.world_size} "
-                f"images for some rank; expected at least {self.min_local_batch * self.world_size}, "
+                f"batch_size: got {self.batch_size} for {self.world_size} ranks, so "
+                f"{self.batch_size // self.world_size} for some rank; expected at least {self.min_local_batch * self.world_size}, "
                 f"{self.min_local_batch} for each"
             )
 
@@ -60,7 +60,10 @@ class Sampler:
 
     def _bounds(self, position: int) -> list[tuple[int, int]]:
         least = self.batch_size if self.drop_last else max(1, self.min_local_batch * self.world_size)
-        ends = [(first, min(first + self.batch_size, self.images)) for first in range(position, self.images, self.batch_size)]
+        ends = [
+            (first, min(first + self.batch_size, self.images))
+            for first in range(position, self.images, self.batch_size)
+        ]
         return [(first, end) for first, end in ends if end - first >= least]
 
     def state_dict(self) -> dict[str, Any]:
@@ -71,7 +74,7 @@ class Sampler:
         for name in ("images", "seed"):
             if state[name] != getattr(self, name):
                 raise UserError(
-                    f"checkpoint: got a run with {name} {state[name]}, but this one has {getattr(self, name)}; expected "
-                    "the same data and seed: use those, or --resume never"
+                    f"checkpoint: got a run with {name} {state[name]}, but this one has {getattr(self, name)}; "
+                    "expected the same data and seed: use those, or --resume never"
                 )
         self.epoch, self.position = state["epoch"], state["position"]

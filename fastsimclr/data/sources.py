@@ -1,10 +1,10 @@
 """Where images come from: class folders, a flat folder, WebDataset tar shards, and the built-in sets.
 
-    a folder of class folders    train/daisy/1.jpg               label: the class folder's place in sorted order
-    a flat folder of images      photos/1.jpg                    no labels
-    tar shards                   'train-{000..127}.tar', '*.tar' label: NAME.cls beside NAME.jpg, else NAME's folder
-    digits                       scikit-learn's 1,797 handwritten digits, 80 % of each class for training
-    cifar10[:ROOT]               CIFAR-10 through torchvision, from ROOT or downloaded to it
+a folder of class folders    train/daisy/1.jpg               label: the class folder's place in sorted order
+a flat folder of images      photos/1.jpg                    no labels
+tar shards                   'train-{000..127}.tar', '*.tar' label: NAME.cls beside NAME.jpg, else NAME's folder
+digits                       scikit-learn's 1,797 handwritten digits, 80 % of each class for training
+cifar10[:ROOT]               CIFAR-10 through torchvision, from ROOT or downloaded to it
 """
 
 import glob
@@ -104,7 +104,9 @@ class TarSource(EncodedSource):
         except OSError as error:
             raise UserError(f"{self.name(index)}: cannot be read ({error.strerror})") from error
         if len(data) != size:
-            raise UserError(f"{self.name(index)}: got {len(data)} of {size} bytes: the shard changed since it was opened")
+            raise UserError(
+                f"{self.name(index)}: got {len(data)} of {size} bytes: the shard changed since it was opened"
+            )
         return data
 
 

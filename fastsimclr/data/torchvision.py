@@ -6,7 +6,6 @@ from collections.abc import Iterator
 
 import numpy as np
 import torch
-from numpy.typing import NDArray
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 from torchvision.transforms import InterpolationMode
@@ -27,7 +26,7 @@ class TorchvisionFront:
         self.device = device
         self._jobs: Iterator[Job] = iter(())
         self._loader: DataLoader[list[Tensor | UserError]] = DataLoader(
-            _Crops(source, views),
+            _Crops(source, views),  # type: ignore[arg-type]  # a batch's type, not an item's
             batch_sampler=self,  # type: ignore[arg-type]  # an iterable of batches of keys
             collate_fn=_collate,
             num_workers=workers,
@@ -42,7 +41,7 @@ class TorchvisionFront:
         """The DataLoader's batch sampler: a key is an image's index with the draws of its views."""
         for job in self._jobs:
             yield [
-                (int(index), tuple(Draws(*(field[i : i + 1] for field in draws)) for draws in job.draws))
+                (int(index), tuple(draws.part(slice(i, i + 1)) for draws in job.draws))
                 for i, index in enumerate(job.index)
             ]
 
@@ -60,7 +59,7 @@ class TorchvisionFront:
         self._loader._iterator = None
 
 
-class _Crops(Dataset[list[Tensor]]):
+class _Crops(Dataset[list[Tensor] | UserError]):
     """Maps a key (index, draws of each view) to the views' crops, (H, W, 3) uint8."""
 
     def __init__(self, source: Source, views: Views) -> None:
@@ -117,5 +116,3 @@ def default_workers(source: Source, device: torch.device) -> int:
         return 1
     cores = len(os.sched_getaffinity(0)) // int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
     return max(1, min(16, cores - 1))
-
-

@@ -122,8 +122,8 @@ def _check(z1: Tensor, z2: Tensor, temperature: float | Tensor, backend: str, pr
             raise ValueError(f"{name}: got {got!r}, expected one of {', '.join(expected)}")
     for name, z in (("z1", z1), ("z2", z2)):
         if not isinstance(z, Tensor) or not z.dtype.is_floating_point or z.dtype.itemsize == 1:
-            got = z.dtype if isinstance(z, Tensor) else type(z).__name__
-            raise ValueError(f"{name}: got {got}, expected a tensor of float32, float64, bfloat16 or float16")
+            kind = str(z.dtype) if isinstance(z, Tensor) else type(z).__name__
+            raise ValueError(f"{name}: got {kind}, expected a tensor of float32, float64, bfloat16 or float16")
         if z.ndim != 2 or z.shape[0] < 1 or z.shape[1] < 1:
             raise ValueError(f"{name}: got shape {tuple(z.shape)}, expected (N, D) with N and D at least 1")
     if z1.shape != z2.shape or z1.dtype != z2.dtype or z1.device != z2.device:

@@ -1,4 +1,4 @@
-"""The NT-Xent loss as the paper writes it: one dense matrix of similarities, PyTorch's autograd. The oracle of the tests."""
+"""The NT-Xent loss as the paper writes it: one dense matrix, PyTorch's autograd. The oracle of the tests."""
 
 import torch
 import torch.distributed as dist

@@ -266,7 +266,7 @@ def _scale(temperature: Tensor, dtype: torch.dtype) -> Tensor:
 
 
 def _exp_is_safe(temperature: float | None, rows: int, dtype: torch.dtype) -> bool:
-    """Whether a sum of `rows` exponentials of up to 1/temperature stays finite (|s| <= 1/temperature, as rows are unit).
+    """Whether a sum of `rows` exponentials stays finite (|s| <= 1/temperature, as rows are unit).
 
     A temperature that lives on a GPU is not waited for (None): then the answer is no, which is right for any value.
     """
@@ -278,9 +278,9 @@ def _exp_is_safe(temperature: float | None, rows: int, dtype: torch.dtype) -> bo
 
 @contextmanager
 def _matmul_precision(precision: str, device: torch.device) -> Iterator[None]:
-    """Full float32 products for "highest", whatever the caller's global setting; bf16 (CPU) or TF32 (GPU) for "medium"."""
+    """float32 products for "highest", whatever the caller's setting; bf16 (CPU) or TF32 (GPU) for "medium"."""
     backend, medium = (
-        (torch.backends.cuda.matmul, "tf32") if device.type == "cuda" else (torch.backends.mkldnn.matmul, "bf16")
+        (torch.backends.cuda.matmul, "tf32") if device.type == "cuda" else (torch.backends.mkldnn.matmul, "bf16")  # type: ignore[attr-defined]
     )
     before = backend.fp32_precision
     backend.fp32_precision = "ieee" if precision == "highest" else medium

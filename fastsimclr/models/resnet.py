@@ -25,6 +25,7 @@ class Encoder(ResNet):
         nn.Module.__init__(self)  # ResNet's own __init__ fixes the widths: the same layers follow, `width` times wider
         self._norm_layer = nn.BatchNorm2d
         self.inplanes, self.dilation, self.groups, self.base_width = 64 * width, 1, 1, 64
+        self.maxpool: nn.Module
         if stem == "small":  # CIFAR's, as in the paper's appendix B.9
             self.conv1 = nn.Conv2d(3, self.inplanes, kernel_size=3, stride=1, padding=1, bias=False)
             self.maxpool = nn.Identity()
@@ -53,9 +54,10 @@ class Encoder(ResNet):
 def encoder(name: str, width: int = 1, stem: str = "auto", *, image_size: int = 224) -> Encoder:
     """A ResNet encoder: images (N, 3, H, W) to representations h (N, encoder.out_features) after average pooling.
 
-    name: resnet18, resnet34, resnet50, resnet101 or resnet152. width: multiplies every layer's channels (paper: 1, 2, 4).
+    name: resnet18, resnet34, resnet50, resnet101 or resnet152.
+    width: multiplies every layer's channels (paper: 1, 2, 4).
     stem: "imagenet" (7x7 of stride 2, max-pool), "small" (3x3 of stride 1, no pool; for CIFAR), "auto": small where
-    `image_size` is at most 64. At width 1 and stem "imagenet" its state dict is that of torchvision's model, `fc` apart.
+        `image_size` is at most 64. At width 1 and stem "imagenet" the state dict is torchvision's, `fc` apart.
     Raises ValueError for an unknown name, stem or width.
     """
     if name not in _BLOCKS:

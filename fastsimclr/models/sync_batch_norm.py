@@ -26,8 +26,10 @@ class SyncBatchNorm(nn.SyncBatchNorm):
         centered = x - mean.view(view)
         variance = sum_over_ranks(centered.square().sum(dims), group) / everyone
         if self.track_running_stats:
-            assert self.running_mean is not None and self.running_var is not None
-            assert self.num_batches_tracked is not None and self.momentum is not None
+            assert self.running_mean is not None
+            assert self.running_var is not None
+            assert self.num_batches_tracked is not None
+            assert self.momentum is not None
             with torch.no_grad():
                 self.num_batches_tracked.add_(1)
                 unbiased = variance * (everyone / (everyone - 1))
