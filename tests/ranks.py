@@ -32,9 +32,9 @@ class RankError(RuntimeError):
 def run_ranks(world_size: int, function: Callable[..., Any], *args: Any, timeout_seconds: float = 120.0) -> list[Any]:
     """Results of function(rank, *args) on `world_size` ranks, in their order.
 
-    function, args and results must pickle; tensors are copied, and a result lies on the CPU. Each rank is a fresh process
-    with one torch thread. Raises RankError as soon as a rank fails, and when they have not all finished in time; the other
-    ranks, which may wait in a collective for ever, are then killed.
+    function, args and results must pickle; tensors are copied, and a result lies on the CPU. Each rank is a fresh
+    process with one torch thread. Raises RankError as soon as a rank fails, and when they have not all finished in
+    time; the other ranks, which may wait in a collective for ever, are then killed.
     """
     context = multiprocessing.get_context("spawn")  # a fork of a process in which torch's threads have run may hang
     with tempfile.TemporaryDirectory() as folder:
@@ -84,7 +84,7 @@ def _answer(folder: Path, rank: int) -> Path:
 def _rank(
     rank: int, world_size: int, folder: str, timeout_seconds: float, function: Callable[..., Any], args: tuple[Any, ...]
 ) -> None:
-    """What a rank's process runs: leaves (False, result) or (True, (traceback, exception or None)) in its answer file."""
+    """What a rank's process runs: leaves (False, result) or (True, (traceback, exception or None)) in its file."""
     torch.set_num_threads(1)
     if sys.platform == "linux":  # gloo would otherwise look the host's name up, which not every container can
         os.environ.setdefault("GLOO_SOCKET_IFNAME", "lo")
