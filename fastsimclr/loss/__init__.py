@@ -54,7 +54,8 @@ def nt_xent(
 
     value: float | None
     if isinstance(temperature, Tensor):
-        value = float(temperature.detach()) if temperature.device.type == "cpu" else None
+        known = temperature.device.type == "cpu" and not torch.compiler.is_compiling()  # in a graph it is a symbol
+        value = float(temperature.detach()) if known else None
     else:
         value = float(temperature)
         temperature = torch.full((), value, dtype=torch.promote_types(z1.dtype, torch.float32), device=z1.device)

@@ -73,7 +73,7 @@ def tiled_forward(
             everyone = all_gather_rows(z, sizes, group_of(group))
         rows = sum(sizes)
 
-        if _exp_is_safe(temperature_value, rows, dtype):
+        if _exp_is_safe(temperature, temperature_value, rows, dtype):
             log_w = _negative_sums(z, everyone, offset).log2_()
         else:
             log_w = _log_negative_sums(z, everyone, offset)
@@ -133,21 +133,24 @@ def tiled_backward(
             g = all_gather_rows(dloss, sizes.tolist(), group_of(group))
         lse, q = stats
         mine = slice(offset, offset + 2 * n)
+        # Of size 1, and the size comes back at the end: a mean's 1/M would push g / 2^lse below the normal numbers.
+        size = g.abs().amax().clamp_min_(torch.finfo(z.dtype).tiny)
+        g = g / size
 
-        if _exp_is_safe(temperature_value, rows, z.dtype):
+        if _exp_is_safe(temperature, temperature_value, rows, z.dtype):
             dz = _negatives_gradient(z, everyone, offset, weights=g * torch.exp2(-lse))
         else:
             dz = _negatives_gradient(z, everyone, offset, weights=g, lse=lse)
         pull = (g * q)[mine]
         pull = pull + pull.roll(n)
-        dz.addcmul_(z.roll(n, dims=0), pull[:, None], value=-1)  # d/d z^, but for a factor: see the last line
+        dz.addcmul_(z.roll(n, dims=0), pull[:, None], value=-1)  # d/d z^, but for factors: see the last line
 
         scale = _scale(temperature, z.dtype)
         along = (z * dz).sum(1)
-        dtemperature = along.sum() * (-0.5 / LOG2_E / temperature.to(z.dtype))
+        dtemperature = along.sum() * (-0.5 / LOG2_E / temperature.to(z.dtype)) * size
         along = torch.where(norm > NORM_EPS, along / scale**2, 0.0)  # as F.normalize: no projection below its eps
         dz.addcmul_(z, along[:, None], value=-1)
-        dz.mul_((1 / (scale * temperature.to(z.dtype) * norm))[:, None])
+        dz.mul_((size / (scale * temperature.to(z.dtype) * norm))[:, None])
         return dz, dtemperature
 
 
@@ -160,10 +163,14 @@ def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]
     z1, _, temperature, ctx.group, _, _, ctx.precision, ctx.temperature_value = inputs
     ctx.dtype = z1.dtype
     ctx.save_for_backward(*output[1:], temperature)
-    ctx.mark_non_differentiable(*output[1:])
+    # The saved outputs are not marked as non-differentiable: so a second derivative, which would go through them, meets
+    # tiled_backward, which has no derivative, and raises; marked, it would silently be zero. Their gradients are None.
+    ctx.set_materialize_grads(False)
 
 
-def _backward(ctx: Any, dloss: Tensor, *_: Any) -> tuple[Tensor | None, ...]:
+def _backward(ctx: Any, dloss: Tensor | None, *_: Any) -> tuple[Tensor | None, ...]:
+    if dloss is None:  # gradcheck asks for the gradient of nothing
+        return (None,) * 8
     z, norm, everyone, stats, sizes, temperature = ctx.saved_tensors
     dz, dtemperature = tiled_backward(
         dloss, z, norm, everyone, stats, sizes, temperature, ctx.group, ctx.precision, ctx.temperature_value
@@ -265,26 +272,29 @@ def _scale(temperature: Tensor, dtype: torch.dtype) -> Tensor:
     return (LOG2_E / temperature.to(dtype)).sqrt()
 
 
-def _exp_is_safe(temperature: float | None, rows: int, dtype: torch.dtype) -> bool:
-    """Whether a sum of `rows` exponentials stays finite (|s| <= 1/temperature, as rows are unit).
+def _exp_is_safe(temperature: Tensor, value: float | None, rows: int, dtype: torch.dtype) -> bool:
+    """Whether sums of `rows` exponentials of up to 1/temperature, and their inverses, are finite and normal numbers.
 
-    A temperature that lives on a GPU is not waited for (None): then the answer is no, which is right for any value.
+    |s| <= 1/temperature, as rows are unit. `value`: the temperature if it is known; where it lives on a GPU it is not
+    waited for: then the answer is no, which is right for any value.
     """
-    if temperature is None:
-        return False
-    largest = math.log(torch.finfo(dtype).max)  # 88.7 in float32
-    return 1.01 / temperature + math.log(rows) < largest  # 1.01: rounding of rows to unit length, bf16's included
+    if value is None:
+        if temperature.device.type != "cpu":
+            return False
+        value = float(temperature)
+    largest = -math.log(torch.finfo(dtype).tiny)  # 87.3 in float32
+    return 1.01 / value + math.log(rows) < largest  # 1.01: rounding of rows to unit length, bf16's included
 
 
 @contextmanager
 def _matmul_precision(precision: str, device: torch.device) -> Iterator[None]:
-    """float32 products for "highest", whatever the caller's setting; bf16 (CPU) or TF32 (GPU) for "medium"."""
-    backend, medium = (
-        (torch.backends.cuda.matmul, "tf32") if device.type == "cuda" else (torch.backends.mkldnn.matmul, "bf16")  # type: ignore[attr-defined]
-    )
-    before = backend.fp32_precision
-    backend.fp32_precision = "ieee" if precision == "highest" else medium
+    """Full float32 products for "highest", whatever the caller's setting; bf16 (CPU) or TF32 (GPU) for "medium"."""
+    backend, medium = (torch.backends.cuda, "tf32") if device.type == "cuda" else (torch.backends.mkldnn, "bf16")
+    before = backend.matmul.fp32_precision
+    # What matmul reads may be its own setting or an inherited one ("none": ask the backend's). If they agree, inherit.
+    inherited = before == backend.fp32_precision
+    backend.matmul.fp32_precision = "ieee" if precision == "highest" else medium
     try:
         yield
     finally:
-        backend.fp32_precision = before
+        backend.matmul.fp32_precision = "none" if inherited else before
