@@ -162,14 +162,25 @@ def parse(arguments: Sequence[str] | None = None) -> tuple[Config, str]:
     Raises UserError for unknown options and values that do not fit.
     """
     set_parsing_settings(docstring_parse_attribute_docstrings=True)
-    arguments = sys.argv[1:] if arguments is None else arguments
-    arguments = [re.sub(r"^(--[\w.]+=)?none$", r"\1null", argument) for argument in arguments]  # YAML's word is null
+    arguments = list(sys.argv[1:] if arguments is None else arguments)
+    for place, argument in enumerate(arguments):
+        option, _, value = argument.partition("=")
+        if argument == "none" or (option.startswith("--") and value == "none"):
+            arguments[place] = argument.removesuffix("none") + "null"  # YAML's word for it
+        if option == "--config" and value:
+            arguments[place] = f"--config={_config_file(value)}"
+        elif place > 0 and arguments[place - 1] == "--config":
+            arguments[place] = str(_config_file(argument))
     parser = _parser(None)
     namespace = parser.parse_args(arguments)
     if namespace.data.train is None:
         parser = _parser(preset(DEMONSTRATION))
         namespace = parser.parse_args(arguments)
     return _instantiate(parser, namespace), parser.dump(namespace)
+
+
+def _config_file(named: str) -> Path:
+    return Path(named) if Path(named).is_file() else preset(named)
 
 
 def preset(name: str) -> Path:
@@ -187,7 +198,11 @@ def _parser(defaults: Path | None) -> _Parser:
         description="Pre-train an image encoder with SimCLR. Without --data.train: a demonstration on digits.",
         default_config_files=[str(defaults)] if defaults else None,
     )
-    parser.add_argument("--config", action="config", help="A YAML file of these options; those given after it win.")
+    parser.add_argument(
+        "--config",
+        action="config",
+        help="A YAML file of these options, or the name of a preset (digits, cifar10); those given after it win.",
+    )
     parser.add_class_arguments(Config, nested_key=None)
     return parser
 

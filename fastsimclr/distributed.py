@@ -1,12 +1,15 @@
 """Ranks and collectives: what one process needs to know of the others, and how it exchanges rows with them."""
 
 import os
+import re
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
+
+from fastsimclr.errors import UserError
 
 # Custom operators take no process group as an argument, only strings: every group that a loss has seen, by its name.
 _groups: dict[str, dist.ProcessGroup] = {}
@@ -30,10 +33,12 @@ def start(device: str) -> World:
 
     Under torchrun each rank takes the GPU of its LOCAL_RANK; collectives go through nccl for tensors on a GPU and
     through gloo for tensors on the CPU, so that flags can be exchanged without touching the GPU.
-    Raises ValueError if the device is not here.
+    Raises UserError if the device is not here.
     """
     if device == "auto":
         device = "cuda" if torch.cuda.is_available() else "cpu"
+    if not re.fullmatch(r"cpu|cuda(:\d+)?", device):
+        raise UserError(f"--device: got {device!r}, expected auto, cpu or cuda")
     chosen = torch.device(device)
     world_size = int(os.environ.get("WORLD_SIZE", "1"))
     if chosen.type == "cuda":
@@ -41,14 +46,12 @@ def start(device: str) -> World:
         if index is None:
             index = int(os.environ.get("LOCAL_RANK", "0"))
         if index >= torch.cuda.device_count():
-            raise ValueError(
-                f"device: got cuda:{index}, but {torch.cuda.device_count()} CUDA devices are visible; "
+            raise UserError(
+                f"--device: got cuda:{index}, but {torch.cuda.device_count()} CUDA devices are visible; "
                 "start fewer processes per machine or use --device cpu"
             )
         chosen = torch.device("cuda", index)
         torch.cuda.set_device(chosen)
-    elif chosen.type != "cpu":
-        raise ValueError(f"device: got {device!r}, expected auto, cpu or cuda")
     if world_size > 1:
         backend = "cpu:gloo,cuda:nccl" if chosen.type == "cuda" else "gloo"
         dist.init_process_group(backend, device_id=chosen if chosen.type == "cuda" else None)

@@ -33,9 +33,12 @@ from fastsimclr.models import SimCLR, encoder, projector, synchronise_batch_norm
 from fastsimclr.optim import build_optimizer, learning_rate, resolve_lr
 from fastsimclr.run_log import LaggedLoss, RunLog
 
+STOP_SIGNALS = (signal.SIGTERM, signal.SIGINT)
+
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run the command line; returns the exit code."""
+    handlers = {number: signal.getsignal(number) for number in STOP_SIGNALS}
     try:
         config, text = parse(arguments)
         world = distributed.start(config.device)
@@ -46,6 +49,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
         return 2
     finally:
         distributed.stop()
+        for number, handler in handlers.items():
+            signal.signal(number, handler)
 
 
 class Training:
@@ -58,7 +63,7 @@ class Training:
         self.losses = LaggedLoss()
         self.failure: str | None = None  # of this rank: all ranks learn of it, and stop together
         self.stop_signal = 0
-        for number in (signal.SIGTERM, signal.SIGINT):
+        for number in STOP_SIGNALS:
             signal.signal(number, self._on_signal)
         # No collective in here: a rank that fails must not leave the others waiting.
         try:
@@ -101,7 +106,7 @@ class Training:
         model: nn.Module = SimCLR(chosen, head).to(world.device, self.dtype)
         model = model.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
         if world.world_size > 1 and config.model.sync_bn:
-            model = synchronise_batch_norm(model)
+            model = synchronise_batch_norm(model, world.device)
         self.model = model
         optim = config.optim
         self.peak_lr = resolve_lr(optim.lr_rule, config.batch_size, optim.name) if optim.lr == "auto" else optim.lr
@@ -134,7 +139,6 @@ class Training:
             self.forward = DistributedDataParallel(
                 self.forward,
                 device_ids=[world.device] if world.device.type == "cuda" else None,
-                broadcast_buffers=not config.model.sync_bn,
                 gradient_as_bucket_view=True,
             )
         torch.backends.cudnn.benchmark = True

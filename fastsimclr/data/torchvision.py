@@ -2,7 +2,7 @@
 
 import os
 import signal
-from collections.abc import Iterator
+from collections.abc import Generator, Iterator
 
 import numpy as np
 import torch
@@ -32,8 +32,9 @@ class TorchvisionFront:
             num_workers=workers,
             persistent_workers=workers > 0,
             pin_memory=device.type == "cuda",
-            # Not fork: it copies locked locks of the threads of torch and of DALI.
-            multiprocessing_context="forkserver" if workers else None,
+            # Not fork: it copies locked locks of the threads of torch and of DALI. Not forkserver: its workers do not
+            # notice that the process they work for was killed, and live on.
+            multiprocessing_context="spawn" if workers else None,
             worker_init_fn=_leave_signals_to_the_parent,
         )
 
@@ -45,7 +46,7 @@ class TorchvisionFront:
                 for i, index in enumerate(job.index)
             ]
 
-    def crops(self, jobs: Iterator[Job]) -> Iterator[tuple[Tensor, ...]]:
+    def crops(self, jobs: Iterator[Job]) -> Generator[tuple[Tensor, ...], None, None]:
         self._jobs = jobs
         for views in self._loader:
             if isinstance(views, UserError):

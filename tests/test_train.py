@@ -1,0 +1,268 @@
+"""The training command: from the shell, with real files, real processes and real signals."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+from fastsimclr import checkpoint
+from fastsimclr.train import main
+
+# A step of a fraction of a second: few pixels, few strides' worth of them, few images.
+TINY = ["--data.image_size=16", "--model.encoder=resnet18", "--model.stem=imagenet", "--model.hidden=32", "--model.out=16"]
+TINY += ["--batch_size=16", "--epochs=2", "--knn_every=0", "--device=cpu", "--precision=fp32"]
+
+
+@pytest.fixture(scope="module")
+def photos(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """40 smooth JPEG files in two class folders: two batches of 16 and an uneven one of 8."""
+    folder = tmp_path_factory.mktemp("photos")
+    rng = np.random.default_rng(0)
+    for number in range(40):
+        file = folder / f"class{number % 2}" / f"{number:02d}.jpg"
+        file.parent.mkdir(exist_ok=True)
+        pixels = rng.integers(0, 256, (4, 5, 3), dtype=np.uint8)
+        Image.fromarray(pixels).resize((50, 40), Image.Resampling.BICUBIC).save(file)
+    return folder
+
+
+def metrics(run: Path) -> list[dict[str, Any]]:
+    return [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+
+
+def steps(run: Path) -> list[dict[str, Any]]:
+    return [line for line in metrics(run) if "loss" in line]
+
+
+def weights(run: Path) -> dict[str, torch.Tensor]:
+    return checkpoint.load(run / "checkpoints" / "last.pt")["model"]
+
+
+def start(*options: str, ranks: int = 1) -> subprocess.Popen[str]:
+    """The command as a process of its own, under torchrun if there are to be several."""
+    torchrun = ["-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={ranks}"] if ranks > 1 else []
+    return subprocess.Popen(
+        [sys.executable, *torchrun, "-m", "fastsimclr.train", *TINY, *options],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        env=os.environ | {"OMP_NUM_THREADS": "1"},
+    )
+
+
+def wait_for_step(process: subprocess.Popen[str], run: Path, step: int) -> None:
+    deadline = time.monotonic() + 120
+    while not ((run / "metrics.jsonl").exists() and len((run / "metrics.jsonl").read_text().splitlines()) >= step):
+        assert process.poll() is None, process.communicate()
+        assert time.monotonic() < deadline, "no step was done in two minutes"
+        time.sleep(0.01)
+
+
+def error_line(capsys: pytest.CaptureFixture[str]) -> str:
+    """The one line on stderr."""
+    lines = capsys.readouterr().err.splitlines()
+    assert len(lines) == 1, lines
+    assert lines[0].startswith("fastsimclr.train: error: ")
+    return lines[0]
+
+
+def test_a_run_leaves_its_record_and_its_loss_falls(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    options = ["--config=digits", "--epochs=3", "--knn_every=1", f"--output={tmp_path / 'run'}", "--data.image_size=16"]
+    assert main(options) == 0
+    said = capsys.readouterr().out
+    assert "% trained, " in said
+    assert "lr 0.001" in said
+
+    lines = steps(tmp_path / "run")
+    assert [line["step"] for line in lines] == list(range(1, 19))  # 1,433 images: five batches of 256 and one of 153
+    assert {line["images"] for line in lines} == {256, 153}
+    for name in ("epoch", "lr", "images_per_second", "data_wait", "step_ms"):
+        assert all(name in line for line in lines), name
+    losses = [line["loss"] for line in lines]
+    assert np.mean(losses[-6:]) < np.mean(losses[:6])
+    knn = [line["knn_accuracy"] for line in metrics(tmp_path / "run") if "knn_accuracy" in line]
+    assert len(knn) == 4  # untrained, and after each epoch
+    assert all(0 <= accuracy <= 1 for accuracy in knn)
+    assert (tmp_path / "run" / "config.yaml").read_text().count("train: digits") == 1
+    assert list((tmp_path / "run" / "tensorboard").iterdir())
+
+
+def test_the_saved_configuration_repeats_the_run(tmp_path: Path) -> None:
+    assert main([*TINY, "--data.train=digits", "--max_steps=2", f"--output={tmp_path / 'a'}"]) == 0
+    assert main([f"--config={tmp_path / 'a' / 'config.yaml'}", f"--output={tmp_path / 'b'}"]) == 0
+    assert [line["loss"] for line in steps(tmp_path / "a")] == [line["loss"] for line in steps(tmp_path / "b")]
+
+
+@pytest.mark.parametrize("backend", ["dali", "torchvision"])
+def test_a_killed_run_resumes_to_the_same_bits(tmp_path: Path, photos: Path, backend: str) -> None:
+    options = [f"--data.train={photos}", f"--data.backend={backend}", "--epochs=6", "--checkpoint_every=0.4"]
+    process = start(*options, f"--output={tmp_path / 'killed'}")
+    wait_for_step(process, tmp_path / "killed", step=int(np.random.default_rng().integers(2, 12)))
+    process.kill()
+    process.communicate()
+    killed_at = len(steps_if_whole(tmp_path / "killed"))
+    assert killed_at < 18
+
+    resumed = start(*options, f"--output={tmp_path / 'killed'}")
+    whole = start(*options, f"--output={tmp_path / 'whole'}")
+    outputs = [resumed.communicate(timeout=240), whole.communicate(timeout=240)]
+    assert [resumed.returncode, whole.returncode] == [0, 0], outputs
+
+    assert [line["step"] for line in steps(tmp_path / "killed")] == list(range(1, 19))
+    assert [line["loss"] for line in steps(tmp_path / "killed")] == [line["loss"] for line in steps(tmp_path / "whole")]
+    for name, tensor in weights(tmp_path / "whole").items():
+        assert torch.equal(tensor, weights(tmp_path / "killed")[name]), (name, killed_at)
+
+
+def steps_if_whole(run: Path) -> list[str]:
+    """The lines of a file whose last one may be torn."""
+    return [line for line in (run / "metrics.jsonl").read_text().splitlines(keepends=True) if line.endswith("\n")]
+
+
+def test_two_ranks_compute_what_one_does(tmp_path: Path) -> None:
+    options = ["--data.train=digits", "--precision=fp64", "--optim.warmup_epochs=0", "--max_steps=5", "--optim.lr=0.5"]
+    for run, ranks in (("one", 1), ("two", 2)):
+        process = start(*options, f"--output={tmp_path / run}", ranks=ranks)
+        said = process.communicate(timeout=240)
+        assert process.returncode == 0, said
+    losses = [[line["loss"] for line in steps(tmp_path / run)] for run in ("one", "two")]
+    assert len(losses[0]) == 5
+    np.testing.assert_allclose(losses[0], losses[1], rtol=0, atol=1e-8)
+    ours = weights(tmp_path / "one")
+    for name, tensor in weights(tmp_path / "two").items():
+        assert tensor.dtype in (torch.float64, torch.int64)
+        torch.testing.assert_close(tensor, ours[name], rtol=0, atol=1e-8, msg=lambda m, name=name: f"{name}: {m}")
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+def test_a_signal_stops_with_a_checkpoint_that_goes_on(tmp_path: Path, photos: Path, number: signal.Signals) -> None:
+    run = tmp_path / "run"
+    options = [f"--data.train={photos}", "--epochs=500", "--checkpoint_every=1000", f"--output={run}"]
+    process = start(*options)
+    wait_for_step(process, run, step=2)
+    process.send_signal(number)
+    said, complaints = process.communicate(timeout=60)
+    assert process.returncode == 0, complaints
+    assert f"stopped by {number.name} at step" in said
+    stopped_at = checkpoint.load(run / "checkpoints" / "last.pt")["step"]
+    assert stopped_at == steps(run)[-1]["step"] >= 2
+    assert main([*TINY, *options, f"--max_steps={stopped_at + 1}"]) == 0
+    assert steps(run)[-1]["step"] == stopped_at + 1
+
+
+def test_micro_batches_give_the_gradient_of_the_whole_batch(tmp_path: Path) -> None:
+    """With batch normalisation frozen into its running statistics there is nothing that a part would change."""
+    from fastsimclr.config import parse
+    from fastsimclr.distributed import World
+    from fastsimclr.train import Training
+
+    gradients = []
+    for micro_batch_size in ("none", "5"):  # 16 images: parts of 4, 4, 4 and 4
+        options = [f"--output={tmp_path}", "--data.train=digits", f"--micro_batch_size={micro_batch_size}"]
+        training = Training(*parse([*TINY, *options, "--precision=fp64"]), World(0, 1, torch.device("cpu")))
+        training.model.eval()
+        training.forward = training.model
+        training.optimizer.step = lambda: None  # type: ignore[method-assign]
+        training.optimizer.zero_grad = lambda set_to_none: None  # type: ignore[method-assign]
+        training._step(next(iter(training.loader)), 16)
+        gradients.append([p.grad for p in training.model.parameters() if p.grad is not None])
+    assert len(gradients[0]) == len(gradients[1]) > 60
+    for whole, parts in zip(*gradients, strict=True):
+        torch.testing.assert_close(whole, parts, rtol=1e-9, atol=1e-12)
+
+
+@pytest.mark.parametrize(
+    ("options", "expected"),
+    [
+        (["--data.train=nowhere"], ["nowhere", "nothing at that path", "expected a folder"]),
+        (["--data.train={empty}"], ["no images", "expected files ending in"]),
+        (["--data.train={short}"], ["cut short or damaged", "short.tar", "expected a whole"]),
+        (["--data.train={unreadable}"], ["07.jpg", "do not decode", "expected a whole image"]),
+        (["--data.train={unreadable}", "--data.backend=dali"], ["07.jpg", "do not decode", "expected a whole image"]),
+        (["--data.train={photos}", "--batch_size=41"], ["batch_size", "got 41", "40 images", "expected at most 40"]),
+        (["--data.train={photos}", "--batch_size=1"], ["batch_size", "got 1", "expected at least 2"]),
+        (["--data.train={photos}", "--batchsize=1"], ["--batchsize", "unrecognized"]),
+        (["--data.train={photos}", "--epochs=many"], ["--epochs", "got many", "expected int"]),
+        (["--data.train={photos}", "--model.encoder=vit"], ["--model.encoder", "got vit", "'resnet50'"]),
+        (["--data.train={photos}", "--data.flip=2"], ["--data.flip", "got 2.0", "expected a probability"]),
+        (["--data.train={photos}", "--data.backend=memory"], ["memory", "expected dali or torchvision"]),
+        (["--data.train={photos}", "--resume={unreadable}/a/07.jpg"], ["07.jpg", "no checkpoint", "expected"]),
+        (["--data.train={photos}", "--resume=gone.pt"], ["gone.pt", "no such file", "expected a checkpoint"]),
+        (["--data.train={photos}", "--config=gone.yaml"], ["gone.yaml"]),
+        (["--data.train={photos}", "--device=tpu"], ["device", "tpu", "expected auto, cpu or cuda"]),
+        (["--data.train={photos}", "--data.views=1"], ["--data.views", "got 1", "expected at least 2"]),
+    ],
+)
+def test_a_mistake_is_one_line_and_exit_code_2(
+    tmp_path: Path, photos: Path, capfd: pytest.CaptureFixture[str], options: list[str], expected: list[str]
+) -> None:
+    places = {"photos": photos, "empty": tmp_path / "empty", "unreadable": tmp_path / "unreadable"}
+    places["empty"].mkdir()
+    (places["unreadable"] / "a").mkdir(parents=True)
+    for number, file in enumerate(sorted(photos.rglob("*.jpg"))[:16]):
+        data = file.read_bytes()
+        (places["unreadable"] / "a" / f"{number:02d}.jpg").write_bytes(data[:-100] if number == 7 else data)
+    places["short"] = tmp_path / "short.tar"
+    subprocess.run(["tar", "cf", places["short"], "-C", photos, "class0"], check=True)
+    places["short"].write_bytes(places["short"].read_bytes()[:20_000])
+
+    options = [option.format_map(places) for option in options]
+    assert main([*TINY, f"--output={tmp_path / 'run'}", *options]) == 2
+    lines = [line for line in capfd.readouterr().err.splitlines() if "fastsimclr.train: error: " in line]
+    assert len(lines) == 1
+    assert "Traceback" not in lines[0]
+    for words in expected:
+        assert words in lines[0]
+
+
+def test_a_checkpoint_of_another_architecture_is_refused(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    options = [*TINY, "--data.train=digits", f"--output={tmp_path}"]
+    assert main([*options, "--max_steps=1"]) == 0
+    capsys.readouterr()
+    assert main([*options, "--model.encoder=resnet34"]) == 2
+    line = error_line(capsys)
+    assert "last.pt" in line
+    assert "encoder 'resnet18' instead of 'resnet34'" in line
+
+
+def test_a_loss_that_is_not_finite_stops_the_run_and_is_not_saved(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    options = [*TINY, "--data.train=digits", f"--output={tmp_path}", "--optim.name=sgd", "--optim.lr=1e30"]
+    assert main([*options, "--epochs=1", "--optim.warmup_epochs=0"]) == 2
+    line = error_line(capsys)
+    assert "loss: got nan at step" in line
+    assert "lower --optim.lr" in line
+    assert not (tmp_path / "checkpoints" / "last.pt").exists()
+
+
+def test_a_rank_that_cannot_go_on_stops_the_others(tmp_path: Path, photos: Path) -> None:
+    folder = tmp_path / "photos"
+    folder.mkdir()
+    for number, file in enumerate(sorted(photos.rglob("*.jpg"))):
+        data = file.read_bytes()
+        (folder / f"{number:02d}.jpg").write_bytes(data[:-100] if number == 7 else data)
+    process = start(f"--data.train={folder}", f"--output={tmp_path / 'run'}", ranks=2)
+    _, complaints = process.communicate(timeout=120)  # would be the hang
+    lines = [line for line in complaints.splitlines() if "fastsimclr.train: error: " in line]
+    assert len(lines) == 1, complaints
+    assert "07.jpg" in lines[0]
+    assert "exitcode  : 2" in complaints
+
+
+def test_one_image_per_rank_is_refused_by_all(tmp_path: Path) -> None:
+    process = start("--data.train=digits", "--batch_size=3", f"--output={tmp_path}", ranks=2)
+    _, complaints = process.communicate(timeout=120)
+    lines = [line for line in complaints.splitlines() if "fastsimclr.train: error: " in line]
+    assert len(lines) == 1, complaints
+    assert "batch_size: got 3 for 2 ranks" in lines[0]
+    assert "expected at least 4" in lines[0]
