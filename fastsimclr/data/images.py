@@ -1,18 +1,24 @@
 """Encoded images of any common kind, decoded to upright RGB."""
 
 import io
+import re
 
 import numpy as np
 import torch
+import torchvision  # noqa: F401  # registers torch.ops.image
 from numpy.typing import NDArray
-from PIL import Image, ImageOps
+from PIL import Image, ImageOps, UnidentifiedImageError
 from torch import Tensor
-from torchvision.io import ImageReadMode, decode_image
 
 from fastsimclr.errors import UserError
 
 EXTENSIONS = (".jpg", ".jpeg", ".png", ".webp", ".bmp", ".gif", ".tif", ".tiff", ".ppm", ".pgm")
 _EXIF_ORIENTATION = 0x0112
+# torchvision's decoders without their Python wrapper, which from 0.29 warns of its removal at each image. Where they
+# are gone or were not built, Pillow gives the same pixels a fifth slower.
+_decode_web = getattr(torch.ops.image, "decode_image", None)
+_RGB = 3  # torchvision.io.ImageReadMode.RGB
+_WEBP_EXIF, _WEBP_ANIMATION = 0x08, 0x02  # flags of an extended WebP's header
 
 
 def decode(data: NDArray[np.uint8], name: str) -> Tensor:
@@ -21,13 +27,13 @@ def decode(data: NDArray[np.uint8], name: str) -> Tensor:
     Raises UserError, with `name`, if it cannot be read whole.
     """
     try:
-        if is_web_format(data):
-            image = decode_image(torch.from_numpy(data), mode=ImageReadMode.RGB, apply_exif_orientation=True)
+        if _decode_web is not None and is_web_format(data):
+            image = _decode_web(torch.from_numpy(data), _RGB, True)  # True: upright by the EXIF tag
             return image if image.dtype == torch.uint8 else (image.to(torch.int32) >> 8).to(torch.uint8)
         with Image.open(io.BytesIO(data.tobytes())) as opened:
             return torch.from_numpy(_to_rgb(opened)).permute(2, 0, 1)
     except Exception as error:  # each decoder raises its own kinds, for the same cause
-        reason = str(error).splitlines()[0].split("decode_jpeg, ")[-1][:120] if str(error) else type(error).__name__
+        reason = _reason(error)
         raise UserError(
             f"{name}: got {len(data)} bytes that do not decode as an image ({reason}); expected a whole image: "
             "remove or replace the file"
@@ -35,15 +41,20 @@ def decode(data: NDArray[np.uint8], name: str) -> Tensor:
 
 
 def is_web_format(data: NDArray[np.uint8]) -> bool:
-    """Whether these bytes begin as JPEG, PNG or WebP: the formats that every decoder here reads alike."""
-    head = data[:12].tobytes()
-    return head[:3] == b"\xff\xd8\xff" or head[:4] == b"\x89PNG" or (head[:4] == b"RIFF" and head[8:12] == b"WEBP")
+    """Whether these bytes begin as JPEG, PNG or plain WebP: the formats that every decoder here reads alike."""
+    head = data[:21].tobytes()
+    if head[:4] == b"RIFF" and head[8:12] == b"WEBP":
+        # torchvision leaves a turned WebP as it lies, DALI refuses it, and neither knows an animation
+        return not (head[12:16] == b"VP8X" and head[20] & (_WEBP_EXIF | _WEBP_ANIMATION))
+    return head[:3] == b"\xff\xd8\xff" or head[:4] == b"\x89PNG"
 
 
 def upright_size(data: NDArray[np.uint8], name: str) -> tuple[int, int]:
     """(height, width) of the decoded image, from its header alone. Raises UserError as `decode`."""
     try:
         with Image.open(io.BytesIO(data.tobytes())) as opened:
+            if opened.format == "TIFF":
+                opened.load()  # Pillow turns these itself, its versions at different times
             width, height = opened.size
             turned = opened.getexif().get(_EXIF_ORIENTATION, 1) >= 5  # 5 to 8 exchange the sides
     except Exception as error:
@@ -57,6 +68,13 @@ def as_ppm(image: Tensor) -> NDArray[np.uint8]:
     """(3, H, W) uint8 as the bytes of a PPM file: raw pixels behind a header of three numbers."""
     header = f"P6 {image.shape[2]} {image.shape[1]} 255\n".encode()
     return np.concatenate([np.frombuffer(header, np.uint8), image.permute(1, 2, 0).reshape(-1).numpy()])
+
+
+def _reason(error: Exception) -> str:
+    """What a decoder found, without its source file's name or an address of ours."""
+    if isinstance(error, UnidentifiedImageError):
+        return "of no known format"
+    return re.sub(r"^.*\.cpp:\d+,? *", "", (str(error) or type(error).__name__).splitlines()[0])[:120]
 
 
 def _to_rgb(opened: Image.Image) -> NDArray[np.uint8]:
