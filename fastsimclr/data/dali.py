@@ -1,7 +1,8 @@
 """Decoding and cropping by NVIDIA DALI: on the GPU, or by its CPU operators where there is none."""
 
+import contextlib
 from collections import deque
-from collections.abc import Iterator
+from collections.abc import Generator, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from typing import Any
 
@@ -38,22 +39,30 @@ class DaliFront:
         self._jobs: Iterator[Job] = iter(())
         self._reading: deque[tuple[Job, list[Future[NDArray[np.uint8]]]]] = deque()
         self._inside: deque[Job] = deque()  # batches that the pipeline has taken and not given back
+        self._bad_input: UserError | None = None
         self._lent: deque[tuple[torch.cuda.Event, tuple[Tensor, ...]]] = deque()
-        self._pipeline = self._build(batch_size, threads)
+        self._batch_size, self._threads = batch_size, threads
+        self._pipeline = self._build()
 
-    def crops(self, jobs: Iterator[Job]) -> Iterator[tuple[Tensor, ...]]:
+    def crops(self, jobs: Iterator[Job]) -> Generator[tuple[Tensor, ...], None, None]:
         self._jobs = jobs
+        self._pipeline = self._pipeline or self._build()
         try:
             while (views := self._run()) is not None:
                 yield views
                 self._lend(views)
-        finally:  # also if abandoned in mid-epoch: leave the pipeline empty for the next
-            self._jobs = iter(())
-            for _, files in self._reading:
-                for file in files:
-                    file.cancel()
-            self._reading.clear()
-            while self._inside and self._run() is not None:
+        finally:
+            self._empty()
+
+    def _empty(self) -> None:
+        """Leave the pipeline empty for the next epoch, also where this one was abandoned."""
+        self._jobs = iter(())
+        for _, files in self._reading:
+            for file in files:
+                file.cancel()
+        self._reading.clear()
+        with contextlib.suppress(Exception):  # of batches that nobody asked for
+            while self._pipeline is not None and self._run() is not None:  # None: it has taken note of the end
                 pass
 
     def _lend(self, views: tuple[Tensor, ...]) -> None:
@@ -84,11 +93,15 @@ class DaliFront:
         if not self._reading:
             raise StopIteration
         job, files = self._reading.popleft()
-        images = [file.result() for file in files]
-        if isinstance(self.source, ArraySource):
-            sizes = [image.shape[:2] for image in images]
-        else:
-            sizes = [upright_size(data, self.source.name(i)) for data, i in zip(images, job.index, strict=True)]
+        try:
+            images = [file.result() for file in files]
+            if isinstance(self.source, ArraySource):
+                sizes = [image.shape[:2] for image in images]
+            else:
+                sizes = [upright_size(data, self.source.name(i)) for data, i in zip(images, job.index, strict=True)]
+        except UserError as error:
+            self._bad_input = error  # to be raised behind the batches before it, which are whole
+            raise StopIteration from None
         height, width = np.array(sizes).T
         inputs: list[list[NDArray[Any]]] = [images]
         for draws in job.draws:
@@ -103,12 +116,17 @@ class DaliFront:
             outputs = self._pipeline.run()
         except StopIteration:
             self._pipeline.reset()
+            if self._bad_input is not None:
+                error, self._bad_input = self._bad_input, None
+                raise error from None
             return None
-        except UserError:
-            raise
         except Exception:  # DALI's errors share no base class
-            self._blame(self._inside[0])
-            raise  # no image of the batch is to blame
+            jobs = list(self._inside)
+            self._inside.clear()
+            self._pipeline = None  # it cannot go on after an error; the next epoch builds another
+            for job in jobs:
+                self._blame(job)
+            raise  # no image is to blame
         self._inside.popleft()
         return tuple(torch.from_dlpack(output.as_tensor()) for output in outputs)
 
@@ -118,13 +136,13 @@ class DaliFront:
             for index in job.index:
                 decode(self.source.read(index), self.source.name(index))
 
-    def _build(self, batch_size: int, threads: int) -> Any:
+    def _build(self) -> Any:
         on_gpu = self.device.type == "cuda"
         place = "gpu" if on_gpu else "cpu"
         size = [self.views.image_size] * 2
         pipeline = Pipeline(
-            batch_size=batch_size,
-            num_threads=threads,
+            batch_size=self._batch_size,
+            num_threads=self._threads,
             device_id=self.device.index or 0 if on_gpu else None,
             prefetch_queue_depth=_AHEAD,
         )

@@ -1,6 +1,6 @@
 """What every loader shares: the order, the draws, the photometric op, and the place where a run stands."""
 
-from collections.abc import Iterator
+from collections.abc import Generator, Iterator
 from dataclasses import dataclass
 from typing import Any, NamedTuple, Protocol
 
@@ -38,7 +38,7 @@ class Job:
 class Front(Protocol):
     """The first half of a loader, which differs: it reads, decodes, crops, resizes and flips."""
 
-    def crops(self, jobs: Iterator[Job]) -> Iterator[tuple[Tensor, ...]]:
+    def crops(self, jobs: Iterator[Job]) -> Generator[tuple[Tensor, ...], None, None]:
         """For each job, in order, its views as (B, H, W, 3) uint8 on the loader's device."""
         ...
 
@@ -59,27 +59,40 @@ class ViewLoader:
     ) -> None:
         self.source, self.views, self.device, self.backend = source, views, device, backend
         self._sampler, self._front = sampler, front
+        self._crops: Generator[tuple[Tensor, ...], None, None] | None = None  # of the latest iteration
 
     def __len__(self) -> int:
         """Batches of a whole epoch."""
         return len(self._sampler)
 
     def __iter__(self) -> Iterator[Batch]:
-        """The batches from the position on (an epoch's start, but for a loaded state)."""
+        """The batches from the position on (an epoch's start, but for a loaded state).
+
+        A front serves one iteration at a time: a new one ends the one before, which raises RuntimeError if continued.
+        """
         sampler = self._sampler
         first = sampler.position
         parts = sampler.remaining()
         epoch = sampler.epoch
+        if not parts:  # resumed behind the last batch that these options leave
+            sampler.epoch, sampler.position = epoch + 1, 0
         jobs = (self._job(index, epoch) for index in parts if len(index))
-        crops = self._front.crops(jobs)
-        for step, index in enumerate(parts, start=1):
-            made = next(crops) if len(index) else None
-            # Where to go on once this batch is used: at its end, or at the next epoch's start.
-            done = step == len(parts)
-            sampler.epoch = epoch + done
-            sampler.position = 0 if done else first + step * sampler.batch_size
-            if made is not None:
-                yield self._finish(self._job(index, epoch), made)
+        if self._crops is not None:
+            self._crops.close()  # else the front would hand out what it has made ahead for the one before
+        self._crops = crops = self._front.crops(jobs)
+        try:
+            for step, index in enumerate(parts, start=1):
+                if self._crops is not crops:
+                    raise RuntimeError("this iteration ended when a newer one of the same loader began")
+                made = next(crops) if len(index) else None
+                # Where to go on once this batch is used: at its end, or at the next epoch's start.
+                done = step == len(parts)
+                sampler.epoch = epoch + done
+                sampler.position = 0 if done else first + step * sampler.batch_size
+                if made is not None:
+                    yield self._finish(self._job(index, epoch), made)
+        finally:
+            crops.close()
 
     def set_epoch(self, epoch: int) -> None:
         """Choose the epoch of the next iteration. A position loaded or reached within that very epoch is kept."""

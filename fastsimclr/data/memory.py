@@ -1,6 +1,6 @@
 """Images of one size, decoded and kept on the device: a whole batch is cropped by two matrix products."""
 
-from collections.abc import Iterator
+from collections.abc import Generator, Iterator
 
 import numpy as np
 import torch
@@ -23,7 +23,7 @@ class MemoryFront:
         self.views, self.device = views, device
         self.images = source.images.to(device)  # (N, 3, h, w) uint8
 
-    def crops(self, jobs: Iterator[Job]) -> Iterator[tuple[Tensor, ...]]:
+    def crops(self, jobs: Iterator[Job]) -> Generator[tuple[Tensor, ...], None, None]:
         height, width = self.images.shape[2:]
         for job in jobs:
             images = self.images[torch.from_numpy(job.index).to(self.device)].float()  # (B, 3, h, w)

@@ -43,8 +43,8 @@ class Sampler:
         if self.batch_size // self.world_size < self.min_local_batch:
             raise UserError(
                 f"batch_size: got {self.batch_size} for {self.world_size} ranks, so "
-                f"{self.batch_size // self.world_size} for some rank; expected at least {self.min_local_batch * self.world_size}, "
-                f"{self.min_local_batch} for each"
+                f"{self.batch_size // self.world_size} for some rank; expected at least "
+                f"{self.min_local_batch * self.world_size}, {self.min_local_batch} for each"
             )
 
     def __len__(self) -> int:
