@@ -121,10 +121,10 @@ def open_source(path: str, *, split: str = "train") -> Source:
         return _digits(split)
     if kind == "cifar10":
         return _cifar10(os.path.expanduser(root) or "data", split)
-    if path.endswith(".tar") or any(c in path for c in "{*?["):
-        return _open_tars(_expand(path))
     folder = Path(path).expanduser()
     if not folder.is_dir():
+        if path.endswith(".tar") or any(c in path for c in "{*?["):
+            return _open_tars(_expand(path))
         got = "a file" if folder.exists() else "nothing at that path"
         raise UserError(f"{path}: got {got}, expected {_EXPECTED}")
     return _open_folder(folder)
@@ -194,8 +194,10 @@ def _scan_tar(shard: str) -> tuple[list[tuple[str, int, int]], dict[str, str]]:
                     content = tar.extractfile(member)
                     assert content is not None  # it is a file
                     texts[_stem(member.name)] = content.read().decode().strip()
-        if os.path.getsize(shard) < end + tarfile.BLOCKSIZE:
-            raise tarfile.ReadError("no end-of-archive mark")
+        with open(shard, "rb") as file:  # tarfile takes a damaged header, or none, for the end
+            file.seek(end)
+            if file.read(tarfile.BLOCKSIZE) != bytes(tarfile.BLOCKSIZE):
+                raise tarfile.ReadError(f"neither a header nor the end mark at byte {end}")
     except FileNotFoundError as error:
         raise UserError(f"{shard}: got no such file, expected a tar shard") from error
     except (OSError, tarfile.TarError, UnicodeDecodeError) as error:
