@@ -180,6 +180,7 @@ class Training:
                 record = {"step": self.step + 1, "epoch": epoch, "lr": self._set_lr(), "data_wait": waited}
                 loss = self._step(batch, max(local_sizes))
                 self.step += 1
+                self.data_state = self.loader.state_dict()
                 seconds = time.perf_counter() - mark
                 mark += seconds
                 images = sum(local_sizes)
@@ -321,7 +322,7 @@ class Training:
                 "architecture": self._architecture(),
                 "model": self.model.state_dict(),
                 "optimizer": self.optimizer.state_dict(),
-                "data": self.loader.state_dict(),
+                "data": self.data_state,
                 "untrained_knn": self.untrained_knn,
                 "config": self.text,
             }
@@ -330,6 +331,7 @@ class Training:
     def _resume(self) -> None:
         """Take up the checkpoint that --resume means, if there is one."""
         self.step = 0
+        self.data_state = self.loader.state_dict()  # behind the last batch that was trained on, not only fetched
         file = self.checkpoint_file if self.config.resume == "auto" else Path(self.config.resume)
         if self.config.resume == "never" or (self.config.resume == "auto" and not file.exists()):
             return
@@ -338,6 +340,7 @@ class Training:
         self.model.load_state_dict(state["model"])
         self.optimizer.load_state_dict(state["optimizer"])
         self.loader.load_state_dict(state["data"])
+        self.data_state = state["data"]
         self.untrained_knn = state["untrained_knn"]
         # Counted anew, in this run's batches: the same number unless the batch size has changed.
         position = state["data"]["position"]
