@@ -180,7 +180,7 @@ def test_a_shard_cut_short_is_named(tmp_path: Path, cut: str) -> None:
     length = {
         "in the first header": 300,
         "in a member's data": 3 * member + 512 + 100,
-        "in a member's padding": 5 * member - 1,
+        "in its padding": 5 * member - 1,
         "in a header": 3 * member + 100,
         "behind a header": 3 * member + 512,
         "end mark": 5 * member,

@@ -35,9 +35,9 @@ class MemoryFront:
                 columns = self._weights(box[:, 1], box[:, 3], width)
                 flip = torch.from_numpy(draws.flip).to(self.device)
                 columns = torch.where(flip[:, None, None], columns.flip(1), columns)[:, None]  # (B, 1, W, w)
-                # torchvision rounds after the columns, and again after the rows
-                wide = (images @ columns.mT).round_().clamp_(0, 255)
-                view = (rows @ wide).round_().clamp_(0, 255)
+                # torchvision rounds after the columns, and again after the rows; halves up
+                wide = (images @ columns.mT).add_(0.5).floor_().clamp_(0, 255)
+                view = (rows @ wide).add_(0.5).floor_().clamp_(0, 255)
                 views.append(view.to(torch.uint8).permute(0, 2, 3, 1))
             yield tuple(views)
 

@@ -1,0 +1,379 @@
+"""The loaders: one order and one set of draws whatever decodes; ranks, epochs, resuming, and what they refuse."""
+
+import itertools
+from collections.abc import Iterator
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from pictures import photo_folder
+from torch import Tensor
+
+from fastsimclr import Views
+from fastsimclr.data import Batch, Source, ViewLoader, open_source, open_views
+from fastsimclr.data.sources import ArraySource
+from fastsimclr.errors import UserError
+
+SHARED = Path(__file__).resolve().parents[2] / "shared" / "data"
+IMAGES, BATCH = 23, 5  # four whole batches and one of three
+SMALL = Views(image_size=24)
+FILE_BACKENDS = [("torchvision", 0), ("torchvision", 1), ("dali", 1), ("dali", 2)]
+
+
+@pytest.fixture(autouse=True)
+def _one_thread() -> Iterator[None]:
+    """Batches this small cost less than waking a second thread does, a hundredfold where the machine is busy."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
+
+
+@pytest.fixture(scope="module")
+def photos(tmp_path_factory: pytest.TempPathFactory) -> str:
+    return str(photo_folder(tmp_path_factory.mktemp("photos"), IMAGES))
+
+
+@pytest.fixture(scope="module")
+def digits() -> ArraySource:
+    """The first 23 digits: as many images as photos."""
+    whole = open_source("digits")
+    assert isinstance(whole, ArraySource)
+    return ArraySource("digits", whole.images[:IMAGES].clone(), whole.labels[:IMAGES], whole.classes)
+
+
+def take(loader: ViewLoader, epoch: int | None = None, batches: int | None = None) -> list[Batch]:
+    if epoch is not None:
+        loader.set_epoch(epoch)
+    return list(itertools.islice(iter(loader), batches))
+
+
+def closed(loader: ViewLoader) -> list[Batch]:
+    batches = take(loader)
+    loader.close()
+    return batches
+
+
+def indices(batches: list[Batch]) -> list[int]:
+    return [int(i) for batch in batches for i in batch.index]
+
+
+def same(left: list[Batch], right: list[Batch]) -> bool:
+    """Bit-equal, batch by batch."""
+    return len(left) == len(right) and all(
+        torch.equal(a.index, b.index)
+        and torch.equal(a.label, b.label)
+        and all(torch.equal(v, w) for v, w in zip(a.views, b.views, strict=True))
+        for a, b in zip(left, right, strict=True)
+    )
+
+
+def differences(left: list[Batch], right: list[Batch], views: Views) -> Tensor:
+    """Of all pixels of all views, in levels of 255."""
+    std = torch.tensor(views.std).view(3, 1, 1) * 255
+    each = [
+        ((v - w) * std).abs().flatten()
+        for a, b in zip(left, right, strict=True)
+        for v, w in zip(a.views, b.views, strict=True)
+    ]
+    return torch.cat(each)
+
+
+# What a batch is
+
+
+@pytest.mark.parametrize(("backend", "workers"), FILE_BACKENDS)
+def test_an_epoch_is_every_image_once_in_batches_of_known_form(photos: str, backend: str, workers: int) -> None:
+    loader = open_views(photos, SMALL, BATCH, backend=backend, workers=workers, seed=1)
+    assert loader.backend == backend
+    labels = open_source(photos).labels
+    for epoch in range(3):  # a second and a third: what an epoch leaves behind must not end the next
+        batches = take(loader, epoch)
+        assert len(loader) == len(batches) == 5
+        assert [len(batch.index) for batch in batches] == [5, 5, 5, 5, 3]
+        assert sorted(indices(batches)) == list(range(IMAGES))
+        for batch in batches:
+            assert batch.index.dtype == batch.label.dtype == torch.int64
+            assert batch.label.tolist() == labels[batch.index.numpy()].tolist()
+            assert len(batch.views) == 2
+            for view in batch.views:
+                assert view.shape == (len(batch.index), 3, 24, 24)
+                assert view.dtype == torch.float32
+                assert view.is_contiguous(memory_format=torch.channels_last)
+            assert not torch.equal(*batch.views)
+    loader.close()
+
+
+@pytest.mark.parametrize("number", [1, 3])
+def test_as_many_views_as_asked_for(photos: str, number: int) -> None:
+    views = Views(image_size=16, views=number)
+    for backend in ("torchvision", "dali"):
+        batches = closed(open_views(photos, views, BATCH, backend=backend, workers=0))
+        assert {len(batch.views) for batch in batches} == {number}
+
+
+# Loaders among each other
+
+
+@pytest.mark.parametrize("interpolation", ["bilinear", "bicubic"])
+def test_file_loaders_show_the_same_views(photos: str, interpolation: str) -> None:
+    views = Views(image_size=48, interpolation=interpolation)
+    expected = closed(open_views(photos, views, BATCH, backend="torchvision", workers=0, seed=3))
+    worker = closed(open_views(photos, views, BATCH, backend="torchvision", workers=1, seed=3))
+    assert same(worker, expected)
+    dali = closed(open_views(photos, views, BATCH, backend="dali", seed=3))
+    assert indices(dali) == indices(expected)
+    assert differences(dali, expected, views).mean() <= 1.5
+    other = closed(open_views(photos, views, BATCH, backend="dali", seed=4))
+    assert differences(other, expected, views).mean() > 20, "and the bound means something"
+
+
+@pytest.mark.parametrize("interpolation", ["bilinear", "bicubic"])
+def test_array_loaders_show_the_same_views(digits: ArraySource, interpolation: str) -> None:
+    # Without photometry, which may magnify a level: resampling alone. 40 enlarges, 20 shrinks the 32 pixels' crops.
+    for size in (40, 20):
+        views = Views(image_size=size, interpolation=interpolation, jitter=0, grey=0, blur=0)
+        memory, torchvision, dali = (
+            closed(open_views(digits, views, BATCH, backend=name, workers=0, seed=3))
+            for name in ("memory", "torchvision", "dali")
+        )
+        assert indices(memory) == indices(torchvision) == indices(dali)
+        off = differences(memory, torchvision, views).round()
+        # torchvision's weights are fixed-point numbers: some halves fall to the other side, after each of two passes.
+        assert (off > 0).float().mean() <= 0.025
+        assert (off > 1).float().mean() <= 1e-4
+        assert off.max() <= 2
+        assert differences(dali, torchvision, views).mean() <= 1.5
+
+
+def test_backend_auto_takes_memory_for_arrays_and_torchvision_without_a_gpu(photos: str, digits: ArraySource) -> None:
+    assert open_views(digits, SMALL, BATCH).backend == "memory"
+    assert open_views(photos, SMALL, BATCH).backend == "torchvision"
+
+
+def test_a_view_does_not_depend_on_the_batch_size(photos: str) -> None:
+    for backend in ("torchvision", "dali"):
+        small, large = (
+            closed(open_views(photos, SMALL, size, backend=backend, workers=0, seed=2)) for size in (4, IMAGES)
+        )
+        assert indices(small) == indices(large)
+        for number in range(2):
+            of_small = torch.cat([batch.views[number] for batch in small])
+            assert torch.allclose(of_small, large[0].views[number], atol=1e-5), backend
+
+
+# Order
+
+
+def test_the_order_changes_with_epoch_and_seed_alone(digits: ArraySource) -> None:
+    loader = open_views(digits, SMALL, BATCH, seed=5)
+    first, second, again = (take(loader, epoch) for epoch in (0, 1, 0))
+    assert indices(first) != indices(second)
+    assert same(first, again)
+    assert not torch.equal(
+        first[0].views[0], next(b for b in take(open_views(digits, SMALL, BATCH, seed=6), 0)).views[0]
+    )
+    unshuffled = open_views(digits, SMALL, BATCH, shuffle=False)
+    both = [take(unshuffled, epoch) for epoch in (0, 1)]
+    assert indices(both[0]) == indices(both[1]) == list(range(IMAGES))
+    assert not torch.equal(both[0][0].views[0], both[1][0].views[0]), "new views in each epoch all the same"
+
+
+def test_epochs_follow_one_another_without_set_epoch(digits: ArraySource) -> None:
+    counted, running = (open_views(digits, SMALL, BATCH, seed=5) for _ in range(2))
+    for epoch in range(3):
+        assert same(take(running), take(counted, epoch))
+
+
+def test_drop_last_and_min_local_batch(digits: ArraySource) -> None:
+    def sizes(batch_size: int, **options: object) -> list[int]:
+        loader = open_views(digits, SMALL, batch_size, **options)  # type: ignore[arg-type]
+        batches = take(loader)
+        assert len(loader) == len(batches)
+        return [len(batch.index) for batch in batches]
+
+    assert sizes(5) == [5, 5, 5, 5, 3]
+    assert sizes(5, drop_last=True) == [5, 5, 5, 5]
+    assert sizes(5, min_local_batch=3) == [5, 5, 5, 5, 3]
+    assert sizes(5, min_local_batch=4) == [5, 5, 5, 5]
+    assert sizes(11, min_local_batch=2) == [11, 11], "a batch of one has no negatives"
+    assert sizes(11) == [11, 11, 1]
+    assert sizes(IMAGES) == [IMAGES]
+    # Of 3 left over, two ranks get 2 and 1.
+    for rank in range(2):
+        assert sizes(10, rank=rank, world_size=2, min_local_batch=2) == [5, 5]
+
+
+# Ranks
+
+
+@pytest.mark.parametrize("world_size", [2, 4])
+@pytest.mark.parametrize("backend", ["memory", "torchvision", "dali"])
+def test_ranks_together_see_the_one_ranks_batches(digits: ArraySource, backend: str, world_size: int) -> None:
+    def views_of(rank: int, world_size: int) -> list[list[Batch]]:
+        loader = open_views(digits, SMALL, 8, backend=backend, workers=0, seed=7, rank=rank, world_size=world_size)
+        epochs = [take(loader, epoch) for epoch in range(2)]
+        loader.close()
+        return epochs
+
+    whole = views_of(0, 1)
+    ranks = [views_of(rank, world_size) for rank in range(world_size)]
+    for epoch in range(2):
+        assert sorted(i for rank in ranks for i in indices(rank[epoch])) == list(range(IMAGES))
+        for number, batch in enumerate(whole[epoch]):  # 8, 8 and 7: divided unevenly
+            parts = [rank[epoch][number] for rank in ranks]
+            assert torch.equal(torch.cat([part.index for part in parts]), batch.index)
+            assert max(len(part.index) for part in parts) - min(len(part.index) for part in parts) <= 1
+            for view in range(2):
+                together = torch.cat([part.views[view] for part in parts])
+                assert torch.allclose(together, batch.views[view], atol=1e-5)
+
+
+# Resuming
+
+
+@pytest.mark.parametrize(("backend", "workers"), FILE_BACKENDS)
+def test_resumes_bit_exactly(photos: str, backend: str, workers: int) -> None:
+    def fresh() -> ViewLoader:
+        return open_views(photos, SMALL, BATCH, backend=backend, workers=workers, seed=9)
+
+    run = fresh()
+    run.set_epoch(4)
+    epoch, states = [], [run.state_dict()]
+    for batch in run:
+        epoch.append(batch)
+        states.append(dict(run.state_dict()))
+    following = take(run)
+    run.close()
+    resumed = fresh()  # one loader for all: a worker takes seconds to start
+    for done in (0, 1, 3, 4):
+        resumed.load_state_dict(states[done])
+        resumed.set_epoch(4)  # as a training loop does at an epoch's start: the position must survive it
+        assert same(take(resumed), epoch[done:]), f"{done} batches in"
+        assert same(take(resumed), following), "and the next epoch"
+    resumed.load_state_dict(states[5])  # at the epoch's end: the next one begins
+    assert same(take(resumed), following)
+    resumed.close()
+
+
+def test_resumes_with_other_workers_and_another_loader(photos: str) -> None:
+    run = open_views(photos, SMALL, BATCH, backend="torchvision", workers=1, seed=9)
+    take(run, 1, batches=2)
+    state = run.state_dict()
+    expected = closed(run)
+    assert len(expected) == 3
+    inline = open_views(photos, SMALL, BATCH, backend="torchvision", workers=0, seed=9)
+    inline.load_state_dict(state)
+    assert same(take(inline), expected)
+    dali = open_views(photos, SMALL, BATCH, backend="dali", workers=2, seed=9)
+    dali.load_state_dict(state)
+    rest = closed(dali)
+    assert indices(rest) == indices(expected)
+    assert differences(rest, expected, SMALL).mean() <= 1.5
+
+
+@pytest.mark.parametrize(("batch_size", "world_size"), [(3, 1), (11, 1), (8, 2), (9, 4)])
+def test_resumes_with_another_batch_size_and_other_ranks(digits: ArraySource, batch_size: int, world_size: int) -> None:
+    run = open_views(digits, SMALL, BATCH, seed=9)
+    seen = take(run, 1, batches=2)
+    state = run.state_dict()
+    rest = take(run)
+    left: list[int] = []
+    for rank in range(world_size):
+        resumed = open_views(digits, SMALL, batch_size, seed=9, rank=rank, world_size=world_size)
+        resumed.load_state_dict(state)
+        batches = take(resumed)
+        left += indices(batches)
+        expected = {int(i): v for b in rest for i, v in zip(b.index, b.views[0], strict=True)}
+        for batch in batches:
+            for i, view in zip(batch.index, batch.views[0], strict=True):
+                assert torch.allclose(view, expected[int(i)], atol=1e-5)
+    assert sorted(left + indices(seen)) == list(range(IMAGES))
+
+
+def test_resuming_behind_the_last_batch_goes_on_with_the_next_epoch(digits: ArraySource) -> None:
+    run = open_views(digits, SMALL, 20, seed=9)
+    take(run, 1, batches=1)
+    resumed = open_views(digits, SMALL, 20, seed=9, drop_last=True)  # the three that are left are no batch now
+    resumed.load_state_dict(run.state_dict())
+    assert take(resumed) == []
+    assert resumed.state_dict()["epoch"] == 2
+    assert len(take(resumed)) == 1
+
+
+# Iterations that are broken off
+
+
+@pytest.mark.parametrize(("backend", "workers"), FILE_BACKENDS)
+def test_goes_on_after_a_broken_off_iteration(photos: str, backend: str, workers: int) -> None:
+    loader = open_views(photos, SMALL, BATCH, backend=backend, workers=workers, seed=9)
+    whole, following = take(loader, 0), take(loader, 1)
+    assert same(take(loader, 0, batches=2), whole[:2])
+    assert same(take(loader), whole[2:]), "from where it stood"
+    take(loader, 0, batches=1)
+    assert same(take(loader, 1), following), "at another epoch"
+    take(loader, 0, batches=1)
+    state = {**loader.state_dict(), "epoch": 0, "position": 0}
+    loader.load_state_dict(state)
+    assert same(take(loader), whole), "at the start"
+    loader.close()
+
+
+@pytest.mark.parametrize(("backend", "workers"), [("torchvision", 0), ("torchvision", 1), ("dali", 1)])
+def test_a_new_iteration_ends_the_one_before_that_is_still_held(photos: str, backend: str, workers: int) -> None:
+    # Else the new one would get what was made ahead for the old: images under other images' indices and labels.
+    loader = open_views(photos, SMALL, BATCH, backend=backend, workers=workers, seed=9)
+    whole = take(loader, 0)
+    loader.set_epoch(0)
+    held: Iterator[Batch] = iter(loader)
+    next(held)
+    loader.load_state_dict({**loader.state_dict(), "epoch": 0, "position": 0})
+    newer = iter(loader)
+    first = next(newer)
+    with pytest.raises(RuntimeError, match="ended when a newer one"):
+        next(held)
+    assert same([first, *newer], whole)
+    loader.close()
+
+
+# What is refused
+
+
+def test_refuses_options_that_do_not_fit(photos: str, digits: ArraySource) -> None:
+    def refused(source: str | Source, batch_size: int, message: str, **options: object) -> None:
+        with pytest.raises(UserError, match=message) as caught:
+            open_views(source, SMALL, batch_size, **options)  # type: ignore[arg-type]
+        assert "\n" not in str(caught.value)
+        assert "expected" in str(caught.value)
+
+    refused(photos, 24, "batch_size: got 24, more than the data set's 23 images; expected at most 23")
+    refused(digits, 0, "batch_size: got 0, expected at least 1")
+    refused(digits, 4, "batch_size: got 4 for 4 ranks.*at least 8", world_size=4, min_local_batch=2)
+    refused(digits, 2, "batch_size: got 2 for 4 ranks.*at least 4", world_size=4)
+    refused(digits, 8, "rank: got 2 of 2", rank=2, world_size=2)
+    refused(photos, 8, "backend: got 'ffcv', expected one of auto, dali, torchvision, memory", backend="ffcv")
+    refused(photos, 8, "backend: got memory for image files, expected dali or torchvision", backend="memory")
+
+
+def test_refuses_the_state_of_another_run(digits: ArraySource) -> None:
+    state = open_views(digits, SMALL, BATCH, seed=1).state_dict()
+    other_seed = open_views(digits, SMALL, BATCH, seed=2)
+    with pytest.raises(UserError, match="seed 1, but this one has 2"):
+        other_seed.load_state_dict(state)
+    fewer = ArraySource("digits", digits.images[:20], digits.labels[:20], digits.classes)
+    with pytest.raises(UserError, match="images 23, but this one has 20"):
+        open_views(fewer, SMALL, BATCH, seed=1).load_state_dict(state)
+    assert len(take(other_seed)) == 5, "and is none the worse for it"
+
+
+@pytest.mark.parametrize("backend", ["torchvision", "dali"])
+@pytest.mark.skipif(not SHARED.is_dir(), reason="needs shared/data beside the repository")
+def test_real_photographs_are_the_same_in_both_loaders(backend: str) -> None:
+    path = str(SHARED / "photos" / "flowers_300.tar")
+    views = Views(image_size=96)
+    expected = take(open_views(path, views, 16, backend="torchvision", workers=0, seed=3), batches=2)
+    got = take(open_views(path, views, 16, backend=backend, workers=0, seed=3), batches=2)
+    assert indices(got) == indices(expected)
+    assert differences(got, expected, views).mean() <= (0 if backend == "torchvision" else 1.5)
+    assert np.isfinite([view.std().item() for batch in got for view in batch.views]).all()
