@@ -167,7 +167,7 @@ SHARD = [(f"{n:04}.jpg", SMALL) for n in range(5)]
     [
         "in the first header",
         "in a member's data",
-        "in a member's padding",
+        "in its padding",
         "in a header",
         "behind a header",
         "end mark",

@@ -1,0 +1,191 @@
+"""Draws: the generator against its published answers, what a draw depends on, and every distribution."""
+
+import itertools
+from dataclasses import replace
+
+import numpy as np
+import pytest
+import torch
+from numpy.typing import NDArray
+from scipy.stats import binomtest, chisquare, ks_2samp, kstest
+from torchvision.transforms.v2 import RandomResizedCrop
+
+from fastsimclr import Views
+from fastsimclr.data.draws import Draws, _philox, boxes, draw, epoch_order
+
+VIEWS = Views()
+MANY = 20_000
+INDEX = np.arange(MANY)
+LIKELY = 1e-4  # p-values below would be a surprise; the seeds are fixed, so a test that passes once always does
+
+
+def equal(left: Draws, right: Draws) -> bool:
+    return all(np.array_equal(a, b) for a, b in zip(left, right, strict=True))
+
+
+def test_philox_gives_the_published_answers() -> None:
+    # Random123's kat_vectors, philox4x32 10. Counter: (block, view, index low, index high); key: (seed, epoch).
+    ones = 0xFFFFFFFF
+    zeros = _philox(0, 0, np.array([0]), 0, blocks=1)[0, 0]
+    assert [f"{word:08x}" for word in zeros] == ["6627e8d5", "e169c58d", "bc57ac4c", "9b00dbd8"]
+    # The other two begin at counters that no draw has: they prove the reference that the next test compares with.
+    full = _philox_reference((ones, ones, ones, ones), (ones, ones))
+    assert [f"{word:08x}" for word in full] == ["408f276d", "41c83b0e", "a20bc7c6", "6d5451fd"]
+    pi = _philox_reference((0x243F6A88, 0x85A308D3, 0x13198A2E, 0x03707344), (0xA4093822, 0x299F31D0))
+    assert [f"{word:08x}" for word in pi] == ["d16cfe09", "94fdcceb", "5001e420", "24126ea1"]
+
+
+def _philox_reference(counter: tuple[int, int, int, int], key: tuple[int, int]) -> list[int]:
+    """Philox4x32-10 in Python's integers, as in the paper; proved by the published answers above."""
+    c, k = list(counter), list(key)
+    for _ in range(10):
+        p0, p1 = 0xD2511F53 * c[0], 0xCD9E8D57 * c[2]
+        c = [p1 >> 32 ^ c[1] ^ k[0], p1 & 0xFFFFFFFF, p0 >> 32 ^ c[3] ^ k[1], p0 & 0xFFFFFFFF]
+        k = [(k[0] + 0x9E3779B9) & 0xFFFFFFFF, (k[1] + 0xBB67AE85) & 0xFFFFFFFF]
+    return c
+
+
+@pytest.mark.parametrize("index", [0, 5, 0xFFFFFFFF, 1 << 32, (3 << 32) + 7, -1])
+def test_philox_takes_its_counter_and_key_as_documented(index: int) -> None:
+    seed, epoch, view = 0xDEADBEEF, 0xFFFFFFFF, 0xFFFFFFFF  # words of many ones, that carries would spoil
+    words = _philox(seed, epoch, np.array([index]), view, blocks=13)[0]
+    for block in range(13):
+        expected = _philox_reference((block, view, index & 0xFFFFFFFF, index >> 32 & 0xFFFFFFFF), (seed, epoch))
+        assert words[block].tolist() == expected
+
+
+def test_a_draw_depends_on_seed_epoch_image_and_view_alone() -> None:
+    whole = draw(VIEWS, 3, 7, INDEX[:100], 0)
+    order = np.random.default_rng(0).permutation(100)
+    permuted = draw(VIEWS, 3, 7, order, 0)
+    assert equal(permuted, Draws(*(field[order] for field in whole)))
+    for part in (slice(0, 1), slice(37, 52)):
+        assert equal(draw(VIEWS, 3, 7, INDEX[:100][part], 0), whole.part(part))
+    twice = draw(VIEWS, 3, 7, np.array([5, 5]), 0)
+    assert equal(twice.part(slice(0, 1)), twice.part(slice(1, 2)))
+    for other in (
+        draw(VIEWS, 4, 7, INDEX[:100], 0),
+        draw(VIEWS, 3, 8, INDEX[:100], 0),
+        draw(VIEWS, 3, 7, INDEX[:100], 1),
+    ):
+        assert not (other.attempts == whole.attempts).all(axis=(1, 2)).any()
+    assert len({row.tobytes() for row in whole.attempts}) == 100, "each image its own"
+
+
+def test_probabilities_are_the_recipes() -> None:
+    recipe = replace(VIEWS, flip=0.3, jitter=0.8, grey=0.2, blur=0.6)
+    draws = draw(recipe, 1, 0, INDEX, 0)
+    for got, p in ((draws.flip, 0.3), (draws.jitter, 0.8), (draws.grey, 0.2), (draws.sigma > 0, 0.6)):
+        assert binomtest(int(got.sum()), MANY, p).pvalue > LIKELY
+    # Independent of one another, too: each pair occurs as often as the product says.
+    for (a, p), (b, q) in itertools.combinations(
+        ((draws.flip, 0.3), (draws.jitter, 0.8), (draws.grey, 0.2), (draws.sigma > 0, 0.6)), 2
+    ):
+        assert binomtest(int((a & b).sum()), MANY, p * q).pvalue > LIKELY
+
+
+@pytest.mark.parametrize("p", [0.0, 1.0])
+def test_never_and_always_mean_it(p: float) -> None:
+    draws = draw(replace(VIEWS, flip=p, jitter=p, grey=p, blur=p), 1, 0, INDEX, 0)
+    for got in (draws.flip, draws.jitter, draws.grey, draws.sigma > 0):
+        assert got.all() if p else not got.any()
+
+
+def test_factors_and_sigma_are_uniform_over_their_ranges() -> None:
+    draws = draw(replace(VIEWS, brightness=0.8, contrast=0.4, saturation=1.5, hue=0.2, blur=1.0), 1, 0, INDEX, 0)
+    ranges = [(0.2, 1.8), (0.6, 1.4), (0.0, 2.5), (-0.2, 0.2)]  # saturation: not below 0
+    for column, (low, high) in zip([*draws.factors.T, draws.sigma], [*ranges, (0.1, 2.0)], strict=True):
+        assert low <= column.min()
+        assert column.max() < high
+        assert kstest(column, "uniform", (low, high - low)).pvalue > LIKELY
+
+
+def test_all_orders_of_the_colour_changes_are_equally_frequent() -> None:
+    order = draw(VIEWS, 1, 0, INDEX, 0).order
+    assert (np.sort(order, axis=1) == np.arange(4)).all()
+    found, count = np.unique(order, axis=0, return_counts=True)
+    assert len(found) == 24
+    assert chisquare(count).pvalue > LIKELY
+
+
+def crops(views: Views, height: int, width: int, seed: int = 1) -> NDArray[np.int64]:
+    return boxes(views, draw(views, seed, 0, INDEX, 0), np.full(MANY, height), np.full(MANY, width))
+
+
+def by_torchvision(views: Views, height: int, width: int) -> NDArray[np.int64]:
+    crop = RandomResizedCrop(views.image_size, scale=views.scale, ratio=views.ratio)
+    image = torch.empty(3, height, width, dtype=torch.uint8)
+    torch.manual_seed(0)
+    drawn = (crop.make_params([image]) for _ in range(MANY))
+    return np.array([[p["top"], p["left"], p["height"], p["width"]] for p in drawn])
+
+
+@pytest.mark.parametrize(
+    ("height", "width"),
+    [
+        (375, 500),  # as ImageNet's
+        (32, 32),  # as CIFAR's: rounding to pixels shows
+        (500, 333),
+        (20, 2000),  # most attempts do not fit; many crops are the fallback
+        (2000, 20),
+        (3, 5),  # crops of no pixel at all among the attempts
+        (1, 1),
+        (1, 300),
+    ],
+)
+def test_crops_are_distributed_as_torchvisions(height: int, width: int) -> None:
+    ours, theirs = crops(VIEWS, height, width), by_torchvision(VIEWS, height, width)
+    for kind, (a, b) in enumerate(zip(ours.T, theirs.T, strict=True)):
+        assert ks_2samp(a, b).pvalue > LIKELY, ["top", "left", "height", "width"][kind]
+    for name, of in {
+        "area": lambda box: box[:, 2] * box[:, 3],
+        "aspect": lambda box: box[:, 3] / box[:, 2],
+        "right": lambda box: box[:, 1] + box[:, 3],
+    }.items():
+        assert ks_2samp(of(ours), of(theirs)).pvalue > LIKELY, name
+
+
+@pytest.mark.parametrize("recipe", [VIEWS, replace(VIEWS, ratio=(0.2, 5.0), scale=(1e-4, 1.0)), VIEWS.plain()])
+def test_crops_lie_inside_the_image(recipe: Views) -> None:
+    rng = np.random.default_rng(0)
+    # Sides of 1 to 3,000, small ones often, and 4 billion pixels, whose product leaves 32 bits.
+    sides = np.exp(rng.uniform(0, np.log(3000), (2, MANY))).astype(np.int64)
+    sides[:, :10] = 65_536
+    height, width = sides
+    top, left, h, w = boxes(recipe, draw(recipe, 2, 0, INDEX, 0), height, width).T
+    assert (np.minimum(top, left) >= 0).all()
+    assert (np.minimum(h, w) >= 1).all()
+    assert (top + h <= height).all()
+    assert (left + w <= width).all()
+
+
+def test_center_crops_are_central_squares() -> None:
+    views = VIEWS.plain()
+    box = boxes(views, draw(views, 0, 0, INDEX[:3], 0), np.array([100, 1, 333]), np.array([200, 7, 332]))
+    assert box.tolist() == [[6, 56, 88, 88], [0, 3, 1, 1], [21, 21, 290, 290]]
+
+
+def test_scale_and_ratio_of_one_are_the_whole_image() -> None:
+    views = Views(scale=(1.0, 1.0), ratio=(1.0, 1.0))
+    assert (crops(views, 64, 64) == [0, 0, 64, 64]).all()
+
+
+def test_the_order_of_an_epoch_is_a_permutation_of_its_own() -> None:
+    orders = [epoch_order(seed, epoch, 1000) for seed in range(3) for epoch in range(3)]
+    for order in orders:
+        assert np.array_equal(np.sort(order), np.arange(1000))
+    for a, b in itertools.combinations(orders, 2):
+        # Unlike one another: of 1,000 places one is expected to agree.
+        assert (a == b).sum() < 10
+        assert abs(np.corrcoef(a, b)[0, 1]) < 0.15
+    assert np.array_equal(epoch_order(1, 2, 1000), epoch_order(1, 2, 1000))
+    assert epoch_order(0, 0, 0).tolist() == []
+    assert epoch_order(0, 0, 1).tolist() == [0]
+    # The same on every machine, and in every release: a run must go on as it began.
+    assert epoch_order(0, 0, 12).tolist() == [5, 6, 3, 9, 11, 1, 4, 0, 10, 7, 2, 8]
+
+
+def test_every_place_of_the_order_is_equally_likely() -> None:
+    places = np.array([epoch_order(seed, 0, 8) for seed in range(4000)])
+    for column in places.T:
+        assert chisquare(np.bincount(column, minlength=8)).pvalue > LIKELY
