@@ -18,7 +18,13 @@ from fastsimclr import checkpoint
 from fastsimclr.train import main
 
 # A step of a fraction of a second: few pixels, few strides' worth of them, few images.
-TINY = ["--data.image_size=16", "--model.encoder=resnet18", "--model.stem=imagenet", "--model.hidden=32", "--model.out=16"]
+TINY = [
+    "--data.image_size=16",
+    "--model.encoder=resnet18",
+    "--model.stem=imagenet",
+    "--model.hidden=32",
+    "--model.out=16",
+]
 TINY += ["--batch_size=16", "--epochs=2", "--knn_every=0", "--device=cpu", "--precision=fp32"]
 
 
@@ -160,7 +166,8 @@ def test_a_signal_stops_with_a_checkpoint_that_goes_on(tmp_path: Path, photos: P
     assert main([*TINY, *options, more]) == 0
     assert main([*TINY, *options, more, f"--output={tmp_path / 'unstopped'}"]) == 0
     assert [line["loss"] for line in steps(run)] == pytest.approx(
-        [line["loss"] for line in steps(tmp_path / "unstopped")], rel=1e-4  # other numbers of threads round otherwise
+        [line["loss"] for line in steps(tmp_path / "unstopped")],
+        rel=1e-4,  # other numbers of threads round otherwise
     )
 
 

@@ -1,0 +1,51 @@
+"""Checkpoints: whole or not there, and never code."""
+
+import os
+import pickle
+from pathlib import Path
+
+import pytest
+import torch
+
+from fastsimclr import UserError, checkpoint
+
+
+class Code:
+    def __reduce__(self) -> tuple[object, tuple[str]]:
+        return os.mkdir, ("executed",)
+
+
+def test_what_was_saved_comes_back(tmp_path: Path) -> None:
+    state = {"model": {"w": torch.randn(3, dtype=torch.float64)}, "step": 7, "untrained_knn": None}
+    checkpoint.save(tmp_path / "checkpoints" / "last.pt", state)
+    loaded = checkpoint.load(tmp_path / "checkpoints" / "last.pt")
+    assert torch.equal(loaded["model"]["w"], state["model"]["w"])  # type: ignore[index]
+    assert loaded["step"] == 7
+
+
+def test_a_save_that_dies_leaves_the_earlier_checkpoint(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    file = tmp_path / "last.pt"
+    checkpoint.save(file, {"step": 1})
+
+    def die(state: object, stream: object) -> None:
+        stream.write(b"half of it")  # type: ignore[attr-defined]
+        raise OSError("the disk is full")
+
+    monkeypatch.setattr(torch, "save", die)
+    with pytest.raises(OSError, match="disk is full"):
+        checkpoint.save(file, {"step": 2})
+    assert checkpoint.load(file)["step"] == 1
+
+
+def test_files_that_are_no_checkpoint_are_refused_by_name(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    checkpoint.save(Path("whole.pt"), {"step": 1, "w": torch.zeros(1000)})
+    Path("short.pt").write_bytes(Path("whole.pt").read_bytes()[:-500])
+    Path("empty.pt").write_bytes(b"")
+    Path("text.pt").write_text("not a checkpoint")
+    Path("code.pt").write_bytes(pickle.dumps(Code(), protocol=2))
+    torch.save({"step": 1}, "foreign.pt")
+    for name in ("short", "empty", "text", "code", "foreign", "missing"):
+        with pytest.raises(UserError, match=rf"{name}\.pt: got .*expected"):
+            checkpoint.load(Path(f"{name}.pt"))
+    assert not Path("executed").exists()

@@ -1,0 +1,58 @@
+"""The command line and the YAML files."""
+
+from pathlib import Path
+
+import pytest
+
+from fastsimclr import UserError, Views
+from fastsimclr.config import Config, parse, preset
+
+
+def test_without_data_the_demonstration_runs() -> None:
+    config, text = parse([])
+    assert config.data.train == "digits"
+    assert config.data.image_size == 32
+    assert parse(["--epochs=3"])[0].data.train == "digits"
+    assert "train: digits" in text
+
+
+def test_with_data_the_defaults_are_the_papers() -> None:
+    config, _ = parse(["--data.train=photos"])
+    assert config == Config(data=type(config.data)(train="photos"))
+    assert config.data.views_recipe() == Views()
+    assert (config.model.encoder, config.optim.name, config.loss.temperature) == ("resnet50", "lars", 0.1)
+
+
+@pytest.mark.parametrize("file", sorted(Path("configs").glob("*.yaml")), ids=str)
+def test_each_preset_is_found_by_name_and_by_file(file: Path) -> None:
+    assert preset(file.stem).samefile(file)
+    by_name, by_file = parse(["--config", file.stem])[0], parse([f"--config={file}"])[0]
+    assert by_name == by_file
+    assert by_name != parse(["--data.train=x"])[0]
+
+
+def test_options_behind_a_file_win_and_the_dump_reads_back(tmp_path: Path) -> None:
+    config, text = parse(["--config=cifar10", "--batch_size=64", "--data.scale=[0.2,1]", "--micro_batch_size", "none"])
+    assert (config.batch_size, config.data.scale, config.optim.lr) == (64, (0.2, 1.0), 1.0)
+    assert config.micro_batch_size is None
+    (tmp_path / "again.yaml").write_text(text)
+    assert parse(["--config", str(tmp_path / "again.yaml")])[0] == config
+
+
+@pytest.mark.parametrize(
+    ("option", "words"),
+    [
+        ("--optim.lr=fast", ["--optim.lr: got fast", "float or 'auto'"]),
+        ("--optim.lr=0", ["--optim.lr: got 0", "above 0"]),
+        ("--batch_size=0", ["--batch_size: got 0", "at least 1"]),
+        ("--data.scale=[1,0.5]", ["--data.scale", "low <= high"]),
+        ("--data.hue=0.7", ["--data.hue: got 0.7", "0.5"]),
+        ("--lr=1", ["--lr", "--help"]),
+    ],
+)
+def test_an_error_names_the_option_in_one_line(option: str, words: list[str]) -> None:
+    with pytest.raises(UserError) as caught:
+        parse(["--data.train=x", option])
+    assert "\n" not in str(caught.value)
+    for word in words:
+        assert word in str(caught.value)

@@ -1,0 +1,45 @@
+"""kNN accuracy against scikit-learn, which knows nothing of us."""
+
+import numpy as np
+import pytest
+import torch
+from sklearn.neighbors import KNeighborsClassifier
+
+from fastsimclr.knn import TEMPERATURE, knn_accuracy
+
+
+def features(count: int, seed: int) -> tuple[torch.Tensor, torch.Tensor]:
+    """Five overlapping clusters in eight dimensions."""
+    generator = torch.Generator().manual_seed(seed)
+    labels = torch.randint(5, (count,), generator=generator)
+    centers = torch.randn(5, 8, generator=torch.Generator().manual_seed(0))
+    return centers[labels] + 0.9 * torch.randn(count, 8, generator=generator), labels
+
+
+def votes(cosine_distance: np.ndarray) -> np.ndarray:
+    return np.exp(-cosine_distance / TEMPERATURE)
+
+
+@pytest.mark.parametrize("k", [1, 20, 200])
+def test_accuracy_is_scikit_learns(k: int) -> None:
+    (bank, bank_labels), (queries, query_labels) = features(1500, 1), features(1100, 2)  # more than a block of queries
+    theirs = KNeighborsClassifier(k, metric="cosine", weights=votes, algorithm="brute").fit(bank, bank_labels)
+    expected = theirs.score(queries, query_labels)
+    assert 0.3 < expected < 0.99
+    assert knn_accuracy(bank, bank_labels, queries, query_labels, k) == pytest.approx(expected, abs=1.5 / 1100)
+
+
+def test_leave_one_out_asks_all_others_but_the_image_itself() -> None:
+    bank, labels = features(300, 3)
+    right = 0
+    for i in range(300):
+        others = torch.arange(300) != i
+        theirs = KNeighborsClassifier(10, metric="cosine", weights=votes, algorithm="brute")
+        right += int(theirs.fit(bank[others], labels[others]).predict(bank[i : i + 1])[0] == labels[i])
+    assert knn_accuracy(bank, labels, bank, labels, 10, leave_one_out=True) == pytest.approx(right / 300, abs=1.5 / 300)
+    assert knn_accuracy(bank, labels, bank, labels, 1) == 1.0  # with itself among the neighbours: what it must not do
+
+
+def test_fewer_images_than_k_all_vote() -> None:
+    bank, labels = features(12, 4)
+    assert 0 <= knn_accuracy(bank, labels, bank, labels, 200, leave_one_out=True) <= 1

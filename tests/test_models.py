@@ -1,0 +1,113 @@
+"""Encoders, the projection head, and batch normalisation over ranks."""
+
+import pytest
+import torch
+import torchvision
+from torch import Tensor, nn
+
+from fastsimclr import SimCLR, encoder, projector
+from fastsimclr.models import synchronise_batch_norm
+from tests.ranks import run_ranks
+
+
+@pytest.mark.parametrize("name", ["resnet18", "resnet34", "resnet50", "resnet101", "resnet152"])
+def test_the_state_dict_is_torchvisions_but_for_fc(name: str) -> None:
+    ours, theirs = encoder(name), torchvision.models.get_model(name)
+    result = theirs.load_state_dict(ours.state_dict(), strict=False)
+    assert result.missing_keys == ["fc.weight", "fc.bias"]
+    assert result.unexpected_keys == []
+    theirs.fc = nn.Identity()
+    images = torch.randn(2, 3, 64, 64, generator=torch.Generator().manual_seed(0))
+    h = ours.eval()(images)
+    torch.testing.assert_close(h, theirs.eval()(images), rtol=0, atol=0)
+    assert h.shape == (2, ours.out_features)
+
+
+@pytest.mark.parametrize(("width", "features", "parameters"), [(1, 2048, 23.5e6), (2, 4096, 93.9e6)])
+def test_width_multiplies_every_layer(width: int, features: int, parameters: float) -> None:
+    """The paper's table: 24 M parameters at width 1, 94 M at width 2."""
+    model = encoder("resnet50", width)
+    assert model.out_features == features
+    assert sum(p.numel() for p in model.parameters()) == pytest.approx(parameters, rel=0.01)
+
+
+def test_the_small_stem_keeps_the_resolution_of_small_images() -> None:
+    shapes = {}
+    for stem in ("small", "imagenet"):
+        model = encoder("resnet18", stem=stem)
+        model.layer1.register_forward_hook(lambda _, __, out, stem=stem: shapes.update({stem: out.shape}))
+        model(torch.zeros(2, 3, 32, 32))
+    assert shapes["small"] == (2, 64, 32, 32)
+    assert shapes["imagenet"] == (2, 64, 8, 8)
+    assert isinstance(encoder("resnet18", image_size=32).maxpool, nn.Identity)
+    assert isinstance(encoder("resnet18", image_size=224).maxpool, nn.MaxPool2d)
+
+
+def test_blocks_begin_as_the_identity() -> None:
+    model = encoder("resnet50")
+    for name, module in model.named_modules():
+        if name.endswith("bn3"):
+            assert not module.weight.any(), name
+        elif isinstance(module, nn.BatchNorm2d):
+            assert module.weight.all(), name
+
+
+@pytest.mark.parametrize("layers", [2, 3])
+def test_the_projector_normalises_after_each_layer(layers: int) -> None:
+    head = projector(64, hidden=32, out=16, layers=layers)
+    kinds = [type(module).__name__ for module in head]
+    assert kinds == ["Linear", "BatchNorm1d", "ReLU"] * (layers - 1) + ["Linear", "BatchNorm1d"]
+    z = SimCLR(nn.Flatten(), head)(torch.randn(8, 4, 4, 4))
+    assert z.shape == (8, 16)
+    torch.testing.assert_close(z.mean(0), torch.zeros(16), rtol=0, atol=1e-5)
+
+
+@pytest.mark.parametrize(
+    "make",
+    [
+        lambda: encoder("resnet20"),
+        lambda: encoder("resnet18", 0),
+        lambda: encoder("resnet18", stem="tiny"),
+        lambda: projector(8, layers=4),
+        lambda: projector(0),
+    ],
+)
+def test_wrong_arguments_say_what_was_expected(make: object) -> None:
+    with pytest.raises(ValueError, match="got .*expected"):
+        make()  # type: ignore[operator]
+
+
+def normalise_over_ranks(rank: int, batches: list[Tensor], weight: Tensor) -> tuple[Tensor, Tensor, dict[str, Tensor]]:
+    module = batch_norm(batches[0], weight)
+    synced = synchronise_batch_norm(module, torch.device("cpu"))
+    x = batches[rank].clone().requires_grad_()
+    y = synced(x)
+    (y * torch.arange(y.numel(), dtype=y.dtype).view_as(y).sin()).sum().backward()
+    assert x.grad is not None
+    return y.detach(), x.grad, {k: v.detach() for k, v in synced.state_dict().items()}
+
+
+def batch_norm(like: Tensor, weight: Tensor) -> nn.Module:
+    module = nn.BatchNorm2d(len(weight)) if like.ndim == 4 else nn.BatchNorm1d(len(weight))
+    module.double().weight.data.copy_(weight)
+    return module
+
+
+@pytest.mark.parametrize("shape", [(5, 3, 2, 4), (5, 3)])
+def test_synchronised_batch_norm_is_that_of_the_whole_batch(shape: tuple[int, ...]) -> None:
+    generator = torch.Generator().manual_seed(0)
+    batch = torch.randn(shape, generator=generator, dtype=torch.float64) * 3 + 1
+    weight = torch.rand(3, generator=generator, dtype=torch.float64)
+    parts = list(batch.split([2, 3]))  # uneven ranks
+    results = run_ranks(2, normalise_over_ranks, parts, weight)
+
+    x = batch.clone().requires_grad_()
+    whole = batch_norm(batch, weight)
+    y = whole(x)
+    upstream = torch.cat([torch.arange(p.numel(), dtype=p.dtype).view_as(p).sin() for p in parts])
+    (y * upstream).sum().backward()
+    torch.testing.assert_close(torch.cat([r[0] for r in results]), y.detach(), rtol=1e-12, atol=1e-12)
+    torch.testing.assert_close(torch.cat([r[1] for r in results]), x.grad, rtol=1e-10, atol=1e-12)
+    for _, _, state in results:
+        for name, value in whole.state_dict().items():
+            torch.testing.assert_close(state[name], value, rtol=1e-12, atol=1e-12)
