@@ -1,0 +1,199 @@
+"""The photometric op against torchvision's functions on uint8 tensors: each change alone, and the whole recipe."""
+
+from collections.abc import Callable, Iterator
+from dataclasses import replace
+
+import numpy as np
+import pytest
+import torch
+from pictures import photo
+from torch import Tensor
+from torchvision.transforms.v2 import functional as TF
+
+from fastsimclr import Views
+from fastsimclr.data.draws import Draws, draw
+from fastsimclr.data.photometric import photometric
+
+# Levels come out as they are: neither mean nor standard deviation.
+LEVELS = Views(image_size=64, mean=(0, 0, 0), std=(1 / 255,) * 3)
+WINDOW = 7  # 0.1 of 64, made odd
+BRIGHTNESS, CONTRAST, SATURATION, HUE = range(4)
+
+
+@pytest.fixture(autouse=True)
+def _one_thread() -> Iterator[None]:
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
+
+
+def crops() -> Tensor:
+    """(B, 64, 64, 3): photographs, and what arithmetic stumbles over."""
+    y, x = np.mgrid[0:64, 0:64]
+    rng = np.random.default_rng(0)
+    checkers = ((x + y) % 2 * 255)[:, :, None]
+    each = [
+        *(photo(64, 64, seed) for seed in range(3)),
+        np.full((64, 64, 3), 0),
+        np.full((64, 64, 3), 255),
+        np.full((64, 64, 3), (255, 0, 0)),  # hue 0, and its neighbours on both sides of the circle's seam
+        np.full((64, 64, 3), (255, 0, 1)),
+        np.full((64, 64, 3), (12, 200, 77)),
+        checkers.repeat(3, axis=2),  # 1-pixel checkerboard: nothing but the highest frequency
+        checkers * (1, 0, 1),
+        photo(64, 64, 7).mean(2, keepdims=True).repeat(3, axis=2),  # grey: no hue, no saturation
+        np.stack([x * 4, y * 4, (x + y) * 2], axis=2),  # gradients: every level
+        rng.integers(0, 256, (64, 64, 3)),  # noise
+        rng.integers(0, 2, (64, 64, 3)) * 255,  # corners of the colour cube: ties of largest and smallest
+        rng.integers(0, 3, (64, 64, 3)),  # nearly black
+    ]
+    return torch.from_numpy(np.stack(each).astype(np.uint8))
+
+
+CROPS = crops()
+
+
+def nothing(images: int) -> Draws:
+    no = np.zeros(images, dtype=bool)
+    order, factors = np.tile(np.arange(4), (images, 1)), np.tile([1.0, 1.0, 1.0, 0.0], (images, 1))
+    return Draws(np.zeros((images, 10, 4)), no, no.copy(), order, factors, no.copy(), np.zeros(images))
+
+
+def levels(draws: Draws, crops: Tensor = CROPS, views: Views = LEVELS) -> Tensor:
+    """(B, H, W, 3): the op's result in levels, that must be whole ones."""
+    out = photometric(crops, draws, views).permute(0, 2, 3, 1)
+    assert (out - out.round()).abs().max() < 1e-3
+    return out.round()
+
+
+def by_torchvision(apply: Callable[[Tensor], Tensor], crops: Tensor = CROPS) -> Tensor:
+    """Image by image on planar uint8 tensors."""
+    out = [apply(crop.permute(2, 0, 1).contiguous()) for crop in crops]
+    assert all(image.dtype == torch.uint8 for image in out)
+    return torch.stack([image.expand(3, -1, -1) for image in out]).permute(0, 2, 3, 1).float()
+
+
+def expect_within_a_level(got: Tensor, expected: Tensor) -> None:
+    off = (got - expected).abs().amax((1, 2, 3))
+    assert off.max() <= 1, f"levels off, by image: {off.tolist()}"
+
+
+def test_without_changes_the_pixels_stay() -> None:
+    assert torch.equal(levels(nothing(len(CROPS))), CROPS.float())
+    # Jitter by factors of 1 and 0 goes through float: at most a level.
+    expect_within_a_level(levels(nothing(len(CROPS))._replace(jitter=np.ones(len(CROPS), bool))), CROPS.float())
+
+
+@pytest.mark.parametrize("factor", [0.0, 0.2, 0.999, 1.0, 1.3, 1.8])
+@pytest.mark.parametrize(
+    ("operation", "apply"),
+    [(BRIGHTNESS, TF.adjust_brightness), (CONTRAST, TF.adjust_contrast), (SATURATION, TF.adjust_saturation)],
+)
+def test_one_factor_alone(operation: int, apply: Callable[[Tensor, float], Tensor], factor: float) -> None:
+    draws = nothing(len(CROPS))
+    draws.jitter[:] = True
+    draws.factors[:, operation] = factor
+    expect_within_a_level(levels(draws), by_torchvision(lambda image: apply(image, factor)))
+
+
+@pytest.mark.parametrize("turn", [-0.5, -0.2, -1e-3, 0.05, 1 / 6, 1 / 3, 0.5])
+def test_hue_alone(turn: float) -> None:
+    draws = nothing(len(CROPS))
+    draws.jitter[:] = True
+    draws.factors[:, HUE] = turn
+    got, expected = levels(draws), by_torchvision(lambda image: TF.adjust_hue(image, turn))
+    # At the seams between sixths torchvision's hue, rounded in float32, may fall into the next: a level all the same.
+    expect_within_a_level(got, expected)
+
+
+def test_grey_alone() -> None:
+    draws = nothing(len(CROPS))._replace(grey=np.ones(len(CROPS), bool))
+    got = levels(draws)
+    expect_within_a_level(got, by_torchvision(lambda image: TF.rgb_to_grayscale(image, num_output_channels=3)))
+    assert (got == got[..., :1]).all()
+
+
+@pytest.mark.parametrize("sigma", [0.1, 0.5, 1.0, 2.0])
+def test_blur_alone(sigma: float) -> None:
+    draws = nothing(len(CROPS))._replace(sigma=np.full(len(CROPS), sigma))
+    expect_within_a_level(
+        levels(draws), by_torchvision(lambda image: TF.gaussian_blur(image, [WINDOW] * 2, [sigma] * 2))
+    )
+
+
+@pytest.mark.parametrize(("size", "fraction", "window"), [(224, 0.1, 23), (32, 0.1, 3), (96, 0.1, 9), (64, 1.0, 65)])
+def test_the_blurs_window_is_the_recipes_fraction_made_odd(size: int, fraction: float, window: int) -> None:
+    # Of an impulse a narrower window leaves a brighter rest.
+    views = replace(LEVELS, image_size=size, blur_kernel=fraction)
+    impulse = torch.zeros(1, size, size, 3, dtype=torch.uint8)
+    impulse[:, size // 2, size // 2] = 255
+    got = levels(nothing(1)._replace(sigma=np.array([2.0])), impulse, views)
+    expect_within_a_level(
+        got, by_torchvision(lambda image: TF.gaussian_blur(image, [min(window, 2 * size - 1)] * 2, [2.0, 2.0]), impulse)
+    )
+
+
+def test_views_smaller_than_the_window() -> None:
+    for size in (1, 2, 3):
+        views = replace(LEVELS, image_size=size, blur_kernel=1.0)
+        crop = CROPS[:, :size, :size].contiguous()
+        out = levels(draw(replace(views, blur=1.0), 0, 0, np.arange(len(crop)), 0), crop, views)
+        assert out.shape == crop.shape
+        assert ((out >= 0) & (out <= 255)).all()
+
+
+def one_by_one(image: Tensor, draws: Draws) -> Tensor:
+    """The recipe in torchvision's functions, for one image (3, H, W) and its draws."""
+    changes = (TF.adjust_brightness, TF.adjust_contrast, TF.adjust_saturation, TF.adjust_hue)
+    if draws.jitter[0]:
+        for operation in draws.order[0]:
+            image = changes[operation](image, float(draws.factors[0, operation]))
+    if draws.grey[0]:
+        image = TF.rgb_to_grayscale(image, num_output_channels=3)
+    if draws.sigma[0] > 0:
+        image = TF.gaussian_blur(image, [WINDOW] * 2, [float(draws.sigma[0])] * 2)
+    return image
+
+
+def test_the_whole_recipe_at_the_same_draws() -> None:
+    images = 192  # all 24 orders occur, with and without grey and blur
+    crops = torch.from_numpy(np.stack([photo(64, 64, seed) for seed in range(images)]))
+    draws = draw(LEVELS, 1, 2, np.arange(images), 0)
+    assert len(np.unique(draws.order, axis=0)) == 24
+    expected = torch.stack(
+        [one_by_one(crop.permute(2, 0, 1), draws.part(slice(i, i + 1))) for i, crop in enumerate(crops)]
+    ).permute(0, 2, 3, 1)
+    off = (levels(draws, crops) - expected).abs()
+    assert off.mean() <= 0.5
+    # An image's mean tells more than the whole's: a wrong order in one of 24 would hide there.
+    assert off.mean((1, 2, 3)).max() <= 1.5
+    # And the bound can fail: other draws are far away.
+    assert (levels(draw(LEVELS, 1, 3, np.arange(images), 0), crops) - expected).abs().mean() > 10
+
+
+def test_a_row_depends_on_its_own_draws_alone() -> None:
+    # 40: two whole chunks of 16 and a part of one.
+    crops = torch.from_numpy(np.stack([photo(64, 64, seed) for seed in range(40)]))
+    draws = draw(LEVELS, 1, 2, np.arange(40), 0)
+    whole = levels(draws, crops)
+    for i in (0, 15, 16, 39):
+        assert torch.equal(levels(draws.part(slice(i, i + 1)), crops[i : i + 1])[0], whole[i])
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+def test_normalised_in_channels_last(dtype: torch.dtype) -> None:
+    views = Views(image_size=64)
+    before = CROPS.clone()
+    out = photometric(CROPS, nothing(len(CROPS)), views, dtype)
+    assert torch.equal(CROPS, before), "the crops are left as they were"
+    assert out.dtype == dtype
+    assert out.shape == (len(CROPS), 3, 64, 64)
+    assert out.is_contiguous(memory_format=torch.channels_last)
+    expected = TF.normalize(CROPS.permute(0, 3, 1, 2).double() / 255, list(views.mean), list(views.std))
+    assert torch.allclose(out.double(), expected, rtol=torch.finfo(dtype).eps, atol=1e-6)
+
+
+def test_a_single_image_and_none() -> None:
+    assert photometric(CROPS[:1], nothing(1), LEVELS).is_contiguous(memory_format=torch.channels_last)
+    assert photometric(CROPS[:0], nothing(0), LEVELS).shape == (0, 3, 64, 64)
