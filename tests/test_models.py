@@ -73,7 +73,7 @@ def test_the_projector_normalises_after_each_layer(layers: int) -> None:
     ],
 )
 def test_wrong_arguments_say_what_was_expected(make: object) -> None:
-    with pytest.raises(ValueError, match="got .*expected"):
+    with pytest.raises(ValueError, match=r"got .*expected"):
         make()  # type: ignore[operator]
 
 
