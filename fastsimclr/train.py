@@ -4,7 +4,6 @@ Exit codes: 0 done, or stopped by SIGTERM or SIGINT with a checkpoint written; 2
 fault of ours.
 """
 
-import itertools
 import math
 import os
 import re
@@ -12,7 +11,6 @@ import signal
 import sys
 import time
 from collections.abc import Iterator, Sequence
-from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -32,6 +30,7 @@ from fastsimclr.loss.fused import describe_build
 from fastsimclr.models import SimCLR, encoder, projector, synchronise_batch_norm
 from fastsimclr.optim import build_optimizer, learning_rate, resolve_lr
 from fastsimclr.run_log import LaggedLoss, RunLog
+from fastsimclr.step import Step
 
 STOP_SIGNALS = (signal.SIGTERM, signal.SIGINT)
 
@@ -61,6 +60,7 @@ class Training:
         self.output = Path(distributed.share(config.output or _new_folder(config), world))
         self.untrained_knn: float | None = None
         self.losses = LaggedLoss()
+        self.data_state: dict[str, Any] = {}
         self.failure: str | None = None  # of this rank: all ranks learn of it, and stop together
         self.stop_signal = 0
         for number in STOP_SIGNALS:
@@ -113,12 +113,10 @@ class Training:
         self.optimizer = build_optimizer(
             optim.name, model.parameters(), self.peak_lr, optim.momentum, optim.weight_decay
         )
+        group = "world" if config.loss.global_negatives else None
+        loss = config.loss
         self.loss = NTXentLoss(
-            config.loss.temperature,
-            group="world" if config.loss.global_negatives else None,
-            backend=config.loss.backend,
-            precision=config.loss.precision,
-            decoupled=config.loss.decoupled,
+            loss.temperature, group=group, backend=loss.backend, precision=loss.precision, decoupled=loss.decoupled
         )
 
         self.steps_per_epoch = len(self.loader)
@@ -134,13 +132,7 @@ class Training:
         if self.step >= self.last_step:
             self._say(f"{self.checkpoint_file} has {self.step} of {self.last_step} steps: nothing is left to do")
             return 0
-        self.forward: Any = torch.compile(self.model) if config.compile else self.model
-        if world.world_size > 1:
-            self.forward = DistributedDataParallel(
-                self.forward,
-                device_ids=[world.device] if world.device.type == "cuda" else None,
-                gradient_as_bucket_view=True,
-            )
+        self.stepper = self._stepper()
         torch.backends.cudnn.benchmark = True
         self._describe()
         self.log = None
@@ -160,11 +152,19 @@ class Training:
         self._report(finished, knn)
         return 0
 
+    def _stepper(self) -> Step:
+        config, device = self.config, self.world.device
+        model: Any = torch.compile(self.model) if config.compile else self.model
+        if self.world.world_size > 1:
+            devices = [device] if device.type == "cuda" else None
+            model = DistributedDataParallel(model, device_ids=devices, gradient_as_bucket_view=True)
+        return Step(model, self.loss, self.dtype, self.bf16, config.micro_batch_size)
+
     def _train(self) -> bool:
         """The loop. True at its end; False if a signal stopped it."""
         every = max(1, round(self.config.checkpoint_every * self.steps_per_epoch))
         while self.step < self.last_step:
-            epoch = self.step // self.steps_per_epoch
+            epoch = self.data_state["epoch"]
             self.loader.set_epoch(epoch)
             batches = iter(self.loader)
             mark = time.perf_counter()
@@ -176,9 +176,10 @@ class Training:
                     self._checkpoint()
                     return False
                 if batch is None:
+                    self.data_state = self.loader.state_dict()
                     break
                 record = {"step": self.step + 1, "epoch": epoch, "lr": self._set_lr(), "data_wait": waited}
-                loss = self._step(batch, max(local_sizes))
+                loss = self._update(batch, max(local_sizes))
                 self.step += 1
                 self.data_state = self.loader.state_dict()
                 seconds = time.perf_counter() - mark
@@ -188,55 +189,21 @@ class Training:
                 self._log(self.losses.push(loss, record))
                 if self.step % every == 0 or self.step == self.last_step:
                     self._checkpoint()
-            if self.step % self.steps_per_epoch == 0:
-                self._end_epoch(self.step // self.steps_per_epoch)
+            if self.data_state["epoch"] > epoch:
+                self._end_epoch(epoch + 1)
         return True
 
-    def _step(self, batch: Batch, largest_local_batch: int) -> Tensor:
-        """Forward, backward and update; returns the loss over all ranks, detached."""
-        views = [view.to(self.dtype) for view in batch.views]
-        size = self.config.micro_batch_size or largest_local_batch
-        if size >= largest_local_batch:
-            loss = self._loss(self._project(torch.cat(views)).chunk(len(views)))
-            loss.backward()
-        else:
-            loss = self._step_in_micro_batches(views, -(-largest_local_batch // size))
+    def _update(self, batch: Batch, largest_local_batch: int) -> Tensor:
+        """Train on a batch; returns the loss over all ranks."""
+        loss = self.stepper.backward(batch.views, largest_local_batch)
         if self.config.optim.clip_grad is not None:
             nn.utils.clip_grad_norm_(self.model.parameters(), self.config.optim.clip_grad)
         self.optimizer.step()
         self.optimizer.zero_grad(set_to_none=True)
-        loss = loss.detach()
         if self.world.world_size > 1:
             dist.all_reduce(loss)
             loss /= self.world.world_size
         return loss
-
-    def _step_in_micro_batches(self, views: list[Tensor], parts: int) -> Tensor:
-        """The whole batch's loss and gradients with the activations of one part at a time (GradCache, Gao et al.,
-        arXiv 2101.06983): project without a graph, take the loss's gradient by each z, project again and pass it on."""
-        pieces = [torch.cat(piece) for piece in zip(*(view.tensor_split(parts) for view in views), strict=True)]
-        with torch.no_grad():
-            projected = [self._project(piece).chunk(len(views)) for piece in pieces]
-        z = [torch.cat(parts_of_view).requires_grad_() for parts_of_view in zip(*projected, strict=True)]
-        loss = self._loss(z)
-        loss.backward()
-        gradients = zip(*(z_view.grad.tensor_split(parts) for z_view in z if z_view.grad is not None), strict=True)
-        for number, (piece, gradient) in enumerate(zip(pieces, gradients, strict=True), start=1):
-            waits = number < parts and isinstance(self.forward, DistributedDataParallel)
-            with self.forward.no_sync() if waits else nullcontext():
-                self._project(piece).backward(torch.cat(gradient))
-        return loss
-
-    def _project(self, images: Tensor) -> Tensor:
-        """images (N, 3, H, W) to projections (N, D), at least float32."""
-        with torch.autocast(self.world.device.type, torch.bfloat16, enabled=self.bf16):
-            z: Tensor = self.forward(images.contiguous(memory_format=torch.channels_last))
-        return z.to(torch.promote_types(z.dtype, torch.float32))
-
-    def _loss(self, z: Sequence[Tensor]) -> Tensor:
-        """Mean over the pairs of views."""
-        losses = [self.loss(a, b) for a, b in itertools.combinations(z, 2)]
-        return torch.stack(losses).mean()
 
     def _set_lr(self) -> float:
         lr = learning_rate(self.step, peak=self.peak_lr, warmup_steps=self.warmup_steps, total_steps=self.total_steps)
@@ -310,8 +277,7 @@ class Training:
             bf16=self.bf16,
         )
         if self.log is not None:
-            epoch = self.step // self.steps_per_epoch
-            self.log.event({"step": self.step, "epoch": epoch, "knn_accuracy": accuracy})
+            self.log.event({"step": self.step, "epoch": self.data_state["epoch"], "knn_accuracy": accuracy})
         return accuracy
 
     def _checkpoint(self) -> None:
@@ -319,6 +285,7 @@ class Training:
         if self.world.is_first:
             state = {
                 "step": self.step,
+                "batch_size": self.config.batch_size,
                 "architecture": self._architecture(),
                 "model": self.model.state_dict(),
                 "optimizer": self.optimizer.state_dict(),
@@ -337,14 +304,17 @@ class Training:
             return
         state = checkpoint.load(file)
         checkpoint.check_architecture(file, state["architecture"], self._architecture())
+        if state["batch_size"] != self.config.batch_size:
+            raise UserError(
+                f"--batch_size: got {self.config.batch_size}, but {file} is of a run with {state['batch_size']}; "
+                "expected the same, as the schedule counts steps: use that, or --resume never"
+            )
         self.model.load_state_dict(state["model"])
         self.optimizer.load_state_dict(state["optimizer"])
         self.loader.load_state_dict(state["data"])
         self.data_state = state["data"]
         self.untrained_knn = state["untrained_knn"]
-        # Counted anew, in this run's batches: the same number unless the batch size has changed.
-        position = state["data"]["position"]
-        self.step = state["data"]["epoch"] * self.steps_per_epoch + position // self.config.batch_size
+        self.step = state["step"]
         self._say(f"resumed from {file} at step {self.step}")
 
     def _architecture(self) -> dict[str, Any]:

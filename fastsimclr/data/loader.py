@@ -76,6 +76,8 @@ class ViewLoader:
         epoch = sampler.epoch
         if not parts:  # resumed behind the last batch that these options leave
             sampler.epoch, sampler.position = epoch + 1, 0
+        if not parts:  # only what was too small for a batch was left
+            sampler.epoch, sampler.position = epoch + 1, 0
         jobs = (self._job(index, epoch) for index in parts if len(index))
         if self._crops is not None:
             self._crops.close()  # else the front would hand out what it has made ahead for the one before

@@ -1,0 +1,63 @@
+"""A step's forward and backward: views to projections to the loss, at once or in micro-batches."""
+
+import itertools
+from collections.abc import Callable, Sequence
+from contextlib import nullcontext
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.nn.parallel import DistributedDataParallel
+
+
+@dataclass(frozen=True)
+class Step:
+    """Leaves the gradients of one batch in the model's parameters."""
+
+    model: Any
+    """(N, 3, H, W) -> (N, D), perhaps compiled, perhaps in DistributedDataParallel."""
+    loss: Callable[[Tensor, Tensor], Tensor]
+    dtype: torch.dtype
+    """Of the parameters."""
+    bf16: bool
+    """Autocast to bfloat16."""
+    micro_batch_size: int | None
+    """Images that go through the model at a time; None: all."""
+
+    def backward(self, views: Sequence[Tensor], largest_local_batch: int) -> Tensor:
+        """This rank's loss, detached. views: (B, 3, H, W) each; largest_local_batch: of all ranks in this step, so that
+        each takes as many micro-batches, and enters as many collectives, as the others."""
+        views = [view.to(self.dtype) for view in views]
+        size = self.micro_batch_size or largest_local_batch
+        if size < largest_local_batch:
+            return self._in_micro_batches(views, -(-largest_local_batch // size))
+        loss = self._loss(self._project(torch.cat(views)).chunk(len(views)))
+        loss.backward()
+        return loss.detach()
+
+    def _in_micro_batches(self, views: list[Tensor], parts: int) -> Tensor:
+        """The whole batch's loss and gradients with the activations of one part at a time (GradCache, Gao et al.,
+        arXiv 2101.06983): project without a graph, take the loss's gradient by each z, project again and pass it on."""
+        pieces = [torch.cat(piece) for piece in zip(*(view.tensor_split(parts) for view in views), strict=True)]
+        with torch.no_grad():
+            projected = [self._project(piece).chunk(len(views)) for piece in pieces]
+        z = [torch.cat(parts_of_view).requires_grad_() for parts_of_view in zip(*projected, strict=True)]
+        loss = self._loss(z)
+        loss.backward()
+        gradients = zip(*(view.grad.tensor_split(parts) for view in z if view.grad is not None), strict=True)
+        for number, (piece, gradient) in enumerate(zip(pieces, gradients, strict=True), start=1):
+            waits = number < parts and isinstance(self.model, DistributedDataParallel)
+            with self.model.no_sync() if waits else nullcontext():
+                self._project(piece).backward(torch.cat(gradient))
+        return loss.detach()
+
+    def _project(self, images: Tensor) -> Tensor:
+        """Projections, at least float32."""
+        with torch.autocast(images.device.type, torch.bfloat16, enabled=self.bf16):
+            z: Tensor = self.model(images.contiguous(memory_format=torch.channels_last))
+        return z.to(torch.promote_types(z.dtype, torch.float32))
+
+    def _loss(self, z: Sequence[Tensor]) -> Tensor:
+        """Mean over the pairs of views."""
+        return torch.stack([self.loss(a, b) for a, b in itertools.combinations(z, 2)]).mean()
