@@ -3,7 +3,9 @@
     python -m pytest benchmarks/bench_views.py --benchmark-json=benchmarks/results/views-DEVICE.json
 
 A call is a whole epoch of few images, so that no contender works ahead while another is timed; filling a pipeline is
-in it for everybody. Photographs are those of ../shared/data/photos where they are, else synthetic ones of their size.
+in it for everybody. The worker has a core of its own: the photometric op's threads are one fewer than the cores, as
+threads that wait for one another on shared cores made it several times slower and the figures meaningless.
+Photographs are those of ../shared/data/photos where they are, else synthetic ones of their size.
 """
 
 import os
@@ -22,13 +24,14 @@ from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 from torchvision.transforms import v2
 
+from benchmarks.bench_optimizer import settle_heap
 from benchmarks.interleaved import interleave
 from fastsimclr import Views
 from fastsimclr.data import ViewLoader, open_source, open_views
 from fastsimclr.data.sources import ArraySource
 
 SHARED = Path(__file__).resolve().parents[2] / "shared" / "data" / "photos" / "flowers_300.tar"
-PHOTOS, BATCH, WORKERS, ROUNDS = 96, 32, 1, 7
+PHOTOS, BATCH, WORKERS, ROUNDS = 64, 32, 1, 5
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 
 
@@ -101,6 +104,10 @@ def compare(
 ) -> None:
     """Time an epoch of each loader in alternation; print and record images a second."""
 
+    cores = len(os.sched_getaffinity(0))
+    torch.set_num_threads(max(1, cores - WORKERS))
+    settle_heap()
+
     def epoch(loader: Iterable[object]) -> Callable[[], None]:
         def run() -> None:
             for batch in loader:
@@ -120,7 +127,8 @@ def compare(
     rates = {name: round(1e3 * images / spread.median) for name, spread in timing.milliseconds.items()}
     benchmark.extra_info.update(
         device=DEVICE,
-        usable_cores=len(os.sched_getaffinity(0)),
+        usable_cores=cores,
+        torch_threads=torch.get_num_threads(),
         images=images,
         views=views.views,
         image_size=views.image_size,
