@@ -86,7 +86,7 @@ def test_a_run_leaves_its_record_and_its_loss_falls(tmp_path: Path, capsys: pyte
     assert main(options) == 0
     said = capsys.readouterr().out
     assert "% trained, " in said
-    assert "lr 0.001" in said
+    assert "lr 0.002" in said
 
     lines = steps(tmp_path / "run")
     assert [line["step"] for line in lines] == list(range(1, 19))  # 1,433 images: five batches of 256 and one of 153
@@ -265,7 +265,7 @@ def test_a_rank_that_cannot_go_on_stops_the_others(tmp_path: Path, photos: Path)
     lines = [line for line in complaints.splitlines() if "fastsimclr.train: error: " in line]
     assert len(lines) == 1, complaints
     assert "07.jpg" in lines[0]
-    assert "exitcode  : 2" in complaints
+    assert "exitcode  : 2" in complaints, complaints
 
 
 def test_one_image_per_rank_is_refused_by_all(tmp_path: Path) -> None:
