@@ -255,6 +255,7 @@ def test_trap_fixed_offset_of_1_over_temperature_underflows() -> None:
 
 
 # NTXENT.md's table of the gradient's relative error: bf16 products 5e-3 at a loss of 0.1, 8e-3 near convergence.
+# oneDNN may use bf16, and does on a CPU with AMX; elsewhere it computes these in float32, and the bounds are loose.
 @pytest.mark.parametrize(
     ("noise", "temperature", "bound"),
     [(0.3, 0.1, 8e-3), (0.15, 0.07, 1.2e-2), (0.1, 0.05, 1.2e-2)],
@@ -329,6 +330,25 @@ def test_callers_matmul_precision_neither_degrades_highest_nor_is_changed(settin
         torch.set_float32_matmul_precision(before)
     for a, b in zip(plain, changed, strict=True):
         assert torch.equal(a, b)
+
+
+@pytest.mark.parametrize(("precision", "expected"), [("highest", "ieee"), ("medium", "bf16")])
+def test_precision_sets_that_of_the_products(precision: str, expected: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Seen inside both passes, since on many CPUs the results would not show it."""
+    seen = []
+
+    def spy_on(function: Callable[..., Tensor]) -> Callable[..., Tensor]:
+        def spy(*args: Any, **options: Any) -> Tensor:
+            seen.append(torch.backends.mkldnn.matmul.fp32_precision)
+            return function(*args, **options)
+
+        return spy
+
+    for name in ("_negative_sums", "_negatives_gradient"):
+        monkeypatch.setattr(tiled, name, spy_on(getattr(tiled, name)))
+    z1, z2 = (z.requires_grad_() for z in views(4, 4, torch.float32))
+    nt_xent(z1, z2, backend="tiled", precision=precision).backward()
+    assert seen == [expected] * 2
 
 
 def fail_inside(z1: Tensor, z2: Tensor) -> None:
