@@ -9,8 +9,12 @@ uses that the similarities are symmetric); what they would take at that product'
 Peak memory is what torch's allocator holds at most beyond the inputs, gradients included (on a CPU torch.profiler sees
 it; scratch that a matrix library takes by itself is not in it).
 
-Leave the machine alone meanwhile. A loss in many small steps waits for its slowest thread at each of them: where
-another process takes a core, it suffers far more than one in a few large steps, and no ratio mends that.
+Leave the machine alone meanwhile, or measure one thread (OMP_NUM_THREADS=1). A loss in many small steps waits for its
+slowest thread at each of them: where another process takes a core, it suffers far more than one in a few large steps,
+and no ratio mends that.
+
+"medium" allows bf16 products: oneDNN uses bf16 where the CPU multiplies it fast (AMX), and else its own float32
+product, which on a CPU that is not Intel's may be twice as fast as torch.mm's.
 """
 
 import json
