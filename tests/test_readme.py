@@ -1,0 +1,34 @@
+"""What the README's first screen says is what happens."""
+
+import re
+from pathlib import Path
+
+import torch
+import torch.nn.functional as F
+
+from fastsimclr import encoder
+
+
+def blocks() -> list[str]:
+    return re.findall(r"```python\n(.*?)```", Path("README.md").read_text(), flags=re.DOTALL)
+
+
+def test_the_loss_is_equivalent_to_the_three_lines_beside_it() -> None:
+    generator = torch.Generator().manual_seed(0)
+    z1, z2 = (torch.randn(5, 7, generator=generator, dtype=torch.float64, requires_grad=True) for _ in range(2))
+    ours = {"z1": z1, "z2": z2}
+    exec(blocks()[0], ours)
+    theirs = {"z1": z1, "z2": z2, "temperature": 0.1, "N": 5, "torch": torch, "F": F}
+    exec(blocks()[1], theirs)
+    torch.testing.assert_close(ours["loss"], theirs["loss"], rtol=1e-12, atol=0)
+    assert z1.grad is not None
+
+
+def test_the_encoder_of_a_checkpoint_loads_in_torchvision(tmp_path: Path) -> None:
+    model = encoder("resnet50")
+    torch.save({"model": {f"encoder.{k}": v for k, v in model.state_dict().items()}}, tmp_path / "last.pt")
+    code = next(block for block in blocks() if "torchvision" in block)
+    names: dict[str, torch.nn.Module] = {}
+    exec(code.replace("runs/photos/checkpoints/last.pt", str(tmp_path / "last.pt")), names)
+    loaded = dict(names["model"].named_parameters())
+    assert all(torch.equal(loaded[name], parameter) for name, parameter in model.named_parameters())
