@@ -37,6 +37,7 @@ def nt_xent(
     group: a process group, or "world": the views of all its ranks are negatives, and batches may be uneven. Each
         rank's loss is its rows' sum * ranks / all rows (with even batches: the mean of its rows), and its gradient is
         that of the sum of all ranks' losses: after DDP's mean over ranks both are exactly those of one process.
+        (For "mean", the gradient that arrives at the loss has to be the same on every rank, as it is in DDP.)
     backend: "tiled" (plain PyTorch, O(N D) memory, any device), "reference" (dense, O(N^2) memory), "fused" (a CUDA
         kernel); "auto" takes the fastest that is there.
     precision: of the products, "highest" (float32) or "medium" (bf16; TF32 in tiled on a GPU). "auto": highest, but
