@@ -21,11 +21,12 @@ from torch.nn.parallel import DistributedDataParallel
 
 from fastsimclr import checkpoint, distributed
 from fastsimclr.config import Config, parse
-from fastsimclr.data import Batch, open_source, open_views
+from fastsimclr.data import Batch, choose_backend, open_source, open_views
 from fastsimclr.distributed import World
 from fastsimclr.errors import UserError
 from fastsimclr.knn import measure
 from fastsimclr.loss import NTXentLoss
+from fastsimclr.loss import choose_backend as loss_backend
 from fastsimclr.loss.fused import describe_build
 from fastsimclr.models import SimCLR, encoder, projector, synchronise_batch_norm
 from fastsimclr.optim import build_optimizer, learning_rate, resolve_lr
@@ -113,6 +114,10 @@ class Training:
         self.optimizer = build_optimizer(
             optim.name, model.parameters(), self.peak_lr, optim.momentum, optim.weight_decay
         )
+        try:
+            self.loss_backend = "{} ({})".format(*loss_backend(config.loss.backend))
+        except RuntimeError as error:
+            raise UserError(f"--loss.backend: {error}") from error
         group = "world" if config.loss.global_negatives else None
         loss = config.loss
         self.loss = NTXentLoss(
@@ -339,10 +344,13 @@ class Training:
         if optim.lr == "auto":
             lr += f" (auto: {optim.lr_rule} rule at batch {config.batch_size})"
         classes = f" in {len(self.source.classes)} classes" if self.source.has_labels else ", no labels"
-        self._say(f"data: {config.data.train}, {len(self.source)} images{classes}; views by {self.loader.backend}")
+        why = choose_backend(self.source, world.device)[1] if config.data.backend == "auto" else "as asked"
+        self._say(
+            f"data: {config.data.train}, {len(self.source)} images{classes}; views by {self.loader.backend} ({why})"
+        )
         self._say(f"model: {config.model.encoder} x{config.model.width}, {parameters / 1e6:.1f} M parameters with head")
         self._say(f"device: {world.world_size} x {world.device.type}, {self.why_precision}")
-        self._say(f"loss: NT-Xent, temperature {config.loss.temperature}, backend {config.loss.backend}")
+        self._say(f"loss: NT-Xent, temperature {config.loss.temperature}, backend {self.loss_backend}")
         self._say(describe_build())
         self._say(f"optimizer: {optim.name}, {lr}, {self.warmup_steps} steps of warm-up, {self.total_steps} in all")
         self._say(f"output: {self.output}")

@@ -10,7 +10,7 @@ from fastsimclr.data.sources import ArraySource, Source, open_source
 from fastsimclr.errors import UserError
 from fastsimclr.views import Views
 
-__all__ = ["Batch", "Source", "ViewLoader", "open_source", "open_views"]
+__all__ = ["Batch", "Source", "ViewLoader", "choose_backend", "open_source", "open_views"]
 
 BACKENDS = ("auto", "dali", "torchvision", "memory")
 
@@ -52,15 +52,19 @@ def open_views(
     source = open_source(path) if isinstance(path, str) else path
     sampler = Sampler(len(source), batch_size, rank, world_size, seed, shuffle, drop_last, min_local_batch)
     if backend == "auto":
-        backend = choose_backend(source, device)
+        backend, _ = choose_backend(source, device)
     return ViewLoader(source, views, sampler, _front(backend, source, views, sampler, device, workers), device, backend)
 
 
-def choose_backend(source: Source, device: torch.device) -> str:
-    """What "auto" takes. Without a GPU torchvision decodes faster than DALI's CPU operators do."""
+def choose_backend(source: Source, device: torch.device) -> tuple[str, str]:
+    """What "auto" takes, and why."""
     if isinstance(source, ArraySource):
-        return "memory"
-    return "dali" if device.type == "cuda" and importlib.util.find_spec("nvidia.dali") else "torchvision"
+        return "memory", "the images are small and decoded"
+    if device.type != "cuda":
+        return "torchvision", "without a GPU it decodes as fast as DALI"
+    if importlib.util.find_spec("nvidia.dali") is None:
+        return "torchvision", "DALI is not installed"
+    return "dali", "it decodes on the GPU"
 
 
 def _front(

@@ -64,13 +64,20 @@ def nt_xent(
         raise ValueError(f"temperature: got {value}, expected a positive number")
 
     mean = reduction == "mean"
-    if backend == "reference":
+    if choose_backend(backend)[0] == "reference":
         return nt_xent_reference(z1, z2, temperature, process_group, mean, decoupled)
-    if backend == "fused":
-        raise RuntimeError(f'backend="fused" is not in this build ({describe_build()}); use backend="auto" or "tiled"')
     if precision == "auto":
         precision = "medium" if z1.dtype in (torch.bfloat16, torch.float16) else "highest"
     return nt_xent_tiled(z1, z2, temperature, process_group, mean, decoupled, precision, value)
+
+
+def choose_backend(wanted: str) -> tuple[str, str]:
+    """Who computes the loss if `wanted` is asked for, and why. Raises RuntimeError if it is not in this build."""
+    if wanted == "fused":
+        raise RuntimeError(f'backend="fused" is not in this build ({describe_build()}); use backend="auto" or "tiled"')
+    if wanted == "auto":
+        return "tiled", "auto: this version has no fused kernel"
+    return wanted, "as asked"
 
 
 class NTXentLoss(nn.Module):
