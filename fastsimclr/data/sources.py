@@ -11,6 +11,7 @@ import glob
 import os
 import re
 import tarfile
+from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -28,7 +29,7 @@ NO_LABEL = -1
 _EXPECTED = "a folder of images, tar shards, digits or cifar10[:ROOT]"
 
 
-class Source:
+class Source(ABC):
     """Images with labels. labels: (N,) int64, -1 where there is none; classes: their names."""
 
     labels: NDArray[np.int64]
@@ -41,9 +42,9 @@ class Source:
     def has_labels(self) -> bool:
         return bool((self.labels != NO_LABEL).all())
 
+    @abstractmethod
     def name(self, index: int) -> str:
         """What to call image `index` in a message: its file, or its place in an archive."""
-        raise NotImplementedError
 
 
 class ArraySource(Source):
@@ -59,9 +60,9 @@ class ArraySource(Source):
 class EncodedSource(Source):
     """Images as they lie on disk: encoded, of any size."""
 
+    @abstractmethod
     def read(self, index: int) -> NDArray[np.uint8]:
         """The bytes of image `index`."""
-        raise NotImplementedError
 
 
 class FolderSource(EncodedSource):
