@@ -18,16 +18,8 @@ from fastsimclr.errors import UserError
 SHARED = Path(__file__).resolve().parents[2] / "shared" / "data"
 IMAGES, BATCH = 23, 5  # four whole batches and one of three
 SMALL = Views(image_size=24)
+pytestmark = pytest.mark.usefixtures("one_thread")
 FILE_BACKENDS = [("torchvision", 0), ("torchvision", 1), ("dali", 1), ("dali", 2)]
-
-
-@pytest.fixture(autouse=True)
-def _one_thread() -> Iterator[None]:
-    """Batches this small cost less than waking a second thread does, a hundredfold where the machine is busy."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
 
 
 @pytest.fixture(scope="module")

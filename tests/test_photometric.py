@@ -1,6 +1,6 @@
 """The photometric op against torchvision's functions on uint8 tensors: each change alone, and the whole recipe."""
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import replace
 
 import numpy as np
@@ -16,16 +16,9 @@ from fastsimclr.data.photometric import photometric
 
 # Levels come out as they are: neither mean nor standard deviation.
 LEVELS = Views(image_size=64, mean=(0, 0, 0), std=(1 / 255,) * 3)
+pytestmark = pytest.mark.usefixtures("one_thread")
 WINDOW = 7  # 0.1 of 64, made odd
 BRIGHTNESS, CONTRAST, SATURATION, HUE = range(4)
-
-
-@pytest.fixture(autouse=True)
-def _one_thread() -> Iterator[None]:
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
 
 
 def crops() -> Tensor:

@@ -1,5 +1,6 @@
 """What every loader shares: the order, the draws, the photometric op, and the place where a run stands."""
 
+from collections import deque
 from collections.abc import Generator, Iterator
 from dataclasses import dataclass
 from typing import Any, NamedTuple, Protocol
@@ -76,12 +77,17 @@ class ViewLoader:
         epoch = sampler.epoch
         if not parts:  # resumed behind the last batch that these options leave
             sampler.epoch, sampler.position = epoch + 1, 0
-        if not parts:  # only what was too small for a batch was left
-            sampler.epoch, sampler.position = epoch + 1, 0
-        jobs = (self._job(index, epoch) for index in parts if len(index))
+        ahead: deque[Job] = deque()  # drawn for the front, which works ahead, and not yet handed out
+
+        def jobs() -> Iterator[Job]:
+            for index in parts:
+                if len(index):
+                    ahead.append(self._job(index, epoch))
+                    yield ahead[-1]
+
         if self._crops is not None:
             self._crops.close()  # else the front would hand out what it has made ahead for the one before
-        self._crops = crops = self._front.crops(jobs)
+        self._crops = crops = self._front.crops(jobs())
         try:
             for step, index in enumerate(parts, start=1):
                 if self._crops is not crops:
@@ -92,7 +98,7 @@ class ViewLoader:
                 sampler.epoch = epoch + done
                 sampler.position = 0 if done else first + step * sampler.batch_size
                 if made is not None:
-                    yield self._finish(self._job(index, epoch), made)
+                    yield self._finish(ahead.popleft(), made)
         finally:
             crops.close()
 

@@ -257,7 +257,7 @@ def _digits(split: str) -> ArraySource:
 
 
 def _cifar10(root: str, split: str) -> ArraySource:
-    from torchvision.datasets import CIFAR10  # imports pandas-free but slow parts of torchvision: only when asked for
+    from torchvision.datasets import CIFAR10  # slow to import: only when asked for
 
     try:
         data = CIFAR10(root, train=split == "train", download=True)  # downloads only what is not there
