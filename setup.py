@@ -122,8 +122,11 @@ class BuildExtension(build_ext):
             raise SystemExit(f"FASTSIMCLR_CUDA is 1, but {reason}; without FASTSIMCLR_CUDA it builds for the CPU")
 
         # An earlier build's library must not outlive a build that makes none.
-        library = Path(self.get_ext_fullpath("fastsimclr._C")).resolve()
+        library, emulated = (
+            Path(self.get_ext_fullpath(f"fastsimclr.{name}")).resolve() for name in ("_C", "_emulated")
+        )
         library.unlink(missing_ok=True)
+        emulated.unlink(missing_ok=True)
         library.parent.mkdir(parents=True, exist_ok=True)
 
         options = ["-DFASTSIMCLR_CUDA=OFF"]
@@ -138,6 +141,8 @@ class BuildExtension(build_ext):
         else:
             print(f"fastsimclr: installing without the extension: {reason}", flush=True)
             self.extensions = []
+        if self.inplace:  # a developer's build: the kernels for the CPU, too, for the tests
+            options += ["-DFASTSIMCLR_EMULATION=ON"]
         if compiler:
             run_cmake(Path(self.build_temp).resolve(), library.parents[1], options)
 

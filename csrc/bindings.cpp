@@ -1,12 +1,20 @@
 // Python module fastsimclr._C. It takes raw pointers, sizes and a stream handle, never a tensor: no Torch header is
 // needed to build it, and one binary serves every Torch version. Functions that do real work release the GIL
 // (py::call_guard<py::gil_scoped_release>()); those that make Python objects, like build_info, hold it.
+//
+// Compiled with FASTSIMCLR_EMULATION it is fastsimclr._emulated, for tests: the same functions, run on the CPU.
 #include <pybind11/pybind11.h>
 #include <pybind11/stl.h>
 
+#include <stdexcept>
 #include <string>
+#include <tuple>
 
 #include "build_info.h"
+#if defined(FASTSIMCLR_CUDA) || defined(FASTSIMCLR_EMULATION)
+#define FASTSIMCLR_KERNELS
+#include "nt_xent.h"
+#endif
 
 namespace py = pybind11;
 
@@ -40,11 +48,208 @@ py::dict build_info() {
   return info;
 }
 
+#ifdef FASTSIMCLR_KERNELS
+
+// Device memory's address as Python has it (torch.Tensor.data_ptr()); 0 is no array.
+using Address = uintptr_t;
+
+template <class T>
+T* pointer(Address address) {
+  return reinterpret_cast<T*>(address);
+}
+
+// The device of the pointers, for as long as this lives: a launch goes to the thread's current one.
+class DeviceGuard {
+ public:
+  explicit DeviceGuard(int device) {
+    check(cudaGetDevice(&before_), "cudaGetDevice");
+    if (device != before_) check(cudaSetDevice(device), "cudaSetDevice");
+    changed_ = device != before_;
+  }
+  ~DeviceGuard() {
+    if (changed_) cudaSetDevice(before_);
+  }
+  DeviceGuard(const DeviceGuard&) = delete;
+
+  static void check(cudaError_t error, const char* call) {
+    if (error == cudaSuccess) return;
+    cudaGetLastError();  // the error is told here; the next call's must not be this one's
+    throw std::runtime_error(std::string("fastsimclr: ") + call + " failed: " + cudaGetErrorName(error) + ", " +
+                             cudaGetErrorString(error));
+  }
+
+ private:
+  int before_ = 0;
+  bool changed_ = false;
+};
+
+Temperature temperature(Address address, float value) { return {pointer<const float>(address), value}; }
+
+// z: (address, row stride, column stride) of each view, strides in elements.
+using View = std::tuple<Address, int64_t, int64_t>;
+
+Projections projections(const View& z1, const View& z2, DataType dtype, int n, int d) {
+  Projections z;
+  Address address_1, address_2;
+  std::tie(address_1, z.row_stride_1, z.column_stride_1) = z1;
+  std::tie(address_2, z.row_stride_2, z.column_stride_2) = z2;
+  z.z1 = pointer<const void>(address_1);
+  z.z2 = pointer<const void>(address_2);
+  z.dtype = dtype;
+  z.n = n;
+  z.d = d;
+  return z;
+}
+
+template <class Params>
+void run(cudaError_t (*launcher)(const Params&, cudaStream_t), const char* name, const Params& params, int device,
+         Address stream) {
+  const DeviceGuard guard(device);
+  DeviceGuard::check(launcher(params, reinterpret_cast<cudaStream_t>(stream)), name);
+}
+
+void define_nt_xent(py::module_& module) {
+  using namespace py::literals;
+  const py::call_guard<py::gil_scoped_release> release;
+
+  py::enum_<DataType>(module, "DataType", py::module_local())  // _C and its twin both have one
+      .value("float32", DataType::kFloat32)
+      .value("bfloat16", DataType::kBfloat16)
+      .value("float16", DataType::kFloat16);
+
+  module.def(
+      "nt_xent_normalize",
+      [](const View& z1, const View& z2, DataType dtype, int n, int d, int planes, int width, Address unit,
+         Address norm, Address positive, int device, Address stream) {
+        NormalizeParams p;
+        p.z = projections(z1, z2, dtype, n, d);
+        p.planes = planes;
+        p.width = width;
+        p.unit = pointer<uint16_t>(unit);
+        p.norm = pointer<float>(norm);
+        p.positive = pointer<float>(positive);
+        run(normalize, "nt_xent_normalize", p, device, stream);
+      },
+      py::kw_only(), "z1"_a, "z2"_a, "dtype"_a, "n"_a, "d"_a, "planes"_a, "width"_a, "unit"_a, "norm"_a, "positive"_a,
+      "device"_a, "stream"_a, release);
+
+  module.def(
+      "nt_xent_forward_column_unit",
+      [](int rows, int columns, bool symmetric, int device) {
+        const DeviceGuard guard(device);
+        return forward_column_unit(rows, columns, symmetric);
+      },
+      py::kw_only(), "rows"_a, "columns"_a, "symmetric"_a, "device"_a, release);
+
+  module.def(
+      "nt_xent_forward",
+      [](Address rows, int row_count, Address columns, int column_count, int planes, int width, bool symmetric,
+         bool has_pairs, int offset, int all_columns, Address temperature_address, float temperature_value,
+         int column_unit, Address sums, int device, Address stream) {
+        ForwardParams p;
+        p.rows = {pointer<const uint16_t>(rows), row_count};
+        p.columns = {pointer<const uint16_t>(columns), column_count};
+        p.planes = planes;
+        p.width = width;
+        p.symmetric = symmetric;
+        p.has_pairs = has_pairs;
+        p.offset = offset;
+        p.all_columns = all_columns;
+        p.temperature = temperature(temperature_address, temperature_value);
+        p.column_unit = column_unit;
+        p.sums = pointer<float>(sums);
+        run(forward, "nt_xent_forward", p, device, stream);
+      },
+      py::kw_only(), "rows"_a, "row_count"_a, "columns"_a, "column_count"_a, "planes"_a, "width"_a, "symmetric"_a,
+      "has_pairs"_a, "offset"_a, "all_columns"_a, "temperature"_a, "temperature_value"_a, "column_unit"_a, "sums"_a,
+      "device"_a, "stream"_a, release);
+
+  module.def(
+      "nt_xent_losses",
+      [](Address sums, int slots, Address positive, int n, int all_columns, bool decoupled, Address temperature_address,
+         float temperature_value, Address losses_out, Address lse, Address q, int device, Address stream) {
+        LossParams p;
+        p.sums = pointer<const float>(sums);
+        p.slots = slots;
+        p.positive = pointer<const float>(positive);
+        p.n = n;
+        p.all_columns = all_columns;
+        p.decoupled = decoupled;
+        p.temperature = temperature(temperature_address, temperature_value);
+        p.losses = pointer<float>(losses_out);
+        p.lse = pointer<float>(lse);
+        p.q = pointer<float>(q);
+        run(losses, "nt_xent_losses", p, device, stream);
+      },
+      py::kw_only(), "sums"_a, "slots"_a, "positive"_a, "n"_a, "all_columns"_a, "decoupled"_a, "temperature"_a,
+      "temperature_value"_a, "losses"_a, "lse"_a, "q"_a, "device"_a, "stream"_a, release);
+
+  module.def(
+      "nt_xent_backward_splits",
+      [](int rows, int columns, int planes, int width, int device) {
+        const DeviceGuard guard(device);
+        return backward_splits(rows, columns, planes, width);
+      },
+      py::kw_only(), "rows"_a, "columns"_a, "planes"_a, "width"_a, "device"_a, release);
+
+  module.def(
+      "nt_xent_backward",
+      [](Address rows, int row_count, Address columns, int column_count, int planes, int width, int offset,
+         Address temperature_address, float temperature_value, Address lse, Address weights, int splits, Address sums,
+         int device, Address stream) {
+        BackwardParams p;
+        p.rows = {pointer<const uint16_t>(rows), row_count};
+        p.columns = {pointer<const uint16_t>(columns), column_count};
+        p.planes = planes;
+        p.width = width;
+        p.offset = offset;
+        p.temperature = temperature(temperature_address, temperature_value);
+        p.lse = pointer<const float>(lse);
+        p.weights = pointer<const float>(weights);
+        p.splits = splits;
+        p.sums = pointer<float>(sums);
+        run(backward, "nt_xent_backward", p, device, stream);
+      },
+      py::kw_only(), "rows"_a, "row_count"_a, "columns"_a, "column_count"_a, "planes"_a, "width"_a, "offset"_a,
+      "temperature"_a, "temperature_value"_a, "lse"_a, "weights"_a, "splits"_a, "sums"_a, "device"_a, "stream"_a,
+      release);
+
+  module.def(
+      "nt_xent_project",
+      [](const View& z1, const View& z2, DataType dtype, int n, int d, int width, Address temperature_address,
+         float temperature_value, Address norm, Address q, Address weights, Address scale, float factor, Address sums,
+         int splits, Address dz1, Address dz2, Address along, int device, Address stream) {
+        ProjectParams p;
+        p.z = projections(z1, z2, dtype, n, d);
+        p.width = width;
+        p.temperature = temperature(temperature_address, temperature_value);
+        p.norm = pointer<const float>(norm);
+        p.q = pointer<const float>(q);
+        p.weights = pointer<const float>(weights);
+        p.scale = pointer<const float>(scale);
+        p.factor = factor;
+        p.sums = pointer<const float>(sums);
+        p.splits = splits;
+        p.dz1 = pointer<void>(dz1);
+        p.dz2 = pointer<void>(dz2);
+        p.along = pointer<float>(along);
+        run(project, "nt_xent_project", p, device, stream);
+      },
+      py::kw_only(), "z1"_a, "z2"_a, "dtype"_a, "n"_a, "d"_a, "width"_a, "temperature"_a, "temperature_value"_a,
+      "norm"_a, "q"_a, "weights"_a, "scale"_a, "factor"_a, "sums"_a, "splits"_a, "dz1"_a, "dz2"_a, "along"_a,
+      "device"_a, "stream"_a, release);
+}
+
+#endif  // FASTSIMCLR_KERNELS
+
 }  // namespace
 }  // namespace fastsimclr
 
-PYBIND11_MODULE(_C, module, py::mod_gil_not_used()) {
+PYBIND11_MODULE(FASTSIMCLR_MODULE, module, py::mod_gil_not_used()) {
   module.doc() = "Compiled part of fastsimclr. Used through fastsimclr.loss and fastsimclr.data.";
   module.def("build_info", &fastsimclr::build_info,
              "What this library was built from: version, compiler, cuda, cuda_runtime, architectures.");
+#ifdef FASTSIMCLR_KERNELS
+  fastsimclr::define_nt_xent(module);
+#endif
 }

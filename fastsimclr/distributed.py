@@ -2,6 +2,7 @@
 
 import os
 import re
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
@@ -110,6 +111,11 @@ def all_gather_rows(rows: Tensor, sizes: list[int], group: dist.ProcessGroup) ->
 
     sizes: n_r of every rank. Uneven ranks are padded to the largest for the exchange.
     """
+    return start_gather_rows(rows, sizes, group)()
+
+
+def start_gather_rows(rows: Tensor, sizes: list[int], group: dist.ProcessGroup) -> Callable[[], Tensor]:
+    """all_gather_rows that goes on in the background: call what this returns for the result. Leave `rows` alone."""
     largest = max(sizes)
     rank = dist.get_rank(group)
     assert rows.shape[0] == sizes[rank], (rows.shape, sizes, rank)
@@ -119,10 +125,16 @@ def all_gather_rows(rows: Tensor, sizes: list[int], group: dist.ProcessGroup) ->
         padded = rows.new_zeros(largest, *rows.shape[1:])
         padded[: rows.shape[0]] = rows
     gathered = rows.new_empty(largest * len(sizes), *rows.shape[1:])
-    dist.all_gather_into_tensor(gathered, padded, group=group)
-    if min(sizes) == largest:
-        return gathered
-    return torch.cat([chunk[:size] for chunk, size in zip(gathered.split(largest), sizes, strict=True)])
+    work = dist.all_gather_into_tensor(gathered, padded, group=group, async_op=True)
+
+    def wait() -> Tensor:
+        assert work is not None  # this process is of the group
+        work.wait()
+        if min(sizes) == largest:
+            return gathered
+        return torch.cat([chunk[:size] for chunk, size in zip(gathered.split(largest), sizes, strict=True)])
+
+    return wait
 
 
 class _GatherRows(torch.autograd.Function):

@@ -25,7 +25,7 @@ from fastsimclr.data import Batch, choose_backend, open_source, open_views
 from fastsimclr.distributed import World
 from fastsimclr.errors import UserError
 from fastsimclr.knn import measure
-from fastsimclr.loss import NTXentLoss
+from fastsimclr.loss import BackendError, NTXentLoss
 from fastsimclr.loss import choose_backend as loss_backend
 from fastsimclr.loss.fused import describe_build
 from fastsimclr.models import SimCLR, encoder, projector, synchronise_batch_norm
@@ -115,8 +115,8 @@ class Training:
             optim.name, model.parameters(), self.peak_lr, optim.momentum, optim.weight_decay
         )
         try:
-            self.loss_backend = "{} ({})".format(*loss_backend(config.loss.backend))
-        except RuntimeError as error:
+            self.loss_backend = "{} ({})".format(*loss_backend(config.loss.backend, world.device))
+        except BackendError as error:
             raise UserError(f"--loss.backend: {error}") from error
         group = "world" if config.loss.global_negatives else None
         loss = config.loss

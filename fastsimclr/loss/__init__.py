@@ -1,17 +1,19 @@
 """The NT-Xent loss: checks, and the choice of who computes it."""
 
 import math
+import warnings
 
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
 from fastsimclr.distributed import resolve_group
-from fastsimclr.loss.fused import describe_build
+from fastsimclr.errors import UserError
+from fastsimclr.loss import fused
 from fastsimclr.loss.reference import nt_xent_reference
 from fastsimclr.loss.tiled import nt_xent_tiled
 
-BACKENDS = ("auto", "fused", "tiled", "reference")
+BACKENDS = ("auto", "fused", "tiled", "reference", "emulated")
 PRECISIONS = ("auto", "highest", "medium")
 REDUCTIONS = ("mean", "none")
 
@@ -38,10 +40,12 @@ def nt_xent(
         rank's loss is its rows' sum * ranks / all rows (with even batches: the mean of its rows), and its gradient is
         that of the sum of all ranks' losses: after DDP's mean over ranks both are exactly those of one process.
         (For "mean", the gradient that arrives at the loss has to be the same on every rank, as it is in DDP.)
-    backend: "tiled" (plain PyTorch, O(N D) memory, any device), "reference" (dense, O(N^2) memory), "fused" (a CUDA
-        kernel); "auto" takes the fastest that is there.
-    precision: of the products, "highest" (float32) or "medium" (bf16; TF32 in tiled on a GPU). "auto": highest, but
-        medium for bf16 and fp16 inputs. "reference" always computes in the inputs' dtype, at least float32.
+    backend: "fused" (CUDA kernels, O(N D) memory), "tiled" (plain PyTorch, O(N D) memory, any device), "reference"
+        (dense, O(N^2) memory); "auto" takes the fastest that is there. ("emulated": fused's kernels run on the CPU by a
+        developer's build, for tests.)
+    precision: of the products, "highest" (float32; fused: the upper 16 bits of each factor, errors of 1e-5) or "medium"
+        (bf16; TF32 in tiled on a GPU). "auto": highest, but medium for bf16 and fp16 inputs. "reference" always
+        computes in the inputs' dtype, at least float32.
     reduction: "mean", or "none" for each view's loss, (2N,), z1's rows first.
     decoupled: leave the positive out of the denominator (Yeh et al., arXiv 2110.06848).
 
@@ -53,31 +57,62 @@ def nt_xent(
     if decoupled and len(z1) == 1 and process_group is None:
         raise ValueError("decoupled: got one image and no group, so no view has a negative; expected N > 1")
 
-    value: float | None
-    if isinstance(temperature, Tensor):
-        known = temperature.device.type == "cpu" and not torch.compiler.is_compiling()  # in a graph it is a symbol
-        value = float(temperature.detach()) if known else None
-    else:
+    value: float | None = None
+    if not isinstance(temperature, Tensor):
         value = float(temperature)
-        temperature = torch.full((), value, dtype=torch.promote_types(z1.dtype, torch.float32), device=z1.device)
+    elif temperature.device.type == "cpu" and not torch.compiler.is_compiling():  # in a graph it is a symbol
+        value = float(temperature.detach())
     if value is not None and not (value > 0 and math.isfinite(value)):
         raise ValueError(f"temperature: got {value}, expected a positive number")
 
     mean = reduction == "mean"
-    if choose_backend(backend)[0] == "reference":
-        return nt_xent_reference(z1, z2, temperature, process_group, mean, decoupled)
+    chosen = _choose_and_warn(backend, z1.device, z1.dtype, z1.shape[1])
     if precision == "auto":
         precision = "medium" if z1.dtype in (torch.bfloat16, torch.float16) else "highest"
+    if chosen in ("fused", "emulated"):
+        tensor = temperature if isinstance(temperature, Tensor) else None
+        return fused.nt_xent_fused(z1, z2, tensor, process_group, mean, decoupled, precision, value)
+    if not isinstance(temperature, Tensor):
+        dtype = torch.promote_types(z1.dtype, torch.float32)
+        temperature = torch.full((), temperature, dtype=dtype, device=z1.device)
+    if chosen == "reference":
+        return nt_xent_reference(z1, z2, temperature, process_group, mean, decoupled)
     return nt_xent_tiled(z1, z2, temperature, process_group, mean, decoupled, precision, value)
 
 
-def choose_backend(wanted: str) -> tuple[str, str]:
-    """Who computes the loss if `wanted` is asked for, and why. Raises RuntimeError if it is not in this build."""
-    if wanted == "fused":
-        raise RuntimeError(f'backend="fused" is not in this build ({describe_build()}); use backend="auto" or "tiled"')
+class BackendError(UserError, RuntimeError):
+    """The backend that was asked for by name can't compute this here."""
+
+
+def choose_backend(
+    wanted: str, device: torch.device, dtype: torch.dtype = torch.float32, width: int = 1
+) -> tuple[str, str]:
+    """Who computes the loss of projections of `width` numbers on `device` if `wanted` is asked for, and why.
+
+    Raises BackendError, a ValueError and a RuntimeError, if "fused" or "emulated" is asked for and can't.
+    """
+    if wanted in ("tiled", "reference"):
+        return wanted, "as asked"
+    if wanted == "auto" and device.type != "cuda":
+        return "tiled", f"auto: the fused kernel is for CUDA GPUs, and the projections are on {device.type}"
+    reason = fused.unavailable(device) or fused.unsupported(dtype, width)
     if wanted == "auto":
-        return "tiled", "auto: this version has no fused kernel"
+        return ("tiled", f"auto: {reason}") if reason else ("fused", "auto: the fastest, and it can run here")
+    if wanted == "fused" and device.type != "cuda":
+        reason = f"it is a CUDA kernel, and the projections are on {device.type}; {fused.describe_build()}"
+    if wanted == "emulated" and device.type != "cpu":
+        reason = f"it runs on the CPU, and the projections are on {device.type}"
+    if reason:
+        raise BackendError(f'backend="{wanted}" can\'t compute this: {reason}; use backend="auto" or "tiled"')
     return wanted, "as asked"
+
+
+@torch.compiler.assume_constant_result  # in a compiled graph: asked once, when it is compiled
+def _choose_and_warn(wanted: str, device: torch.device, dtype: torch.dtype, width: int) -> str:
+    chosen, why = choose_backend(wanted, device, dtype, width)
+    if wanted == "auto" and device.type == "cuda" and chosen != "fused":
+        warnings.warn(f"nt_xent: the slower backend {chosen!r} ({why})", stacklevel=3)
+    return chosen
 
 
 class NTXentLoss(nn.Module):

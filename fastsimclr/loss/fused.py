@@ -1,11 +1,21 @@
-"""The compiled extension as the rest of the package sees it: what it is, and why it is not more."""
+"""The NT-Xent loss by the compiled kernels (csrc/), as PyTorch operators; and what the compiled extension is.
+
+The kernels take pointers, sizes and a stream: everything that they write is allocated here. `fastsimclr._C` runs them
+on a GPU; `fastsimclr._emulated`, of a developer's build, runs the same sources on the CPU for the tests, so slowly that
+it is of no other use. The mathematics is tiled.py's; the kernels' own choices are told in csrc/*.cu.
+"""
 
 import json
 import sys
 from pathlib import Path
+from types import ModuleType
 from typing import Any
 
 import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from fastsimclr.distributed import all_gather_rows, gather_sizes, group_name, group_of, start_gather_rows
 
 try:
     import fastsimclr._C as _C
@@ -14,14 +24,265 @@ try:
 except ImportError as error:
     _C = None  # type: ignore[assignment]
     _import_error = error
+try:
+    import fastsimclr._emulated as _emulated
+except ImportError:
+    _emulated = None  # type: ignore[assignment]
 
 # Written by setup.py: {"extension": "none" | "cpu" | "cuda", "reason": why it is not more}.
 _RECORD = Path(__file__).parents[1] / f"_build.{sys.implementation.cache_tag}.json"
+OLDEST_GPU = (8, 0)  # bf16 products and asynchronous copies
+DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+MAX_WIDTH = 2048
+MAX_ROWS = 2**30  # views of all ranks: csrc/nt_xent.h
+
+
+def unavailable(device: torch.device) -> str:
+    """Why the kernels can't run on `device`: "" if they can."""
+    if device.type == "cpu":
+        return "" if _emulated else "the emulation is only in an editable build (pip install -e .)"
+    if device.type != "cuda":
+        return f"the tensors are on {device.type}, and the kernel is for CUDA"
+    if not hasattr(_C, "nt_xent_forward"):
+        return describe_build()
+    if not torch.cuda.is_available():
+        return "PyTorch finds no CUDA GPU"
+    capability = torch.cuda.get_device_capability(device)
+    if capability < OLDEST_GPU:
+        name = torch.cuda.get_device_name(device)
+        return f"{name} has compute capability {capability[0]}.{capability[1]}; expected 8.0 or later"
+    return ""
+
+
+def unsupported(dtype: torch.dtype, width: int) -> str:
+    """Why the kernels can't take projections of `width` numbers of `dtype`: "" if they can."""
+    if dtype not in DTYPES:
+        return f"got {dtype} projections, expected float32, bfloat16 or float16"
+    if width > MAX_WIDTH:
+        return f"got projections of {width} numbers, expected at most {MAX_WIDTH}"
+    return ""
 
 
 def is_available() -> bool:
-    """Whether the fused NT-Xent loss can run here: the extension holds its kernel and there is a CUDA GPU."""
-    return hasattr(_C, "nt_xent_forward") and torch.cuda.is_available()
+    """Whether the fused NT-Xent loss can run here: the extension holds its kernels and there is a GPU for them."""
+    return torch.cuda.is_available() and not unavailable(torch.device("cuda", torch.cuda.current_device()))
+
+
+def nt_xent_fused(
+    z1: Tensor,
+    z2: Tensor,
+    temperature: Tensor | None,
+    group: dist.ProcessGroup | None,
+    mean: bool,
+    decoupled: bool,
+    precision: str,
+    temperature_value: float | None,
+) -> Tensor:
+    """Arguments and result as in `fastsimclr.nt_xent`. The temperature is a tensor, or a value, or a tensor whose value
+    is known without waiting for a GPU."""
+    return fused_forward(z1, z2, temperature, group_name(group), mean, decoupled, precision, temperature_value)[0]
+
+
+@torch.library.custom_op("fastsimclr::fused_forward", mutates_args=())
+def fused_forward(
+    z1: Tensor,
+    z2: Tensor,
+    temperature: Tensor | None,
+    group: str,
+    mean: bool,
+    decoupled: bool,
+    precision: str,
+    temperature_value: float | None,
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """The loss, and what the backward needs: the unit rows (2n, planes, width) in bf16 and the norms (2n,), of all ranks
+    the unit rows (M, planes, width; none in a process alone) and the lse in bits (M,), q (2n,) and how many rows each
+    rank has (W,)."""
+    n, d = z1.shape
+    rows, planes, width = 2 * n, _planes(precision), _width(d)
+    run = _Kernels(z1, temperature, temperature_value)
+    unit = z1.new_empty(rows, planes, width, dtype=torch.bfloat16)
+    norm, positive = run.floats(rows), run.floats(n)
+    run(
+        "normalize", z1=_view(z1), z2=_view(z2), dtype=run.dtype, n=n, d=d, planes=planes, width=width,
+        unit=unit.data_ptr(), norm=norm.data_ptr(), positive=positive.data_ptr(),
+    )  # fmt: skip
+
+    sizes, offset = [rows], 0
+    if group:
+        sizes = gather_sizes(rows, group_of(group), z1.device)
+        offset = sum(sizes[: dist.get_rank(group_of(group))])
+        gathered = start_gather_rows(unit, sizes, group_of(group))  # while it is under way, this rank's own rows
+    total = sum(sizes)
+    if total > MAX_ROWS:
+        raise ValueError(f"got {total} views in all, expected at most {MAX_ROWS}")
+    # Of all columns: this rank's rows, all the ranks' before it, all the ranks' after it; and into how many slots each
+    # has its sums written.
+    parts = [part for part in ((offset, rows), (0, offset), (offset + rows, total - offset - rows)) if part[1]]
+    units = [run.column_unit(rows, count, symmetric=start == offset) for start, count in parts]
+    slots = [-(-count // column_unit) for (_, count), column_unit in zip(parts, units, strict=True)]
+    sums = run.floats(sum(slots), rows)
+    everyone = unit
+    for index, ((start, count), column_unit) in enumerate(zip(parts, units, strict=True)):
+        mine = start == offset
+        if not mine and everyone is unit:
+            everyone = gathered()
+        run(
+            "forward", rows=unit.data_ptr(), row_count=rows, columns=(unit if mine else everyone[start]).data_ptr(),
+            column_count=count, planes=planes, width=width, symmetric=mine, has_pairs=mine, offset=0,
+            all_columns=total, **run.temperature, column_unit=column_unit, sums=sums[sum(slots[:index])].data_ptr(),
+        )  # fmt: skip
+    losses, lse, q = run.floats(rows), run.floats(rows), run.floats(rows)
+    run(
+        "losses", sums=sums.data_ptr(), slots=sum(slots), positive=positive.data_ptr(), n=n, all_columns=total,
+        decoupled=decoupled, **run.temperature, losses=losses.data_ptr(), lse=lse.data_ptr(), q=q.data_ptr(),
+    )  # fmt: skip
+    if group:
+        lse = all_gather_rows(lse, sizes, group_of(group))
+    loss = losses.sum() * (len(sizes) / total) if mean else losses
+    return loss, unit, norm, everyone if group else unit.new_empty(0, planes, width), lse, q, torch.tensor(sizes)
+
+
+@fused_forward.register_fake
+def _(z1, z2, temperature, group, mean, decoupled, precision, temperature_value):  # type: ignore[no-untyped-def]
+    n, d = z1.shape
+    planes, width = _planes(precision), _width(d)
+    rows = torch.library.get_ctx().new_dynamic_size() if group else 2 * n
+    ranks = dist.get_world_size(group_of(group)) if group else 1
+    return (
+        z1.new_empty((() if mean else (2 * n,)), dtype=torch.float32),
+        z1.new_empty((2 * n, planes, width), dtype=torch.bfloat16),
+        z1.new_empty((2 * n,), dtype=torch.float32),
+        z1.new_empty((rows if group else 0, planes, width), dtype=torch.bfloat16),
+        z1.new_empty((rows,), dtype=torch.float32),
+        z1.new_empty((2 * n,), dtype=torch.float32),
+        torch.empty(ranks, dtype=torch.int64),
+    )
+
+
+@torch.library.custom_op("fastsimclr::fused_backward", mutates_args=())
+def fused_backward(
+    dloss: Tensor,
+    z1: Tensor,
+    z2: Tensor,
+    unit: Tensor,
+    norm: Tensor,
+    everyone: Tensor,
+    lse: Tensor,
+    q: Tensor,
+    sizes: Tensor,
+    temperature: Tensor | None,
+    group: str,
+    temperature_value: float | None,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Gradients (n, D) of both views' projections, and each row's ẑ·dẑ (2n,). The rest as fused_forward gave it."""
+    n, d = z1.shape
+    rows, planes, width = unit.shape
+    total = len(lse)
+    run = _Kernels(z1, temperature, temperature_value)
+    offset = 0
+    if group:
+        offset = int(sizes[: dist.get_rank(group_of(group))].sum())
+    else:
+        everyone = unit
+    weights, mine = None, None
+    if dloss.ndim == 0:
+        scale, factor = dloss, len(sizes) / total
+    else:
+        # Each row's own weight: the one case in which the backward communicates. Of size 1, and the size comes back at
+        # the end: weights of 1/M would push weight / 2^lse below the normal numbers.
+        weights = all_gather_rows(dloss, sizes.tolist(), group_of(group)) if group else dloss
+        scale, factor = weights.abs().amax().clamp_min_(torch.finfo(torch.float32).tiny), 1.0
+        weights = weights / scale
+        mine = weights[offset : offset + rows]
+
+    splits = run.kernels.nt_xent_backward_splits(
+        rows=rows, columns=total, planes=planes, width=width, device=run.device
+    )
+    sums = run.floats(splits, rows, width)
+    run(
+        "backward", rows=unit.data_ptr(), row_count=rows, columns=everyone.data_ptr(), column_count=total,
+        planes=planes, width=width, offset=offset, **run.temperature, lse=lse.data_ptr(), weights=_address(weights),
+        splits=splits, sums=sums.data_ptr(),
+    )  # fmt: skip
+    dz1, dz2 = (torch.empty(n, d, dtype=z1.dtype, device=z1.device) for _ in range(2))
+    along = run.floats(rows)
+    run(
+        "project", z1=_view(z1), z2=_view(z2), dtype=run.dtype, n=n, d=d, width=width, **run.temperature,
+        norm=norm.data_ptr(), q=q.data_ptr(), weights=_address(mine), scale=scale.data_ptr(), factor=factor,
+        sums=sums.data_ptr(), splits=splits, dz1=dz1.data_ptr(), dz2=dz2.data_ptr(), along=along.data_ptr(),
+    )  # fmt: skip
+    return dz1, dz2, along
+
+
+@fused_backward.register_fake
+def _(dloss, z1, z2, unit, norm, everyone, lse, q, sizes, temperature, group, temperature_value):  # type: ignore[no-untyped-def]
+    dz1, dz2 = (torch.empty(z.shape, dtype=z.dtype, device=z.device) for z in (z1, z2))
+    return dz1, dz2, torch.empty_like(norm)
+
+
+def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
+    z1, z2, temperature, ctx.group, _, _, _, ctx.temperature_value = inputs
+    ctx.save_for_backward(z1, z2, *output[1:], temperature)
+    ctx.set_materialize_grads(False)  # see tiled.py
+
+
+def _backward(ctx: Any, dloss: Tensor | None, *_: Any) -> tuple[Tensor | None, ...]:
+    if dloss is None:  # gradcheck asks for the gradient of nothing
+        return (None,) * 8
+    *saved, temperature = ctx.saved_tensors
+    dz1, dz2, along = fused_backward(dloss, *saved, temperature, ctx.group, ctx.temperature_value)
+    dtemperature = None
+    if temperature is not None and ctx.needs_input_grad[2]:
+        dtemperature = (along.sum().to(temperature) * -0.5) / temperature
+    return dz1, dz2, dtemperature, None, None, None, None, None
+
+
+fused_forward.register_autograd(_backward, setup_context=_setup_context)
+
+
+class _Kernels:
+    """The kernels for tensors like `z`: calls of `fastsimclr._C` (or its twin), with what all calls have in common."""
+
+    def __init__(self, z: Tensor, temperature: Tensor | None, value: float | None) -> None:
+        on_gpu = z.device.type == "cuda"
+        self.kernels: ModuleType = _C if on_gpu else _emulated
+        self.device = (z.device.index or 0) if on_gpu else 0
+        self.stream = torch.cuda.current_stream(z.device).cuda_stream if on_gpu else 0
+        self.dtype = getattr(self.kernels.DataType, str(z.dtype).removeprefix("torch."))
+        self._like = z
+        if value is None and temperature is not None and temperature.device != z.device:
+            value = float(temperature)  # on the CPU: that waits for nothing
+        self._keep = None if value is not None else temperature.to(torch.float32)  # type: ignore[union-attr]
+        self.temperature = {"temperature": _address(self._keep), "temperature_value": value or 0.0}
+
+    def __call__(self, name: str, **arguments: Any) -> None:
+        getattr(self.kernels, f"nt_xent_{name}")(**arguments, device=self.device, stream=self.stream)
+
+    def floats(self, *shape: int) -> Tensor:
+        return torch.empty(shape, dtype=torch.float32, device=self._like.device)
+
+    def column_unit(self, rows: int, columns: int, symmetric: bool) -> int:
+        """How many columns share a slot of the forward's sums."""
+        return self.kernels.nt_xent_forward_column_unit(
+            rows=rows, columns=columns, symmetric=symmetric, device=self.device
+        )
+
+
+def _view(z: Tensor) -> tuple[int, int, int]:
+    return z.data_ptr(), z.stride(0), z.stride(1)
+
+
+def _address(x: Tensor | None) -> int:
+    return 0 if x is None else x.data_ptr()
+
+
+def _planes(precision: str) -> int:
+    """How many bf16 numbers stand for one in the products: their sum is it to 8 bits, or to 16."""
+    return 2 if precision == "highest" else 1
+
+
+def _width(d: int) -> int:
+    return -(-d // 8) * 8  # rows of whole 16-byte chunks
 
 
 def build_info() -> dict[str, Any]:

@@ -1,0 +1,270 @@
+// The CUDA of this project's kernels for g++: they run on a CPU, for tests. What mma.cuh takes from PTX has the same
+// names here; what CUDA leaves to the hardware's timing is random here, by FASTSIMCLR_EMULATION_SEED (machine.h).
+//
+// Found: a missing barrier (wrong results), a missing or early cp.async wait (wrong results), a deadlock or a barrier
+// in divergent code (cudaErrorLaunchFailure, and which thread waits where), shared memory read before it is written
+// (NaN), misaligned addresses of ldmatrix and cp.async; with -fsanitize=address,undefined every access out of bounds.
+// Not found: races between two barriers that need a switch in the middle of plain code, as of two threads that add to a
+// number without an atomic. Floating point is the host's: expf and its like are not the GPU's to the last bit.
+#pragma once
+
+#include <cmath>
+#include <cstddef>
+#include <cstdint>
+#include <cstring>
+#include <type_traits>
+
+#include "cuda_types.h"
+#include "machine.h"
+
+// Shared memory is dynamic_shared() only; `__shared__` is not defined, so that it does not compile.
+#define __global__
+#define __device__
+#define __host__
+#define __forceinline__ inline
+#define __launch_bounds__(...)
+
+namespace [[gnu::visibility("hidden")]] emulation {
+
+// The seed of the following launches, instead of the environment's.
+inline void set_seed(uint64_t seed) { machine.set_seed(seed); }
+
+template <class To, class From>
+To bit_cast(From from) {
+  static_assert(sizeof(To) == sizeof(From) && std::is_trivially_copyable<From>::value, "the same bits as another type");
+  To to;
+  std::memcpy(&to, &from, sizeof(to));
+  return to;
+}
+
+inline void check_mask(unsigned mask, const char* operation, Place place) {
+  if (mask != ~0u) machine.fail("%s, %s:%d: only whole warps are emulated", operation, place.file, place.line);
+}
+
+template <class T>
+T shuffle(const char* operation, unsigned mask, T value, int source, Place place) {
+  static_assert(sizeof(T) == sizeof(uint32_t), "a shuffle of 32 bits");
+  check_mask(mask, operation, place);
+  WarpMemory& memory = machine.memory();
+  const int lane = machine.lane();
+  memory.offered[lane] = bit_cast<uint32_t>(value);
+  memory.source[lane] = source;
+  machine.meet_warp({operation, place}, [](WarpMemory& all) { all.shuffle(); });
+  return bit_cast<T>(memory.result[lane][0]);
+}
+
+template <class F>
+void load_matrices(const char* operation, uint32_t (&r)[4], const void* shared_row, Place place, F load) {
+  if (uintptr_t(shared_row) % 16 != 0 || !machine.is_shared(shared_row, 16))
+    machine.fail("%s, %s:%d: a row's address is not a multiple of 16 in shared memory", operation, place.file,
+                 place.line);
+  WarpMemory& memory = machine.memory();
+  const int lane = machine.lane();
+  memory.row[lane] = static_cast<const char*>(shared_row);
+  machine.meet_warp({operation, place}, load);
+  std::memcpy(r, memory.result[lane], sizeof(r));
+}
+
+inline void finish_copies(int pending_groups) {
+  Thread& thread = machine.thread();
+  size_t kept = 0;
+  for (Copy& copy : thread.copies) {
+    if (copy.group < thread.committed_groups - pending_groups) {
+      copy.finish();
+    } else {
+      thread.copies[kept++] = copy;
+    }
+  }
+  thread.copies.resize(kept);
+}
+
+inline uint32_t round_to_bf16(float x) {
+  if (std::isnan(x)) return 0x7fff;
+  const auto bits = bit_cast<uint32_t>(x);
+  return (bits + 0x7fff + (bits >> 16 & 1)) >> 16;
+}
+
+}  // namespace emulation
+
+inline void __syncthreads(emulation::Place place = emulation::Place::here()) {
+  emulation::machine.meet_block({"__syncthreads", place});
+}
+
+inline void __syncwarp(unsigned mask = ~0u, emulation::Place place = emulation::Place::here()) {
+  emulation::check_mask(mask, "__syncwarp", place);
+  emulation::machine.meet_warp({"__syncwarp", place}, [](emulation::WarpMemory&) {});
+}
+
+template <class T>
+T __shfl_sync(unsigned mask, T value, int source, emulation::Place place = emulation::Place::here()) {
+  return emulation::shuffle("__shfl_sync", mask, value, source & 31, place);
+}
+
+template <class T>
+T __shfl_xor_sync(unsigned mask, T value, int lane_mask, emulation::Place place = emulation::Place::here()) {
+  return emulation::shuffle("__shfl_xor_sync", mask, value, (emulation::machine.lane() ^ lane_mask) & 31, place);
+}
+
+template <class T>
+T __shfl_down_sync(unsigned mask, T value, unsigned delta, emulation::Place place = emulation::Place::here()) {
+  const int lane = emulation::machine.lane();
+  return emulation::shuffle("__shfl_down_sync", mask, value, lane + delta < 32 ? int(lane + delta) : lane, place);
+}
+
+inline float atomicAdd(float* address, float value) {
+  const float old = *address;
+  *address = old + value;
+  return old;
+}
+
+inline float __uint_as_float(uint32_t bits) { return emulation::bit_cast<float>(bits); }
+inline uint32_t __float_as_uint(float x) { return emulation::bit_cast<uint32_t>(x); }
+
+template <class T>
+constexpr T min(T a, T b) {
+  return b < a ? b : a;
+}
+template <class T>
+constexpr T max(T a, T b) {
+  return a < b ? b : a;
+}
+#if !defined(__GLIBC_PREREQ) || !__GLIBC_PREREQ(2, 42)  // from there on it is in <cmath>
+inline float rsqrtf(float x) { return 1.0f / std::sqrt(x); }
+#endif
+
+struct Bf16 {
+  uint16_t bits;
+};
+struct Half {
+  uint16_t bits;
+};
+
+inline float to_float(float x) { return x; }
+inline float to_float(Bf16 x) { return emulation::float_of_bf16(x.bits); }
+inline float to_float(Half x) { return float(emulation::bit_cast<_Float16>(x.bits)); }
+
+template <class T>
+T from_float(float x);
+template <>
+inline float from_float<float>(float x) {
+  return x;
+}
+template <>
+inline Bf16 from_float<Bf16>(float x) {
+  return {uint16_t(emulation::round_to_bf16(x))};
+}
+template <>
+inline Half from_float<Half>(float x) {
+  return {emulation::bit_cast<uint16_t>(_Float16(x))};
+}
+
+inline uint32_t pack_bf16(float low, float high) {
+  return emulation::round_to_bf16(low) | emulation::round_to_bf16(high) << 16;
+}
+
+// Not the 2 units in the last place by which the GPU's may be off.
+inline float exp2_approx(float x) {
+  const float y = std::exp2(x);
+  return std::fpclassify(y) == FP_SUBNORMAL ? 0.0f : y;
+}
+
+inline char* dynamic_shared() { return emulation::machine.shared(); }
+
+inline void ldmatrix_x4(uint32_t (&r)[4], const void* shared_row, emulation::Place place = emulation::Place::here()) {
+  emulation::load_matrices("ldmatrix_x4", r, shared_row, place,
+                           [](emulation::WarpMemory& memory) { memory.load_matrices(); });
+}
+
+inline void ldmatrix_x4_trans(uint32_t (&r)[4], const void* shared_row,
+                              emulation::Place place = emulation::Place::here()) {
+  emulation::load_matrices("ldmatrix_x4_trans", r, shared_row, place,
+                           [](emulation::WarpMemory& memory) { memory.load_matrices_transposed(); });
+}
+
+inline void mma_bf16(float (&c)[4], const uint32_t (&a)[4], uint32_t b0, uint32_t b1,
+                     emulation::Place place = emulation::Place::here()) {
+  emulation::WarpMemory& memory = emulation::machine.memory();
+  const int lane = emulation::machine.lane();
+  memory.put_fragments(lane, c, a, b0, b1);
+  emulation::machine.meet_warp({"mma_bf16", place}, [](emulation::WarpMemory& all) { all.multiply(); });
+  memory.take_fragment(lane, c);
+}
+
+// By chance the copy is made at once, which shows one that starts while its target is still read; or it is not made
+// before the wait that it is due at, which shows a missing wait.
+inline void cp_async_16(void* shared, const void* global, bool valid,
+                        emulation::Place place = emulation::Place::here()) {
+  if (uintptr_t(shared) % 16 != 0 || !emulation::machine.is_shared(shared, 16))
+    emulation::machine.fail("cp_async_16, %s:%d: the target is not a multiple of 16 in shared memory", place.file,
+                            place.line);
+  if (uintptr_t(global) % 16 != 0)
+    emulation::machine.fail("cp_async_16, %s:%d: the source is not a multiple of 16", place.file, place.line);
+  if (valid) {  // a read out of bounds is reported here, at the kernel's line, and not at the wait
+    volatile char first = static_cast<const char*>(global)[0], last = static_cast<const char*>(global)[15];
+    (void)first, (void)last;
+  }
+  emulation::Thread& thread = emulation::machine.thread();
+  thread.copies.push_back({static_cast<char*>(shared), valid ? static_cast<const char*>(global) : nullptr,
+                           thread.committed_groups, false, place});
+  if (emulation::machine.random().below(2) == 0) thread.copies.back().finish();
+}
+
+inline void cp_async_commit() { emulation::machine.thread().committed_groups++; }
+
+template <int kPending>
+void cp_async_wait() {
+  static_assert(kPending >= 0, "a number of groups");
+  emulation::finish_copies(kPending);
+}
+
+inline cudaError_t cudaGetLastError() { return emulation::machine.take_last_error(); }
+
+inline const char* cudaGetErrorName(cudaError_t error) {
+  switch (error) {
+    case cudaSuccess:
+      return "cudaSuccess";
+    case cudaErrorInvalidValue:
+      return "cudaErrorInvalidValue";
+    case cudaErrorInvalidDevice:
+      return "cudaErrorInvalidDevice";
+    case cudaErrorLaunchFailure:
+      return "cudaErrorLaunchFailure";
+  }
+  return "unrecognized error code";
+}
+
+inline const char* cudaGetErrorString(cudaError_t error) {
+  switch (error) {
+    case cudaSuccess:
+      return "no error";
+    case cudaErrorInvalidValue:
+      return "invalid argument";
+    case cudaErrorInvalidDevice:
+      return "invalid device ordinal";
+    case cudaErrorLaunchFailure:
+      return "unspecified launch failure";
+  }
+  return "unrecognized error code";
+}
+
+inline cudaError_t cudaGetDevice(int* device) {
+  *device = 0;
+  return cudaSuccess;
+}
+inline cudaError_t cudaSetDevice(int device) { return device == 0 ? cudaSuccess : cudaErrorInvalidDevice; }
+
+// The kernel has run when this returns.
+template <class Params>
+cudaError_t launch(void (*kernel)(Params), dim3 grid, int threads, size_t shared_bytes, cudaStream_t /*stream*/,
+                   const Params& params) {
+  static_assert(std::is_trivially_copyable<Params>::value && sizeof(Params) <= 4096, "what CUDA takes as a parameter");
+  return emulation::machine.run(grid, threads, shared_bytes, [&] { kernel(params); });
+}
+
+// A small GPU.
+inline int multiprocessors() { return 4; }
+
+template <class Params>
+int blocks_per_multiprocessor(void (*)(Params), int /*threads*/, size_t /*shared_bytes*/) {
+  return 1;
+}

@@ -1,0 +1,285 @@
+// Runs a grid's blocks one after the other, in random order, and a block's threads as fibers that switch where they
+// wait: at operations of the warp (shuffle, ldmatrix, mma, __syncwarp), at block barriers and at their end.
+//
+// What the hardware leaves open is chosen at random, from a seed: the order of lanes; which warp runs, and for how long
+// before another one has its turn. Mostly one warp is as far ahead of the others as barriers let it be. With all in
+// step a missing barrier would stay hidden.
+#pragma once
+
+#include <cstdarg>
+#include <cstdio>
+#include <cstdlib>
+#include <functional>
+#include <memory>
+#include <mutex>
+#include <numeric>
+#include <optional>
+#include <string>
+#include <utility>
+#include <vector>
+
+#include "cuda_types.h"
+#include "threads.h"
+
+namespace [[gnu::visibility("hidden")]] emulation {
+
+constexpr size_t kMaxSharedBytes = size_t(99) << 10;  // of a block on sm_86 and sm_120
+constexpr int kMaxThreads = 1024;
+
+class Machine {
+ public:
+  cudaError_t run(dim3 grid, int thread_count, size_t shared_bytes, const std::function<void()>& kernel);
+
+  void set_seed(uint64_t seed) { chosen_seed_ = seed; }
+  uint64_t seed() const {
+    if (chosen_seed_) return *chosen_seed_;
+    const char* text = std::getenv("FASTSIMCLR_EMULATION_SEED");
+    return text ? std::strtoull(text, nullptr, 10) : 1;
+  }
+  cudaError_t take_last_error() { return std::exchange(last_error_, cudaSuccess); }
+
+  // For kernels.
+  int lane() const { return current_ % kLanes; }
+  WarpMemory& memory() { return warps_[current_ / kLanes]->memory; }
+  Thread& thread() { return *threads_[current_]; }
+  Random& random() { return random_; }
+  char* shared() { return shared_; }
+  bool is_shared(const void* address, size_t bytes) const {
+    const auto offset = uintptr_t(address) - uintptr_t(shared_);
+    return offset < shared_bytes_ && bytes <= shared_bytes_ - offset;
+  }
+
+  // All lanes must come here. The last one calls complete(memory()); then all of them go on, in any order.
+  template <class F>
+  void meet_warp(const Meeting& meeting, F complete) {
+    Warp& warp = *warps_[current_ / kLanes];
+    wait_at(State::kAtWarpOperation, meeting);
+    if (warp.arrived == 0) warp.meeting = meeting;
+    if (!(warp.meeting == meeting)) fail("lanes of a warp are at different operations");
+    if (++warp.arrived == kLanes) {
+      complete(warp.memory);
+      warp.arrived = 0;
+      warp.ready = ~0u;
+      if (random_.below(16) == 0) random_.shuffle(warp.order, kLanes);
+    }
+    go_on();
+  }
+
+  // All threads that have not exited must come here.
+  void meet_block(const Meeting& meeting) {
+    wait_at(State::kAtBarrier, meeting);
+    if (at_barrier_ == 0) barrier_ = meeting;
+    if (!(barrier_ == meeting)) fail("threads wait at different barriers");
+    at_barrier_++;
+    release_barrier_if_complete();
+    go_on();
+  }
+
+  [[noreturn]] void fail(const char* format, ...) __attribute__((format(printf, 2, 3)));
+
+ private:
+  static void run_thread();
+  bool run_block(int thread_count);
+  void exit_thread();
+  void wait_at(State state, const Meeting& meeting) {
+    thread().state = state;
+    thread().meeting = meeting;
+  }
+
+  void release_barrier_if_complete() {
+    if (at_barrier_ == 0 || at_barrier_ < alive_) return;
+    at_barrier_ = 0;
+    ready_warps_ = 0;
+    for (int w = 0; w < warp_count_; w++) make_ready(w);
+    change_warp();
+  }
+
+  void make_ready(int w) {
+    Warp& warp = *warps_[w];
+    warp.ready = ~warp.exited;
+    random_.shuffle(warp.order, kLanes);
+    if (warp.ready) ready_warps_ |= 1u << w;
+  }
+
+  void change_warp() {
+    if (ready_warps_ == 0) fail("no thread can go on");
+    uint32_t candidates = ready_warps_;
+    for (auto skip = random_.below(uint64_t(__builtin_popcount(candidates))); skip > 0; skip--)
+      candidates &= candidates - 1;
+    warp_ = __builtin_ctz(candidates);
+    // In steps of a lane, from a few to far more than there are between two barriers.
+    patience_ = 1 + int64_t(random_.below(uint64_t(1) << random_.below(20)));
+  }
+
+  // The thread that runs next. The bit of the current warp in ready_warps_ is only looked at here.
+  int next_thread() {
+    if (--patience_ <= 0) change_warp();
+    while (warps_[warp_]->ready == 0) {
+      if (warps_[warp_]->arrived > 0) fail("the other lanes of warp %d will never be there", warp_);
+      ready_warps_ &= ~(1u << warp_);
+      change_warp();
+    }
+    return warp_ * kLanes + warps_[warp_]->take_lane();
+  }
+
+  void go_on() {
+    const int next = next_thread();
+    Thread& from = thread();
+    if (next != current_) resume(from, next, false);
+    from.state = State::kRunning;
+  }
+
+  void resume(Thread& from, int next, bool is_last) {
+    current_ = next;
+    threadIdx.x = unsigned(next);
+    switch_context(from.context, threads_[next]->context, is_last);
+  }
+
+  void report(const char* format, va_list arguments);
+
+  std::mutex mutex_;  // one launch at a time
+  std::vector<std::unique_ptr<Thread>> threads_;
+  std::vector<std::unique_ptr<Warp>> warps_;
+  Context host_;
+  const std::function<void()>* kernel_ = nullptr;
+  Random random_{0};
+  std::optional<uint64_t> chosen_seed_;
+  cudaError_t last_error_ = cudaSuccess;
+  char* shared_ = nullptr;
+  size_t shared_bytes_ = 0;
+  // Of the block that runs:
+  int current_ = 0, warp_ = 0, warp_count_ = 0, alive_ = 0, at_barrier_ = 0;
+  uint32_t ready_warps_ = 0;
+  int64_t patience_ = 0;
+  Meeting barrier_;
+  bool failed_ = false;
+};
+
+inline Machine machine;
+
+inline void Machine::run_thread() {
+  arrive(machine.thread().context);
+  (*machine.kernel_)();
+  machine.exit_thread();
+}
+
+inline void Machine::exit_thread() {
+  Thread& self = thread();
+  if (!self.copies.empty())
+    fail("ends before %zu of its asynchronous copies are waited for; the first is of %s:%d", self.copies.size(),
+         self.copies[0].place.file, self.copies[0].place.line);
+  self.state = State::kExited;
+  warps_[current_ / kLanes]->exited |= 1u << lane();
+  if (--alive_ == 0) switch_context(self.context, host_, true);
+  release_barrier_if_complete();
+  resume(self, next_thread(), true);
+  std::abort();  // not reached
+}
+
+// Leaves the kernel: its fibers are not resumed, what they own is not destroyed.
+inline void Machine::fail(const char* format, ...) {
+  va_list arguments;
+  va_start(arguments, format);
+  report(format, arguments);
+  va_end(arguments);
+  failed_ = true;
+  switch_context(thread().context, host_, true);
+  std::abort();  // not reached
+}
+
+inline void Machine::report(const char* format, va_list arguments) {
+  std::fprintf(stderr, "CUDA emulation: block (%u, %u, %u), thread %d: ", blockIdx.x, blockIdx.y, blockIdx.z, current_);
+  std::vfprintf(stderr, format, arguments);
+  std::fprintf(stderr, " (seed %llu)\n", static_cast<unsigned long long>(seed()));
+  // Threads that are at the same place, with the ranges that they are: a line for each place.
+  std::vector<std::pair<const Thread*, std::string>> groups;
+  const int count = warp_count_ * kLanes;
+  for (int begin = 0, end; begin < count; begin = end) {
+    const Thread& first = *threads_[begin];
+    for (end = begin + 1; end < count && threads_[end]->is_beside(first); end++) {
+    }
+    auto group = groups.begin();
+    while (group != groups.end() && !group->first->is_beside(first)) ++group;
+    if (group == groups.end()) group = groups.insert(group, {&first, ""});
+    group->second += " " + std::to_string(begin);
+    if (end > begin + 1) group->second += "-" + std::to_string(end - 1);
+  }
+  for (const auto& [thread, ranges] : groups) {
+    const Place place = thread->meeting.place;
+    if (thread->state == State::kExited) {
+      std::fprintf(stderr, "  have exited:%s\n", ranges.c_str());
+    } else if (thread->state == State::kRunning) {
+      std::fprintf(stderr, "  not waiting:%s\n", ranges.c_str());
+    } else {
+      std::fprintf(stderr, "  at %s, %s:%d:%s\n", thread->meeting.operation, place.file, place.line, ranges.c_str());
+    }
+  }
+}
+
+// Whether all threads came to their end.
+inline bool Machine::run_block(int thread_count) {
+  alive_ = thread_count;
+  at_barrier_ = 0;
+  ready_warps_ = 0;
+  for (int i = 0; i < thread_count; i++) {
+    Thread& thread = *threads_[i];
+    thread.state = State::kRunning;
+    thread.meeting = {};
+    thread.copies.clear();
+    thread.committed_groups = 0;
+    start_context(thread.context, thread.stack, size_t(i), run_thread);
+  }
+  for (int w = 0; w < warp_count_; w++) {
+    Warp& warp = *warps_[w];
+    warp.exited = 0;
+    warp.arrived = 0;
+    std::iota(warp.order, warp.order + kLanes, uint8_t(0));
+    make_ready(w);
+  }
+  std::memset(shared_, 0xff, shared_bytes_);  // NaNs: nothing of the block before is left
+  change_warp();
+  current_ = next_thread();
+  threadIdx.x = unsigned(current_);
+  switch_context(host_, thread().context, false);
+  return !failed_;
+}
+
+inline cudaError_t Machine::run(dim3 grid, int thread_count, size_t shared_bytes, const std::function<void()>& kernel) {
+  const std::lock_guard<std::mutex> lock(mutex_);
+  constexpr unsigned kMaxGrid = (1u << 31) - 1, kMaxGridYZ = (1u << 16) - 1;
+  const bool is_grid =
+      grid.x >= 1 && grid.y >= 1 && grid.z >= 1 && grid.x <= kMaxGrid && grid.y <= kMaxGridYZ && grid.z <= kMaxGridYZ;
+  if (!is_grid || thread_count < 1 || thread_count > kMaxThreads || shared_bytes > kMaxSharedBytes)
+    return last_error_ = cudaErrorInvalidValue;
+  if (thread_count % kLanes != 0) {
+    std::fprintf(stderr, "CUDA emulation: %d threads are no whole warps, which is not emulated\n", thread_count);
+    return last_error_ = cudaErrorInvalidValue;
+  }
+
+  while (int(threads_.size()) < thread_count) threads_.push_back(std::make_unique<Thread>());
+  while (int(warps_.size()) < thread_count / kLanes) warps_.push_back(std::make_unique<Warp>());
+  void* shared = nullptr;
+  if (posix_memalign(&shared, 128, shared_bytes) != 0) std::abort();
+  shared_ = static_cast<char*>(shared);
+  shared_bytes_ = shared_bytes;
+  warp_count_ = thread_count / kLanes;
+  kernel_ = &kernel;
+  failed_ = false;
+  random_ = Random(seed());
+  gridDim = grid;
+  blockDim = dim3(unsigned(thread_count));
+
+  std::vector<uint64_t> blocks(uint64_t(grid.x) * grid.y * grid.z);
+  std::iota(blocks.begin(), blocks.end(), uint64_t(0));
+  random_.shuffle(blocks.data(), blocks.size());
+  for (const uint64_t block : blocks) {
+    blockIdx = {unsigned(block % grid.x), unsigned(block / grid.x % grid.y), unsigned(block / grid.x / grid.y)};
+    if (!run_block(thread_count)) break;
+  }
+  std::free(shared);
+  shared_ = nullptr;
+  shared_bytes_ = 0;
+  return failed_ ? last_error_ = cudaErrorLaunchFailure : cudaSuccess;
+}
+
+}  // namespace emulation

@@ -1,0 +1,92 @@
+// What a warp computes together: lanes put their operands into the warp's memory, the last one computes for all, then
+// each takes its own results. Everything that a lane takes is the lane's own: lanes that are already at the next
+// operation overwrite operands, never results of others.
+#pragma once
+
+#include <cstdint>
+#include <cstring>
+
+namespace [[gnu::visibility("hidden")]] emulation {
+
+constexpr int kLanes = 32;
+
+inline float float_of_bf16(uint32_t bits) {
+  bits <<= 16;
+  float x;
+  std::memcpy(&x, &bits, sizeof(x));
+  return x;
+}
+
+struct WarpMemory {
+  using Half = float __attribute__((vector_size(16)));  // of a row: vectors even at -O1, and no wider than any CPU has
+
+  // mma: C (16 x 8) += A (16 x 16) B (16 x 8), all as float
+  Half c[16][2];
+  Half b[16][2];
+  float a[16][16];
+  // shuffles: what a lane offers and whose offer it takes
+  uint32_t offered[kLanes];
+  int source[kLanes];
+  // ldmatrix: the row that a lane points to
+  const char* row[kLanes];
+  // what lanes take away, but for C
+  uint32_t result[kLanes][4];
+
+  void put_fragments(int lane, const float (&c_in)[4], const uint32_t (&a_in)[4], uint32_t b0, uint32_t b1) {
+    const unsigned g = unsigned(lane) / 4, t = unsigned(lane) % 4;
+    for (unsigned i = 0; i < 4; i++) {
+      float* pair = &a[g + i % 2 * 8][2 * t + i / 2 * 8];
+      pair[0] = float_of_bf16(a_in[i] & 0xffff);
+      pair[1] = float_of_bf16(a_in[i] >> 16);
+      at(c, g + i / 2 * 8, 2 * t + i % 2) = c_in[i];
+    }
+    at(b, 2 * t, g) = float_of_bf16(b0 & 0xffff);
+    at(b, 2 * t + 1, g) = float_of_bf16(b0 >> 16);
+    at(b, 2 * t + 8, g) = float_of_bf16(b1 & 0xffff);
+    at(b, 2 * t + 9, g) = float_of_bf16(b1 >> 16);
+  }
+
+  __attribute__((no_sanitize("address", "undefined"))) void multiply() {
+    for (int i = 0; i < 16; i++) {
+      Half left{}, right{};           // as in the tensor cores, a step's products are added up before they meet C
+      for (int k = 0; k < 16; k++) {  // the products of bf16 are exact
+        left += a[i][k] * b[k][0];
+        right += a[i][k] * b[k][1];
+      }
+      c[i][0] += left;
+      c[i][1] += right;
+    }
+  }
+
+  void take_fragment(int lane, float (&c_out)[4]) {
+    const unsigned g = unsigned(lane) / 4, t = unsigned(lane) % 4;
+    for (unsigned i = 0; i < 4; i++) c_out[i] = at(c, g + i / 2 * 8, 2 * t + i % 2);
+  }
+
+  void load_matrices() {
+    for (int lane = 0; lane < kLanes; lane++)
+      for (int m = 0; m < 4; m++)
+        std::memcpy(&result[lane][m], row[8 * m + lane / 4] + 4 * (lane % 4), sizeof(uint32_t));
+  }
+
+  void load_matrices_transposed() {
+    for (int lane = 0; lane < kLanes; lane++)
+      for (int m = 0; m < 4; m++) {
+        uint16_t pair[2];
+        for (int i = 0; i < 2; i++)
+          std::memcpy(&pair[i], row[8 * m + 2 * (lane % 4) + i] + 2 * (lane / 4), sizeof(uint16_t));
+        result[lane][m] = uint32_t(pair[0]) | uint32_t(pair[1]) << 16;
+      }
+  }
+
+  void shuffle() {
+    for (int lane = 0; lane < kLanes; lane++) result[lane][0] = offered[source[lane]];
+  }
+
+ private:
+  static float& at(Half (&rows)[16][2], unsigned row, unsigned column) {
+    return reinterpret_cast<float*>(&rows[row])[column];  // GCC's vectors may alias their elements
+  }
+};
+
+}  // namespace emulation

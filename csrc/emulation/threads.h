@@ -1,0 +1,109 @@
+// What a block's threads and warps are for the machine that runs them (machine.h).
+#pragma once
+
+#include <cstddef>
+#include <cstdint>
+#include <cstring>
+#include <utility>
+#include <vector>
+
+#include "fibers.h"
+#include "mma_on_cpu.h"
+
+namespace [[gnu::visibility("hidden")]] emulation {
+
+// A line of a kernel: as a default argument, here() is the line of the call.
+struct Place {
+  const char* file;
+  int line;
+  static constexpr Place here(const char* file = __builtin_FILE(), int line = __builtin_LINE()) { return {file, line}; }
+};
+
+// What threads wait at together. Two lines are two operations, even where a GPU would take one for the other.
+struct Meeting {
+  const char* operation = "";
+  Place place = {"", 0};
+
+  bool operator==(const Meeting& other) const {
+    return place.line == other.place.line && is_same(operation, other.operation) &&
+           is_same(place.file, other.place.file);
+  }
+
+ private:
+  static bool is_same(const char* a, const char* b) { return a == b || std::strcmp(a, b) == 0; }
+};
+
+class Random {  // splitmix64
+ public:
+  explicit Random(uint64_t seed) : state_(seed) {}
+  uint64_t next() {
+    uint64_t x = state_ += 0x9e3779b97f4a7c15u;
+    x = (x ^ (x >> 30)) * 0xbf58476d1ce4e5b9u;
+    x = (x ^ (x >> 27)) * 0x94d049bb133111ebu;
+    return x ^ (x >> 31);
+  }
+  uint64_t below(uint64_t n) { return next() % n; }
+  template <class T>
+  void shuffle(T* values, size_t count) {
+    for (size_t i = count; i > 1; i--) std::swap(values[i - 1], values[below(i)]);
+  }
+
+ private:
+  uint64_t state_;
+};
+
+// An asynchronous copy that its thread has not waited for yet.
+struct Copy {
+  char* to;
+  const char* from;  // null: zeros
+  int group;
+  bool is_done;
+  Place place;
+
+  void finish() {
+    if (is_done) return;
+    is_done = true;
+    if (from) {
+      std::memcpy(to, from, 16);
+    } else {
+      std::memset(to, 0, 16);
+    }
+  }
+};
+
+enum class State { kRunning, kAtWarpOperation, kAtBarrier, kExited };
+
+struct Thread {
+  Context context;
+  Stack stack;
+  State state = State::kRunning;
+  Meeting meeting;  // where it waits
+  std::vector<Copy> copies;
+  int committed_groups = 0;
+
+  // Whether both are in the same state at the same place.
+  bool is_beside(const Thread& other) const {
+    const bool waits = state == State::kAtWarpOperation || state == State::kAtBarrier;
+    return state == other.state && (!waits || meeting == other.meeting);
+  }
+};
+
+struct Warp {
+  uint32_t ready = 0;  // lanes that may run, but for the one that does
+  uint32_t exited = 0;
+  int arrived = 0;      // lanes at `meeting`
+  unsigned cursor = 0;  // into order
+  uint8_t order[kLanes];
+  Meeting meeting;
+  WarpMemory memory;
+
+  int take_lane() {
+    int lane;
+    do lane = order[cursor++ % kLanes];
+    while (!(ready >> lane & 1));
+    ready &= ~(1u << lane);
+    return lane;
+  }
+};
+
+}  // namespace emulation

@@ -1,0 +1,216 @@
+// Forward: sums of exponentials over the negatives of each row,
+//   W_i = sum over j that is neither i nor i's positive of exp(s_ij),   s_ij = u_i·u_j / temperature,
+// and from them the losses, log(1 + W_i exp(-s_i,pos)), without the cancellation of lse_i - s_i,pos.
+//
+// The matrix is cut into units of column_unit x column_unit similarities, one block of threads each. Where the columns
+// are the rows it is symmetric: only units on and above its diagonal are computed, and each tile above the diagonal
+// adds to the sums of its rows and, being its own mirror image, of its columns. Unit (u, v) writes the sums of rows u
+// into slot v and those of rows v into slot u: each slot has one writer, so the result has the same bits in every run.
+//
+// At temperatures at which exp(1/temperature) overflows, the whole matrix is computed, row by row with a running
+// maximum, and slots hold logarithms. The device decides: it may be the only one to know the temperature.
+#include "mma.cuh"
+#include "nt_xent.h"
+#include "tile.cuh"
+
+namespace fastsimclr {
+namespace {
+
+constexpr int kUnits = 32;         // along each side: 528 units on and above the diagonal are two rounds on 132 SMs
+constexpr float kLowest = -1e30f;  // below any exponent, and finite: -inf minus -inf would be NaN
+
+// A lane's share of the sums of its warp's rows; `maximum` only where exponentials may overflow.
+template <class S>
+struct RowSums {
+  float sum[S::kRowTiles][2];
+  float maximum[S::kRowTiles][2];
+
+  __device__ RowSums() {
+    for (int i = 0; i < S::kRowTiles; i++)
+      for (int below = 0; below < 2; below++) sum[i][below] = 0, maximum[i][below] = kLowest;
+  }
+
+  // Replaces the products by their exponentials.
+  __device__ void add(TileProducts<S>& products, float to_bits) {
+#pragma unroll
+    for (int i = 0; i < S::kRowTiles; i++)
+#pragma unroll
+      for (int j = 0; j < S::kColumnTiles; j++)
+#pragma unroll
+        for (int e = 0; e < 4; e++) {
+          products.value[i][j][e] = exp2_approx(products.value[i][j][e] * to_bits);
+          sum[i][e / 2] += products.value[i][j][e];
+        }
+  }
+
+  __device__ void add_with_maximum(const TileProducts<S>& products, float to_bits) {
+#pragma unroll
+    for (int i = 0; i < S::kRowTiles; i++)
+#pragma unroll
+      for (int below = 0; below < 2; below++) {
+        const float before = maximum[i][below];
+#pragma unroll
+        for (int j = 0; j < S::kColumnTiles; j++)
+#pragma unroll
+          for (int e = 2 * below; e < 2 * below + 2; e++)
+            maximum[i][below] = fmaxf(maximum[i][below], products.value[i][j][e] * to_bits);
+        sum[i][below] *= exp2_approx(before - maximum[i][below]);
+#pragma unroll
+        for (int j = 0; j < S::kColumnTiles; j++)
+#pragma unroll
+          for (int e = 2 * below; e < 2 * below + 2; e++)
+            sum[i][below] += exp2_approx(products.value[i][j][e] * to_bits - maximum[i][below]);
+      }
+  }
+
+  // Adds the sums to `sums`, by row; without kExpFits writes their logarithms.
+  template <bool kExpFits>
+  __device__ void store(float* sums, int row0, int row_count) {
+    const int warp = threadIdx.x / 32, lane = threadIdx.x % 32;
+#pragma unroll
+    for (int i = 0; i < S::kRowTiles; i++)
+#pragma unroll
+      for (int below = 0; below < 2; below++) {
+        const int row = row0 + warp * S::kRowsPerWarp + 16 * i + lane / 4 + 8 * below;
+        float total = sum[i][below], largest = maximum[i][below];
+        if constexpr (!kExpFits) {
+          for (int mask = 1; mask < 4; mask *= 2) largest = fmaxf(largest, __shfl_xor_sync(kAllLanes, largest, mask));
+          total *= exp2_approx(maximum[i][below] - largest);
+        }
+        for (int mask = 1; mask < 4; mask *= 2) total += __shfl_xor_sync(kAllLanes, total, mask);
+        if (lane % 4 != 0 || row >= row_count) continue;  // four lanes share a row
+        if constexpr (kExpFits) {
+          atomicAdd(&sums[row], total);  // this block of threads alone adds here: see column_sums
+        } else {
+          sums[row] = log2f(total) + largest;
+        }
+      }
+  }
+};
+
+// Sums of a warp's columns into sums (kColumns,), in shared memory.
+template <class S>
+__device__ void sum_columns(const TileProducts<S>& products, float* sums) {
+  const int lane = threadIdx.x % 32;
+#pragma unroll
+  for (int j = 0; j < S::kColumnTiles; j++)
+#pragma unroll
+    for (int e = 0; e < 2; e++) {
+      float sum = 0;
+#pragma unroll
+      for (int i = 0; i < S::kRowTiles; i++) sum += products.value[i][j][e] + products.value[i][j][e + 2];
+      for (int mask = 4; mask < 32; mask *= 2) sum += __shfl_xor_sync(kAllLanes, sum, mask);  // eight lanes share it
+      if (lane < 4) sums[8 * j + 2 * lane + e] = sum;
+    }
+}
+
+template <class S, bool kExpFits>
+__global__ void __launch_bounds__(kThreads, 2) forward_kernel(ForwardParams p) {
+  const float temperature = value_of(p.temperature);
+  if (exp_fits(temperature, p.all_columns) != kExpFits) return;  // the other kernel's task
+  const bool symmetric = p.symmetric && kExpFits;
+  if (symmetric && blockIdx.y < blockIdx.x) return;  // the mirror image of a unit above the diagonal
+  const float to_bits = kLog2E / temperature;
+  const int warp = threadIdx.x / 32;
+
+  const int row_unit = p.symmetric ? p.column_unit : kBlockRows;
+  const int row_begin = int(blockIdx.x) * row_unit, row_end = min(row_begin + row_unit, p.rows.count);
+  const int column_begin = int(blockIdx.y) * p.column_unit;
+  const int column_end = min(column_begin + p.column_unit, p.columns.count);
+  float* row_sums = p.sums + int64_t(blockIdx.y) * p.rows.count;     // by row
+  float* column_sums = p.sums + int64_t(blockIdx.x) * p.rows.count;  // by column, which is a row, too, if symmetric
+  if constexpr (kExpFits) {
+    for (int row = row_begin + int(threadIdx.x); row < row_end; row += kThreads) row_sums[row] = 0;
+    if (symmetric && blockIdx.x != blockIdx.y)
+      for (int column = column_begin + int(threadIdx.x); column < column_end; column += kThreads)
+        column_sums[column] = 0;
+  }
+
+  const Pairs pairs{p.has_pairs, p.rows.count / 2, p.offset};
+  char* shared = dynamic_shared();
+  auto* warps_sums = reinterpret_cast<float*>(shared + TileStream<S>::kSharedBytes);  // (kWarps, kColumns)
+
+  for (int row0 = row_begin; row0 < row_end; row0 += S::kRows) {
+    __syncthreads();  // all are done with the row block before, so its buffers are free; the zeros are written
+    const int first_column = symmetric && blockIdx.x == blockIdx.y ? row0 : column_begin;
+    TileStream<S> stream(shared, p.rows, p.columns, p.width, row0, first_column, column_end, 0);
+    RowSums<S> rows;
+    for (int column0 = first_column; column0 < column_end; column0 += S::kColumns) {
+      TileProducts<S> products;
+      products.clear();
+      for (int k = 0; k < stream.k_blocks(); k++) {
+        stream.next();
+        products.add(stream.a(), stream.b());
+      }
+      products.exclude(TileMask<S>(pairs, p.rows.count, p.columns.count, row0, column0));
+      if constexpr (!kExpFits) {
+        rows.add_with_maximum(products, to_bits);
+        continue;
+      }
+      rows.add(products, to_bits);
+      // Within the square on the diagonal both of a pair's similarities are computed, as elements of rows.
+      if (!symmetric || column0 < row0 + S::kRows) continue;
+      sum_columns(products, warps_sums + warp * S::kColumns);
+      __syncthreads();  // all warps' sums are there; that they are read before the next ones: stream.next()
+      if (threadIdx.x < S::kColumns && column0 + int(threadIdx.x) < p.columns.count) {
+        float sum = 0;
+        for (int w = 0; w < kWarps; w++) sum += warps_sums[w * S::kColumns + threadIdx.x];
+        // No thread but this one adds here now. It is an atomic because that does not wait for the old value.
+        atomicAdd(&column_sums[column0 + threadIdx.x], sum);
+      }
+    }
+    rows.template store<kExpFits>(row_sums, row0, p.rows.count);
+  }
+}
+
+__global__ void __launch_bounds__(kThreads) losses_kernel(LossParams p) {
+  const int row = int(blockIdx.x * kThreads + threadIdx.x), rows = 2 * p.n;
+  if (row >= rows) return;
+  const float temperature = value_of(p.temperature);
+  float log_w = 0;  // of the negatives, in bits
+  if (exp_fits(temperature, p.all_columns)) {
+    float w = 0;
+    for (int64_t slot = 0; slot < p.slots; slot++) w += p.sums[slot * rows + row];
+    log_w = log2f(w);
+  } else {
+    float largest = kLowest, w = 0;
+    for (int64_t slot = 0; slot < p.slots; slot++) largest = fmaxf(largest, p.sums[slot * rows + row]);
+    for (int64_t slot = 0; slot < p.slots; slot++) w += exp2f(p.sums[slot * rows + row] - largest);
+    log_w = log2f(w) + largest;
+  }
+  const float positive = p.positive[row % p.n] * (kLog2E / temperature);
+  const float x = (log_w - positive) / kLog2E;
+  // log(1 + e^x), where e^x may overflow and where it may be small.
+  const float loss = p.decoupled ? x : x > 0 ? x + log1pf(expf(-x)) : log1pf(expf(x));
+  p.losses[row] = loss;
+  p.lse[row] = p.decoupled ? log_w : positive + loss * kLog2E;
+  p.q[row] = p.decoupled ? 1.0f : 1.0f / (1.0f + expf(-x));
+}
+
+}  // namespace
+
+int forward_column_unit(int rows, int columns, bool symmetric) {
+  const int row_blocks = divide_up(rows, kBlockRows), column_blocks = divide_up(columns, kBlockRows);
+  if (symmetric) return divide_up(column_blocks, kUnits) * kBlockRows;
+  const int wanted = divide_up(4 * multiprocessors(), row_blocks);  // two rounds of two blocks on each SM
+  return divide_up(column_blocks, wanted < kUnits ? wanted : kUnits) * kBlockRows;
+}
+
+cudaError_t forward(const ForwardParams& params, cudaStream_t stream) {
+  return with_shape(params.planes, params.width, [&](auto shape) {
+    using S = decltype(shape);
+    const int row_unit = params.symmetric ? params.column_unit : kBlockRows;
+    const dim3 grid(unsigned(divide_up(params.rows.count, row_unit)),
+                    unsigned(divide_up(params.columns.count, params.column_unit)));
+    constexpr size_t kSharedBytes = TileStream<S>::kSharedBytes + sizeof(float) * kWarps * S::kColumns;
+    return for_temperature(params.temperature, params.all_columns, [&](auto fits) {
+      return launch(forward_kernel<S, fits.value>, grid, kThreads, kSharedBytes, stream, params);
+    });
+  });
+}
+
+cudaError_t losses(const LossParams& params, cudaStream_t stream) {
+  return launch(losses_kernel, dim3(unsigned(divide_up(2 * params.n, kThreads))), kThreads, 0, stream, params);
+}
+
+}  // namespace fastsimclr
