@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 import torch
-import torch.nn.functional as F
+from oracle import assert_as_accurate, loss_and_gradients, relative_error, rows_of, textbook, views
 from torch import Tensor, nn
 
 from fastsimclr.loss import NTXentLoss, nt_xent, tiled
@@ -16,64 +16,6 @@ from fastsimclr.loss.tiled import tiled_backward, tiled_forward
 
 BACKENDS = ("tiled", "reference")
 both_backends = pytest.mark.parametrize("backend", BACKENDS)
-
-
-def views(n: int, d: int, dtype: torch.dtype = torch.float64, *, noise: float = 1.0, seed: int = 0) -> list[Tensor]:
-    """Two views of n images, rows of lengths from 0.1 to 10. noise: how far apart the two are; loss falls with it."""
-    random = torch.Generator().manual_seed(seed)
-    z = torch.randn(n, d, generator=random, dtype=torch.float64)
-    both = [z + noise * torch.randn(n, d, generator=random, dtype=torch.float64) for _ in range(2)]
-    return [(z * 10 ** (2 * torch.rand(n, 1, generator=random, dtype=torch.float64) - 1)).to(dtype) for z in both]
-
-
-def loss_and_gradients(
-    loss: Callable[..., Tensor], z1: Tensor, z2: Tensor, temperature: float, weights: Tensor | None = None
-) -> tuple[Tensor, Tensor, Tensor]:
-    """Losses (2N,), and of their mean (or weighted sum) the gradients dz (2N, D) and dtemperature, all as float64."""
-    z1, z2 = (z.detach().clone().requires_grad_() for z in (z1, z2))
-    t = torch.tensor(temperature, dtype=torch.promote_types(z1.dtype, torch.float32), requires_grad=True)
-    losses = loss(z1, z2, t)
-    total = losses.mean() if weights is None else losses @ weights.to(losses.dtype)
-    dz1, dz2, dt = torch.autograd.grad(total, (z1, z2, t))
-    return losses.detach().double(), torch.cat([dz1, dz2]).double(), dt.double()
-
-
-def rows_of(backend: str, **options: Any) -> Callable[..., Tensor]:
-    return lambda z1, z2, t: nt_xent(z1, z2, t, backend=backend, reduction="none", **options)
-
-
-def textbook(z1: Tensor, z2: Tensor, temperature: Tensor) -> Tensor:
-    """The dense loss as everyone writes it, in the inputs' dtype: the yardstick. Losses (2N,)."""
-    n = len(z1)
-    z = F.normalize(torch.cat([z1, z2]), dim=1)
-    s = (z @ z.T / temperature.to(z.dtype)).masked_fill(torch.eye(2 * n, dtype=torch.bool), -math.inf)
-    return F.cross_entropy(s, torch.arange(2 * n).roll(n), reduction="none")
-
-
-def assert_as_accurate_as_eager(z1: Tensor, z2: Tensor, temperature: float, **options: Any) -> None:
-    """House rule: error <= 2 times eager's in the same dtype + 2 roundings of the float64 oracle.
-
-    For each row's loss and dz, and dtemperature. dz is taken times |z|, as it goes with 1/|z|. Eager may hit one row
-    by luck: its worst row counts, as does ours.
-    """
-    got = loss_and_gradients(rows_of("tiled", **options), z1, z2, temperature)
-    eager = loss_and_gradients(textbook, z1, z2, temperature)
-    oracle = loss_and_gradients(rows_of("reference"), z1.double(), z2.double(), temperature)
-    length = torch.cat([z1, z2]).double().norm(dim=1, keepdim=True)
-    eps = torch.finfo(z1.dtype).eps
-    for name, mine, theirs, exact, scale in zip(
-        ("losses", "dz", "dtemperature"), got, eager, oracle, (1, length, 1), strict=True
-    ):
-        error, yardstick, size = (
-            (x * scale).view(len(x) if x.ndim else 1, -1).norm(dim=1).max().item()
-            for x in (mine - exact, theirs - exact, exact)
-        )
-        bound = 2 * yardstick + 2 * eps * size
-        assert error <= bound, f"{name}: error {error:.3g} > {bound:.3g} = 2 * eager's {yardstick:.3g} + 2 roundings"
-
-
-def relative_error(got: Tensor, exact: Tensor) -> float:
-    return ((got.double() - exact.double()).norm() / exact.double().norm()).item()
 
 
 # ----------------------------------------------------------------------------------------------- what the loss is
@@ -182,7 +124,7 @@ def test_sizes_at_the_edges_of_the_tile_in_use(n: int, d: int) -> None:
 @pytest.mark.parametrize("temperature", [0.005, 0.011, 0.0125, 0.02, 0.07, 0.5, 10.0])
 @pytest.mark.parametrize("noise", [1.0, 0.2])
 def test_float32_is_as_accurate_as_eager(temperature: float, noise: float) -> None:
-    assert_as_accurate_as_eager(*views(300, 64, torch.float32, noise=noise), temperature)
+    assert_as_accurate(rows_of("tiled"), textbook, [views(300, 64, torch.float32, noise=noise)], temperature)
 
 
 @pytest.mark.parametrize("temperature", [0.005, 0.07, 10.0])
@@ -578,11 +520,6 @@ def test_a_users_mistake_is_a_value_error_that_says_what_it_got(
 ) -> None:
     with pytest.raises(ValueError, match=message):
         nt_xent(*arguments, **options)
-
-
-def test_fused_where_it_cannot_run_says_so() -> None:
-    with pytest.raises(RuntimeError, match="fused"):
-        nt_xent(GOOD, GOOD, backend="fused")
 
 
 def test_second_derivative_is_refused_and_not_taken_for_zero() -> None:

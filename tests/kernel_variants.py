@@ -1,0 +1,118 @@
+"""Builds the emulated kernels again, changed or with sanitizers, and checks what they compute, in a process of its own.
+
+library = build(folder, sanitize=True)
+library = build(folder, fault=("tile.cuh", "right", "wrong"))      # with one shape of tiles, to be quick
+outcome = check(library, sanitize=True)          # its exit code is 0 if all results are right, 1 if one is wrong
+"""
+
+import atexit
+import functools
+import importlib.util
+import os
+import re
+import shutil
+import subprocess
+import sys
+import sysconfig
+import tempfile
+from pathlib import Path
+
+import pybind11
+import torch
+
+CSRC = Path(__file__).parents[1] / "csrc"
+COMPILER = os.environ.get("CXX") or shutil.which("g++")
+KERNELS = ("normalize.cu", "forward.cu", "backward.cu")
+SANITIZER_EXIT_CODE = 99
+# (M, D, temperature): rows around a tile's edge, one block of the width, a part of one, several; both sets of formulas.
+CASES = [(6, 7, 0.1), (130, 64, 0.1), (130, 60, 0.005), (258, 130, 0.1), (70, 300, 0.005), (70, 300, 0.1)]
+
+
+def build(folder: Path, *, fault: tuple[str, str, str] | None = None, sanitize: bool = False) -> Path:
+    """The emulated module; with a fault (file, right, wrong): that text changed, and only for D <= 64 in one plane."""
+    assert COMPILER is not None
+    sources = folder / "csrc"
+    shutil.copytree(CSRC, sources)
+    if fault is not None:
+        tile = (sources / "tile.cuh").read_text()
+        body = re.compile(r"(auto with_shape\(int planes, int width, F f\) \{).*?\n\}\n", re.DOTALL)
+        tile, count = body.subn(r"\1 return f(Shape<64, 1>()); }\n", tile)
+        assert count == 1
+        (sources / "tile.cuh").write_text(tile)
+        name, right, wrong = fault
+        text = (sources / name).read_text()
+        assert text.count(right) == 1, f"{name} has {text.count(right)} times {right!r}; expected once"
+        (sources / name).write_text(text.replace(right, wrong))
+
+    sanitizers = ["-g", "-fsanitize=address,undefined", "-fno-sanitize-recover=undefined"] if sanitize else []
+    objects = [folder / f"{name}.o" for name in KERNELS]
+    running = [
+        subprocess.Popen([*_compile(sources), *sanitizers, "-c", sources / name, "-o", target])
+        for name, target in zip(KERNELS, objects, strict=True)
+    ]
+    assert [process.wait() for process in running] == [0] * len(running)
+    library = folder / "_emulated.so"
+    subprocess.run([COMPILER, "-shared", *sanitizers, *objects, _binding(), "-o", library], check=True)
+    return library
+
+
+@functools.cache
+def _binding() -> Path:
+    """The binding's object file: it does nothing of its own, and takes the longest to compile."""
+    target = Path(tempfile.mkdtemp()) / "bindings.o"
+    atexit.register(shutil.rmtree, target.parent)
+    subprocess.run([*_compile(CSRC), "-c", CSRC / "bindings.cpp", "-o", target], check=True)
+    return target
+
+
+def _compile(sources: Path) -> list[str]:
+    flags = [str(COMPILER), "-std=c++17", "-O1", "-fPIC", "-fvisibility=hidden", "-x", "c++", "-DFASTSIMCLR_EMULATION"]
+    flags += ["-DFASTSIMCLR_MODULE=_emulated", '-DFASTSIMCLR_VERSION="test"']
+    return flags + [f"-I{path}" for path in (sources, pybind11.get_include(), sysconfig.get_path("include"))]
+
+
+def check(library: Path, *, one_shape: bool = False, sanitize: bool = False) -> "subprocess.CompletedProcess[str]":
+    environment = dict(os.environ)
+    if sanitize:  # Python is built without: they must be loaded before it
+        found = [
+            subprocess.run([str(COMPILER), f"-print-file-name={name}"], capture_output=True, text=True).stdout.strip()
+            for name in ("libasan.so", "libubsan.so")
+        ]
+        environment["LD_PRELOAD"] = ":".join(found)
+        environment["ASAN_OPTIONS"] = f"detect_leaks=0:exitcode={SANITIZER_EXIT_CODE}"
+        environment["UBSAN_OPTIONS"] = f"exitcode={SANITIZER_EXIT_CODE}"
+    command = [sys.executable, __file__, str(library), *(["--one-shape"] if one_shape else [])]
+    return subprocess.run(command, env=environment, capture_output=True, text=True, timeout=300)
+
+
+def main(library: str, one_shape: bool) -> int:
+    from oracle import loss_and_gradients, relative_error, rows_of, views
+
+    from fastsimclr.loss import fused
+
+    specification = importlib.util.spec_from_file_location("_emulated", library)
+    assert specification is not None
+    assert specification.loader is not None
+    fused._emulated = importlib.util.module_from_spec(specification)
+    specification.loader.exec_module(fused._emulated)
+
+    torch.set_num_threads(1)
+    cases = [(*case, p) for case in CASES for p in ("medium", "highest")]
+    if one_shape:
+        cases = [case for case in cases if case[1] <= 64 and case[3] == "medium"]
+    for seed in range(1, 9 if one_shape else 2):  # of the order in which threads run
+        os.environ["FASTSIMCLR_EMULATION_SEED"] = str(seed)
+        for m, d, temperature, precision in cases:
+            z1, z2 = views(m // 2, d, torch.float32, noise=0.5 if temperature > 0.01 else 5.0)
+            got = loss_and_gradients(rows_of("emulated", precision=precision), z1, z2, temperature)
+            exact = loss_and_gradients(rows_of("reference"), z1.double(), z2.double(), temperature)
+            errors = [relative_error(a, b) for a, b in zip(got[:2], exact[:2], strict=True)]
+            # How accurate they are is test_fused.py's to say; here whatever is more than rounding counts.
+            if not max(errors) < (0.1 if precision == "medium" else 0.001):
+                print(f"wrong: seed {seed}, M={m}, D={d}, temperature {temperature}, {precision}: errors {errors}")
+                return 1
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1], "--one-shape" in sys.argv))

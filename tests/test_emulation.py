@@ -1,0 +1,466 @@
+"""The CUDA emulation (csrc/emulation): it computes what a GPU would, and shows what is wrong in a kernel.
+
+The kernels are toys, in tests/emulation. A defect is planted in a copy of the source, by a change of its text.
+"""
+
+import ctypes
+import os
+import re
+import shutil
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch
+from torch import Tensor
+
+ROOT = Path(__file__).resolve().parents[1]
+TOYS = ROOT / "tests" / "emulation"
+SEEDS = range(1, 6)
+INVALID_VALUE, LAUNCH_FAILURE = 1, 719
+FLAGS = ["-std=c++17", "-fPIC", "-shared", "-Wall", "-Wextra", "-Werror", "-Wno-unknown-pragmas"]
+SANITIZED = ("-g1", "-fno-omit-frame-pointer", "-fsanitize=address,undefined")
+
+pytestmark = pytest.mark.skipif(shutil.which("g++") is None, reason="no g++ to compile the toy kernels with")
+
+Build = Callable[..., Path]
+Printed = pytest.CaptureFixture[str]
+
+
+@pytest.fixture(scope="module")
+def build(tmp_path_factory: pytest.TempPathFactory) -> Build:
+    """build("stream.cu", (old, new), ...) compiles the toy, so changed, and returns the library; each only once.
+
+    Without flags it is not optimised: that compiles faster than it would gain.
+    """
+    libraries: dict[object, Path] = {}
+
+    def compile_toy(toy: str, *changes: tuple[str, str], flags: tuple[str, ...] = ()) -> Path:
+        key = (toy, changes, flags)
+        if key not in libraries:
+            folder = tmp_path_factory.mktemp("toy")
+            source = (TOYS / toy).read_text()
+            for old, new in changes:
+                assert source.count(old) == 1, f"{toy} has {old!r} {source.count(old)} times"
+                source = source.replace(old, new)
+            (folder / toy).write_text(source)
+            command = ["g++", *FLAGS, *flags, "-I", str(ROOT / "csrc"), "-x", "c++", toy, "-o", "toy.so"]
+            done = subprocess.run(command, cwd=folder, capture_output=True, text=True, timeout=60)
+            assert done.returncode == 0, done.stderr
+            libraries[key] = folder / "toy.so"
+        return libraries[key]
+
+    return compile_toy
+
+
+def call(library: Path, function: str, *arguments: Tensor | int) -> int:
+    """Calls it with the tensors' addresses; returns the cudaError_t."""
+    values = [ctypes.c_void_p(x.data_ptr()) if isinstance(x, Tensor) else ctypes.c_int(x) for x in arguments]
+    error: int = getattr(ctypes.CDLL(str(library)), function)(*values)
+    return error
+
+
+def wrong_seeds(run: Callable[[], Tensor], expected: Tensor, monkeypatch: pytest.MonkeyPatch) -> list[int]:
+    """The seeds with which the result of run() is not what is expected."""
+    wrong = []
+    for seed in SEEDS:
+        monkeypatch.setenv("FASTSIMCLR_EMULATION_SEED", str(seed))
+        if not torch.equal(run(), expected):
+            wrong.append(seed)
+    return wrong
+
+
+def whole_numbers(count: int) -> Tensor:
+    """Random ones that are small: their sums are exact, in any order."""
+    return torch.randint(100, (count,), generator=torch.Generator().manual_seed(0)).float()
+
+
+def random_bf16(*shape: int) -> Tensor:
+    return torch.randn(shape, generator=torch.Generator().manual_seed(0)).to(torch.bfloat16)
+
+
+# What warps compute
+
+
+def test_one_mma(build: Build) -> None:
+    a, b, c = random_bf16(16, 16), random_bf16(16, 8), torch.empty(16, 8)
+    assert call(build("products.cu"), "single_product", a, b, c) == 0
+    torch.testing.assert_close(c, a.float() @ b.float(), rtol=1e-6, atol=1e-5)
+
+
+@pytest.mark.parametrize("b_is_transposed", [True, False], ids=["ldmatrix", "ldmatrix_trans"])
+@pytest.mark.parametrize("flags", [("-O2",), (), ("-DFASTSIMCLR_EMULATION_UCONTEXT",)], ids=str)
+def test_product_by_ldmatrix_and_mma(build: Build, b_is_transposed: bool, flags: tuple[str, ...]) -> None:
+    a, b, c = random_bf16(64, 64), random_bf16(64, 64), torch.empty(64, 64)
+    assert call(build("products.cu", flags=flags), "product", a, b, c, int(b_is_transposed)) == 0
+    torch.testing.assert_close(c, a.float() @ (b.T if b_is_transposed else b).float(), rtol=1e-6, atol=1e-4)
+
+
+def test_many_mma(build: Build) -> None:
+    out = torch.empty(128)
+    start = time.process_time()
+    assert call(build("products.cu", flags=("-O2",)), "repeated_product", out, 1000) == 0
+    assert (out == 16000).all()
+    assert time.process_time() - start < 1, "it takes 6 ms: 1.4 µs for each product of a warp"
+
+
+@pytest.mark.parametrize("threads", [32, 256, 1024])
+def test_shuffles(build: Build, threads: int) -> None:
+    x, out = torch.arange(threads).float(), torch.empty(5, threads)
+    assert call(build("exchange.cu"), "shuffles", x, out, threads) == 0
+    thread = torch.arange(threads)
+    lane, first = thread % 32, thread // 32 * 32
+    assert torch.equal(out[0], x[first + (lane ^ 5)])
+    assert torch.equal(out[1], x[torch.where(lane + 3 < 32, thread + 3, thread)]), "the last lanes keep their own"
+    assert torch.equal(out[2], x[first + thread * 7 % 32])
+    assert torch.equal(out[3], (thread ^ 1).float()), "of int"
+    assert torch.equal(out[4], x[first + 31]), "of uint32_t"
+
+
+def test_conversions(build: Build) -> None:
+    bits = torch.arange(2**16, dtype=torch.int32).to(torch.uint16)
+    from_bf16, from_half = bits.view(torch.bfloat16).float(), bits.view(torch.float16).float()
+    edges = torch.tensor([0.0, -0.0, torch.inf, -torch.inf, torch.nan, 65519.0, 65520.0, 3.4e38, 1e-45, -126.5, -125.9])
+    random = 200 * torch.randn(2**16 - len(edges), generator=torch.Generator().manual_seed(0))
+    # All bf16, and numbers halfway between two of them, where a tie goes to the even one.
+    halfway = (torch.arange(2**16, dtype=torch.int64) * 2**16 + 2**15).to(torch.uint32).view(torch.float32)
+    x = torch.cat([from_bf16, halfway, from_half, edges, random])
+    to_bf16, to_half = torch.empty_like(x, dtype=torch.uint16), torch.empty_like(x, dtype=torch.uint16)
+    packed = torch.empty(len(x), 2, dtype=torch.uint16)
+    exp2, out_bf16, out_half = torch.empty_like(x), torch.empty_like(x), torch.empty_like(x)
+    arguments = (x, to_bf16, to_half, packed, exp2, out_bf16, out_half, len(x) // 128)
+    assert call(build("numbers.cu"), "numbers", *arguments) == 0
+
+    def assert_same(actual: Tensor, expected: Tensor) -> None:
+        torch.testing.assert_close(actual, expected, rtol=0, atol=0, equal_nan=True)
+
+    assert_same(to_bf16.view(torch.bfloat16), x.to(torch.bfloat16))
+    assert_same(to_half.view(torch.float16), x.to(torch.float16))
+    assert_same(packed[:, 0], to_bf16)
+    assert_same(packed[:, 1].view(torch.bfloat16), (-x).to(torch.bfloat16))
+    assert_same(out_bf16[: 2**16], from_bf16)
+    assert_same(out_half[: 2**16], from_half)
+    expected = torch.exp2(x.double()).float()
+    expected[expected < torch.finfo(torch.float32).tiny] = 0
+    torch.testing.assert_close(exp2, expected, rtol=1e-6, atol=0, equal_nan=True)
+
+
+# What holds with every seed of a sound kernel, and what shows where it is not sound
+
+
+def reverse(library: Path) -> Tensor:
+    x, out = torch.arange(3 * 128).float(), torch.empty(3 * 128)
+    assert call(library, "reverse", x, out, 3, 128, 512) == 0
+    return out
+
+
+REVERSED = torch.arange(3 * 128).float().view(3, 128).flip(1).flatten()
+PREFIX_SUMS = whole_numbers(128).view(4, 32).cumsum(1).flatten()
+
+
+def prefix_sum(library: Path) -> Tensor:
+    out = torch.empty(128)
+    assert call(library, "prefix_sum", whole_numbers(128), out, 128) == 0
+    return out
+
+
+def stream(library: Path, function: str = "stream", count: int = 20 * 512 + 12) -> Tensor:
+    out = torch.empty(512)
+    assert call(library, function, whole_numbers(count), count, out) == 0
+    return out
+
+
+STREAMED = torch.nn.functional.pad(whole_numbers(20 * 512 + 12), (0, 500)).view(21, 512).sum(0)
+GROUPED = whole_numbers(1024)[:512].flip(0) + 1000 * whole_numbers(1024)[512:].flip(0)
+
+
+def grouped(library: Path) -> Tensor:
+    return stream(library, "groups", 1024)
+
+
+def test_blocks_threads_and_atomics(build: Build) -> None:
+    x, out = whole_numbers(7 * 96), torch.zeros(1)
+    assert call(build("exchange.cu"), "total", x, out, 7, 96) == 0
+    assert out.item() == x.sum()
+
+
+@pytest.mark.parametrize(
+    ("toy", "run", "expected"),
+    [
+        ("exchange.cu", reverse, REVERSED),
+        ("exchange.cu", prefix_sum, PREFIX_SUMS),
+        ("stream.cu", stream, STREAMED),
+        ("stream.cu", grouped, GROUPED),
+    ],
+)
+def test_sound_kernels_are_right_with_every_seed(
+    build: Build, toy: str, run: Callable[[Path], Tensor], expected: Tensor, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    assert wrong_seeds(lambda: run(build(toy, flags=("-O2",))), expected, monkeypatch) == []
+
+
+@pytest.mark.parametrize(
+    ("toy", "run", "expected", "old", "new"),
+    [
+        pytest.param(
+            "exchange.cu", reverse, REVERSED, "__syncthreads();  // all are written", "", id="barrier after a write"
+        ),
+        pytest.param(
+            "exchange.cu",
+            prefix_sum,
+            PREFIX_SUMS,
+            "__syncwarp();  // written by all",
+            "",
+            id="__syncwarp after a write",
+        ),
+        pytest.param(
+            "exchange.cu", prefix_sum, PREFIX_SUMS, "__syncwarp();  // read by all", "", id="__syncwarp after a read"
+        ),
+        pytest.param(
+            "stream.cu", stream, STREAMED, "__syncthreads();  // the tile is there", "//", id="barrier of a pipeline"
+        ),
+        pytest.param(
+            "stream.cu",
+            stream,
+            STREAMED,
+            "cp_async_wait<0>();\n    __syncthreads();  // the tile",
+            "__syncthreads();  cp_async_wait<0>();  // the tile",
+            id="wait after the barrier",
+        ),
+        pytest.param(
+            "stream.cu",
+            grouped,
+            GROUPED,
+            "  cp_async_wait<1>();\n",
+            "",
+            id="no wait",
+        ),
+        pytest.param(
+            "stream.cu",
+            stream,
+            STREAMED,
+            "    __syncthreads();  // the tile is there, and all are done with the one before\n"
+            "    if (begin + kTile < p.count) fetch(begin + kTile);\n",
+            "    if (begin + kTile < p.count) fetch(begin + kTile);\n    __syncthreads();\n",
+            id="copy into a buffer in use",
+        ),
+    ],
+)
+def test_a_race_shows(
+    build: Build,
+    toy: str,
+    run: Callable[[Path], Tensor],
+    expected: Tensor,
+    old: str,
+    new: str,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    wrong = wrong_seeds(lambda: run(build(toy, (old, new))), expected, monkeypatch)
+    assert len(wrong) >= 3, f"wrong with the seeds {wrong} only"
+
+
+def test_a_seed_is_a_schedule(build: Build, monkeypatch: pytest.MonkeyPatch) -> None:
+    racing = build("stream.cu", ("__syncthreads();  // the tile is there", "//"))
+
+    def results() -> list[bytes]:
+        results = []
+        for seed in SEEDS:
+            monkeypatch.setenv("FASTSIMCLR_EMULATION_SEED", str(seed))
+            results.append(stream(racing).numpy().tobytes())
+        return results
+
+    first = results()
+    assert results() == first
+    assert len(set(first)) == len(SEEDS)
+
+
+def test_shared_memory_holds_nan_in_each_block(build: Build) -> None:
+    unwritten = build(
+        "exchange.cu", ("shared[thread] = p.in[begin + thread];", "if (blockIdx.x == 9) shared[thread] = 1;")
+    )
+    assert reverse(unwritten).isnan().all()
+
+
+# What a kernel is stopped for
+
+
+def check_printed(printed: Printed, *messages: str) -> None:
+    """Each message, a regular expression, is among what was printed."""
+    text = printed.readouterr().err
+    for message in messages:
+        assert re.search(message, text), f"{message}\nis not in\n{text}"
+
+
+@pytest.mark.parametrize(
+    ("old", "new", "message"),
+    [
+        pytest.param("kSize + 8;", "kSize + 9;", r"cp_async_16, products.cu:\d+: the target is not a mul", id="target"),
+        pytest.param("p.a + row", "p.a + 4 + row", r"cp_async_16, products.cu:\d+: the source is not a", id="source"),
+        pytest.param("+ n + lane", "+ n + 4 + lane", r"ldmatrix_x4_trans, products.cu:\d+: a row's address", id="row"),
+        pytest.param("(k + lane", "(64 + k + lane", r"ldmatrix_x4_trans, .*: .* in shared memory", id="outside"),
+    ],
+)
+def test_addresses_are_checked(build: Build, old: str, new: str, message: str, capfd: Printed) -> None:
+    a, b, c = random_bf16(65, 64), random_bf16(64, 64), torch.empty(64, 64)
+    assert call(build("products.cu", (old, new)), "product", a, b, c, 0) == LAUNCH_FAILURE
+    check_printed(capfd, message)
+
+
+@pytest.mark.parametrize(
+    ("change", "messages"),
+    [
+        pytest.param(
+            "if (thread >= 64) __syncthreads();",
+            ["threads wait at different barriers", r"at __syncthreads, barriers.cu:13: 64-\d+|at __syncthreads.*: \d+"],
+            id="a barrier for half of the warps",
+        ),
+        pytest.param(
+            "if (lane < 16) __syncthreads();",
+            ["the other lanes of warp 0 will never be there|lanes of a warp are at different", ": 0-15"],
+            id="a barrier for half of a warp",
+        ),
+        pytest.param(
+            "if (lane % 2) __syncwarp();",
+            ["lanes of a warp are at different operations", r"at __syncwarp, barriers.cu:13", "at __shfl_xor_sync"],
+            id="a warp's barrier for half of it",
+        ),
+        pytest.param(
+            "if (lane == 3) return;",
+            [
+                "the other lanes of warp 0 will never be there",
+                r"have exited: 3(\n| )",
+                "at __shfl_xor_sync, .*: 0-2 4-31",
+            ],
+            id="a shuffle without a lane",
+        ),
+        pytest.param(
+            "x = __shfl_xor_sync(1u, x, 1);",
+            [r"__shfl_xor_sync, barriers.cu:13: only whole warps"],
+            id="a mask",
+        ),
+    ],
+)
+def test_a_deadlock_is_an_error(build: Build, change: str, messages: list[str], capfd: Printed) -> None:
+    stuck = build("barriers.cu", ("if (thread >= 64) x += 1;  // here", change))
+    assert call(stuck, "barriers", torch.empty(128), 128, 0, 1) == LAUNCH_FAILURE
+    check_printed(capfd, *messages)
+
+
+def test_a_library_goes_on_after_a_deadlock(build: Build, capfd: Printed) -> None:
+    library = build("barriers.cu", ("if (thread >= 64) x += 1;  // here", "if (thread >= 64) __syncthreads();"))
+    out = torch.empty(128)
+    for _ in range(2):
+        assert call(library, "barriers", out, 128, 0, 1) == LAUNCH_FAILURE
+        check_printed(capfd, "threads wait at different barriers")
+        assert call(library, "last_error") == LAUNCH_FAILURE
+        assert call(library, "last_error") == 0, "asking clears it"
+        assert call(library, "barriers", out, 64, 0, 1) == 0
+        assert torch.equal(out[:64], (torch.arange(64) % 32 + (torch.arange(64) ^ 1)).float())
+
+
+def test_threads_that_have_exited_are_not_waited_for(build: Build) -> None:
+    library = build("barriers.cu", ("if (thread >= 64) x += 1;  // here", "if (thread >= 64) return;"))
+    out = torch.full((128,), -1.0)
+    assert call(library, "barriers", out, 128, 0, 1) == 0
+    assert (out[64:] == -1).all()
+    assert (out[:64] >= 0).all()
+
+
+def test_a_copy_that_is_never_waited_for(build: Build, capfd: Printed) -> None:
+    last_wait = ("  cp_async_wait<0>();\n  __syncthreads();  // and", "  __syncthreads();  // and")
+    x, out = whole_numbers(1024), torch.empty(512)
+    assert call(build("stream.cu", last_wait), "groups", x, 1024, out) == LAUNCH_FAILURE
+    check_printed(capfd, r"ends before 1 of its asynchronous copies are waited for; the first is of stream.cu:\d+")
+    not_committed = ("true);\n    cp_async_commit();", "true);")
+    assert call(build("stream.cu", not_committed), "groups", x, 1024, out) == LAUNCH_FAILURE
+    check_printed(capfd, "ends before 2 of its asynchronous copies")
+
+
+def test_launches_that_a_gpu_refuses(build: Build, capfd: Printed) -> None:
+    library, out = build("barriers.cu"), torch.empty(1024)
+    for threads, shared_bytes, blocks in [(0, 0, 1), (1056, 0, 1), (128, 101377, 1), (128, 0, 0), (128, 0, -1)]:
+        assert call(library, "barriers", out, threads, shared_bytes, blocks) == INVALID_VALUE
+    assert capfd.readouterr().err == ""
+    assert call(library, "barriers", out, 1024, 101376, 1) == 0
+    assert call(library, "barriers", out, 100, 0, 1) == INVALID_VALUE, "a GPU would take it"
+    check_printed(capfd, "100 threads are no whole warps")
+
+
+# Under AddressSanitizer: in a process of its own, because the sanitizer must be loaded before all else
+
+
+def run_sanitized(library: Path, function: str, in_count: int, out_count: int, *arguments: int | str) -> str:
+    """Calls function(in, out, ...), "in" and "out" among the arguments, arrays of float; returns what was printed."""
+    libraries = [
+        subprocess.run(["g++", f"-print-file-name={name}"], check=True, capture_output=True, text=True).stdout.strip()
+        for name in ("libasan.so", "libubsan.so")
+    ]
+    if not all(os.path.isabs(name) for name in libraries):
+        pytest.skip("g++ has no libasan.so or libubsan.so")
+    code = (
+        "import ctypes, sys; library, function, in_count, out_count, *arguments = sys.argv[1:];"
+        "arrays = {'in': (ctypes.c_float * int(in_count))(), 'out': (ctypes.c_float * int(out_count))()};"
+        "arguments = [arrays[x] if x in arrays else int(x) for x in arguments];"
+        "print('returned', getattr(ctypes.CDLL(library), function)(*arguments))"
+    )
+    command = [sys.executable, "-c", code, library, function, in_count, out_count, *arguments]
+    environment = os.environ | {
+        "LD_PRELOAD": " ".join(libraries),
+        "ASAN_OPTIONS": "detect_leaks=0:detect_stack_use_after_return=1",
+        "UBSAN_OPTIONS": "halt_on_error=1:print_stacktrace=1",
+        "PYTHONMALLOC": "malloc",
+    }
+    done = subprocess.run([str(word) for word in command], env=environment, capture_output=True, text=True, timeout=60)
+    return done.stdout + done.stderr
+
+
+COUNT = 3 * 512 + 12
+STREAM_ARGUMENTS = (COUNT, 512, "in", COUNT, "out")
+
+
+@pytest.mark.parametrize(
+    ("toy", "arguments"),
+    [
+        pytest.param("stream.cu", ("stream", *STREAM_ARGUMENTS), id="stream"),
+        pytest.param("exchange.cu", ("reverse", 384, 384, "in", "out", 3, 128, 512), id="reverse"),
+        pytest.param("exchange.cu", ("prefix_sum", 1024, 1024, "in", "out", 1024), id="prefix_sum"),
+        pytest.param("products.cu", ("product", 2048, 4096, "in", "in", "out", 0), id="product"),
+    ],
+)
+def test_sound_kernels_are_silent_under_the_sanitizers(build: Build, toy: str, arguments: tuple) -> None:
+    assert run_sanitized(build(toy, flags=SANITIZED), *arguments) == "returned 0\n"
+
+
+def test_read_out_of_bounds(build: Build) -> None:
+    library = build("stream.cu", ("valid = i < p.count;", "valid = true;"), flags=SANITIZED)
+    printed = run_sanitized(library, "stream", *STREAM_ARGUMENTS)
+    assert "AddressSanitizer: heap-buffer-overflow" in printed
+    assert re.search(r"#\d+ .*stream.cu:\d+", printed), "the kernel's line"
+
+
+def test_shared_memory_overrun(build: Build) -> None:
+    printed = run_sanitized(build("exchange.cu", flags=SANITIZED), "reverse", 384, 384, "in", "out", 3, 128, 508)
+    assert "AddressSanitizer: heap-buffer-overflow" in printed
+    assert "0 bytes to the right of 508-byte region" in printed or "0 bytes after 508-byte region" in printed
+
+
+def test_misaligned_access(build: Build) -> None:
+    library = build(
+        "exchange.cu",
+        ("shared[thread] = p.in[begin + thread];", "*reinterpret_cast<float2*>(shared + thread) = {0, 0};"),
+        flags=SANITIZED,
+    )
+    printed = run_sanitized(library, "reverse", 384, 384, "in", "out", 3, 128, 516)
+    assert re.search(r"exchange.cu:\d+:\d+: runtime error: .*misaligned address", printed)
+
+
+def test_deadlock_under_the_sanitizers(build: Build) -> None:
+    library = build(
+        "barriers.cu", ("if (thread >= 64) x += 1;  // here", "if (lane < 16) __syncthreads();"), flags=SANITIZED
+    )
+    printed = run_sanitized(library, "barriers", 1, 128, "out", 128, 0, 3)
+    assert f"returned {LAUNCH_FAILURE}\n" in printed
+    assert "Sanitizer" not in printed
