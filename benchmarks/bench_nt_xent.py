@@ -2,97 +2,151 @@
 
     python -m pytest benchmarks/bench_nt_xent.py --benchmark-json=benchmarks/results/nt_xent_cpu.json
 
-BENCH_M and BENCH_D choose the sizes (views, and numbers a projection): BENCH_M=4096 BENCH_D=64,128,256.
+BENCH_M and BENCH_D choose the sizes (views, and numbers a projection): BENCH_M=4096 BENCH_D=64,128,256. BENCH_SECONDS:
+sizes whose turn comes later than that are skipped; on a GPU those with a target come first.
 
-Beside them runs a plain product of 2048 x 2048 float32 matrices. The tiled loss needs 4 M^2 D flops in products (it
-uses that the similarities are symmetric); what they would take at that product's rate is the least that it could take.
+Each size is timed as a whole step (forward and backward) and as the forward of one, and on a GPU both again, replayed
+from a CUDA graph, where a call from Python costs more than the kernels. Who can't be captured is timed as called there,
+and the table says so. On a GPU a call's time is that of several in a row, then one wait for the device.
+
+Beside them runs a plain matrix product: bf16 of 8192 on a GPU, float32 of 2048 on a CPU. TFLOP/s count 5 M^2 D, what
+the fused kernel does (M^2 D in the forward, of which it computes the upper triangle; 4 M^2 D in the backward), for
+whoever it is; so they compare like the times do. The tiled loss itself needs 4 M^2 D (both its passes use that the
+similarities are symmetric); what these take at the product's rate is the least that it could take.
 Peak memory is what torch's allocator holds at most beyond the inputs, gradients included (on a CPU torch.profiler sees
-it; scratch that a matrix library takes by itself is not in it).
+it; scratch that a matrix library takes by itself is not in it). Who runs out of memory is recorded as missing.
 
 Leave the machine alone meanwhile, or measure one thread (OMP_NUM_THREADS=1). A loss in many small steps waits for its
 slowest thread at each of them: where another process takes a core, it suffers far more than one in a few large steps,
 and no ratio mends that.
 
-"medium" allows bf16 products: oneDNN uses bf16 where the CPU multiplies it fast (AMX), and else its own float32
-product, which on a CPU that is not Intel's may be twice as fast as torch.mm's.
+"medium" allows bf16 products. The tiled loss on a CPU: oneDNN uses bf16 where the CPU multiplies it fast (AMX), and
+else its own float32 product, which on a CPU that is not Intel's may be twice as fast as torch.mm's; on a GPU: TF32.
 """
 
+import functools
+import gc
+import itertools
 import json
 import os
 import tempfile
+import time
 import warnings
 from collections.abc import Callable
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
 import pytest
 import torch
-import torch.nn.functional as F
 from pytest_benchmark.fixture import BenchmarkFixture
 from torch import Tensor
 
-from benchmarks.interleaved import Timing, interleave
-from fastsimclr.loss import nt_xent
+from benchmarks.interleaved import Spread, Timing, interleave
+from benchmarks.nt_xent_contenders import Contender, contenders
 
-TEMPERATURE = 0.1
-MATRIX = 2048
-SIZES = [int(m) for m in os.environ.get("BENCH_M", "512,2048,4096,8192").split(",")]
-WIDTHS = [int(d) for d in os.environ.get("BENCH_D", "128").split(",")]
-# Views, at D=128: how many times faster than whom we mean to be, and the most that we may hold and take.
-SPEEDUP_TARGETS = {4096: {"dense": 3.0, "dense, torch.compile": 1.4, "lightly": 3.0}}
-PEAK_MIB_TARGETS = {8192: 64.0}
-TIMES_SGEMM_TARGETS = {8192: 1.6}
-PML_LARGEST = 512  # it lists each positive with each negative pair: 134 million floats at 512, M^3
-
-Loss = Callable[[Tensor, Tensor], Tensor]
+ON_GPU = torch.cuda.is_available()
+DEVICE = torch.device("cuda" if ON_GPU else "cpu")
+DEVICE_NAME = torch.cuda.get_device_name() if ON_GPU else "cpu"
+STEP, FORWARD = "forward + backward", "forward"
+MATMUL = "matrix product"
+MATRIX, MATRIX_DTYPE = (8192, torch.bfloat16) if ON_GPU else (2048, torch.float32)
+LARGEST_REPLAYED = 32768  # above, a call from Python is lost in the kernels' time
 
 
-def dense(z1: Tensor, z2: Tensor) -> Tensor:
-    n = len(z1)
-    z = F.normalize(torch.cat([z1, z2]), dim=1)
-    s = z @ z.T / TEMPERATURE
-    s = s.masked_fill(torch.eye(2 * n, dtype=torch.bool, device=s.device), -torch.inf)
-    return F.cross_entropy(s, torch.arange(2 * n, device=s.device).roll(n))
+@dataclass(frozen=True)
+class Target:
+    """What we mean to reach in a step. device: part of its name; views, width: the size, None for any from 2048 on."""
+
+    device: str
+    views: int | None
+    width: int | None
+    figure: str
+    at_most: float | None = None
+    at_least: float | None = None
+
+    def applies(self, views: int, width: int) -> bool:
+        right_views = views >= 2048 if self.views is None else views == self.views
+        return self.device in DEVICE_NAME and right_views and self.width in (None, width)
+
+    def verdict(self, got: float) -> str:
+        if self.at_most is not None:
+            return f"{self.figure} at most {self.at_most}: {'met' if got <= self.at_most else 'MISSED'} ({got:.3g})"
+        assert self.at_least is not None
+        return f"{self.figure} at least {self.at_least}: {'met' if got >= self.at_least else 'MISSED'} ({got:.3g})"
 
 
-def contenders(m: int) -> tuple[dict[str, Loss], dict[str, str]]:
-    """The losses by name, ours first; and of those that are not here, why."""
-    found: dict[str, Loss] = {
-        "tiled": lambda z1, z2: nt_xent(z1, z2, TEMPERATURE, backend="tiled", precision="highest"),
-        "tiled, medium": lambda z1, z2: nt_xent(z1, z2, TEMPERATURE, backend="tiled", precision="medium"),
-        "dense": dense,
-    }
-    missing: dict[str, str] = {}
-    with warnings.catch_warnings():  # other packages' imports
-        warnings.simplefilter("ignore")
-        torch.compiler.reset()
-        compiled = torch.compile(dense, dynamic=False)
-        try:
-            compiled(torch.ones(2, 2), torch.ones(2, 2))
-            found["dense, torch.compile"] = compiled
-        except Exception as error:
-            missing["dense, torch.compile"] = f"it does not compile here: {str(error).splitlines()[0]}"
-        try:
-            from lightly.loss import NTXentLoss as LightlyLoss
-
-            found["lightly"] = LightlyLoss(temperature=TEMPERATURE)
-        except ImportError as error:
-            missing["lightly"] = str(error)
-        try:
-            from pytorch_metric_learning.losses import NTXentLoss as MetricLearningLoss
-            from pytorch_metric_learning.losses import SelfSupervisedLoss
-
-            if m <= PML_LARGEST:
-                found["pytorch-metric-learning"] = SelfSupervisedLoss(MetricLearningLoss(temperature=TEMPERATURE))
-            else:
-                missing["pytorch-metric-learning"] = f"takes M^3 memory: up to M={PML_LARGEST} only"
-        except ImportError as error:
-            missing["pytorch-metric-learning"] = str(error)
-    return found, missing
+FASTER_THAN = "times faster than "
+TARGETS = (
+    Target("H200", 8192, 128, "ms", at_most=0.095),
+    Target("H200", 32768, 128, "ms", at_most=1.35),
+    Target("H200", 131072, 256, "ms", at_most=43.0),
+    Target("H200", 8192, 128, FASTER_THAN + "dense", at_least=10.0),
+    Target("H200", None, None, FASTER_THAN + "anyone else", at_least=1.0),
+    Target("cpu", 4096, 128, FASTER_THAN + "dense", at_least=3.0),
+    Target("cpu", 4096, 128, FASTER_THAN + "dense, torch.compile", at_least=1.4),
+    Target("cpu", 4096, 128, FASTER_THAN + "lightly", at_least=3.0),
+    Target("cpu", 8192, 128, "peak MiB", at_most=64.0),
+    Target("cpu", 8192, 128, "times its products at sgemm's rate", at_most=1.6),
+)
 
 
-def peak_mib(step: Callable[[], object], device: str) -> float:
+def numbers(variable: str, default: str) -> list[int]:
+    return [int(number) for number in os.environ.get(variable, default).split(",")]
+
+
+def sizes() -> list[tuple[int, int]]:
+    """(views, width); those with a target of their own first, then those of width 128: time may be short."""
+    views = numbers("BENCH_M", "512,2048,8192,32768,131072" if ON_GPU else "512,2048,4096,8192")
+    widths = numbers("BENCH_D", "64,128,256" if ON_GPU else "128")
+    targeted = {(target.views, target.width) for target in TARGETS}
+    pairs = list(itertools.product(views, widths))
+    return sorted(pairs, key=lambda size: (size not in targeted, size[1] != 128)) if ON_GPU else pairs
+
+
+CASES = [
+    (views, width, replayed, part)
+    for views, width in sizes()
+    for replayed in ((False, True) if ON_GPU and views <= LARGEST_REPLAYED else (False,))
+    for part in (STEP, FORWARD)
+]
+STARTED = time.monotonic()
+
+
+@dataclass
+class Size:
+    """The inputs of one size, who computes their loss, and what does not depend on how it is timed."""
+
+    z1: Tensor
+    z2: Tensor
+    found: dict[str, Contender]
+    missing: dict[str, str]
+    losses: dict[str, float]
+    errors: dict[str, tuple[float, float]]  # relative, of the loss and of the gradients
+    reference: str
+    peak_mib: dict[str, float]
+
+    def run(self, name: str, part: str) -> tuple[Tensor, ...]:
+        loss = self.found[name].loss(self.z1, self.z2)
+        return (loss.detach(), *(torch.autograd.grad(loss, (self.z1, self.z2)) if part == STEP else ()))
+
+
+def synchronize() -> None:
+    if ON_GPU:
+        torch.cuda.synchronize()
+
+
+def free_memory() -> None:
+    gc.collect()
+    torch.cuda.empty_cache()
+
+
+def one_line(error: Exception) -> str:
+    return f"{type(error).__name__}: {(str(error).splitlines() or [''])[0]}"
+
+
+def peak_mib(step: Callable[[], object]) -> float:
     """The most that torch's allocator holds during `step`, beyond what it held before."""
-    if device == "cuda":
+    if ON_GPU:
         torch.cuda.synchronize()
         torch.cuda.reset_peak_memory_stats()
         before = torch.cuda.memory_allocated()
@@ -112,89 +166,187 @@ def peak_mib(step: Callable[[], object], device: str) -> float:
     return peak / 2**20
 
 
-def assert_same_function(results: dict[str, tuple[Tensor, ...]]) -> None:
-    loss, *gradients = results["dense"]
-    for name, (its_loss, *its_gradients) in results.items():
-        loss_bound, gradient_bound = (1e-3, 2e-2) if "medium" in name else (1e-5, 1e-4)
-        assert abs(its_loss - loss) <= loss_bound * abs(loss), f"{name}: loss {its_loss}, the dense one is {loss}"
-        for expected, got in zip(gradients, its_gradients, strict=True):
-            assert (got - expected).norm() <= gradient_bound * expected.norm(), f"{name}: another gradient"
+def relative_errors(got: tuple[Tensor, ...], expected: tuple[Tensor, ...]) -> tuple[float, float]:
+    gradients = [float((a - b).norm() / b.norm()) for a, b in zip(got[1:], expected[1:], strict=True)]
+    return float((got[0] - expected[0]).abs() / expected[0].abs()), max(gradients)
 
 
-def verdicts(m: int, d: int, timing: Timing, peak: float, times_sgemm: float) -> list[str]:
-    """Each target of this size, and whether it is met."""
-    if d != 128:
-        return []
-    checks = [
-        (f"{target} times faster than {rival}", timing.speedup[rival].median, timing.speedup[rival].median >= target)
-        for rival, target in SPEEDUP_TARGETS.get(m, {}).items()
-        if rival in timing.speedup
-    ]
-    if m in PEAK_MIB_TARGETS:
-        checks.append((f"at most {PEAK_MIB_TARGETS[m]} MiB", peak, peak <= PEAK_MIB_TARGETS[m]))
-    if m in TIMES_SGEMM_TARGETS:
-        target = TIMES_SGEMM_TARGETS[m]
-        checks.append((f"at most {target} times its products at sgemm's rate", times_sgemm, times_sgemm <= target))
-    return [f"{text}: {'met' if met else 'MISSED'} ({got:.2f})" for text, got, met in checks]
-
-
-@pytest.mark.parametrize("d", WIDTHS)
-@pytest.mark.parametrize("m", SIZES)
-@pytest.mark.benchmark(group="NT-Xent, forward and backward")
-def test_nt_xent(benchmark: BenchmarkFixture, capsys: pytest.CaptureFixture[str], m: int, d: int) -> None:
-    device = "cuda" if torch.cuda.is_available() else "cpu"
+@functools.lru_cache(maxsize=1)  # its tests come in a row; they share what is compiled
+def prepare(views: int, width: int) -> Size:
+    free_memory()
     torch.manual_seed(0)
     torch.ones(31 * 2**18)  # settles glibc's heap as a training run would: see bench_optimizer.py
-    x = torch.randn(m // 2, d, device=device)
+    x = torch.randn(views // 2, width, device=DEVICE)
     # A loss of about 0.1 to 1, as in training: views that have much in common.
     z1, z2 = ((x + 0.5 * torch.randn_like(x)).requires_grad_() for _ in range(2))
-    a, b = (torch.randn(MATRIX, MATRIX, device=device) for _ in range(2))
+    size = Size(z1, z2, {}, {}, {}, {}, "", {})
+    with warnings.catch_warnings():  # other packages' imports, and what the compiler has to say
+        warnings.simplefilter("ignore")
+        size.found, size.missing = contenders(views, width, DEVICE)
+        results: dict[str, tuple[Tensor, ...]] = {}
+        for name, contender in list(size.found.items()):
+            try:
+                results[name] = size.run(name, STEP)
+                size.peak_mib[name] = peak_mib(lambda name=name: size.run(name, STEP))  # type: ignore[misc]
+            except torch.OutOfMemoryError:
+                size.missing[name] = "out of memory"
+            except Exception as error:
+                if contender.ours:
+                    raise
+                size.missing[name] = f"it does not run here: {one_line(error)}"
+            if name in size.missing:
+                del size.found[name]
+                results.pop(name, None)
+                free_memory()
+    size.reference = "dense" if "dense" in results else "tiled"
+    size.losses = {name: float(result[0]) for name, result in results.items()}
+    size.errors = {name: relative_errors(result, results[size.reference]) for name, result in results.items()}
+    for name, contender in list(size.found.items()):
+        bounds = contender.bound or (float("inf"), float("inf"))
+        if not all(error <= bound for error, bound in zip(size.errors[name], bounds, strict=True)):
+            problem = f"another function: relative errors of loss and gradients {size.errors[name]}, beyond {bounds}"
+            assert not contender.ours, f"{name}: {problem}"
+            size.missing[name] = problem
+            del size.found[name]
+    return size
+
+
+def capture(size: Size, name: str, part: str) -> Callable[[], object]:
+    """A replay of the step from a CUDA graph."""
+    side = torch.cuda.Stream()
+    side.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(side):
+        for _ in range(3):
+            size.run(name, part)
+    torch.cuda.current_stream().wait_stream(side)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        loss = size.run(name, part)[0]
+    loss.fill_(torch.nan)  # the replay has to write it
+    graph.replay()
+    if not abs(float(loss) - size.losses[name]) <= 1e-4 * abs(size.losses[name]):
+        raise RuntimeError(f"a replay's loss is {float(loss)}, a call's {size.losses[name]}")
+    return graph.replay
+
+
+def capture_all(size: Size, part: str) -> tuple[dict[str, Callable[[], object]], dict[str, str]]:
+    """Replays by name; and of those that have none, why."""
+    replays: dict[str, Callable[[], object]] = {}
+    refused: dict[str, str] = {}
+    for name, contender in size.found.items():
+        free_memory()
+        refused[name] = contender.not_captured
+        if not contender.not_captured:
+            try:
+                replays[name] = capture(size, name, part)
+                del refused[name]
+            except Exception as error:  # out of memory, too: each graph has memory of its own
+                refused[name] = one_line(error)
+    return replays, refused
+
+
+def repeated(step: Callable[[], object], times: int) -> Callable[[], None]:
+    def steps() -> None:
+        for _ in range(times):
+            step()
+
+    return steps
+
+
+def per_call(timing: Timing, repeats: int) -> Timing:
+    def divided(spread: Spread) -> Spread:
+        return Spread(*(each / repeats for each in (spread.median, spread.lower, spread.upper)))
+
+    return replace(timing, milliseconds={name: divided(spread) for name, spread in timing.milliseconds.items()})
+
+
+@pytest.mark.filterwarnings("default")  # shown: other packages' are no reason to stop
+@pytest.mark.parametrize(
+    ("views", "width", "replayed", "part"),
+    CASES,
+    ids=[f"{m}-{d}-{part.replace(' ', '')}-{'replayed' if replayed else 'called'}" for m, d, replayed, part in CASES],
+)
+def test_nt_xent(
+    benchmark: BenchmarkFixture,
+    capsys: pytest.CaptureFixture[str],
+    views: int,
+    width: int,
+    replayed: bool,
+    part: str,
+) -> None:
+    if time.monotonic() - STARTED > float(os.environ.get("BENCH_SECONDS", "inf")):
+        pytest.skip("BENCH_SECONDS are over")
+    benchmark.group = f"NT-Xent, {part}{', replayed' if replayed else ''}"
+    size = prepare(views, width)
+    replays, refused = capture_all(size, part) if replayed else ({}, {})
+    repeats = min(20, max(1, 81920 // views)) if ON_GPU else 1
+    a, b = (torch.randn(MATRIX, MATRIX, device=DEVICE, dtype=MATRIX_DTYPE) for _ in range(2))
     product = torch.empty_like(a)
 
-    losses, missing = contenders(m)
-    results: dict[str, tuple[Tensor, ...]] = {}
+    def called(name: str) -> Callable[[], object]:
+        return lambda: size.run(name, part)
 
-    def step(name: str) -> None:
-        loss = losses[name](z1, z2)
-        results[name] = (loss.detach(), *torch.autograd.grad(loss, (z1, z2)))
+    calls = {name: repeated(replays.get(name) or called(name), repeats) for name in size.found}
+    calls[MATMUL] = repeated(lambda: torch.mm(a, b, out=product), repeats)
+    slow = views >= (131072 if ON_GPU else 8192)
+    rounds = (5 if ON_GPU else 7) if slow else 15
+    timing = interleave(benchmark, calls, rounds=rounds, warmup_rounds=1 if slow else 3, synchronize=synchronize)
+    timing = per_call(timing, repeats)
 
-    calls: dict[str, Callable[[], object]] = {name: lambda name=name: step(name) for name in losses}  # type: ignore[misc]
-    calls["sgemm"] = lambda: torch.mm(a, b, out=product)
-    timing = interleave(
-        benchmark,
-        calls,
-        rounds=7 if m >= 8192 else 15,
-        warmup_rounds=1 if m >= 8192 else 3,
-        synchronize=torch.cuda.synchronize if device == "cuda" else lambda: None,
-    )
-    assert_same_function(results)
-    results.clear()
-    peaks = {name: peak_mib(calls[name], device) for name in losses}
-    flops = 4 * m * m * d
-    sgemm_gflops = 2 * MATRIX**3 / timing.milliseconds["sgemm"].median / 1e6
+    flop = (5 if part == STEP else 1) * views**2 * width
+    matmul_tflops = 2 * MATRIX**3 / timing.milliseconds[MATMUL].median / 1e9
+    ours = next(iter(size.found))
+    tflops = {name: flop / timing.milliseconds[name].median / 1e9 for name in size.found}
+    figures = {"ms": timing.milliseconds[ours].median, "peak MiB": size.peak_mib[ours]}
+    figures |= {FASTER_THAN + name: ratio.median for name, ratio in timing.speedup.items()}
+    rivals = [ratio.median for name, ratio in timing.speedup.items() if name != MATMUL and not name.startswith("fused")]
+    figures[FASTER_THAN + "anyone else"] = min(rivals)
     # From the ratios of the rounds, so that a slow second does not count.
-    times_sgemm = 2 * MATRIX**3 / flops / timing.speedup["sgemm"].median
-
-    lines = [f"NT-Xent forward + backward, {m} views of {d} float32, {device}: {timing}"]
-    lines += [f"  {name:24} {peak:.1f} MiB above the inputs" for name, peak in peaks.items()]
-    lines += [f"  {name:24} not here: {why}" for name, why in missing.items()]
-    lines.append(
-        f"  tiled takes {times_sgemm:.2f} times what its {flops / 1e9:.1f} GFLOP take at {sgemm_gflops:.0f} GFLOP/s"
+    figures["times its products at sgemm's rate"] = (
+        2 * MATRIX**3 / (4 * views**2 * width) / timing.speedup[MATMUL].median
     )
-    met = verdicts(m, d, timing, peaks["tiled"], times_sgemm)
-    lines += [f"  target, {each}" for each in met]
+    judged = part == STEP and replayed == (ON_GPU and views <= LARGEST_REPLAYED)
+    verdicts = [
+        target.verdict(figures[target.figure])
+        for target in TARGETS
+        if judged and target.applies(views, width) and target.figure in figures
+    ]
+
+    lines = [
+        f"NT-Xent {part}{', replayed from CUDA graphs' if replayed else ''}: {views} views of {width} float32 on "
+        f"{DEVICE_NAME}; {timing.rounds} rounds of {repeats}, median (quartiles)"
+    ]
+    for name in size.found:
+        ratio = f"{timing.speedup[name].median:.2f} x" if name in timing.speedup else ""
+        lines.append(
+            f"  {name:26} {timing.milliseconds[name]!s:>28} ms {ratio:>9} {tflops[name]:8.3g} TFLOP/s "
+            f"{100 * tflops[name] / matmul_tflops:5.1f} % {size.peak_mib[name]:9.1f} MiB"
+            + (" as called" if name in refused else "")
+        )
+    lines.append(f"  {MATMUL:26} {timing.milliseconds[MATMUL]!s:>28} ms {'':9} {matmul_tflops:8.3g} TFLOP/s")
+    lines += [f"  {name:26} not here: {why}" for name, why in size.missing.items()]
+    lines += [f"  {name:26} not captured: {why}" for name, why in refused.items()]
+    lines += [f"  target, {verdict}" for verdict in verdicts]
     with capsys.disabled():
         print("\n" + "\n".join(lines))
     benchmark.extra_info.update(
-        device=device,
-        views=m,
-        width=d,
-        peak_mib=peaks,
-        peak_mib_measured_by="torch.cuda" if device == "cuda" else "torch.profiler",
-        sgemm_gflops=sgemm_gflops,
-        gflop_of_products=flops / 1e9,
-        tiled_times_sgemm=times_sgemm,
-        tiled_fraction_of_sgemm_rate=1 / times_sgemm,
-        missing=missing,
-        targets=met,
+        asdict(timing),  # of a call; pytest-benchmark's own columns are of `repeats` calls
+        device=DEVICE_NAME,
+        views=views,
+        width=width,
+        part=part,
+        replayed=replayed,
+        repeats=repeats,
+        flop=flop,
+        tflops=tflops,
+        matmul=f"{MATRIX} x {MATRIX} {MATRIX_DTYPE}",
+        matmul_tflops=matmul_tflops,
+        fraction_of_matmul_rate={name: rate / matmul_tflops for name, rate in tflops.items()},
+        peak_mib=size.peak_mib,
+        peak_mib_measured_by="torch.cuda" if ON_GPU else "torch.profiler",
+        relative_errors_of_loss_and_gradients=size.errors,
+        relative_to=size.reference,
+        missing=size.missing,
+        not_captured=refused,
+        targets=verdicts,
     )
