@@ -94,9 +94,9 @@ def fused_forward(
     precision: str,
     temperature_value: float | None,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
-    """The loss, and what the backward needs: the unit rows (2n, planes, width) in bf16 and the norms (2n,), of all ranks
-    the unit rows (M, planes, width; none in a process alone) and the lse in bits (M,), q (2n,) and how many rows each
-    rank has (W,)."""
+    """The loss, and what the backward needs: unit rows (2n, planes, width) in bf16, norms (2n,), of all ranks the unit
+    rows (M, planes, width; none in a process alone) and the lse in bits (M,), q (2n,), and how many rows each rank
+    has (W,)."""
     n, d = z1.shape
     rows, planes, width = 2 * n, _planes(precision), _width(d)
     run = _Kernels(z1, temperature, temperature_value)
