@@ -1,8 +1,10 @@
 """The loaders: one order and one set of draws whatever decodes; ranks, epochs, resuming, and what they refuse."""
 
 import itertools
+import sys
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -11,8 +13,8 @@ from pictures import photo_folder
 from torch import Tensor
 
 from fastsimclr import Views
-from fastsimclr.data import Batch, Source, ViewLoader, open_source, open_views
-from fastsimclr.data.sources import ArraySource
+from fastsimclr.data import Batch, Source, ViewLoader, choose_backend, open_source, open_views
+from fastsimclr.data.sources import ArraySource, FolderSource
 from fastsimclr.errors import UserError
 
 SHARED = Path(__file__).resolve().parents[2] / "shared" / "data"
@@ -369,3 +371,18 @@ def test_real_photographs_are_the_same_in_both_loaders(backend: str) -> None:
     assert indices(got) == indices(expected)
     assert differences(got, expected, views).mean() <= (0 if backend == "torchvision" else 1.5)
     assert np.isfinite([view.std().item() for batch in got for view in batch.views]).all()
+
+
+def test_on_a_gpu_where_no_package_of_nvidias_is_installed_torchvision_decodes(monkeypatch: pytest.MonkeyPatch) -> None:
+    class Hiding:
+        def __init__(self, finder: Any) -> None:
+            self.finder = finder
+
+        def find_spec(self, name: str, *rest: Any) -> Any:
+            return None if name.partition(".")[0] == "nvidia" else self.finder.find_spec(name, *rest)
+
+    monkeypatch.setattr(sys, "meta_path", [Hiding(finder) for finder in sys.meta_path])
+    for name in [name for name in sys.modules if name.partition(".")[0] == "nvidia"]:
+        monkeypatch.delitem(sys.modules, name)
+    folder = FolderSource((), np.empty(0, np.int64), ())
+    assert choose_backend(folder, torch.device("cuda")) == ("torchvision", "DALI is not installed")

@@ -62,7 +62,8 @@ def choose_backend(source: Source, device: torch.device) -> tuple[str, str]:
         return "memory", "the images are small and decoded"
     if device.type != "cuda":
         return "torchvision", "without a GPU it decodes as fast as DALI"
-    if importlib.util.find_spec("nvidia.dali") is None:
+    # Of a package within one that is not there find_spec does not say None, it raises.
+    if importlib.util.find_spec("nvidia") is None or importlib.util.find_spec("nvidia.dali") is None:
         return "torchvision", "DALI is not installed"
     return "dali", "it decodes on the GPU"
 
