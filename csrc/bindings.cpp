@@ -58,30 +58,16 @@ T* pointer(Address address) {
   return reinterpret_cast<T*>(address);
 }
 
-// The device of the pointers, for as long as this lives: a launch goes to the thread's current one.
-class DeviceGuard {
- public:
-  explicit DeviceGuard(int device) {
-    check(cudaGetDevice(&before_), "cudaGetDevice");
-    if (device != before_) check(cudaSetDevice(device), "cudaSetDevice");
-    changed_ = device != before_;
-  }
-  ~DeviceGuard() {
-    if (changed_) cudaSetDevice(before_);
-  }
-  DeviceGuard(const DeviceGuard&) = delete;
+void check(cudaError_t error, const char* call) {
+  if (error == cudaSuccess) return;
+  cudaGetLastError();  // the error is told here; the next call's must not be this one's
+  throw std::runtime_error(std::string("fastsimclr: ") + call + " failed: " + cudaGetErrorName(error) + ", " +
+                           cudaGetErrorString(error));
+}
 
-  static void check(cudaError_t error, const char* call) {
-    if (error == cudaSuccess) return;
-    cudaGetLastError();  // the error is told here; the next call's must not be this one's
-    throw std::runtime_error(std::string("fastsimclr: ") + call + " failed: " + cudaGetErrorName(error) + ", " +
-                             cudaGetErrorString(error));
-  }
-
- private:
-  int before_ = 0;
-  bool changed_ = false;
-};
+// A launch goes to the thread's current device. The caller has made the pointers' device current for its own CUDA
+// runtime, and makes the one before current again; this library has a runtime of its own, which has to be told as well.
+void use_device(int device) { check(cudaSetDevice(device), "cudaSetDevice"); }
 
 Temperature temperature(Address address, float value) { return {pointer<const float>(address), value}; }
 
@@ -104,8 +90,8 @@ Projections projections(const View& z1, const View& z2, DataType dtype, int n, i
 template <class Params>
 void run(cudaError_t (*launcher)(const Params&, cudaStream_t), const char* name, const Params& params, int device,
          Address stream) {
-  const DeviceGuard guard(device);
-  DeviceGuard::check(launcher(params, reinterpret_cast<cudaStream_t>(stream)), name);
+  use_device(device);
+  check(launcher(params, reinterpret_cast<cudaStream_t>(stream)), name);
 }
 
 void define_nt_xent(py::module_& module) {
@@ -136,7 +122,7 @@ void define_nt_xent(py::module_& module) {
   module.def(
       "nt_xent_forward_column_unit",
       [](int rows, int columns, bool symmetric, int device) {
-        const DeviceGuard guard(device);
+        use_device(device);
         return forward_column_unit(rows, columns, symmetric);
       },
       py::kw_only(), "rows"_a, "columns"_a, "symmetric"_a, "device"_a, release);
@@ -187,7 +173,7 @@ void define_nt_xent(py::module_& module) {
   module.def(
       "nt_xent_backward_splits",
       [](int rows, int columns, int planes, int width, int device) {
-        const DeviceGuard guard(device);
+        use_device(device);
         return backward_splits(rows, columns, planes, width);
       },
       py::kw_only(), "rows"_a, "columns"_a, "planes"_a, "width"_a, "device"_a, release);

@@ -5,8 +5,10 @@ on a GPU; `fastsimclr._emulated`, of a developer's build, runs the same sources 
 it is of no other use. The mathematics is tiled.py's; the kernels' own choices are told in csrc/*.cu.
 """
 
+import functools
 import json
 import sys
+from contextlib import nullcontext
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -37,6 +39,7 @@ MAX_WIDTH = 2048
 MAX_ROWS = 2**30  # views of all ranks: csrc/nt_xent.h
 
 
+@functools.cache  # asked at every call of the loss
 def unavailable(device: torch.device) -> str:
     """Why the kernels can't run on `device`: "" if they can."""
     if device.type == "cpu":
@@ -118,7 +121,9 @@ def fused_forward(
     # Of all columns: this rank's rows, all the ranks' before it, all the ranks' after it; and into how many slots each
     # has its sums written.
     parts = [part for part in ((offset, rows), (0, offset), (offset + rows, total - offset - rows)) if part[1]]
-    units = [run.column_unit(rows, count, symmetric=start == offset) for start, count in parts]
+    units = [
+        run.ask("forward_column_unit", rows=rows, columns=count, symmetric=start == offset) for start, count in parts
+    ]
     slots = [-(-count // column_unit) for (_, count), column_unit in zip(parts, units, strict=True)]
     sums = run.floats(sum(slots), rows)
     everyone = unit
@@ -195,9 +200,7 @@ def fused_backward(
         weights = weights / scale
         mine = weights[offset : offset + rows]
 
-    splits = run.kernels.nt_xent_backward_splits(
-        rows=rows, columns=total, planes=planes, width=width, device=run.device
-    )
+    splits = run.ask("backward_splits", rows=rows, columns=total, planes=planes, width=width)
     sums = run.floats(splits, rows, width)
     run(
         "backward", rows=unit.data_ptr(), row_count=rows, columns=everyone.data_ptr(), column_count=total,
@@ -254,18 +257,20 @@ class _Kernels:
             value = float(temperature)  # on the CPU: that waits for nothing
         self._keep = None if value is not None else temperature.to(torch.float32)  # type: ignore[union-attr]
         self.temperature = {"temperature": _address(self._keep), "temperature_value": value or 0.0}
+        # The kernels' CUDA runtime is not PyTorch's: both are told the device, and PyTorch restores the one before.
+        self._on_device = torch.cuda.device(z.device) if on_gpu else nullcontext()
 
     def __call__(self, name: str, **arguments: Any) -> None:
-        getattr(self.kernels, f"nt_xent_{name}")(**arguments, device=self.device, stream=self.stream)
+        """Launch a kernel."""
+        self.ask(name, **arguments, stream=self.stream)
+
+    def ask(self, name: str, **arguments: Any) -> int:
+        """Call what launches nothing: how the kernels cut the work, which is how large their arrays must be."""
+        with self._on_device:
+            return getattr(self.kernels, f"nt_xent_{name}")(**arguments, device=self.device)
 
     def floats(self, *shape: int) -> Tensor:
         return torch.empty(shape, dtype=torch.float32, device=self._like.device)
-
-    def column_unit(self, rows: int, columns: int, symmetric: bool) -> int:
-        """How many columns share a slot of the forward's sums."""
-        return self.kernels.nt_xent_forward_column_unit(
-            rows=rows, columns=columns, symmetric=symmetric, device=self.device
-        )
 
 
 def _view(z: Tensor) -> tuple[int, int, int]:
