@@ -6,11 +6,13 @@
 #include <pybind11/pybind11.h>
 #include <pybind11/stl.h>
 
+#include <array>
 #include <stdexcept>
 #include <string>
 #include <tuple>
 
 #include "build_info.h"
+#include "photometric.h"
 #if defined(FASTSIMCLR_CUDA) || defined(FASTSIMCLR_EMULATION)
 #define FASTSIMCLR_KERNELS
 #include "nt_xent.h"
@@ -48,15 +50,55 @@ py::dict build_info() {
   return info;
 }
 
-#ifdef FASTSIMCLR_KERNELS
-
-// Device memory's address as Python has it (torch.Tensor.data_ptr()); 0 is no array.
+// A tensor's or array's memory as Python has it (torch.Tensor.data_ptr(), ndarray.ctypes.data); 0 is no array.
 using Address = uintptr_t;
 
 template <class T>
 T* pointer(Address address) {
   return reinterpret_cast<T*>(address);
 }
+
+#ifndef FASTSIMCLR_EMULATION
+
+void define_photometric(py::module_& module) {
+  using namespace py::literals;
+  py::enum_<PixelType>(module, "PixelType")
+      .value("float32", PixelType::kFloat32)
+      .value("bfloat16", PixelType::kBfloat16)
+      .value("float16", PixelType::kFloat16);
+  module.def(
+      "photometric",
+      [](Address crops, int64_t images, int height, int width, Address jitter, Address order, Address factors,
+         Address grey, Address sigma, int blur_taps, const std::array<float, 3>& mean, const std::array<float, 3>& std,
+         PixelType dtype, Address out, int threads) {
+        PhotometricParams p;
+        p.crops = pointer<const uint8_t>(crops);
+        p.images = images;
+        p.height = height;
+        p.width = width;
+        p.jitter = pointer<const bool>(jitter);
+        p.order = pointer<const int64_t>(order);
+        p.factors = pointer<const double>(factors);
+        p.grey = pointer<const bool>(grey);
+        p.sigma = pointer<const double>(sigma);
+        p.blur_taps = blur_taps;
+        for (size_t c = 0; c < 3; c++) {
+          p.mean[c] = mean[c];
+          p.std[c] = std[c];
+        }
+        p.dtype = dtype;
+        p.out = pointer<void>(out);
+        p.threads = threads;
+        photometric(p);
+      },
+      py::kw_only(), "crops"_a, "images"_a, "height"_a, "width"_a, "jitter"_a, "order"_a, "factors"_a, "grey"_a,
+      "sigma"_a, "blur_taps"_a, "mean"_a, "std"_a, "dtype"_a, "out"_a, "threads"_a,
+      py::call_guard<py::gil_scoped_release>());
+}
+
+#endif
+
+#ifdef FASTSIMCLR_KERNELS
 
 void check(cudaError_t error, const char* call) {
   if (error == cudaSuccess) return;
@@ -235,6 +277,9 @@ PYBIND11_MODULE(FASTSIMCLR_MODULE, module, py::mod_gil_not_used()) {
   module.doc() = "Compiled part of fastsimclr. Used through fastsimclr.loss and fastsimclr.data.";
   module.def("build_info", &fastsimclr::build_info,
              "What this library was built from: version, compiler, cuda, cuda_runtime, architectures.");
+#ifndef FASTSIMCLR_EMULATION
+  fastsimclr::define_photometric(module);
+#endif
 #ifdef FASTSIMCLR_KERNELS
   fastsimclr::define_nt_xent(module);
 #endif

@@ -1,4 +1,4 @@
-"""Types of the compiled extension (csrc/bindings.cpp). Of a CPU-only build, build_info is all that there is."""
+"""Types of the compiled extension (csrc/bindings.cpp). A CPU-only build lacks nt_xent_*."""
 
 from typing import Any
 
@@ -8,6 +8,13 @@ class DataType:
     float16: DataType
 
 def build_info() -> dict[str, Any]: ...
+
+class PixelType:
+    float32: PixelType
+    bfloat16: PixelType
+    float16: PixelType
+
+def photometric(**arguments: Any) -> None: ...  # csrc/photometric.h says what each is
 
 # Addresses, sizes and options by keyword: csrc/nt_xent.h says what each is. They raise RuntimeError for a CUDA error.
 def nt_xent_normalize(**arguments: Any) -> None: ...

@@ -1,5 +1,6 @@
 """The photometric op against torchvision's functions on uint8 tensors: each change alone, and the whole recipe."""
 
+import sys
 from collections.abc import Callable
 from dataclasses import replace
 
@@ -19,6 +20,16 @@ LEVELS = Views(image_size=64, mean=(0, 0, 0), std=(1 / 255,) * 3)
 pytestmark = pytest.mark.usefixtures("one_thread")
 WINDOW = 7  # 0.1 of 64, made odd
 BRIGHTNESS, CONTRAST, SATURATION, HUE = range(4)
+
+
+@pytest.fixture(autouse=True, params=["compiled", "pytorch"])
+def implementation(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Every test is of both."""
+    module = sys.modules[photometric.__module__]
+    if request.param == "pytorch":
+        monkeypatch.setattr(module, "_C", None)
+    elif module._C is None:
+        pytest.skip("the extension is not built")
 
 
 def crops() -> Tensor:
@@ -190,3 +201,23 @@ def test_normalised_in_channels_last(dtype: torch.dtype) -> None:
 def test_a_single_image_and_none() -> None:
     assert photometric(CROPS[:1], nothing(1), LEVELS).is_contiguous(memory_format=torch.channels_last)
     assert photometric(CROPS[:0], nothing(0), LEVELS).shape == (0, 3, 64, 64)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+@pytest.mark.parametrize(("height", "width"), [(1, 1), (3, 40), (37, 5)])  # nothing a multiple of what is done at once
+def test_other_dtypes_are_the_float32_result_rounded(dtype: torch.dtype, height: int, width: int) -> None:
+    crops = torch.from_numpy(np.random.default_rng(0).integers(0, 256, (9, height, width, 3)).astype(np.uint8))
+    views = Views(image_size=64)
+    draws = draw(views, 0, 0, np.arange(9), 0)
+    expected = photometric(crops, draws, views)
+    got = photometric(crops, draws, views, dtype)
+    assert got.dtype == dtype
+    assert got.is_contiguous(memory_format=torch.channels_last)
+    torch.testing.assert_close(got, expected.to(dtype), rtol=torch.finfo(dtype).eps, atol=1e-6)
+
+
+def test_threads_change_nothing() -> None:
+    draws = draw(LEVELS, 0, 0, np.arange(len(CROPS)), 0)
+    one = photometric(CROPS, draws, LEVELS)
+    torch.set_num_threads(3)  # the fixture one_thread sets it back
+    torch.testing.assert_close(photometric(CROPS, draws, LEVELS), one, rtol=0, atol=1e-3)

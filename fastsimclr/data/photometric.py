@@ -2,6 +2,8 @@
 
 The operations are torchvision's on uint8 tensors (transforms.v2.functional), clamped and truncated to whole levels
 between the steps as those are, but on a batch whose images each have factors and an order of their own.
+
+On a CPU the compiled extension does it (csrc/photometric.cpp); everywhere else, and as its oracle, PyTorch.
 """
 
 from collections.abc import Callable
@@ -14,12 +16,49 @@ from torch import Tensor
 from fastsimclr.data.draws import Draws
 from fastsimclr.views import Views
 
+try:
+    import fastsimclr._C as _C
+except ImportError:
+    _C = None  # type: ignore[assignment]
+
 _GREY = (0.2989, 0.587, 0.114)  # ITU-R 601-2 luma, with torchvision's digits
 _CHUNK = 16  # images at a time on a CPU: a few MB of floats, which the caches hold
 
 
 def photometric(crops: Tensor, draws: Draws, views: Views, dtype: torch.dtype = torch.float32) -> Tensor:
     """Views (B, 3, H, W) in `dtype`, channels-last, normalised, from crops (B, H, W, 3) uint8 on the same device."""
+    if crops.device.type == "cpu" and _C is not None and dtype in (torch.float32, torch.bfloat16, torch.float16):
+        return _photometric_compiled(crops, draws, views, dtype)
+    return photometric_in_pytorch(crops, draws, views, dtype)
+
+
+def _photometric_compiled(crops: Tensor, draws: Draws, views: Views, dtype: torch.dtype) -> Tensor:
+    crops = crops.contiguous()
+    images, height, width = crops.shape[:3]
+    out = torch.empty((images, 3, height, width), dtype=dtype, memory_format=torch.channels_last)
+    # Of the types that csrc/photometric.h names, in rows without gaps; kept alive here until the call is over.
+    kinds = {"jitter": np.bool_, "order": np.int64, "factors": np.float64, "grey": np.bool_, "sigma": np.float64}
+    drawn: dict[str, np.ndarray] = {
+        name: np.ascontiguousarray(getattr(draws, name), dtype=kind) for name, kind in kinds.items()
+    }
+    _C.photometric(
+        crops=crops.data_ptr(),
+        images=images,
+        height=height,
+        width=width,
+        **{name: array.ctypes.data for name, array in drawn.items()},
+        blur_taps=_blur_window(views),
+        mean=[255 * x for x in views.mean],
+        std=[255 * x for x in views.std],
+        dtype=getattr(_C.PixelType, str(dtype).removeprefix("torch.")),
+        out=out.data_ptr(),
+        threads=torch.get_num_threads(),
+    )
+    return out
+
+
+def photometric_in_pytorch(crops: Tensor, draws: Draws, views: Views, dtype: torch.dtype = torch.float32) -> Tensor:
+    """`photometric` in PyTorch's own operations, on any device."""
     shape = (crops.shape[0], 3, *crops.shape[1:3])
     out = torch.empty(shape, dtype=dtype, device=crops.device, memory_format=torch.channels_last)
     mean = torch.tensor(views.mean, device=crops.device).view(3, 1, 1) * 255
