@@ -94,7 +94,7 @@ struct Accumulators {
 template <class S, bool kExpFits>
 __global__ void __launch_bounds__(kThreads, 2) backward_kernel(BackwardParams p) {
   const float temperature = value_of(p.temperature);
-  if (exp_fits(temperature, p.columns.count) != kExpFits) return;  // the other kernel's task
+  if ((temperature >= p.temperature.smallest) != kExpFits) return;  // the other kernel's task
   const float to_bits = kLog2E / temperature;
   const int warp = threadIdx.x / 32, lane = threadIdx.x % 32;
   const int row0 = int(blockIdx.x) * S::kRows;
@@ -191,7 +191,7 @@ int backward_splits(int rows, int columns, int planes, int width) {
 
 cudaError_t backward(const BackwardParams& params, cudaStream_t stream) {
   return with_shape(params.planes, params.width, [&](auto shape) {
-    return for_temperature(params.temperature, params.columns.count, [&](auto fits) {
+    return for_temperature(params.temperature, [&](auto fits) {
       using S = std::conditional_t<fits.value, decltype(shape), typename decltype(shape)::Low>;
       const dim3 grid(unsigned(divide_up(params.rows.count, S::kRows)), unsigned(TileStream<S>::k_blocks(params.width)),
                       unsigned(params.splits));

@@ -111,7 +111,9 @@ void check(cudaError_t error, const char* call) {
 // runtime, and makes the one before current again; this library has a runtime of its own, which has to be told as well.
 void use_device(int device) { check(cudaSetDevice(device), "cudaSetDevice"); }
 
-Temperature temperature(Address address, float value) { return {pointer<const float>(address), value}; }
+Temperature temperature(Address address, float value, int columns) {
+  return {pointer<const float>(address), value, smallest_temperature(columns)};
+}
 
 // z: (address, row stride, column stride) of each view, strides in elements.
 using View = std::tuple<Address, int64_t, int64_t>;
@@ -183,7 +185,7 @@ void define_nt_xent(py::module_& module) {
         p.has_pairs = has_pairs;
         p.offset = offset;
         p.all_columns = all_columns;
-        p.temperature = temperature(temperature_address, temperature_value);
+        p.temperature = temperature(temperature_address, temperature_value, all_columns);
         p.column_unit = column_unit;
         p.sums = pointer<float>(sums);
         run(forward, "nt_xent_forward", p, device, stream);
@@ -203,7 +205,7 @@ void define_nt_xent(py::module_& module) {
         p.n = n;
         p.all_columns = all_columns;
         p.decoupled = decoupled;
-        p.temperature = temperature(temperature_address, temperature_value);
+        p.temperature = temperature(temperature_address, temperature_value, all_columns);
         p.losses = pointer<float>(losses_out);
         p.lse = pointer<float>(lse);
         p.q = pointer<float>(q);
@@ -231,7 +233,7 @@ void define_nt_xent(py::module_& module) {
         p.planes = planes;
         p.width = width;
         p.offset = offset;
-        p.temperature = temperature(temperature_address, temperature_value);
+        p.temperature = temperature(temperature_address, temperature_value, column_count);
         p.lse = pointer<const float>(lse);
         p.weights = pointer<const float>(weights);
         p.splits = splits;
@@ -250,7 +252,7 @@ void define_nt_xent(py::module_& module) {
         ProjectParams p;
         p.z = projections(z1, z2, dtype, n, d);
         p.width = width;
-        p.temperature = temperature(temperature_address, temperature_value);
+        p.temperature = {pointer<const float>(temperature_address), temperature_value};
         p.norm = pointer<const float>(norm);
         p.q = pointer<const float>(q);
         p.weights = pointer<const float>(weights);

@@ -13,6 +13,8 @@
 //
 // At temperatures at which exp(1/temperature) overflows, the whole matrix is computed, row by row with a running
 // maximum, and slots hold logarithms. The device decides: it may be the only one to know the temperature.
+#include <cmath>
+
 #include "mma.cuh"
 #include "nt_xent.h"
 #include "tile.cuh"
@@ -111,7 +113,7 @@ __device__ void sum_columns(const TileProducts<S>& products, float* sums) {
 template <class S, bool kExpFits>
 __global__ void __launch_bounds__(kThreads, 2) forward_kernel(ForwardParams p) {
   const float temperature = value_of(p.temperature);
-  if (exp_fits(temperature, p.all_columns) != kExpFits) return;  // the other kernel's task
+  if ((temperature >= p.temperature.smallest) != kExpFits) return;  // the other kernel's task
   const bool symmetric = p.symmetric && kExpFits;
   if (symmetric && blockIdx.y < blockIdx.x) return;  // the mirror image of a unit above the diagonal
   const float to_bits = kLog2E / temperature;
@@ -172,7 +174,7 @@ __global__ void __launch_bounds__(kThreads) losses_kernel(LossParams p) {
   if (row >= rows) return;
   const float temperature = value_of(p.temperature);
   float log_w = 0;  // of the negatives, in bits
-  if (exp_fits(temperature, p.all_columns)) {
+  if (temperature >= p.temperature.smallest) {
     float w = 0;
     for (int64_t slot = 0; slot < p.slots; slot++) w += p.sums[slot * rows + row];
     log_w = log2f(w);
@@ -193,6 +195,11 @@ __global__ void __launch_bounds__(kThreads) losses_kernel(LossParams p) {
 
 }  // namespace
 
+float smallest_temperature(int columns) {
+  constexpr double kLogOfLargestInverse = 87.3;
+  return float(1.01 / (kLogOfLargestInverse - std::log(double(columns))));  // 1.01: unit rows are rounded to bf16
+}
+
 int forward_column_unit(int rows, int columns, bool symmetric) {
   const int row_blocks = divide_up(rows, kBlockRows), column_blocks = divide_up(columns, kBlockRows);
   if (symmetric) return divide_up(column_blocks, kUnits) * kBlockRows;
@@ -207,7 +214,7 @@ cudaError_t forward(const ForwardParams& params, cudaStream_t stream) {
     const dim3 grid(unsigned(divide_up(params.rows.count, row_unit)),
                     unsigned(divide_up(params.columns.count, params.column_unit)));
     constexpr size_t kSharedBytes = TileStream<S>::kSharedBytes + sizeof(float) * kWarps * S::kColumns;
-    return for_temperature(params.temperature, params.all_columns, [&](auto fits) {
+    return for_temperature(params.temperature, [&](auto fits) {
       return launch(forward_kernel<S, fits.value>, grid, kThreads, kSharedBytes, stream, params);
     });
   });

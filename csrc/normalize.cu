@@ -16,7 +16,7 @@ namespace {
 constexpr int kWarpsPerBlock = 4;
 
 __device__ float warp_sum(float x) {
-  for (int mask = 16; mask > 0; mask /= 2) x += __shfl_xor_sync(0xffffffffu, x, mask);
+  for (int mask = 16; mask > 0; mask /= 2) x += __shfl_xor_sync(kAllLanes, x, mask);
   return x;
 }
 

@@ -24,7 +24,14 @@ constexpr int kMaxRows = 1 << 30;   // rows and columns are int, offsets of elem
 struct Temperature {
   const float* pointer = nullptr;  // null: `value` is it
   float value = 0;
+  // Of smallest_temperature. The host computes it and host and device compare with it: a logarithm that differs by its
+  // last bit between them would at the bound itself launch a kernel that leaves the work to the other one.
+  float smallest = 0;
 };
+
+// From this temperature on, sums of `columns` exponentials of up to 1/temperature, and their inverses, are finite and
+// normal numbers. Below, the kernels keep a maximum or an lse in every exponent.
+float smallest_temperature(int columns);
 
 // Two batches of projections, (n, d) each; element (i, k) is at i * row_stride + k * column_stride.
 struct Projections {

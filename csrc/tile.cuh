@@ -50,13 +50,6 @@ __device__ __forceinline__ float value_of(const Temperature& temperature) {
   return temperature.pointer ? *temperature.pointer : temperature.value;
 }
 
-// Whether sums of `columns` exponentials of up to 1/temperature, and their inverses, are finite and normal numbers;
-// 1.01: unit rows are rounded to bf16. If not, the kernels keep a maximum or an lse in every exponent.
-__host__ __device__ __forceinline__ bool exp_fits(float temperature, int columns) {
-  constexpr float kLogOfLargestInverse = 87.3f;
-  return 1.01f / temperature + logf(float(columns)) < kLogOfLargestInverse;
-}
-
 // Where this rank's rows meet themselves and their positives, which are no negatives.
 struct Pairs {
   bool among_columns;  // false: nowhere, these columns are other ranks' rows
@@ -267,8 +260,8 @@ auto with_shape(int planes, int width, F f) {
 // Calls f(std::bool_constant<whether exponentials fit>), which launches that kernel. If only the device knows the
 // temperature, both are launched: the wrong one returns at once.
 template <class F>
-cudaError_t for_temperature(const Temperature& temperature, int columns, F f) {
-  const bool known = temperature.pointer == nullptr, fits = exp_fits(temperature.value, columns);
+cudaError_t for_temperature(const Temperature& temperature, F f) {
+  const bool known = temperature.pointer == nullptr, fits = temperature.value >= temperature.smallest;
   if (!known || fits) {
     const cudaError_t error = f(std::true_type());
     if (known || error != cudaSuccess) return error;
