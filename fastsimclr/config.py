@@ -4,13 +4,13 @@ import re
 import sys
 from collections.abc import Sequence
 from dataclasses import dataclass, field, fields
-from importlib.resources import files
 from pathlib import Path
 from typing import Any, Literal
 
 from jsonargparse import ArgumentParser, Namespace, set_parsing_settings
 
 from fastsimclr.errors import UserError
+from fastsimclr.presets import preset_file
 from fastsimclr.views import Views
 
 DEMONSTRATION = "digits"  # the preset of a run without --data.train
@@ -174,22 +174,13 @@ def parse(arguments: Sequence[str] | None = None) -> tuple[Config, str]:
     parser = _parser(None)
     namespace = parser.parse_args(arguments)
     if namespace.data.train is None:
-        parser = _parser(preset(DEMONSTRATION))
+        parser = _parser(preset_file(DEMONSTRATION))
         namespace = parser.parse_args(arguments)
     return _instantiate(parser, namespace), parser.dump(namespace)
 
 
 def _config_file(named: str) -> Path:
-    return Path(named) if Path(named).is_file() else preset(named)
-
-
-def preset(name: str) -> Path:
-    """The file of a preset of configs/: beside the package in a checkout, inside it when installed."""
-    for folder in (files("fastsimclr") / "configs", files("fastsimclr") / ".." / "configs"):
-        file = Path(str(folder)) / f"{name}.yaml"
-        if file.is_file():
-            return file
-    raise UserError(f"--config: got {name!r}, expected a YAML file or the name of a preset in configs/")
+    return Path(named) if Path(named).is_file() else preset_file(named)
 
 
 def _parser(defaults: Path | None) -> _Parser:

@@ -1,6 +1,11 @@
 """The augmentation recipe as data: what may happen to a view, and how often. No framework, no pixels."""
 
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, fields, replace
+from typing import Any
+
+import yaml
+
+from fastsimclr.presets import preset_file
 
 INTERPOLATIONS = ("bilinear", "bicubic")
 CROPS = ("random", "center")
@@ -42,15 +47,20 @@ class Views:
     """Standard deviation of the blur in pixels of the view, from U(low, high)."""
     blur_kernel: float = 0.1
     """Side of the blur's window, as a fraction of the view's (made odd)."""
+    solarise: float = 0.0
+    """Probability of solarisation, after the blur: levels from 128 up are inverted. BYOL's recipe has it."""
     mean: tuple[float, float, float] = (0.485, 0.456, 0.406)
     """Mean to subtract, of red, green and blue in [0, 1]."""
     std: tuple[float, float, float] = (0.229, 0.224, 0.225)
     """Standard deviation to divide by, likewise."""
     views: int = 2
     """Views of each image."""
+    per_view: tuple[dict[str, Any], ...] = ()
+    """What differs for each view, as options of this list: ({"blur": 1.0}, {"blur": 0.1, "solarise": 0.2}) is BYOL's
+    pair. Empty: all views are drawn alike."""
 
     def __post_init__(self) -> None:
-        for name in ("flip", "jitter", "grey", "blur"):
+        for name in ("flip", "jitter", "grey", "blur", "solarise"):
             self._expect(name, 0 <= getattr(self, name) <= 1, "a probability")
         for name in ("brightness", "contrast", "saturation"):
             self._expect(name, getattr(self, name) >= 0, "at least 0")
@@ -66,12 +76,59 @@ class Views:
         self._expect("std", min(self.std) > 0, "positive")
         self._expect("interpolation", self.interpolation in INTERPOLATIONS, f"one of {', '.join(INTERPOLATIONS)}")
         self._expect("crop", self.crop in CROPS, f"one of {', '.join(CROPS)}")
+        self._expect("per_view", len(self.per_view) in (0, self.views), f"one for each of {self.views} views, or none")
+        own = {f.name: f.default for f in fields(Views) if f.name not in ("views", "per_view")}
+        for changes in self.per_view:
+            self._expect("per_view", set(changes) <= set(own), f"options of a view: {', '.join(own)}")
+            for name, value in changes.items():
+                self._expect("per_view", _alike(value, own[name]), f"a value for {name} such as {own[name]}")
+        for view in range(len(self.per_view)):
+            self.recipe(view)  # each is checked as a whole
 
     def _expect(self, name: str, holds: bool, expected: str) -> None:
         if not holds:
             raise ValueError(f"{name}: got {getattr(self, name)!r}, expected {expected}")
 
+    def recipe(self, view: int) -> "Views":
+        """What view number `view` is drawn by: this recipe with that view's own changes, for that view alone."""
+        changes = self.per_view[view] if self.per_view else {}
+        return replace(self, views=1, per_view=(), **{name: _tuple(value) for name, value in changes.items()})
+
     def plain(self) -> "Views":
         """The same images seen for evaluation: one view, the central square, nothing else changed."""
-        kept = {f.name: getattr(self, f.name) for f in fields(Views)}
-        return Views(**kept | {"views": 1, "crop": "center", "flip": 0.0, "jitter": 0.0, "grey": 0.0, "blur": 0.0})
+        return replace(
+            self, views=1, per_view=(), crop="center", flip=0.0, jitter=0.0, grey=0.0, blur=0.0, solarise=0.0
+        )
+
+    @staticmethod
+    def preset(name: str) -> "Views":
+        """The views of a preset of configs/: "imagenet" (these defaults), "cifar10" or "digits".
+
+        Raises UserError if there is none of that name.
+        """
+        data = yaml.safe_load(preset_file(name).read_text()).get("data", {})
+        own = {f.name for f in fields(Views)}
+        return Views(**{name: _tuple(value) for name, value in data.items() if name in own})
+
+    @staticmethod
+    def multi_crop(
+        small: int = 6, small_size: int = 96, small_scale: tuple[float, float] = (0.05, 0.14), **recipe: Any
+    ) -> "Views":
+        """Two views of the whole `recipe` and `small` small ones of less of the image (SwAV, arXiv 2006.09882)."""
+        large: dict[str, Any] = {"scale": (small_scale[1], 1.0), **recipe}
+        of_small = {"image_size": small_size, "scale": small_scale}
+        return Views(**large, views=2 + small, per_view=({}, {}, *[of_small] * small))
+
+
+def _tuple(value: Any) -> Any:
+    """YAML's list as the tuple that it stands for."""
+    return tuple(value) if isinstance(value, list) else value
+
+
+def _alike(value: Any, default: Any) -> bool:
+    """Whether a value out of YAML is of the default's kind: a number, a text, or as many numbers."""
+    if isinstance(default, tuple):
+        return isinstance(value, list | tuple) and len(value) == len(default) and all(map(_alike, value, default))
+    if isinstance(default, float):
+        return isinstance(value, int | float) and not isinstance(value, bool)
+    return type(value) is type(default)

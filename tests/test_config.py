@@ -5,7 +5,8 @@ from pathlib import Path
 import pytest
 
 from fastsimclr import UserError, Views
-from fastsimclr.config import Config, parse, preset
+from fastsimclr.config import Config, parse
+from fastsimclr.presets import preset_file
 
 
 def test_without_data_the_demonstration_runs() -> None:
@@ -25,7 +26,7 @@ def test_with_data_the_defaults_are_the_papers() -> None:
 
 @pytest.mark.parametrize("file", sorted(Path("configs").glob("*.yaml")), ids=str)
 def test_each_preset_is_found_by_name_and_by_file(file: Path) -> None:
-    assert preset(file.stem).samefile(file)
+    assert preset_file(file.stem).samefile(file)
     by_name, by_file = parse(["--config", file.stem])[0], parse([f"--config={file}"])[0]
     assert by_name == by_file
     assert by_name != parse(["--data.train=x"])[0]

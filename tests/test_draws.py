@@ -11,11 +11,12 @@ from scipy.stats import binomtest, chisquare, ks_2samp, kstest
 from torchvision.transforms.v2 import RandomResizedCrop
 
 from fastsimclr import Views
-from fastsimclr.data.draws import Draws, _philox, boxes, draw, epoch_order
+from fastsimclr.data.draws import Draws, _philox, draw, epoch_order
 
 VIEWS = Views()
 MANY = 20_000
 INDEX = np.arange(MANY)
+SIZES = np.full((MANY, 2), (375, 500))
 LIKELY = 1e-4  # p-values below would be a surprise; the seeds are fixed, so a test that passes once always does
 
 
@@ -26,7 +27,7 @@ def equal(left: Draws, right: Draws) -> bool:
 def test_philox_gives_the_published_answers() -> None:
     # Random123's kat_vectors, philox4x32 10. Counter: (block, view, index low, index high); key: (seed, epoch).
     ones = 0xFFFFFFFF
-    zeros = _philox(0, 0, np.array([0]), 0, blocks=1)[0, 0]
+    zeros = _philox(0, 0, np.array([0]), 0, blocks=[0])[0, 0]
     assert [f"{word:08x}" for word in zeros] == ["6627e8d5", "e169c58d", "bc57ac4c", "9b00dbd8"]
     # The other two begin at counters that no draw has: they prove the reference that the next test compares with.
     full = _philox_reference((ones, ones, ones, ones), (ones, ones))
@@ -48,51 +49,58 @@ def _philox_reference(counter: tuple[int, int, int, int], key: tuple[int, int]) 
 @pytest.mark.parametrize("index", [0, 5, 0xFFFFFFFF, 1 << 32, (3 << 32) + 7, -1])
 def test_philox_takes_its_counter_and_key_as_documented(index: int) -> None:
     seed, epoch, view = 0xDEADBEEF, 0xFFFFFFFF, 0xFFFFFFFF  # words of many ones, that carries would spoil
-    words = _philox(seed, epoch, np.array([index]), view, blocks=13)[0]
+    words = _philox(seed, epoch, np.array([index]), view, blocks=range(13))[0]
     for block in range(13):
         expected = _philox_reference((block, view, index & 0xFFFFFFFF, index >> 32 & 0xFFFFFFFF), (seed, epoch))
         assert words[block].tolist() == expected
 
 
 def test_a_draw_depends_on_seed_epoch_image_and_view_alone() -> None:
-    whole = draw(VIEWS, 3, 7, INDEX[:100], 0)
+    whole = draw(VIEWS, 3, 7, INDEX[:100], 0, SIZES[:100])
     order = np.random.default_rng(0).permutation(100)
-    permuted = draw(VIEWS, 3, 7, order, 0)
+    permuted = draw(VIEWS, 3, 7, order, 0, SIZES[:100])
     assert equal(permuted, Draws(*(field[order] for field in whole)))
     for part in (slice(0, 1), slice(37, 52)):
-        assert equal(draw(VIEWS, 3, 7, INDEX[:100][part], 0), whole.part(part))
-    twice = draw(VIEWS, 3, 7, np.array([5, 5]), 0)
+        assert equal(draw(VIEWS, 3, 7, INDEX[:100][part], 0, SIZES[:100][part]), whole.part(part))
+    twice = draw(VIEWS, 3, 7, np.array([5, 5]), 0, SIZES[:2])
     assert equal(twice.part(slice(0, 1)), twice.part(slice(1, 2)))
     for other in (
-        draw(VIEWS, 4, 7, INDEX[:100], 0),
-        draw(VIEWS, 3, 8, INDEX[:100], 0),
-        draw(VIEWS, 3, 7, INDEX[:100], 1),
+        draw(VIEWS, 4, 7, INDEX[:100], 0, SIZES[:100]),
+        draw(VIEWS, 3, 8, INDEX[:100], 0, SIZES[:100]),
+        draw(VIEWS, 3, 7, INDEX[:100], 1, SIZES[:100]),
     ):
-        assert not (other.attempts == whole.attempts).all(axis=(1, 2)).any()
-    assert len({row.tobytes() for row in whole.attempts}) == 100, "each image its own"
+        assert not (other.factors == whole.factors).all(axis=1).any()
+        assert (other.box != whole.box).any(axis=1).mean() > 0.95
+    assert len({row.tobytes() for row in whole.factors}) == 100, "each image its own"
+    assert len({row.tobytes() for row in whole.box}) > 95
 
 
 def test_probabilities_are_the_recipes() -> None:
-    recipe = replace(VIEWS, flip=0.3, jitter=0.8, grey=0.2, blur=0.6)
-    draws = draw(recipe, 1, 0, INDEX, 0)
-    for got, p in ((draws.flip, 0.3), (draws.jitter, 0.8), (draws.grey, 0.2), (draws.sigma > 0, 0.6)):
+    recipe = replace(VIEWS, flip=0.3, jitter=0.8, grey=0.2, blur=0.6, solarise=0.4)
+    draws = draw(recipe, 1, 0, INDEX, 0, SIZES)
+    each = [
+        (draws.flip, 0.3),
+        (draws.jitter, 0.8),
+        (draws.grey, 0.2),
+        (draws.sigma > 0, 0.6),
+        (draws.solarise, 0.4),
+    ]
+    for got, p in each:
         assert binomtest(int(got.sum()), MANY, p).pvalue > LIKELY
     # Independent of one another, too: each pair occurs as often as the product says.
-    for (a, p), (b, q) in itertools.combinations(
-        ((draws.flip, 0.3), (draws.jitter, 0.8), (draws.grey, 0.2), (draws.sigma > 0, 0.6)), 2
-    ):
+    for (a, p), (b, q) in itertools.combinations(each, 2):
         assert binomtest(int((a & b).sum()), MANY, p * q).pvalue > LIKELY
 
 
 @pytest.mark.parametrize("p", [0.0, 1.0])
 def test_never_and_always_mean_it(p: float) -> None:
-    draws = draw(replace(VIEWS, flip=p, jitter=p, grey=p, blur=p), 1, 0, INDEX, 0)
-    for got in (draws.flip, draws.jitter, draws.grey, draws.sigma > 0):
+    draws = draw(replace(VIEWS, flip=p, jitter=p, grey=p, blur=p, solarise=p), 1, 0, INDEX, 0, SIZES)
+    for got in (draws.flip, draws.jitter, draws.grey, draws.sigma > 0, draws.solarise):
         assert got.all() if p else not got.any()
 
 
 def test_factors_and_sigma_are_uniform_over_their_ranges() -> None:
-    draws = draw(replace(VIEWS, brightness=0.8, contrast=0.4, saturation=1.5, hue=0.2, blur=1.0), 1, 0, INDEX, 0)
+    draws = draw(replace(VIEWS, brightness=0.8, contrast=0.4, saturation=1.5, hue=0.2, blur=1.0), 1, 0, INDEX, 0, SIZES)
     ranges = [(0.2, 1.8), (0.6, 1.4), (0.0, 2.5), (-0.2, 0.2)]  # saturation: not below 0
     for column, (low, high) in zip([*draws.factors.T, draws.sigma], [*ranges, (0.1, 2.0)], strict=True):
         assert low <= column.min()
@@ -101,7 +109,7 @@ def test_factors_and_sigma_are_uniform_over_their_ranges() -> None:
 
 
 def test_all_orders_of_the_colour_changes_are_equally_frequent() -> None:
-    order = draw(VIEWS, 1, 0, INDEX, 0).order
+    order = draw(VIEWS, 1, 0, INDEX, 0, SIZES).order
     assert (np.sort(order, axis=1) == np.arange(4)).all()
     found, count = np.unique(order, axis=0, return_counts=True)
     assert len(found) == 24
@@ -109,7 +117,7 @@ def test_all_orders_of_the_colour_changes_are_equally_frequent() -> None:
 
 
 def crops(views: Views, height: int, width: int, seed: int = 1) -> NDArray[np.int64]:
-    return boxes(views, draw(views, seed, 0, INDEX, 0), np.full(MANY, height), np.full(MANY, width))
+    return draw(views, seed, 0, INDEX, 0, np.full((MANY, 2), (height, width))).box
 
 
 def by_torchvision(views: Views, height: int, width: int) -> NDArray[np.int64]:
@@ -152,7 +160,7 @@ def test_crops_lie_inside_the_image(recipe: Views) -> None:
     sides = np.exp(rng.uniform(0, np.log(3000), (2, MANY))).astype(np.int64)
     sides[:, :10] = 65_536
     height, width = sides
-    top, left, h, w = boxes(recipe, draw(recipe, 2, 0, INDEX, 0), height, width).T
+    top, left, h, w = draw(recipe, 2, 0, INDEX, 0, sides.T).box.T
     assert (np.minimum(top, left) >= 0).all()
     assert (np.minimum(h, w) >= 1).all()
     assert (top + h <= height).all()
@@ -161,7 +169,7 @@ def test_crops_lie_inside_the_image(recipe: Views) -> None:
 
 def test_center_crops_are_central_squares() -> None:
     views = VIEWS.plain()
-    box = boxes(views, draw(views, 0, 0, INDEX[:3], 0), np.array([100, 1, 333]), np.array([200, 7, 332]))
+    box = draw(views, 0, 0, INDEX[:3], 0, np.array([[100, 200], [1, 7], [333, 332]])).box
     assert box.tolist() == [[6, 56, 88, 88], [0, 3, 1, 1], [21, 21, 290, 290]]
 
 

@@ -19,6 +19,7 @@ from fastsimclr.data.photometric import photometric
 LEVELS = Views(image_size=64, mean=(0, 0, 0), std=(1 / 255,) * 3)
 pytestmark = pytest.mark.usefixtures("one_thread")
 WINDOW = 7  # 0.1 of 64, made odd
+SIDES = np.full((200, 2), 64)  # of the images that draws are made for
 BRIGHTNESS, CONTRAST, SATURATION, HUE = range(4)
 
 
@@ -61,7 +62,8 @@ CROPS = crops()
 def nothing(images: int) -> Draws:
     no = np.zeros(images, dtype=bool)
     order, factors = np.tile(np.arange(4), (images, 1)), np.tile([1.0, 1.0, 1.0, 0.0], (images, 1))
-    return Draws(np.zeros((images, 10, 4)), no, no.copy(), order, factors, no.copy(), np.zeros(images))
+    box = np.tile([0, 0, 64, 64], (images, 1))
+    return Draws(box, no, no.copy(), order, factors, no.copy(), np.zeros(images), no.copy())
 
 
 def levels(draws: Draws, crops: Tensor = CROPS, views: Views = LEVELS) -> Tensor:
@@ -142,7 +144,7 @@ def test_views_smaller_than_the_window() -> None:
     for size in (1, 2, 3):
         views = replace(LEVELS, image_size=size, blur_kernel=1.0)
         crop = CROPS[:, :size, :size].contiguous()
-        out = levels(draw(replace(views, blur=1.0), 0, 0, np.arange(len(crop)), 0), crop, views)
+        out = levels(draw(replace(views, blur=1.0), 0, 0, np.arange(len(crop)), 0, SIDES[: len(crop)]), crop, views)
         assert out.shape == crop.shape
         assert ((out >= 0) & (out <= 255)).all()
 
@@ -163,7 +165,7 @@ def one_by_one(image: Tensor, draws: Draws) -> Tensor:
 def test_the_whole_recipe_at_the_same_draws() -> None:
     images = 192  # all 24 orders occur, with and without grey and blur
     crops = torch.from_numpy(np.stack([photo(64, 64, seed) for seed in range(images)]))
-    draws = draw(LEVELS, 1, 2, np.arange(images), 0)
+    draws = draw(LEVELS, 1, 2, np.arange(images), 0, SIDES[:images])
     assert len(np.unique(draws.order, axis=0)) == 24
     expected = torch.stack(
         [one_by_one(crop.permute(2, 0, 1), draws.part(slice(i, i + 1))) for i, crop in enumerate(crops)]
@@ -173,13 +175,13 @@ def test_the_whole_recipe_at_the_same_draws() -> None:
     # An image's mean tells more than the whole's: a wrong order in one of 24 would hide there.
     assert off.mean((1, 2, 3)).max() <= 1.5
     # And the bound can fail: other draws are far away.
-    assert (levels(draw(LEVELS, 1, 3, np.arange(images), 0), crops) - expected).abs().mean() > 10
+    assert (levels(draw(LEVELS, 1, 3, np.arange(images), 0, SIDES[:images]), crops) - expected).abs().mean() > 10
 
 
 def test_a_row_depends_on_its_own_draws_alone() -> None:
     # 40: two whole chunks of 16 and a part of one.
     crops = torch.from_numpy(np.stack([photo(64, 64, seed) for seed in range(40)]))
-    draws = draw(LEVELS, 1, 2, np.arange(40), 0)
+    draws = draw(LEVELS, 1, 2, np.arange(40), 0, SIDES[:40])
     whole = levels(draws, crops)
     for i in (0, 15, 16, 39):
         assert torch.equal(levels(draws.part(slice(i, i + 1)), crops[i : i + 1])[0], whole[i])
@@ -208,7 +210,7 @@ def test_a_single_image_and_none() -> None:
 def test_other_dtypes_are_the_float32_result_rounded(dtype: torch.dtype, height: int, width: int) -> None:
     crops = torch.from_numpy(np.random.default_rng(0).integers(0, 256, (9, height, width, 3)).astype(np.uint8))
     views = Views(image_size=64)
-    draws = draw(views, 0, 0, np.arange(9), 0)
+    draws = draw(views, 0, 0, np.arange(9), 0, SIDES[:9])
     expected = photometric(crops, draws, views)
     got = photometric(crops, draws, views, dtype)
     assert got.dtype == dtype
@@ -217,7 +219,7 @@ def test_other_dtypes_are_the_float32_result_rounded(dtype: torch.dtype, height:
 
 
 def test_threads_change_nothing() -> None:
-    draws = draw(LEVELS, 0, 0, np.arange(len(CROPS)), 0)
+    draws = draw(LEVELS, 0, 0, np.arange(len(CROPS)), 0, SIDES[: len(CROPS)])
     one = photometric(CROPS, draws, LEVELS)
     torch.set_num_threads(3)  # the fixture one_thread sets it back
     torch.testing.assert_close(photometric(CROPS, draws, LEVELS), one, rtol=0, atol=1e-3)

@@ -4,6 +4,7 @@ A draw is a function of (seed, epoch, image, view) and of nothing else: not of t
 the worker, or where a run was resumed. Nothing has a state, so there is nothing to save.
 """
 
+from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
 import numpy as np
@@ -12,8 +13,7 @@ from numpy.typing import NDArray
 from fastsimclr.views import Views
 
 CROP_ATTEMPTS = 10  # as torchvision's RandomResizedCrop
-_CHOICES, _FACTORS, _ORDER, _ATTEMPTS = 0, 1, 2, 3  # counter blocks of four numbers each
-_BLOCKS = _ATTEMPTS + CROP_ATTEMPTS
+_CHOICES, _FACTORS, _OTHERS, _ATTEMPTS = 0, 1, 2, 3  # counter blocks of four numbers each; one for each attempt
 _EPOCH_ORDER = 1 << 20  # a "view" that no view has: the order of the images
 _PERMUTATIONS = np.array(
     [[a, b, c, d] for a in range(4) for b in range(4) for c in range(4) for d in range(4) if len({a, b, c, d}) == 4]
@@ -23,87 +23,106 @@ _PERMUTATIONS = np.array(
 class Draws(NamedTuple):
     """What was drawn for one view of each of B images."""
 
-    attempts: NDArray[np.float64]  # (B, 10, 4): area, aspect, top, left of each attempt at a crop, in [0, 1)
+    box: NDArray[np.int64]  # (B, 4): top, left, height, width of the crop in pixels of the image
     flip: NDArray[np.bool_]  # (B,)
     jitter: NDArray[np.bool_]  # (B,)
     order: NDArray[np.int64]  # (B, 4): 0 brightness, 1 contrast, 2 saturation, 3 hue, in the order of application
     factors: NDArray[np.float64]  # (B, 4): of the same four
     grey: NDArray[np.bool_]  # (B,)
     sigma: NDArray[np.float64]  # (B,): of the blur in pixels; 0 for none
+    solarise: NDArray[np.bool_]  # (B,)
 
     def part(self, rows: slice) -> "Draws":
         """The draws of some of the images."""
         return Draws(*(field[rows] for field in self))  # type: ignore[arg-type]  # each field keeps its dtype
 
 
-def draw(views: Views, seed: int, epoch: int, index: NDArray[np.int64], view: int) -> Draws:
-    """Draws for view `view` of the images `index` (B,)."""
-    u = _uniform(seed, epoch, index, view, _BLOCKS)  # (B, blocks, 4)
+def draw(
+    views: Views, seed: int, epoch: int, index: NDArray[np.int64], view: int, sizes: NDArray[np.int64]
+) -> Draws:
+    """Draws for view number `view` of the images `index` (B,), whose heights and widths are `sizes` (B, 2)."""
+    views = views.recipe(view)
+    u = _uniform(seed, epoch, index, view, range(_ATTEMPTS))  # (B, blocks, 4)
     flip, jitter, grey, blur = (u[:, _CHOICES, k] for k in range(4))
+    order, sigma, solarise = (u[:, _OTHERS, k] for k in range(3))
     low = np.array([max(0.0, 1 - views.brightness), max(0.0, 1 - views.contrast), max(0.0, 1 - views.saturation)])
     high = 1 + np.array([views.brightness, views.contrast, views.saturation])
     low, high = np.append(low, -views.hue), np.append(high, views.hue)
     sigma_low, sigma_high = views.blur_sigma
-    sigma = sigma_low + (sigma_high - sigma_low) * u[:, _ORDER, 1]
+    if views.crop == "center":
+        box = _center_boxes(views, sizes)
+    else:
+        box = _random_boxes(views, sizes, lambda rows, k: _uniform(seed, epoch, index[rows], view, [_ATTEMPTS + k])[:, 0])
     return Draws(
-        attempts=u[:, _ATTEMPTS:],
+        box=box,
         flip=flip < views.flip,
         jitter=jitter < views.jitter,
-        order=_PERMUTATIONS[(u[:, _ORDER, 0] * len(_PERMUTATIONS)).astype(np.int64)],
+        order=_PERMUTATIONS[(order * len(_PERMUTATIONS)).astype(np.int64)],
         factors=low + (high - low) * u[:, _FACTORS],
         grey=grey < views.grey,
-        sigma=np.where(blur < views.blur, sigma, 0.0),
+        sigma=np.where(blur < views.blur, sigma_low + (sigma_high - sigma_low) * sigma, 0.0),
+        solarise=solarise < views.solarise,
     )
 
 
-def boxes(views: Views, draws: Draws, height: NDArray[np.int64], width: NDArray[np.int64]) -> NDArray[np.int64]:
-    """Crops (B, 4) as top, left, height, width in pixels, of images of the given heights and widths (B,).
+def _center_boxes(views: Views, sizes: NDArray[np.int64]) -> NDArray[np.int64]:
+    """The central square of each image, `center_fraction` of its shorter side."""
+    side = np.maximum(1, np.rint(sizes.min(1) * views.center_fraction)).astype(np.int64)[:, None]
+    return np.concatenate([(sizes - side) // 2, side, side], axis=1)
 
-    The distribution of torchvision's RandomResizedCrop: the first of ten attempts that fits, else the largest central
-    crop whose aspect ratio is allowed. For `crop="center"`: the central square.
+
+def _random_boxes(
+    views: Views, sizes: NDArray[np.int64], attempt: Callable[[NDArray[np.int64], int], NDArray[np.float64]]
+) -> NDArray[np.int64]:
+    """The distribution of torchvision's RandomResizedCrop: the first of ten attempts that fits, else the largest
+    central crop whose aspect ratio is allowed. attempt(rows, k) -> (len(rows), 4): area, aspect, top, left in [0, 1).
     """
-    if views.crop == "center":
-        side = np.maximum(1, np.rint(np.minimum(height, width) * views.center_fraction)).astype(np.int64)
-        return np.stack([(height - side) // 2, (width - side) // 2, side, side], axis=1)
-
-    u_area, u_aspect, u_top, u_left = np.moveaxis(draws.attempts, 2, 0)  # (B, 10) each
-    area = (height * width)[:, None] * (views.scale[0] + (views.scale[1] - views.scale[0]) * u_area)
+    box = _largest_allowed(views, sizes)
+    open_rows = np.arange(len(sizes))  # that no attempt has fitted yet
     log_low, log_high = np.log(views.ratio)
-    aspect = np.exp(log_low + (log_high - log_low) * u_aspect)
-    w = np.rint(np.sqrt(area * aspect)).astype(np.int64)
-    h = np.rint(np.sqrt(area / aspect)).astype(np.int64)
-    fits = (w > 0) & (w <= width[:, None]) & (h > 0) & (h <= height[:, None])
-    first = fits.argmax(axis=1)
-    row = np.arange(len(first))
-    w, h, u_top, u_left = w[row, first], h[row, first], u_top[row, first], u_left[row, first]
+    for k in range(CROP_ATTEMPTS):
+        if len(open_rows) == 0:
+            break
+        whole = sizes[open_rows]
+        u_area, u_aspect, u_top, u_left = attempt(open_rows, k).T
+        area = whole.prod(1) * (views.scale[0] + (views.scale[1] - views.scale[0]) * u_area)
+        aspect = np.exp(log_low + (log_high - log_low) * u_aspect)
+        sides = np.rint(np.sqrt(np.stack([area / aspect, area * aspect], axis=1))).astype(np.int64)  # height, width
+        fits = ((sides > 0) & (sides <= whole)).all(1)
+        corner = (np.stack([u_top, u_left], axis=1) * (whole - sides + 1)).astype(np.int64)
+        box[open_rows[fits]] = np.concatenate([corner, sides], axis=1)[fits]
+        open_rows = open_rows[~fits]
+    return box
 
-    whole = width / height
-    fallback_w = np.where(whole > views.ratio[1], np.rint(height * views.ratio[1]), width).astype(np.int64)
-    fallback_h = np.where(whole < views.ratio[0], np.rint(width / views.ratio[0]), height).astype(np.int64)
-    found = fits.any(axis=1)
-    w, h = np.where(found, w, fallback_w), np.where(found, h, fallback_h)
-    top = np.where(found, (u_top * (height - h + 1)).astype(np.int64), (height - h) // 2)
-    left = np.where(found, (u_left * (width - w + 1)).astype(np.int64), (width - w) // 2)
-    return np.stack([top, left, h, w], axis=1)
+
+def _largest_allowed(views: Views, sizes: NDArray[np.int64]) -> NDArray[np.int64]:
+    """The largest central crop whose aspect ratio is allowed."""
+    height, width = sizes.T
+    narrow, wide = views.ratio
+    h = np.where(width / height < narrow, np.rint(width / narrow), height).astype(np.int64)
+    w = np.where(width / height > wide, np.rint(height * wide), width).astype(np.int64)
+    return np.stack([(height - h) // 2, (width - w) // 2, h, w], axis=1)
 
 
 def epoch_order(seed: int, epoch: int, images: int) -> NDArray[np.int64]:
     """A permutation of 0 … images - 1, by seed and epoch."""
-    keys = _philox(seed, epoch, np.arange(images), _EPOCH_ORDER, blocks=1)[:, 0]  # (images, 4) of uint32
+    keys = _philox(seed, epoch, np.arange(images), _EPOCH_ORDER, blocks=[0])[:, 0]  # (images, 4) of uint32
     return np.argsort(keys[:, 0] << np.uint64(32) | keys[:, 1], kind="stable")
 
 
-def _uniform(seed: int, epoch: int, index: NDArray[np.int64], view: int, blocks: int) -> NDArray[np.float64]:
+def _uniform(
+    seed: int, epoch: int, index: NDArray[np.int64], view: int, blocks: Sequence[int]
+) -> NDArray[np.float64]:
     """(B, blocks, 4) numbers in [0, 1), multiples of 2^-24 as a float32 holds them exactly."""
     return (_philox(seed, epoch, index, view, blocks) >> np.uint64(8)).astype(np.float64) * 2.0**-24
 
 
-def _philox(seed: int, epoch: int, index: NDArray[np.int64], view: int, blocks: int) -> NDArray[np.uint64]:
+def _philox(seed: int, epoch: int, index: NDArray[np.int64], view: int, blocks: Sequence[int]) -> NDArray[np.uint64]:
     """(B, blocks, 4) words of 32 bits, in uint64. Key: (seed, epoch); counter: (block, view, index low, index high)."""
     low32, shift = np.uint64(0xFFFFFFFF), np.uint64(32)
     wide = index.astype(np.uint64)[:, None]
-    block = np.arange(blocks, dtype=np.uint64)[None, :]
-    shape = (len(index), blocks)
+    block = np.array(blocks, dtype=np.uint64)[None, :]
+    shape = (len(index), len(blocks))
     c0, c1 = np.broadcast_to(block, shape), np.full(shape, view, dtype=np.uint64)
     c2, c3 = np.broadcast_to(wide & low32, shape), np.broadcast_to(wide >> shift, shape)
     k0, k1 = seed & 0xFFFFFFFF, epoch & 0xFFFFFFFF
