@@ -1,97 +1,89 @@
-// One image at a time, in planes of floats that stay in a core's L2 cache: read and spread the bytes, change the planes
-// in place, and write them interleaved again, normalised. The loops are plain; the compiler vectorises them, once for
-// each kind of CPU, and the machine's own is chosen when the library is loaded.
+// One image at a time, in planes of floats that stay in a core's L2 cache, and those in strips that stay in L1: a strip
+// goes through all changes before the next one does. The loops are plain; the compiler vectorises them, once for each
+// kind of CPU, and the machine's own is chosen when the library is loaded.
 #include "photometric.h"
 
 #include <algorithm>
-#include <atomic>
 #include <cmath>
 #include <cstring>
-#include <thread>
 #include <vector>
 
-#if defined(__x86_64__) && defined(__GNUC__) && !defined(__clang__)
-#define FASTSIMCLR_CLONES __attribute__((target_clones("arch=x86-64-v4", "arch=x86-64-v3", "default")))
-#else
-#define FASTSIMCLR_CLONES
-#endif
-// Into the clones, so that they are compiled for the clone's CPU; lambdas too: a call in the middle of a loop ends it.
-#define FASTSIMCLR_LAMBDA __attribute__((always_inline))
-#define FASTSIMCLR_INLINE inline FASTSIMCLR_LAMBDA
+#include "cpu.h"
+#include "pixel.h"
 
 namespace fastsimclr {
 namespace {
 
-constexpr float kRed = 0.2989f, kGreen = 0.587f, kBlue = 0.114f;  // ITU-R 601-2 luma, with torchvision's digits
+constexpr int64_t kStrip = 2048;  // pixels
 
 // Memory of one thread: three planes, and what a blur needs beside them.
 struct Scratch {
-  std::vector<float> planes, blurred, row, kernel;
+  std::vector<float> planes, rows, kernel;
 };
 
-FASTSIMCLR_INLINE float level(float x) {  // clamped, and truncated as a cast to uint8 does
-  return float(int(std::min(std::max(x, 0.0f), 255.0f)));
-}
+// The same pixels of three planes.
+struct Strip {
+  float *r, *g, *b;
+  int64_t size;
+};
 
-FASTSIMCLR_INLINE float luma(float r, float g, float b) { return float(int(r * kRed + g * kGreen + b * kBlue)); }
-
-FASTSIMCLR_INLINE void brightness(float* x, int64_t size, float factor) {
-  for (int64_t i = 0; i < 3 * size; i++) x[i] = level(x[i] * factor);
-}
-
-FASTSIMCLR_INLINE void contrast(float* x, int64_t size, float factor) {
-  const float *r = x, *g = x + size, *b = x + 2 * size;
-  int64_t total = 0;
-  for (int64_t begin = 0; begin < size; begin += 4096) {  // of which the sum fits 32 bits: those add faster
-    const int64_t end = std::min(begin + 4096, size);
-    int part = 0;
-    for (int64_t i = begin; i < end; i++) part += int(r[i] * kRed + g[i] * kGreen + b[i] * kBlue);
-    total += part;
-  }
-  const float centre = float(double(total) / double(size)) * (1 - factor);
-  for (int64_t i = 0; i < 3 * size; i++) x[i] = level(centre + x[i] * factor);
-}
-
-FASTSIMCLR_INLINE void saturation(float* __restrict__ x, int64_t size, float factor) {
-  float* __restrict__ r = x, * __restrict__ g = x + size, * __restrict__ b = x + 2 * size;
-  for (int64_t i = 0; i < size; i++) {
-    const float grey = luma(r[i], g[i], b[i]) * (1 - factor);
-    r[i] = level(grey + r[i] * factor);
-    g[i] = level(grey + g[i] * factor);
-    b[i] = level(grey + b[i] * factor);
+template <class F>
+FASTSIMCLR_INLINE void for_each_pixel(Strip strip, F change) {
+  float* __restrict__ r = strip.r, * __restrict__ g = strip.g, * __restrict__ b = strip.b;
+  for (int64_t i = 0; i < strip.size; i++) {
+    const Pixel x = change(Pixel{r[i], g[i], b[i]});
+    r[i] = x.r;
+    g[i] = x.g;
+    b[i] = x.b;
   }
 }
 
-FASTSIMCLR_INLINE float channel_of_hue(float k, float value, float spread) {
-  k = k >= 6 ? k - 6 : k;  // k is in [0, 12)
-  k = k >= 6 ? k - 6 : k;
-  const float x = value - spread * std::min(std::max(std::min(k, 4 - k), 0.0f), 1.0f);
-  return float(int(x * (255 + 1 - 1e-3f)));  // torchvision's float to uint8
-}
-
-// Turns the hue circle of HSV; closed form of HSV to RGB as in photometric.py.
-FASTSIMCLR_INLINE void hue(float* __restrict__ x, int64_t size, float turn) {
-  float* __restrict__ r = x, * __restrict__ g = x + size, * __restrict__ b = x + 2 * size;
-  const float sixths_of_turn = 6 * (turn < 0 ? turn + 1 : turn);
-  for (int64_t i = 0; i < size; i++) {
-    const float red = r[i] / 255, green = g[i] / 255, blue = b[i] / 255;
-    const float value = std::max(red, std::max(green, blue)), low = std::min(red, std::min(green, blue));
-    const float spread = value - low, safe = spread == 0 ? 1.0f : spread;
-    const float of_red = (green - blue) / safe, of_green = 2 + (blue - red) / safe, of_blue = 4 + (red - green) / safe;
-    float at = value == red ? of_red : value == green ? of_green : of_blue;
-    at = spread == 0 ? 0.0f : at;
-    at += sixths_of_turn;        // [-1, 12)
-    at = at < 0 ? at + 6 : at;   // [0, 12)
-    at = at >= 6 ? at - 6 : at;  // [0, 6)
-    r[i] = channel_of_hue(at + 5, value, spread);
-    g[i] = channel_of_hue(at + 3, value, spread);
-    b[i] = channel_of_hue(at + 1, value, spread);
+// part_of_grey: of contrast alone.
+FASTSIMCLR_INLINE void jitter(Strip strip, int change, float factor, float part_of_grey) {
+  if (change == kBrightness)
+    for_each_pixel(strip, [=](Pixel x) FASTSIMCLR_LAMBDA { return brightness(x, factor); });
+  if (change == kContrast)
+    for_each_pixel(strip, [=](Pixel x) FASTSIMCLR_LAMBDA { return blend(x, factor, part_of_grey); });
+  if (change == kSaturation)
+    for_each_pixel(strip, [=](Pixel x) FASTSIMCLR_LAMBDA { return saturation(x, factor); });
+  if (change == kHue && factor != 0) {
+    const float turn = sixths(factor);
+    for_each_pixel(strip, [=](Pixel x) FASTSIMCLR_LAMBDA { return hue(x, turn); });
   }
 }
 
-FASTSIMCLR_INLINE void to_grey(float* __restrict__ x, int64_t size) {
-  float* __restrict__ r = x, * __restrict__ g = x + size, * __restrict__ b = x + 2 * size;
-  for (int64_t i = 0; i < size; i++) r[i] = g[i] = b[i] = luma(r[i], g[i], b[i]);
+FASTSIMCLR_INLINE int sum_of_luma(Strip strip) {  // of at most kStrip pixels: it fits
+  int sum = 0;
+  for (int64_t i = 0; i < strip.size; i++) sum += int(luma({strip.r[i], strip.g[i], strip.b[i]}));
+  return sum;
+}
+
+FASTSIMCLR_INLINE uint16_t to_bf16(float x) {  // nearest even; x is finite
+  uint32_t bits;
+  std::memcpy(&bits, &x, sizeof(bits));
+  return uint16_t((bits + 0x7fff + (bits >> 16 & 1)) >> 16);
+}
+
+// Interleaved, normalised, as T, from `first` on; `cast` makes one of a float.
+template <class T, class Cast>
+FASTSIMCLR_INLINE void store(const PhotometricParams& p, Strip strip, int64_t first, Cast cast) {
+  T* __restrict__ out = static_cast<T*>(p.out) + 3 * first;
+  for (int64_t i = 0; i < strip.size; i++) {
+    out[3 * i] = cast(strip.r[i] * p.scale[0] + p.shift[0]);
+    out[3 * i + 1] = cast(strip.g[i] * p.scale[1] + p.shift[1]);
+    out[3 * i + 2] = cast(strip.b[i] * p.scale[2] + p.shift[2]);
+  }
+}
+
+// A strip's last changes. first: its first pixel among those of all images.
+FASTSIMCLR_INLINE void finish(const PhotometricParams& p, const Draw& draw, Strip strip, int64_t first) {
+  if (draw.solarise)
+    for_each_pixel(strip, [](Pixel x) FASTSIMCLR_LAMBDA { return Pixel{solarise(x.r), solarise(x.g), solarise(x.b)}; });
+  if (p.dtype == PixelType::kFloat32) store<float>(p, strip, first, [](float v) FASTSIMCLR_LAMBDA { return v; });
+  if (p.dtype == PixelType::kBfloat16)
+    store<uint16_t>(p, strip, first, [](float v) FASTSIMCLR_LAMBDA { return to_bf16(v); });
+  if (p.dtype == PixelType::kFloat16)
+    store<_Float16>(p, strip, first, [](float v) FASTSIMCLR_LAMBDA { return _Float16(v); });
 }
 
 // The kernel's middle and one side. Weights beyond four standard deviations are left out: together they are 6e-5.
@@ -108,117 +100,103 @@ FASTSIMCLR_INLINE int make_kernel(std::vector<float>& kernel, float sigma, int t
   return radius;
 }
 
-FASTSIMCLR_INLINE int mirrored(int i, int size) { return i < 0 ? -i : i >= size ? 2 * size - 2 - i : i; }
-
-// to[i] = sum over k of kernel[|k|] at(k)[i] for `width` numbers, in pieces whose sums stay in the first cache.
-template <class At>
-FASTSIMCLR_INLINE void weigh_row(float* __restrict__ to, const float* kernel, int radius, int width, At at) {
-  constexpr int kPiece = 512;
-  for (int begin = 0; begin < width; begin += kPiece) {
-    const int count = std::min(kPiece, width - begin);
-    const float* centre = at(0) + begin;
-    float sums[kPiece];
-    for (int i = 0; i < count; i++) sums[i] = kernel[0] * centre[i];
+// to[i] = sum over k of kernel[|k|] at(k)[i] for `width` numbers, kVectors vectors at a time whose sums stay in registers;
+// the last of them begin earlier, and compute again what the ones before have.
+template <int kVectors, class At>
+FASTSIMCLR_INLINE void weigh_vectors(float* to, const float* kernel, int radius, int width, At at) {
+  constexpr int kPiece = kVectors * kLanes;
+  for (int piece = 0; piece < width; piece += kPiece) {
+    const int begin = std::min(piece, width - kPiece);
+    const auto lanes = [=](int k) FASTSIMCLR_LAMBDA { return reinterpret_cast<const Lanes*>(at(k) + begin); };
+    Lanes sums[kVectors];
+    for (int v = 0; v < kVectors; v++) sums[v] = kernel[0] * lanes(0)[v];
     for (int k = 1; k <= radius; k++) {
-      const float *before = at(-k) + begin, *after = at(k) + begin;
-      const float weight = kernel[k];
-      for (int i = 0; i < count; i++) sums[i] += weight * (before[i] + after[i]);
+      const Lanes *before = lanes(-k), *after = lanes(k);
+      for (int v = 0; v < kVectors; v++) sums[v] += kernel[k] * (before[v] + after[v]);
     }
-    for (int i = 0; i < count; i++) to[begin + i] = sums[i];
+    for (int v = 0; v < kVectors; v++) reinterpret_cast<Lanes*>(to + begin)[v] = sums[v];
   }
 }
 
-// Gaussian blur, separable, mirrored at the borders.
-FASTSIMCLR_INLINE void blur(float* x, Scratch& scratch, int height, int width, float sigma, int taps) {
-  const int radius = make_kernel(scratch.kernel, sigma, taps, height, width);
+template <class At>
+FASTSIMCLR_INLINE void weigh_row(float* to, const float* kernel, int radius, int width, At at) {
+  if (width >= 4 * kLanes) return weigh_vectors<4>(to, kernel, radius, width, at);
+  if (width >= kLanes) return weigh_vectors<1>(to, kernel, radius, width, at);
+  for (int i = 0; i < width; i++) {
+    to[i] = kernel[0] * at(0)[i];
+    for (int k = 1; k <= radius; k++) to[i] += kernel[k] * (at(-k)[i] + at(k)[i]);
+  }
+}
+
+// Gaussian blur, separable, mirrored at the borders; each row goes on to its last changes at once.
+FASTSIMCLR_INLINE void blur_and_finish(const PhotometricParams& p, const Draw& draw, int64_t image, Scratch& scratch) {
+  const int height = p.height, width = p.width;
+  const int radius = make_kernel(scratch.kernel, draw.sigma, p.blur_taps, height, width);
   const float* kernel = scratch.kernel.data();
-  scratch.row.resize(size_t(width) + 2 * size_t(radius));
-  float *middle = scratch.row.data() + radius, *blurred = scratch.blurred.data();
-  for (int channel = 0; channel < 3; channel++) {
-    float* plane = x + int64_t(channel) * height * width;
-    for (int y = 0; y < height; y++) {
-      // Down the columns, into a row with its mirrored ends; then along the row.
+  scratch.rows.resize(4 * size_t(width) + 2 * size_t(radius));
+  float* middle = scratch.rows.data() + radius;  // a row with its mirrored ends
+  float* blurred = middle + width + radius;      // three rows
+  for (int y = 0; y < height; y++) {
+    for (int channel = 0; channel < 3; channel++) {
+      const float* plane = scratch.planes.data() + int64_t(channel) * height * width;
       weigh_row(middle, kernel, radius, width,
-                [&](int k) FASTSIMCLR_LAMBDA { return plane + int64_t(mirrored(y + k, height)) * width; });
+                [=](int k) FASTSIMCLR_LAMBDA { return plane + int64_t(mirrored(y + k, height)) * width; });
       for (int k = 1; k <= radius; k++) {
         middle[-k] = middle[mirrored(-k, width)];
         middle[width - 1 + k] = middle[mirrored(width - 1 + k, width)];
       }
-      weigh_row(blurred + int64_t(y) * width, kernel, radius, width,
-                [&](int k) FASTSIMCLR_LAMBDA { return middle + k; });
+      float* row = blurred + channel * width;
+      weigh_row(row, kernel, radius, width, [=](int k) FASTSIMCLR_LAMBDA { return middle + k; });
+      for (int x = 0; x < width; x++) row[x] = float(int(row[x] + 0.5f));
     }
-    for (int64_t i = 0; i < int64_t(height) * width; i++) plane[i] = float(int(blurred[i] + 0.5f));
-  }
-}
-
-FASTSIMCLR_INLINE uint16_t to_bf16(float x) {  // nearest even; x is finite
-  uint32_t bits;
-  std::memcpy(&bits, &x, sizeof(bits));
-  return uint16_t((bits + 0x7fff + (bits >> 16 & 1)) >> 16);
-}
-
-// Interleaved, normalised, as T; `cast` makes one of a float.
-template <class T, class Cast>
-FASTSIMCLR_INLINE void store(const PhotometricParams& p, const float* x, int64_t image, Cast cast) {
-  const int64_t size = int64_t(p.height) * p.width;
-  const float *r = x, *g = x + size, *b = x + 2 * size;
-  T* __restrict__ out = static_cast<T*>(p.out) + image * 3 * size;
-  for (int64_t i = 0; i < size; i++) {
-    out[3 * i] = cast((r[i] - p.mean[0]) / p.std[0]);
-    out[3 * i + 1] = cast((g[i] - p.mean[1]) / p.std[1]);
-    out[3 * i + 2] = cast((b[i] - p.mean[2]) / p.std[2]);
+    finish(p, draw, {blurred, blurred + width, blurred + 2 * width, width}, (image * height + y) * width);
   }
 }
 
 FASTSIMCLR_CLONES void one_image(const PhotometricParams& p, int64_t image, Scratch& scratch) {
+  const Draw& draw = p.draws[image];
   const int64_t size = int64_t(p.height) * p.width;
-  float* x = scratch.planes.data();
-  const uint8_t* crop = p.crops + image * 3 * size;
-  float* __restrict__ r = x, * __restrict__ g = x + size, * __restrict__ b = x + 2 * size;
-  for (int64_t i = 0; i < size; i++) {
-    r[i] = crop[3 * i];
-    g[i] = crop[3 * i + 1];
-    b[i] = crop[3 * i + 2];
+  float* planes = scratch.planes.data();
+  const auto strip_at = [=](int64_t first) {
+    return Strip{planes + first, planes + size + first, planes + 2 * size + first, std::min(kStrip, size - first)};
+  };
+  const int contrast_step = int(std::find(draw.order, draw.order + 4, uint8_t(kContrast)) - draw.order);
+  const float contrast = draw.factors[kContrast];
+
+  int64_t total = 0;
+  for (int64_t first = 0; first < size; first += kStrip) {  // up to the contrast, which is about the view's mean luma
+    const Strip strip = strip_at(first);
+    const uint8_t* __restrict__ crop = p.crops + 3 * (image * size + first);
+    float* __restrict__ r = strip.r, * __restrict__ g = strip.g, * __restrict__ b = strip.b;
+    for (int64_t i = 0; i < strip.size; i++) {
+      r[i] = crop[3 * i];
+      g[i] = crop[3 * i + 1];
+      b[i] = crop[3 * i + 2];
+    }
+    if (!draw.jitter) continue;
+    for (int step = 0; step < contrast_step; step++)
+      jitter(strip, draw.order[step], draw.factors[draw.order[step]], 0);
+    total += sum_of_luma(strip);
   }
-  for (int step = 0; step < 4 && p.jitter[image]; step++) {
-    const int64_t operation = p.order[4 * image + step];
-    const auto factor = float(p.factors[4 * image + operation]);
-    if (operation == 0) brightness(x, size, factor);
-    if (operation == 1) contrast(x, size, factor);
-    if (operation == 2) saturation(x, size, factor);
-    if (operation == 3 && factor != 0) hue(x, size, factor);
+  const float part_of_mean = float(double(total) / double(size)) * (1 - contrast);
+  for (int64_t first = 0; first < size; first += kStrip) {  // from it on
+    const Strip strip = strip_at(first);
+    for (int step = contrast_step; draw.jitter && step < 4; step++)
+      jitter(strip, draw.order[step], draw.factors[draw.order[step]], part_of_mean);
+    if (draw.grey) for_each_pixel(strip, [](Pixel x) FASTSIMCLR_LAMBDA { return grey(x); });
+    if (!(draw.sigma > 0)) finish(p, draw, strip, image * size + first);
   }
-  if (p.grey[image]) to_grey(x, size);
-  if (p.sigma[image] > 0) blur(x, scratch, p.height, p.width, float(p.sigma[image]), p.blur_taps);
-  switch (p.dtype) {
-    case PixelType::kFloat32:
-      store<float>(p, x, image, [](float v) FASTSIMCLR_LAMBDA { return v; });
-      break;
-    case PixelType::kBfloat16:
-      store<uint16_t>(p, x, image, [](float v) FASTSIMCLR_LAMBDA { return to_bf16(v); });
-      break;
-    case PixelType::kFloat16:
-      store<_Float16>(p, x, image, [](float v) FASTSIMCLR_LAMBDA { return _Float16(v); });
-      break;
-  }
+  if (draw.sigma > 0) blur_and_finish(p, draw, image, scratch);
 }
 
 }  // namespace
 
-void photometric(const PhotometricParams& params) {
-  std::atomic<int64_t> next{0};
-  const auto work = [&] {
-    const size_t size = size_t(params.height) * size_t(params.width);
+void photometric_on_cpu(const PhotometricParams& params, int threads) {
+  in_threads(threads, params.images, [&](auto next) {
     Scratch scratch;
-    scratch.planes.resize(3 * size);
-    scratch.blurred.resize(size);
-    for (int64_t image; (image = next++) < params.images;) one_image(params, image, scratch);
-  };
-  std::vector<std::thread> helpers;
-  const int64_t threads = std::min<int64_t>(params.threads, params.images);
-  for (int64_t i = 1; i < threads; i++) helpers.emplace_back(work);
-  work();
-  for (std::thread& helper : helpers) helper.join();
+    scratch.planes.resize(3 * size_t(params.height) * size_t(params.width));
+    for (int64_t image; (image = next()) < params.images;) one_image(params, image, scratch);
+  });
 }
 
 }  // namespace fastsimclr

@@ -1,9 +1,16 @@
-// What happens to a view's colours, for CPUs: jitter in the order drawn, grey, blur, normalisation, cast. The
-// operations are torchvision's on uint8 tensors, clamped and truncated to whole levels between the steps.
-// fastsimclr/data/photometric.py holds the same in PyTorch: it is the oracle of the tests.
+// What happens to a view's colours: jitter in the order drawn, grey, blur, solarisation, normalisation, cast. What each
+// change does is in pixel.h.
 #pragma once
 
+#ifdef FASTSIMCLR_EMULATION
+#include "emulation/cuda_on_cpu.h"
+#elif defined(FASTSIMCLR_CUDA) || defined(__CUDACC__)
+#include <cuda_runtime.h>
+#endif
+
 #include <cstdint>
+
+#include "draws.h"
 
 namespace fastsimclr {
 
@@ -11,22 +18,28 @@ enum class PixelType { kFloat32, kBfloat16, kFloat16 };
 
 struct PhotometricParams {
   const uint8_t* crops = nullptr;  // (images, height, width, 3)
+  const Draw* draws = nullptr;     // (images,)
   int64_t images = 0;
   int height = 0, width = 0;
-  // What was drawn, by image:
-  const bool* jitter = nullptr;     // (images,)
-  const int64_t* order = nullptr;   // (images, 4): 0 brightness, 1 contrast, 2 saturation, 3 hue, as they are applied
-  const double* factors = nullptr;  // (images, 4): of the same four; hue's in turns of the circle
-  const bool* grey = nullptr;       // (images,)
-  const double* sigma = nullptr;    // (images,): of the blur in pixels; 0 for none
-  int blur_taps = 3;                // odd: the most that a blur's kernel has
-  float mean[3] = {0, 0, 0};        // in levels of 255
-  float std[3] = {1, 1, 1};
+  int blur_taps = 3;          // odd: the most that a blur's kernel has
+  float scale[3] = {1, 1, 1};  // of a level, before
+  float shift[3] = {0, 0, 0};  // this is added
   PixelType dtype = PixelType::kFloat32;
   void* out = nullptr;  // (images, height, width, 3) of dtype: channels-last
-  int threads = 1;
 };
 
-void photometric(const PhotometricParams& params);
+// On the CPU; everything is in its memory.
+void photometric_on_cpu(const PhotometricParams& params, int threads);
+
+#if defined(FASTSIMCLR_CUDA) || defined(FASTSIMCLR_EMULATION) || defined(__CUDACC__)
+constexpr int kLumaParts = 32;  // of an image, which are summed by a block each
+
+// How far a blur can reach on the GPU, in pixels to each side.
+int max_blur_radius();
+
+// On the GPU. parts: (images, kLumaParts) of its memory to work with; max_sigma: no view's blur is wider; 0: there is
+// none. cudaErrorInvalidValue if a blur may reach further than max_blur_radius().
+cudaError_t photometric(const PhotometricParams& params, float* parts, float max_sigma, cudaStream_t stream);
+#endif
 
 }  // namespace fastsimclr

@@ -1,6 +1,7 @@
 """The augmentation recipe as data: what may happen to a view, and how often. No framework, no pixels."""
 
 from dataclasses import dataclass, fields, replace
+from functools import cached_property
 from typing import Any
 
 import yaml
@@ -82,17 +83,21 @@ class Views:
             self._expect("per_view", set(changes) <= set(own), f"options of a view: {', '.join(own)}")
             for name, value in changes.items():
                 self._expect("per_view", _alike(value, own[name]), f"a value for {name} such as {own[name]}")
-        for view in range(len(self.per_view)):
-            self.recipe(view)  # each is checked as a whole
+        if self.per_view:
+            _ = self.recipes  # each is checked as a whole
 
     def _expect(self, name: str, holds: bool, expected: str) -> None:
         if not holds:
             raise ValueError(f"{name}: got {getattr(self, name)!r}, expected {expected}")
 
-    def recipe(self, view: int) -> "Views":
-        """What view number `view` is drawn by: this recipe with that view's own changes, for that view alone."""
-        changes = self.per_view[view] if self.per_view else {}
-        return replace(self, views=1, per_view=(), **{name: _tuple(value) for name, value in changes.items()})
+    @cached_property
+    def recipes(self) -> tuple["Views", ...]:
+        """What each view is drawn by: this recipe with that view's own changes, for that view alone."""
+        each = self.per_view or ({},) * self.views
+        return tuple(
+            replace(self, views=1, per_view=(), **{name: _tuple(value) for name, value in changes.items()})
+            for changes in each
+        )
 
     def plain(self) -> "Views":
         """The same images seen for evaluation: one view, the central square, nothing else changed."""

@@ -1,7 +1,6 @@
 """The photometric op against torchvision's functions on uint8 tensors: each change alone, and the whole recipe."""
 
-import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import replace
 
 import numpy as np
@@ -12,8 +11,9 @@ from torch import Tensor
 from torchvision.transforms.v2 import functional as TF
 
 from fastsimclr import Views
-from fastsimclr.data.draws import Draws, draw
-from fastsimclr.data.photometric import photometric
+from fastsimclr.data import native
+from fastsimclr.data import photometric as module
+from fastsimclr.data.draws import DRAW, Draws, draw
 
 # Levels come out as they are: neither mean nor standard deviation.
 LEVELS = Views(image_size=64, mean=(0, 0, 0), std=(1 / 255,) * 3)
@@ -23,14 +23,29 @@ SIDES = np.full((200, 2), 64)  # of the images that draws are made for
 BRIGHTNESS, CONTRAST, SATURATION, HUE = range(4)
 
 
-@pytest.fixture(autouse=True, params=["compiled", "pytorch"])
-def implementation(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Every test is of both."""
-    module = sys.modules[photometric.__module__]
-    if request.param == "pytorch":
-        monkeypatch.setattr(module, "_C", None)
-    elif module._C is None:
-        pytest.skip("the extension is not built")
+@pytest.fixture(autouse=True, params=["compiled", "pytorch", "emulated", pytest.param("gpu", marks=pytest.mark.gpu)])
+def implementation(request: pytest.FixtureRequest) -> Iterator[None]:
+    """Every test is of all: C++, PyTorch, and the GPU's kernels, emulated and on a GPU."""
+    global BACKEND, DEVICE
+    BACKEND, DEVICE = request.param, "cpu"
+    if BACKEND == "gpu":
+        if not torch.cuda.is_available():
+            pytest.skip("needs a GPU")
+        BACKEND, DEVICE = "compiled", "cuda"
+    try:
+        native.choose(BACKEND, torch.device(DEVICE))
+    except RuntimeError as error:
+        pytest.skip(str(error))
+    yield
+
+
+BACKEND: native.Backend = "auto"
+DEVICE = "cpu"
+
+
+def photometric(crops: Tensor, draws: Draws, recipe: Views, dtype: torch.dtype = torch.float32) -> Tensor:
+    """By the implementation under test; the result is on the CPU."""
+    return module.photometric(crops.to(DEVICE), draws, recipe, dtype, BACKEND).cpu()
 
 
 def crops() -> Tensor:
@@ -59,11 +74,15 @@ def crops() -> Tensor:
 CROPS = crops()
 
 
-def nothing(images: int) -> Draws:
-    no = np.zeros(images, dtype=bool)
-    order, factors = np.tile(np.arange(4), (images, 1)), np.tile([1.0, 1.0, 1.0, 0.0], (images, 1))
-    box = np.tile([0, 0, 64, 64], (images, 1))
-    return Draws(box, no, no.copy(), order, factors, no.copy(), np.zeros(images), no.copy())
+def nothing(images: int, **changes: object) -> Draws:
+    """Draws that leave the colours alone, but for `changes`."""
+    draws = np.zeros(images, DRAW)
+    draws["box"] = (0, 0, 64, 64)
+    draws["order"] = range(4)
+    draws["factors"] = (1, 1, 1, 0)
+    for field, value in changes.items():
+        draws[field] = value
+    return draws
 
 
 def levels(draws: Draws, crops: Tensor = CROPS, views: Views = LEVELS) -> Tensor:
@@ -88,7 +107,7 @@ def expect_within_a_level(got: Tensor, expected: Tensor) -> None:
 def test_without_changes_the_pixels_stay() -> None:
     assert torch.equal(levels(nothing(len(CROPS))), CROPS.float())
     # Jitter by factors of 1 and 0 goes through float: at most a level.
-    expect_within_a_level(levels(nothing(len(CROPS))._replace(jitter=np.ones(len(CROPS), bool))), CROPS.float())
+    expect_within_a_level(levels(nothing(len(CROPS), jitter=True)), CROPS.float())
 
 
 @pytest.mark.parametrize("factor", [0.0, 0.2, 0.999, 1.0, 1.3, 1.8])
@@ -97,24 +116,22 @@ def test_without_changes_the_pixels_stay() -> None:
     [(BRIGHTNESS, TF.adjust_brightness), (CONTRAST, TF.adjust_contrast), (SATURATION, TF.adjust_saturation)],
 )
 def test_one_factor_alone(operation: int, apply: Callable[[Tensor, float], Tensor], factor: float) -> None:
-    draws = nothing(len(CROPS))
-    draws.jitter[:] = True
-    draws.factors[:, operation] = factor
+    draws = nothing(len(CROPS), jitter=True)
+    draws["factors"][:, operation] = factor
     expect_within_a_level(levels(draws), by_torchvision(lambda image: apply(image, factor)))
 
 
 @pytest.mark.parametrize("turn", [-0.5, -0.2, -1e-3, 0.05, 1 / 6, 1 / 3, 0.5])
 def test_hue_alone(turn: float) -> None:
-    draws = nothing(len(CROPS))
-    draws.jitter[:] = True
-    draws.factors[:, HUE] = turn
+    draws = nothing(len(CROPS), jitter=True)
+    draws["factors"][:, HUE] = turn
     got, expected = levels(draws), by_torchvision(lambda image: TF.adjust_hue(image, turn))
     # At the seams between sixths torchvision's hue, rounded in float32, may fall into the next: a level all the same.
     expect_within_a_level(got, expected)
 
 
 def test_grey_alone() -> None:
-    draws = nothing(len(CROPS))._replace(grey=np.ones(len(CROPS), bool))
+    draws = nothing(len(CROPS), grey=True)
     got = levels(draws)
     expect_within_a_level(got, by_torchvision(lambda image: TF.rgb_to_grayscale(image, num_output_channels=3)))
     assert (got == got[..., :1]).all()
@@ -122,10 +139,15 @@ def test_grey_alone() -> None:
 
 @pytest.mark.parametrize("sigma", [0.1, 0.5, 1.0, 2.0])
 def test_blur_alone(sigma: float) -> None:
-    draws = nothing(len(CROPS))._replace(sigma=np.full(len(CROPS), sigma))
+    draws = nothing(len(CROPS), sigma=sigma)
     expect_within_a_level(
         levels(draws), by_torchvision(lambda image: TF.gaussian_blur(image, [WINDOW] * 2, [sigma] * 2))
     )
+
+
+def test_solarise_alone() -> None:
+    expected = by_torchvision(lambda image: TF.solarize(image, 128))
+    assert torch.equal(levels(nothing(len(CROPS), solarise=True)), expected)
 
 
 @pytest.mark.parametrize(("size", "fraction", "window"), [(224, 0.1, 23), (32, 0.1, 3), (96, 0.1, 9), (64, 1.0, 65)])
@@ -134,7 +156,7 @@ def test_the_blurs_window_is_the_recipes_fraction_made_odd(size: int, fraction: 
     views = replace(LEVELS, image_size=size, blur_kernel=fraction)
     impulse = torch.zeros(1, size, size, 3, dtype=torch.uint8)
     impulse[:, size // 2, size // 2] = 255
-    got = levels(nothing(1)._replace(sigma=np.array([2.0])), impulse, views)
+    got = levels(nothing(1, sigma=2.0), impulse, views)
     expect_within_a_level(
         got, by_torchvision(lambda image: TF.gaussian_blur(image, [min(window, 2 * size - 1)] * 2, [2.0, 2.0]), impulse)
     )
@@ -152,23 +174,24 @@ def test_views_smaller_than_the_window() -> None:
 def one_by_one(image: Tensor, draws: Draws) -> Tensor:
     """The recipe in torchvision's functions, for one image (3, H, W) and its draws."""
     changes = (TF.adjust_brightness, TF.adjust_contrast, TF.adjust_saturation, TF.adjust_hue)
-    if draws.jitter[0]:
-        for operation in draws.order[0]:
-            image = changes[operation](image, float(draws.factors[0, operation]))
-    if draws.grey[0]:
+    if draws["jitter"][0]:
+        for operation in draws["order"][0]:
+            image = changes[operation](image, float(draws["factors"][0, operation]))
+    if draws["grey"][0]:
         image = TF.rgb_to_grayscale(image, num_output_channels=3)
-    if draws.sigma[0] > 0:
-        image = TF.gaussian_blur(image, [WINDOW] * 2, [float(draws.sigma[0])] * 2)
-    return image
+    if draws["sigma"][0] > 0:
+        image = TF.gaussian_blur(image, [WINDOW] * 2, [float(draws["sigma"][0])] * 2)
+    return TF.solarize(image, 128) if draws["solarise"][0] else image
 
 
 def test_the_whole_recipe_at_the_same_draws() -> None:
     images = 192  # all 24 orders occur, with and without grey and blur
     crops = torch.from_numpy(np.stack([photo(64, 64, seed) for seed in range(images)]))
-    draws = draw(LEVELS, 1, 2, np.arange(images), 0, SIDES[:images])
-    assert len(np.unique(draws.order, axis=0)) == 24
+    recipe = replace(LEVELS, solarise=0.2)
+    draws = draw(recipe, 1, 2, np.arange(images), 0, SIDES[:images])
+    assert len(np.unique(draws["order"], axis=0)) == 24
     expected = torch.stack(
-        [one_by_one(crop.permute(2, 0, 1), draws.part(slice(i, i + 1))) for i, crop in enumerate(crops)]
+        [one_by_one(crop.permute(2, 0, 1), draws[i : i + 1]) for i, crop in enumerate(crops)]
     ).permute(0, 2, 3, 1)
     off = (levels(draws, crops) - expected).abs()
     assert off.mean() <= 0.5
@@ -184,7 +207,7 @@ def test_a_row_depends_on_its_own_draws_alone() -> None:
     draws = draw(LEVELS, 1, 2, np.arange(40), 0, SIDES[:40])
     whole = levels(draws, crops)
     for i in (0, 15, 16, 39):
-        assert torch.equal(levels(draws.part(slice(i, i + 1)), crops[i : i + 1])[0], whole[i])
+        assert torch.equal(levels(draws[i : i + 1], crops[i : i + 1])[0], whole[i])
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])

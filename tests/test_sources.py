@@ -252,10 +252,10 @@ def test_digits_are_divided_without_overlap() -> None:
     assert len(train) + len(val) == 1797
     assert 355 <= len(val) <= 368  # a fifth of each class, rounded up
     for source in (train, val):
-        assert source.images.shape == (len(source), 3, 32, 32)
+        assert source.images.shape == (len(source), 32, 32, 3)
         assert source.images.numpy().dtype == np.uint8
         assert source.images.max() > 240
-        assert (source.images[:, :1] == source.images).all(), "grey in all three channels"
+        assert (source.images[..., :1] == source.images).all(), "grey in all three channels"
         assert set(source.labels) == set(range(10))
     # Every image of scikit-learn's set is in one half: the pixels of both halves together are those of the whole.
     both = Counter(image.numpy().tobytes() for source in (train, val) for image in source.images)

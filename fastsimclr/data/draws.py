@@ -2,67 +2,111 @@
 
 A draw is a function of (seed, epoch, image, view) and of nothing else: not of the loader, the batch size, the rank,
 the worker, or where a run was resumed. Nothing has a state, so there is nothing to save.
+
+The compiled extension draws (csrc/draws.cpp); without it, and as its oracle, numpy.
 """
 
 from collections.abc import Callable, Sequence
-from typing import NamedTuple
 
 import numpy as np
+import torch
 from numpy.typing import NDArray
 
+from fastsimclr.data import native
 from fastsimclr.views import Views
 
 CROP_ATTEMPTS = 10  # as torchvision's RandomResizedCrop
 _CHOICES, _FACTORS, _OTHERS, _ATTEMPTS = 0, 1, 2, 3  # counter blocks of four numbers each; one for each attempt
+_CPU = torch.device("cpu")
+_WORD = 0xFFFFFFFF
 _EPOCH_ORDER = 1 << 20  # a "view" that no view has: the order of the images
 _PERMUTATIONS = np.array(
     [[a, b, c, d] for a in range(4) for b in range(4) for c in range(4) for d in range(4) if len({a, b, c, d}) == 4]
 )
 
 
-class Draws(NamedTuple):
-    """What was drawn for one view of each of B images."""
+# What was drawn for one view of one image; an array of these, (B,), for a batch. struct Draw of csrc/draws.h.
+DRAW = np.dtype(
+    [
+        ("box", np.int32, 4),  # top, left, height, width of the crop in pixels of the image
+        ("factors", np.float32, 4),  # of brightness, contrast and saturation; the hue's turn
+        ("sigma", np.float32),  # of the blur in pixels; 0 for none
+        ("order", np.uint8, 4),  # in which they are applied: 0 brightness, 1 contrast, 2 saturation, 3 hue
+        ("flip", np.bool_),
+        ("jitter", np.bool_),
+        ("grey", np.bool_),
+        ("solarise", np.bool_),
+    ]
+)
+Draws = NDArray[np.void]  # of DRAW
 
-    box: NDArray[np.int64]  # (B, 4): top, left, height, width of the crop in pixels of the image
-    flip: NDArray[np.bool_]  # (B,)
-    jitter: NDArray[np.bool_]  # (B,)
-    order: NDArray[np.int64]  # (B, 4): 0 brightness, 1 contrast, 2 saturation, 3 hue, in the order of application
-    factors: NDArray[np.float64]  # (B, 4): of the same four
-    grey: NDArray[np.bool_]  # (B,)
-    sigma: NDArray[np.float64]  # (B,): of the blur in pixels; 0 for none
-    solarise: NDArray[np.bool_]  # (B,)
 
-    def part(self, rows: slice) -> "Draws":
-        """The draws of some of the images."""
-        return Draws(*(field[rows] for field in self))  # type: ignore[arg-type]  # each field keeps its dtype
+def draw_views(views: Views, seed: int, epoch: int, index: NDArray[np.int64], sizes: NDArray[np.int64]) -> list[Draws]:
+    """For each view what is drawn for the images `index` (B,), whose heights and widths are `sizes` (B, 2)."""
+    return [draw(views, seed, epoch, index, view, sizes) for view in range(views.views)]
 
 
 def draw(
     views: Views, seed: int, epoch: int, index: NDArray[np.int64], view: int, sizes: NDArray[np.int64]
 ) -> Draws:
-    """Draws for view number `view` of the images `index` (B,), whose heights and widths are `sizes` (B, 2)."""
-    views = views.recipe(view)
+    """(B,) of DRAW: view number `view` of the images `index` (B,), whose heights and widths are `sizes` (B, 2)."""
+    recipe = views.recipes[view]
+    if not native.is_compiled(_CPU):
+        return draw_in_numpy(recipe, seed, epoch, index, view, sizes)
+    index, sizes = (np.ascontiguousarray(array, dtype=np.int64) for array in (index, sizes))
+    out = np.empty(len(index), DRAW)
+    low, high = _factor_ranges(recipe)
+    native.call(
+        "draw",
+        seed=seed & _WORD,
+        epoch=epoch & _WORD,
+        view=view,
+        count=len(index),
+        index=index.ctypes.data,
+        sizes=sizes.ctypes.data,
+        center_fraction=recipe.center_fraction if recipe.crop == "center" else 0.0,
+        scale=recipe.scale,
+        ratio=recipe.ratio,
+        log_ratio=np.log(recipe.ratio).tolist(),
+        factors_low=low.tolist(),
+        factors_high=high.tolist(),
+        sigma=recipe.blur_sigma,
+        probabilities=[recipe.flip, recipe.jitter, recipe.grey, recipe.blur, recipe.solarise],
+        out=out.ctypes.data,
+    )
+    return out
+
+
+def draw_in_numpy(
+    recipe: Views, seed: int, epoch: int, index: NDArray[np.int64], view: int, sizes: NDArray[np.int64]
+) -> Draws:
+    """`draw` without the compiled extension, a hundred times slower for single images. recipe: of this view alone."""
     u = _uniform(seed, epoch, index, view, range(_ATTEMPTS))  # (B, blocks, 4)
     flip, jitter, grey, blur = (u[:, _CHOICES, k] for k in range(4))
     order, sigma, solarise = (u[:, _OTHERS, k] for k in range(3))
-    low = np.array([max(0.0, 1 - views.brightness), max(0.0, 1 - views.contrast), max(0.0, 1 - views.saturation)])
-    high = 1 + np.array([views.brightness, views.contrast, views.saturation])
-    low, high = np.append(low, -views.hue), np.append(high, views.hue)
-    sigma_low, sigma_high = views.blur_sigma
-    if views.crop == "center":
-        box = _center_boxes(views, sizes)
+    low, high = _factor_ranges(recipe)
+    sigma_low, sigma_high = recipe.blur_sigma
+    out = np.empty(len(index), DRAW)
+    if recipe.crop == "center":
+        out["box"] = _center_boxes(recipe, sizes)
     else:
-        box = _random_boxes(views, sizes, lambda rows, k: _uniform(seed, epoch, index[rows], view, [_ATTEMPTS + k])[:, 0])
-    return Draws(
-        box=box,
-        flip=flip < views.flip,
-        jitter=jitter < views.jitter,
-        order=_PERMUTATIONS[(order * len(_PERMUTATIONS)).astype(np.int64)],
-        factors=low + (high - low) * u[:, _FACTORS],
-        grey=grey < views.grey,
-        sigma=np.where(blur < views.blur, sigma_low + (sigma_high - sigma_low) * sigma, 0.0),
-        solarise=solarise < views.solarise,
-    )
+        out["box"] = _random_boxes(
+            recipe, sizes, lambda rows, k: _uniform(seed, epoch, index[rows], view, [_ATTEMPTS + k])[:, 0]
+        )
+    out["flip"] = flip < recipe.flip
+    out["jitter"] = jitter < recipe.jitter
+    out["order"] = _PERMUTATIONS[(order * len(_PERMUTATIONS)).astype(np.int64)]
+    out["factors"] = low + (high - low) * u[:, _FACTORS]
+    out["grey"] = grey < recipe.grey
+    out["sigma"] = np.where(blur < recipe.blur, sigma_low + (sigma_high - sigma_low) * sigma, 0.0)
+    out["solarise"] = solarise < recipe.solarise
+    return out
+
+
+def _factor_ranges(recipe: Views) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
+    """Lowest and highest brightness, contrast, saturation and turn of the hue."""
+    strength = np.array([recipe.brightness, recipe.contrast, recipe.saturation])
+    return np.append(np.maximum(0, 1 - strength), -recipe.hue), np.append(1 + strength, recipe.hue)
 
 
 def _center_boxes(views: Views, sizes: NDArray[np.int64]) -> NDArray[np.int64]:
@@ -119,13 +163,13 @@ def _uniform(
 
 def _philox(seed: int, epoch: int, index: NDArray[np.int64], view: int, blocks: Sequence[int]) -> NDArray[np.uint64]:
     """(B, blocks, 4) words of 32 bits, in uint64. Key: (seed, epoch); counter: (block, view, index low, index high)."""
-    low32, shift = np.uint64(0xFFFFFFFF), np.uint64(32)
+    low32, shift = np.uint64(_WORD), np.uint64(32)
     wide = index.astype(np.uint64)[:, None]
     block = np.array(blocks, dtype=np.uint64)[None, :]
     shape = (len(index), len(blocks))
     c0, c1 = np.broadcast_to(block, shape), np.full(shape, view, dtype=np.uint64)
     c2, c3 = np.broadcast_to(wide & low32, shape), np.broadcast_to(wide >> shift, shape)
-    k0, k1 = seed & 0xFFFFFFFF, epoch & 0xFFFFFFFF
+    k0, k1 = seed & _WORD, epoch & _WORD
     for _ in range(10):
         p0, p1 = c0 * np.uint64(0xD2511F53), c2 * np.uint64(0xCD9E8D57)
         c0, c1, c2, c3 = (
@@ -134,5 +178,5 @@ def _philox(seed: int, epoch: int, index: NDArray[np.int64], view: int, blocks: 
             (p0 >> shift) ^ c3 ^ np.uint64(k1),
             p0 & low32,
         )
-        k0, k1 = (k0 + 0x9E3779B9) & 0xFFFFFFFF, (k1 + 0xBB67AE85) & 0xFFFFFFFF
+        k0, k1 = (k0 + 0x9E3779B9) & _WORD, (k1 + 0xBB67AE85) & _WORD
     return np.stack([c0, c1, c2, c3], axis=2)

@@ -1,8 +1,6 @@
 """What every loader shares: the order, the draws, the photometric op, and the place where a run stands."""
 
-from collections import deque
 from collections.abc import Generator, Iterator
-from dataclasses import dataclass
 from typing import Any, NamedTuple, Protocol
 
 import numpy as np
@@ -10,7 +8,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from fastsimclr.data.draws import Draws, draw
+from fastsimclr.data.draws import Draws
 from fastsimclr.data.photometric import photometric
 from fastsimclr.data.sampler import Sampler
 from fastsimclr.data.sources import Source
@@ -28,19 +26,32 @@ class Batch(NamedTuple):
     """(B,) int64; -1 where there is none."""
 
 
-@dataclass(frozen=True)
-class Job:
-    """A batch to make: image index[i] is cropped by the draws of each view."""
+class Job(NamedTuple):
+    """A batch to make: by these three and the images' sizes, `draw_views` draws it."""
 
-    index: NDArray[np.int64]
-    draws: tuple[Draws, ...]
+    seed: int
+    epoch: int
+    index: NDArray[np.int64]  # type: ignore[assignment]  # (B,): which images of the source
+
+
+class Cropped(NamedTuple):
+    """A batch half made, on the loader's device."""
+
+    crops: tuple[Tensor, ...]
+    """(B, S, S, 3) uint8 of each view; or, without draws, the finished views (B, 3, S, S)."""
+    draws: list[Draws] | None
+    """(B,) of each view: what is still to happen to its colours."""
 
 
 class Front(Protocol):
-    """The first half of a loader, which differs: it reads, decodes, crops, resizes and flips."""
+    """The first half of a loader, which differs: it reads, decodes, draws, crops, resizes and flips."""
 
-    def crops(self, jobs: Iterator[Job]) -> Generator[tuple[Tensor, ...], None, None]:
-        """For each job, in order, its views as (B, H, W, 3) uint8 on the loader's device."""
+    def crops(self, jobs: Iterator[Job]) -> Generator[Cropped, None, None]:
+        """Each job's batch, in order."""
+        ...
+
+    def device_bytes(self) -> int:
+        """Memory that it holds on the loader's device, as far as it knows."""
         ...
 
     def close(self) -> None:
@@ -56,11 +67,18 @@ class ViewLoader:
     """
 
     def __init__(
-        self, source: Source, views: Views, sampler: Sampler, front: Front, device: torch.device, backend: str
+        self,
+        source: Source,
+        views: Views,
+        sampler: Sampler,
+        front: Front,
+        device: torch.device,
+        dtype: torch.dtype,
+        backend: str,
     ) -> None:
-        self.source, self.views, self.device, self.backend = source, views, device, backend
+        self.source, self.views, self.device, self.dtype, self.backend = source, views, device, dtype, backend
         self._sampler, self._front = sampler, front
-        self._crops: Generator[tuple[Tensor, ...], None, None] | None = None  # of the latest iteration
+        self._crops: Generator[Cropped, None, None] | None = None  # of the latest iteration
 
     def __len__(self) -> int:
         """Batches of a whole epoch."""
@@ -77,17 +95,10 @@ class ViewLoader:
         epoch = sampler.epoch
         if not parts:  # resumed behind the last batch that these options leave
             sampler.epoch, sampler.position = epoch + 1, 0
-        ahead: deque[Job] = deque()  # drawn for the front, which works ahead, and not yet handed out
-
-        def jobs() -> Iterator[Job]:
-            for index in parts:
-                if len(index):
-                    ahead.append(self._job(index, epoch))
-                    yield ahead[-1]
-
+        jobs = (Job(sampler.seed, epoch, index) for index in parts if len(index))
         if self._crops is not None:
             self._crops.close()  # else the front would hand out what it has made ahead for the one before
-        self._crops = crops = self._front.crops(jobs())
+        self._crops = crops = self._front.crops(jobs)
         try:
             for step, index in enumerate(parts, start=1):
                 if self._crops is not crops:
@@ -98,7 +109,7 @@ class ViewLoader:
                 sampler.epoch = epoch + done
                 sampler.position = 0 if done else first + step * sampler.batch_size
                 if made is not None:
-                    yield self._finish(ahead.popleft(), made)
+                    yield self._finish(index, made)
         finally:
             crops.close()
 
@@ -115,17 +126,23 @@ class ViewLoader:
         """Go on where the loader of `state` stood; batch size and number of ranks may differ."""
         self._sampler.load_state_dict(state)
 
+    def device_bytes(self) -> int:
+        """Memory that the loader holds on its device between batches, as far as it is known."""
+        return self._front.device_bytes()
+
     def close(self) -> None:
         """Stop workers and give back memory."""
         self._front.close()
 
-    def _job(self, index: NDArray[np.int64], epoch: int) -> Job:
-        seed = self._sampler.seed
-        return Job(index, tuple(draw(self.views, seed, epoch, index, view) for view in range(self.views.views)))
-
-    def _finish(self, job: Job, crops: tuple[Tensor, ...]) -> Batch:
+    def _finish(self, index: NDArray[np.int64], made: Cropped) -> Batch:
+        views = made.crops
+        if made.draws is not None:
+            views = tuple(
+                photometric(crops, draws, recipe, self.dtype)
+                for crops, draws, recipe in zip(made.crops, made.draws, self.views.recipes, strict=True)
+            )
         return Batch(
-            views=tuple(photometric(crop, d, self.views) for crop, d in zip(crops, job.draws, strict=True)),
-            index=torch.from_numpy(job.index).to(self.device),
-            label=torch.from_numpy(self.source.labels[job.index]).to(self.device),
+            views=views,
+            index=torch.from_numpy(index).to(self.device),
+            label=torch.from_numpy(self.source.labels[index]).to(self.device),
         )

@@ -1,63 +1,76 @@
-"""Images of one size, decoded and kept on the device: a whole batch is cropped by two matrix products."""
+"""Images of one size, decoded and kept on the device: a whole batch is cropped at once, with no worker at all."""
 
+import os
 from collections.abc import Generator, Iterator
+from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
 import torch
-from torch import Tensor
 
-from fastsimclr.data.draws import boxes
-from fastsimclr.data.loader import Job
-from fastsimclr.data.sources import ArraySource
+from fastsimclr.data.crop import crop
+from fastsimclr.data.draws import draw_views
+from fastsimclr.data.images import decode
+from fastsimclr.data.loader import Cropped, Job
+from fastsimclr.data.sources import ArraySource, EncodedSource
+from fastsimclr.errors import UserError
 from fastsimclr.views import Views
+
+_LARGEST_SIDE = 96  # STL-10's: of larger images crops are cheap beside decoding, and few sets of them fit
+_MOST_BYTES = 4 << 30
+
+
+def fits_in_memory(source: EncodedSource) -> bool:
+    """Whether to keep these images decoded; False without a scan, which alone knows their sizes."""
+    sizes = source.sizes
+    if sizes is None or not (sizes == sizes[0]).all():
+        return False
+    return sizes[0].max() <= _LARGEST_SIDE and 3 * int(sizes[0].prod()) * len(sizes) <= _MOST_BYTES
+
+
+def decode_all(source: EncodedSource) -> ArraySource:
+    """The same images, decoded by all cores. Raises UserError if they are not of one size, or one does not decode."""
+
+    def pixels(index: int) -> torch.Tensor:
+        return decode(source.read(index), source.name(index)).permute(1, 2, 0)
+
+    first = pixels(0)
+    images = first.new_empty(len(source), *first.shape)
+
+    def put(index: int) -> None:
+        image = pixels(index)
+        if image.shape != first.shape:
+            raise UserError(
+                f"{source.name(index)}: got {image.shape[0]}x{image.shape[1]} pixels, expected {first.shape[0]}x"
+                f"{first.shape[1]} as {source.name(0)}: backend memory takes images of one size"
+            )
+        images[index] = image
+
+    with ThreadPoolExecutor(len(os.sched_getaffinity(0)), thread_name_prefix="fastsimclr-decode") as threads:
+        try:
+            for _ in threads.map(put, range(len(source))):
+                pass
+        except UserError:
+            threads.shutdown(cancel_futures=True)
+            raise
+    return ArraySource("decoded", images, source.labels, source.classes)
 
 
 class MemoryFront:
-    """Crop, resize and flip as a product Y X W^T with the weights of each image's rows (Y) and columns (W).
-
-    The weights are those of torchvision's antialiased resize (triangle or Keys' cubic with a = -0.5, widened when
-    shrinking, renormalised at the crop's border).
-    """
+    """Crops out of one array."""
 
     def __init__(self, source: ArraySource, views: Views, device: torch.device) -> None:
-        self.views, self.device = views, device
-        self.images = source.images.to(device)  # (N, 3, h, w) uint8
+        self.views = views
+        self.images = source.images.to(device)  # (N, h, w, 3) uint8
 
-    def crops(self, jobs: Iterator[Job]) -> Generator[tuple[Tensor, ...], None, None]:
-        height, width = self.images.shape[2:]
+    def crops(self, jobs: Iterator[Job]) -> Generator[Cropped, None, None]:
         for job in jobs:
-            images = self.images[torch.from_numpy(job.index).to(self.device)].float()  # (B, 3, h, w)
-            full = np.full(len(job.index), 1)
-            views = []
-            for draws in job.draws:
-                box = torch.from_numpy(boxes(self.views, draws, full * height, full * width)).to(self.device)
-                rows = self._weights(box[:, 0], box[:, 2], height)[:, None]  # (B, 1, H, h)
-                columns = self._weights(box[:, 1], box[:, 3], width)
-                flip = torch.from_numpy(draws.flip).to(self.device)
-                columns = torch.where(flip[:, None, None], columns.flip(1), columns)[:, None]  # (B, 1, W, w)
-                # torchvision rounds after the columns, and again after the rows; halves up
-                wide = (images @ columns.mT).add_(0.5).floor_().clamp_(0, 255)
-                view = (rows @ wide).add_(0.5).floor_().clamp_(0, 255)
-                views.append(view.to(torch.uint8).permute(0, 2, 3, 1))
-            yield tuple(views)
+            sizes = np.tile(self.images.shape[1:3], (len(job.index), 1))
+            draws = draw_views(self.views, *job, sizes)
+            drawn = zip(draws, self.views.recipes, strict=True)
+            yield Cropped(tuple(crop(self.images, job.index, of_view, recipe) for of_view, recipe in drawn), draws)
+
+    def device_bytes(self) -> int:
+        return self.images.nbytes
 
     def close(self) -> None:
         pass
-
-    def _weights(self, start: Tensor, length: Tensor, whole: int) -> Tensor:
-        """(B, image_size, whole): how much pixel j of a side counts in pixel i of the crop [start, start + length)."""
-        out = self.views.image_size
-        scale = (length.float() / out)[:, None, None]
-        widened = scale.clamp_min(1.0)
-        center = start[:, None, None] + (torch.arange(out, device=self.device).float()[:, None] + 0.5) * scale
-        pixel = torch.arange(whole, device=self.device).float()
-        distance = ((pixel + 0.5 - center) / widened).abs()
-        if self.views.interpolation == "bilinear":
-            weight = (1 - distance).clamp_min(0)
-        else:
-            near = (1.5 * distance - 2.5) * distance**2 + 1
-            far = ((-0.5 * distance + 2.5) * distance - 4) * distance + 2
-            weight = torch.where(distance < 1, near, torch.where(distance < 2, far, 0.0))
-        first, end = start[:, None, None], (start + length)[:, None, None]
-        weight = torch.where((pixel >= first) & (pixel < end), weight, 0.0)
-        return weight / weight.sum(2, keepdim=True)

@@ -1,11 +1,12 @@
-"""What happens to a view's colours: jitter in random order, grey, blur, normalisation. One for all loaders.
+"""What happens to a view's colours: jitter in random order, grey, blur, solarisation, normalisation. One for all loaders.
 
 The operations are torchvision's on uint8 tensors (transforms.v2.functional), clamped and truncated to whole levels
 between the steps as those are, but on a batch whose images each have factors and an order of their own.
 
-On a CPU the compiled extension does it (csrc/photometric.cpp); everywhere else, and as its oracle, PyTorch.
+The compiled extension does it, on CPUs and on GPUs (csrc/photometric.*); without it, and as its oracle, PyTorch.
 """
 
+import math
 from collections.abc import Callable
 
 import numpy as np
@@ -13,77 +14,81 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from fastsimclr.data import native
 from fastsimclr.data.draws import Draws
 from fastsimclr.views import Views
 
-try:
-    import fastsimclr._C as _C
-except ImportError:
-    _C = None  # type: ignore[assignment]
-
 _GREY = (0.2989, 0.587, 0.114)  # ITU-R 601-2 luma, with torchvision's digits
 _CHUNK = 16  # images at a time on a CPU: a few MB of floats, which the caches hold
+_COMPILED = (torch.float32, torch.bfloat16, torch.float16)
 
 
-def photometric(crops: Tensor, draws: Draws, views: Views, dtype: torch.dtype = torch.float32) -> Tensor:
-    """Views (B, 3, H, W) in `dtype`, channels-last, normalised, from crops (B, H, W, 3) uint8 on the same device."""
-    if crops.device.type == "cpu" and _C is not None and dtype in (torch.float32, torch.bfloat16, torch.float16):
-        return _photometric_compiled(crops, draws, views, dtype)
-    return photometric_in_pytorch(crops, draws, views, dtype)
+def photometric(
+    crops: Tensor, draws: Draws, recipe: Views, dtype: torch.dtype = torch.float32, backend: native.Backend = "auto"
+) -> Tensor:
+    """Views (B, 3, H, W) in `dtype`, channels-last, normalised, from crops (B, H, W, 3) uint8 on the same device.
 
-
-def _photometric_compiled(crops: Tensor, draws: Draws, views: Views, dtype: torch.dtype) -> Tensor:
+    draws: (B,) of one view. recipe: that view's (`Views.recipes`).
+    """
+    device, (images, height, width) = crops.device, crops.shape[:3]
+    chosen = native.choose(backend, device)
+    max_sigma = float(draws["sigma"].max(initial=0))
+    on_gpu = chosen == "emulated" or (chosen == "compiled" and device.type == "cuda")
+    if on_gpu and min(_blur_window(recipe) // 2, math.ceil(4 * max_sigma)) > native.constant("MAX_BLUR_RADIUS"):
+        chosen = "pytorch"  # a blur of many pixels, which shared memory does not hold
+    if chosen == "pytorch" or dtype not in _COMPILED:
+        return photometric_in_pytorch(crops, draws, recipe, dtype)
     crops = crops.contiguous()
-    images, height, width = crops.shape[:3]
-    out = torch.empty((images, 3, height, width), dtype=dtype, memory_format=torch.channels_last)
-    # Of the types that csrc/photometric.h names, in rows without gaps; kept alive here until the call is over.
-    kinds = {"jitter": np.bool_, "order": np.int64, "factors": np.float64, "grey": np.bool_, "sigma": np.float64}
-    drawn: dict[str, np.ndarray] = {
-        name: np.ascontiguousarray(getattr(draws, name), dtype=kind) for name, kind in kinds.items()
+    drawn = native.on_device(draws, device)
+    out = torch.empty((images, 3, height, width), dtype=dtype, device=device, memory_format=torch.channels_last)
+    arguments = {
+        "crops": crops.data_ptr(),
+        "draws": drawn.data_ptr(),
+        "images": images,
+        "height": height,
+        "width": width,
+        "blur_taps": _blur_window(recipe),
+        "scale": [1 / (255 * std) for std in recipe.std],
+        "shift": [-mean / std for mean, std in zip(recipe.mean, recipe.std, strict=True)],
+        "dtype": native.pixel_type(dtype, chosen),
+        "out": out.data_ptr(),
     }
-    _C.photometric(
-        crops=crops.data_ptr(),
-        images=images,
-        height=height,
-        width=width,
-        **{name: array.ctypes.data for name, array in drawn.items()},
-        blur_taps=_blur_window(views),
-        mean=[255 * x for x in views.mean],
-        std=[255 * x for x in views.std],
-        dtype=getattr(_C.PixelType, str(dtype).removeprefix("torch.")),
-        out=out.data_ptr(),
-        threads=torch.get_num_threads(),
-    )
+    if on_gpu:
+        parts = torch.empty(images, native.constant("LUMA_PARTS"), device=device)
+        native.launch("photometric", device, **arguments, parts=parts.data_ptr(), max_sigma=max_sigma)
+    else:
+        native.call("photometric", **arguments, threads=torch.get_num_threads())
     return out
 
 
-def photometric_in_pytorch(crops: Tensor, draws: Draws, views: Views, dtype: torch.dtype = torch.float32) -> Tensor:
+def photometric_in_pytorch(crops: Tensor, draws: Draws, recipe: Views, dtype: torch.dtype) -> Tensor:
     """`photometric` in PyTorch's own operations, on any device."""
     shape = (crops.shape[0], 3, *crops.shape[1:3])
     out = torch.empty(shape, dtype=dtype, device=crops.device, memory_format=torch.channels_last)
-    mean = torch.tensor(views.mean, device=crops.device).view(3, 1, 1) * 255
-    std = torch.tensor(views.std, device=crops.device).view(3, 1, 1) * 255
+    mean = torch.tensor(recipe.mean, device=crops.device).view(3, 1, 1) * 255
+    std = torch.tensor(recipe.std, device=crops.device).view(3, 1, 1) * 255
     chunk = _CHUNK if crops.device.type == "cpu" else len(crops)
     for first in range(0, len(crops), max(1, chunk)):
         part = slice(first, first + chunk)
         x = crops[part].permute(0, 3, 1, 2).to(torch.float32, memory_format=torch.contiguous_format)
-        x = _colour(x, draws.part(part), views)
+        x = _colour(x, draws[part], recipe)
         out[part] = x.sub_(mean).div_(std)
     return out
 
 
-def _colour(x: Tensor, draws: Draws, views: Views) -> Tensor:
+def _colour(x: Tensor, draws: Draws, recipe: Views) -> Tensor:
     """x: (B, 3, H, W) float32 of whole levels 0 to 255, planar; changed in place where possible."""
     for step in range(4):
-        for operation, apply in enumerate((_brightness, _contrast, _saturation, _hue)):
-            chosen = draws.jitter & (draws.order[:, step] == operation)
-            factor = draws.factors[:, operation]
-            if operation == 3:
-                chosen &= factor != 0
+        for change, apply in enumerate((_brightness, _contrast, _saturation, _hue)):
+            chosen = draws["jitter"] & (draws["order"][:, step] == change)
+            factor = draws["factors"][:, change]
+            if change == 3:
+                chosen = chosen & (factor != 0)
             _apply_to(x, chosen, apply, factor)
-    _apply_to(x, draws.grey, lambda part, _: _luma(part).floor_().expand_as(part), draws.sigma)
-    window = _blur_window(views)
-    _apply_to(x, draws.sigma > 0, lambda part, sigma: _blur(part, sigma, window), draws.sigma)
+    sigma, window = draws["sigma"], _blur_window(recipe)
+    _apply_to(x, draws["grey"], lambda part, _: _luma(part).floor_().expand_as(part), sigma)
+    _apply_to(x, sigma > 0, lambda part, sigma: _blur(part, sigma, window), sigma)
+    _apply_to(x, draws["solarise"], lambda part, _: torch.where(part >= 128, 255 - part, part), sigma)
     return x
 
 
@@ -141,9 +146,9 @@ def _hue(x: Tensor, turn: Tensor) -> Tensor:
     return rgb.mul_(255 + 1 - 1e-3).floor_()  # torchvision's float to uint8
 
 
-def _blur_window(views: Views) -> int:
+def _blur_window(recipe: Views) -> int:
     """Taps of the blur's kernel: `blur_kernel` of the side, made odd, and at least 3 as 1 would not blur."""
-    return max(3, int(views.image_size * views.blur_kernel) // 2 * 2 + 1)
+    return max(3, int(recipe.image_size * recipe.blur_kernel) // 2 * 2 + 1)
 
 
 def _blur(x: Tensor, sigma: Tensor, taps: int) -> Tensor:

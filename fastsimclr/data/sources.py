@@ -48,7 +48,7 @@ class Source(ABC):
 
 
 class ArraySource(Source):
-    """Images of one size, already decoded: (N, 3, H, W) uint8."""
+    """Images of one size, already decoded: (N, H, W, 3) uint8."""
 
     def __init__(self, title: str, images: Tensor, labels: NDArray[np.int64], classes: Sequence[str]) -> None:
         self.title, self.images, self.labels, self.classes = title, images, labels, classes
@@ -59,6 +59,9 @@ class ArraySource(Source):
 
 class EncodedSource(Source):
     """Images as they lie on disk: encoded, of any size."""
+
+    sizes: NDArray[np.int64] | None = None
+    """(N, 2): height and width of each, upright; None until a scan has found them (fastsimclr/data/scan.py)."""
 
     @abstractmethod
     def read(self, index: int) -> NDArray[np.uint8]:
@@ -252,7 +255,7 @@ def _digits(split: str) -> ArraySource:
         for grey in np.rint(data.images * (255 / 16)).astype(np.uint8)
     ]
     chosen = held_out if split == "val" else ~held_out
-    images = torch.from_numpy(np.stack(rendered)[chosen])[:, None].repeat(1, 3, 1, 1)
+    images = torch.from_numpy(np.stack(rendered)[chosen])[..., None].repeat(1, 1, 1, 3)
     return ArraySource("digits", images, labels[chosen], [str(d) for d in range(10)])
 
 
@@ -266,5 +269,4 @@ def _cifar10(root: str, split: str) -> ArraySource:
             f"cifar10:{root}: got no CIFAR-10 there and could not download it ({str(error).splitlines()[0]}); "
             "expected cifar-10-batches-py in that folder"
         ) from error
-    images = torch.from_numpy(data.data).permute(0, 3, 1, 2).contiguous()
-    return ArraySource("cifar10", images, np.array(data.targets), data.classes)
+    return ArraySource("cifar10", torch.from_numpy(data.data), np.array(data.targets), data.classes)

@@ -1,0 +1,59 @@
+// Views cut out of images in the GPU's memory: a block makes kColumns columns of one view. Its threads weigh the crop's
+// columns first, into shared memory as levels of 8 bits, and then the rows of that. A weight is computed where it is
+// used: that is cheaper than to share a table of them.
+#include "crop.h"
+#include "mma.cuh"
+
+namespace fastsimclr {
+namespace {
+
+constexpr int kColumns = 32, kThreads = 256;
+constexpr int64_t kMaxShared = 99 << 10;  // of a block on every GPU from sm_80 on
+
+// The sum of the weighed pixels of one of view's pixels; at(j): level of pixel j of the side.
+template <class At>
+__device__ __forceinline__ uint8_t weighed(const Side& side, int i, At at) {
+  float sum = 0, weights = 0;
+  const int end = side.end(i);
+  for (int j = side.first(i); j < end; j++) {
+    const float weight = side.weight(i, j);
+    sum += weight * float(at(j));
+    weights += weight;
+  }
+  return rounded_level(sum / weights);
+}
+
+__global__ void __launch_bounds__(kThreads) crop_kernel(CropParams p) {
+  const int tiles = (p.size + kColumns - 1) / kColumns;
+  const int64_t view = blockIdx.x / unsigned(tiles);
+  const int column0 = int(blockIdx.x % unsigned(tiles)) * kColumns;
+  const int numbers = 3 * (p.size - column0 < kColumns ? p.size - column0 : kColumns);  // of a row: its channels
+  const Draw draw = p.draws[view];
+  const Side columns(draw.left, draw.width, p.size, p.bicubic), rows(draw.top, draw.height, p.size, p.bicubic);
+  const uint8_t* image = p.images + p.index[view] * p.height * p.width * 3;
+  auto* wide = reinterpret_cast<uint8_t*>(dynamic_shared());  // (rows of the crop, numbers)
+
+  for (int n = int(threadIdx.x); n < draw.height * numbers; n += kThreads) {
+    const int y = n / numbers, x = column0 + n % numbers / 3, channel = n % numbers % 3;
+    const uint8_t* row = image + (int64_t(draw.top + y) * p.width + draw.left) * 3 + channel;
+    wide[n] = weighed(columns, draw.flip ? p.size - 1 - x : x, [=](int j) { return row[3 * int64_t(j)]; });
+  }
+  __syncthreads();  // the rows of a pixel are other threads' work
+  uint8_t* out = p.out + (view * p.size * p.size + column0) * 3;
+  for (int n = int(threadIdx.x); n < p.size * numbers; n += kThreads) {
+    const int y = n / numbers, x = n % numbers;
+    out[int64_t(y) * p.size * 3 + x] = weighed(rows, y, [=](int j) { return wide[j * numbers + x]; });
+  }
+}
+
+}  // namespace
+
+cudaError_t crop(const CropParams& params, cudaStream_t stream) {
+  if (params.views == 0) return cudaSuccess;
+  const int64_t shared = int64_t(params.height) * kColumns * 3;
+  if (shared > kMaxShared) return cudaErrorInvalidValue;
+  const int64_t blocks = params.views * ((params.size + kColumns - 1) / kColumns);
+  return launch(crop_kernel, dim3(unsigned(blocks)), kThreads, size_t(shared), stream, params);
+}
+
+}  // namespace fastsimclr

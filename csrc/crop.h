@@ -1,0 +1,72 @@
+// Views cut out of decoded images of one size that lie in memory: crop, antialiased resize, flip. The filters are
+// torchvision's: a triangle or Keys' cubic with a = -0.5, as wide as an output pixel where the crop shrinks,
+// renormalised at the crop's border; rounded to levels after the columns, and again after the rows.
+#pragma once
+
+#ifdef FASTSIMCLR_EMULATION
+#include "emulation/cuda_on_cpu.h"
+#elif defined(FASTSIMCLR_CUDA) || defined(__CUDACC__)
+#include <cuda_runtime.h>
+#endif
+
+#include <cstdint>
+
+#include "draws.h"
+#include "pixel.h"
+
+namespace fastsimclr {
+
+struct CropParams {
+  const uint8_t* images = nullptr;  // (any number, height, width, 3)
+  int height = 0, width = 0;
+  const int64_t* index = nullptr;  // (views,): the image of each view
+  const Draw* draws = nullptr;     // (views,)
+  int64_t views = 0;
+  int size = 0;  // side of a view
+  bool bicubic = true;
+  uint8_t* out = nullptr;  // (views, size, size, 3)
+};
+
+// One side of a crop: how its pixels [start, start + length) count in the pixels of the view.
+struct Side {
+  int start, length;
+  float scale;  // pixels of the image to one of the view
+  bool bicubic;
+
+  FASTSIMCLR_PIXEL Side(int start_, int length_, int size, bool bicubic_)
+      : start(start_), length(length_), scale(float(length_) / float(size)), bicubic(bicubic_) {}
+
+  FASTSIMCLR_PIXEL float widened() const { return scale > 1 ? scale : 1; }
+  FASTSIMCLR_PIXEL float reach() const { return (bicubic ? 2 : 1) * widened(); }
+  FASTSIMCLR_PIXEL float centre(int i) const { return (float(i) + 0.5f) * scale; }  // of view's pixel i, from start
+  FASTSIMCLR_PIXEL int first(int i) const {
+    const int x = int(centre(i) - reach());
+    return x > 0 ? x : 0;
+  }
+  FASTSIMCLR_PIXEL int end(int i) const {
+    const int x = int(centre(i) + reach()) + 1;
+    return x < length ? x : length;
+  }
+  // Of pixel start + j in the view's pixel i, not yet divided by the sum of all.
+  FASTSIMCLR_PIXEL float weight(int i, int j) const {
+    const float x = (float(j) + 0.5f - centre(i)) / widened(), distance = x < 0 ? -x : x;
+    if (!bicubic) return distance < 1 ? 1 - distance : 0;
+    if (distance < 1) return (1.5f * distance - 2.5f) * distance * distance + 1;
+    return distance < 2 ? ((-0.5f * distance + 2.5f) * distance - 4) * distance + 2 : 0;
+  }
+};
+
+FASTSIMCLR_PIXEL uint8_t rounded_level(float x) {
+  x += 0.5f;
+  return uint8_t(x < 0 ? 0 : x > 255 ? 255 : x);
+}
+
+// On the CPU; everything is in its memory.
+void crop_on_cpu(const CropParams& params, int threads);
+
+#if defined(FASTSIMCLR_CUDA) || defined(FASTSIMCLR_EMULATION) || defined(__CUDACC__)
+// On the GPU. cudaErrorInvalidValue if the images are higher than its shared memory takes: 1,000 pixels always fit.
+cudaError_t crop(const CropParams& params, cudaStream_t stream);
+#endif
+
+}  // namespace fastsimclr

@@ -1,0 +1,73 @@
+// What happens to one pixel's colours, the same on CPUs and GPUs: torchvision's operations on uint8 tensors, clamped and
+// truncated to whole levels after each. fastsimclr/data/photometric.py holds the same in PyTorch: the tests' oracle.
+#pragma once
+
+#if defined(__CUDACC__)
+#define FASTSIMCLR_PIXEL __host__ __device__ __forceinline__
+#else  // into the loops, so that these are vectorised for the CPU that they are compiled for
+#define FASTSIMCLR_PIXEL inline __attribute__((always_inline))
+#endif
+
+namespace fastsimclr {
+
+enum Change { kBrightness, kContrast, kSaturation, kHue };  // numbers of Draw::order
+
+struct Pixel {  // levels 0 to 255, whole ones
+  float r, g, b;
+};
+
+FASTSIMCLR_PIXEL float level(float x) {
+  x = x > 0 ? x : 0;
+  return float(int(x < 255 ? x : 255));
+}
+
+FASTSIMCLR_PIXEL float luma(Pixel x) {  // ITU-R 601-2, with torchvision's digits
+  return float(int(x.r * 0.2989f + x.g * 0.587f + x.b * 0.114f));
+}
+
+FASTSIMCLR_PIXEL Pixel brightness(Pixel x, float factor) {
+  return {level(x.r * factor), level(x.g * factor), level(x.b * factor)};
+}
+
+// Away from or towards a grey: `part_of_grey` is that grey times (1 - factor). Of one for the whole view, its mean luma,
+// it is contrast; of the pixel's own luma, saturation.
+FASTSIMCLR_PIXEL Pixel blend(Pixel x, float factor, float part_of_grey) {
+  return {level(part_of_grey + x.r * factor), level(part_of_grey + x.g * factor), level(part_of_grey + x.b * factor)};
+}
+
+FASTSIMCLR_PIXEL Pixel saturation(Pixel x, float factor) { return blend(x, factor, luma(x) * (1 - factor)); }
+
+// HSV to RGB in closed form: value - spread * clamp(min(k, 4 - k), 0, 1), with k = (5, 3 or 1 + sixths) mod 6.
+FASTSIMCLR_PIXEL float channel_of_hue(float k, float value, float spread) {
+  k = k >= 6 ? k - 6 : k;
+  k = k < 4 - k ? k : 4 - k;
+  k = k > 0 ? k : 0;
+  const float x = value - spread * (k < 1 ? k : 1);
+  return float(int(x * ((255 + 1 - 1e-3f) / 255)));  // torchvision's float to uint8
+}
+
+// Turns the hue circle of HSV by `turn` sixths, from 0 to 6.
+FASTSIMCLR_PIXEL Pixel hue(Pixel x, float turn) {
+  const float larger = x.g > x.b ? x.g : x.b, smaller = x.g < x.b ? x.g : x.b;
+  const float value = x.r > larger ? x.r : larger, low = x.r < smaller ? x.r : smaller;
+  const float spread = value - low;
+  const bool red = value == x.r, green = value == x.g;
+  const float across = red ? x.g - x.b : green ? x.b - x.r : x.r - x.g;  // 0 where there is no colour
+  const float from = red ? 0.0f : green ? 2.0f : 4.0f;
+  float at = from + across / (spread == 0 ? 1.0f : spread) + turn;  // [-1, 11)
+  at = at < 0 ? at + 6 : at;
+  at = at >= 6 ? at - 6 : at;
+  return {channel_of_hue(at + 5, value, spread), channel_of_hue(at + 3, value, spread),
+          channel_of_hue(at + 1, value, spread)};
+}
+
+FASTSIMCLR_PIXEL float sixths(float turn) { return 6 * (turn < 0 ? turn + 1 : turn); }  // of a turn from -1 to 1
+
+FASTSIMCLR_PIXEL Pixel grey(Pixel x) { return {luma(x), luma(x), luma(x)}; }
+
+FASTSIMCLR_PIXEL float solarise(float x) { return x >= 128 ? 255 - x : x; }
+
+// Beyond both ends of `size` pixels the image is mirrored; `i` is at most that far outside.
+FASTSIMCLR_PIXEL int mirrored(int i, int size) { return i < 0 ? -i : i >= size ? 2 * size - 2 - i : i; }
+
+}  // namespace fastsimclr

@@ -1,0 +1,161 @@
+"""Crops out of memory against torchvision's resized_crop on uint8 tensors, in every implementation."""
+
+from collections.abc import Iterator
+from dataclasses import replace
+
+import numpy as np
+import pytest
+import torch
+from pictures import photo
+from torch import Tensor
+from torchvision.transforms import InterpolationMode
+from torchvision.transforms.v2 import functional as TF
+
+from fastsimclr import Views
+from fastsimclr.data import native
+from fastsimclr.data.crop import crop
+from fastsimclr.data.draws import DRAW, Draws, draw
+
+pytestmark = pytest.mark.usefixtures("one_thread")
+
+
+@pytest.fixture(autouse=True, params=["compiled", "pytorch", "emulated", pytest.param("gpu", marks=pytest.mark.gpu)])
+def implementation(request: pytest.FixtureRequest) -> Iterator[None]:
+    """Every test is of all: C++, PyTorch, and the GPU's kernel, emulated and on a GPU."""
+    global BACKEND, DEVICE
+    BACKEND, DEVICE = request.param, "cpu"
+    if BACKEND == "gpu":
+        if not torch.cuda.is_available():
+            pytest.skip("needs a GPU")
+        BACKEND, DEVICE = "compiled", "cuda"
+    try:
+        native.choose(BACKEND, torch.device(DEVICE))
+    except RuntimeError as error:
+        pytest.skip(str(error))
+    yield
+
+
+BACKEND: native.Backend = "auto"
+DEVICE = "cpu"
+
+
+def crops(images: Tensor, index: np.ndarray, draws: Draws, recipe: Views) -> Tensor:
+    return crop(images.to(DEVICE), index, draws, recipe, BACKEND).cpu()
+
+
+def pictures(height: int, width: int) -> Tensor:
+    """(6, height, width, 3): photographs, noise, corners of the colour cube, and a checkerboard of single pixels."""
+    rng = np.random.default_rng(0)
+    checkers = (np.add.outer(np.arange(height), np.arange(width)) % 2 * 255)[:, :, None].repeat(3, axis=2)
+    each = [
+        *(photo(height, width, seed) for seed in range(3)),
+        rng.integers(0, 256, (height, width, 3)),
+        rng.integers(0, 2, (height, width, 3)) * 255,  # corners: a cubic filter overshoots at each of them
+        checkers,
+    ]
+    return torch.from_numpy(np.stack(each).astype(np.uint8))
+
+
+def by_torchvision(images: Tensor, index: np.ndarray, draws: Draws, recipe: Views) -> Tensor:
+    out = []
+    for i, of_view in zip(index, draws, strict=True):
+        image, mode = images[int(i)].permute(2, 0, 1), InterpolationMode(recipe.interpolation)
+        view = TF.resized_crop(image, *of_view["box"].tolist(), [recipe.image_size] * 2, mode, antialias=True)
+        out.append(TF.horizontal_flip(view) if of_view["flip"] else view)
+    return torch.stack(out).permute(0, 2, 3, 1)
+
+
+def exactly(images: Tensor, index: np.ndarray, draws: Draws, recipe: Views) -> tuple[Tensor, Tensor]:
+    """The definition, in float64: weigh the columns, round, weigh the rows, round. And where float32 may differ: at
+    levels that come from halves."""
+
+    def weights(start: int, length: int, whole: int) -> np.ndarray:
+        scale = length / recipe.image_size
+        center = start + (np.arange(recipe.image_size)[:, None] + 0.5) * scale
+        x = abs((np.arange(whole) + 0.5 - center) / max(1, scale))
+        cubic = np.where(x < 1, 1.5 * x**3 - 2.5 * x**2 + 1, np.where(x < 2, -0.5 * x**3 + 2.5 * x**2 - 4 * x + 2, 0))
+        weight = cubic if recipe.interpolation == "bicubic" else np.maximum(0, 1 - x)
+        weight[:, :start] = weight[:, start + length :] = 0
+        return weight / weight.sum(1, keepdims=True)
+
+    def half(x: np.ndarray) -> np.ndarray:
+        return abs(x - np.floor(x) - 0.5) < 1e-4
+
+    views, doubts = [], []
+    for i, of_view in zip(index, draws, strict=True):
+        image, (top, left, h, w) = images[int(i)].numpy().astype(np.float64), of_view["box"].tolist()
+        wide = np.einsum("xj,ijc->ixc", weights(left, w, image.shape[1]), image)
+        rows = weights(top, h, image.shape[0])
+        view = np.einsum("yi,ixc->yxc", rows, np.floor(wide + 0.5).clip(0, 255))
+        doubt = half(view) | (np.einsum("yi,ixc->yxc", (rows != 0).astype(int), half(wide).astype(int)) > 0)
+        order = slice(None, None, -1 if of_view["flip"] else 1)
+        views.append(np.floor(view + 0.5).clip(0, 255)[:, order])
+        doubts.append(doubt[:, order])
+    return torch.from_numpy(np.stack(views).astype(np.uint8)), torch.from_numpy(np.stack(doubts))
+
+
+def expect_right(got: Tensor, images: Tensor, index: np.ndarray, draws: Draws, recipe: Views) -> None:
+    expected, doubt = exactly(images, index, draws, recipe)
+    assert torch.equal(got[~doubt], expected[~doubt])
+    assert (got.int() - expected.int()).abs().max() <= 1
+    off = (got.int() - by_torchvision(images, index, draws, recipe).int()).abs()
+    # torchvision's weights are fixed-point numbers of 16 bits, in two passes: it is itself that far from the definition.
+    assert off.max() <= 2
+    assert off.float().mean() <= 0.05
+    assert (off > 1).float().mean() <= 5e-4
+
+
+@pytest.mark.parametrize("interpolation", ["bilinear", "bicubic"])
+@pytest.mark.parametrize(
+    ("height", "width", "size"),
+    [
+        (32, 32, 32),  # CIFAR-10
+        (96, 96, 64),  # two tiles of the kernel, enlarged and shrunk
+        (40, 17, 33),  # nothing a multiple of anything; one column in the second tile
+        (64, 64, 7),  # shrunk ninefold: filters of many pixels
+        (5, 3, 24),
+    ],
+)
+def test_crops_are_the_definitions_and_torchvisions(height: int, width: int, size: int, interpolation: str) -> None:
+    images, recipe = pictures(height, width), Views(image_size=size, interpolation=interpolation)
+    index = np.arange(24) % len(images)
+    draws = draw(recipe, 1, 0, np.arange(24), 0, np.tile([height, width], (24, 1)))
+    assert 0 < draws["flip"].sum() < 24
+    got = crops(images, index, draws, recipe)
+    assert got.shape == (24, size, size, 3)
+    assert got.dtype == torch.uint8
+    expect_right(got, images, index, draws, recipe)
+    assert exactly(images, index, draws, recipe)[1].float().mean() < 0.5, "and it is not halves that most come from"
+    other = draw(recipe, 2, 0, np.arange(24), 0, np.tile([height, width], (24, 1)))
+    wrong = crops(images, index, other, recipe).int() - got.int()
+    assert wrong.abs().float().mean() > 5, "and the bound means something"
+
+
+def test_the_whole_image_at_its_own_size_is_itself() -> None:
+    images, recipe = pictures(37, 37), Views(image_size=37)
+    draws = np.zeros(len(images), DRAW)
+    draws["box"] = (0, 0, 37, 37)
+    assert torch.equal(crops(images, np.arange(len(images)), draws, recipe), images)
+    draws["flip"] = True
+    assert torch.equal(crops(images, np.arange(len(images)), draws, recipe), images.flip(2))
+
+
+@pytest.mark.parametrize("box", [(0, 0, 1, 1), (11, 12, 1, 1), (0, 3, 12, 1), (5, 0, 1, 13)])
+def test_crops_of_a_single_pixel_or_line(box: tuple[int, int, int, int]) -> None:
+    images, recipe = pictures(12, 13), Views(image_size=9)
+    draws, index = np.zeros(len(images), DRAW), np.arange(len(images))
+    draws["box"] = box
+    expect_right(crops(images, index, draws, recipe), images, index, draws, recipe)
+
+
+def test_no_views_at_all() -> None:
+    assert crops(pictures(8, 8), np.arange(0), np.zeros(0, DRAW), Views(image_size=4)).shape == (0, 4, 4, 3)
+
+
+def test_threads_change_nothing() -> None:
+    images, recipe = pictures(32, 32), Views(image_size=32)
+    index = np.arange(len(images))
+    draws = draw(recipe, 1, 0, index, 0, np.tile([32, 32], (len(images), 1)))
+    one = crops(images, index, draws, recipe)
+    torch.set_num_threads(3)  # the fixture one_thread sets it back
+    assert torch.equal(crops(images, index, draws, replace(recipe)), one)
