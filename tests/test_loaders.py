@@ -1,6 +1,7 @@
 """The loaders: one order and one set of draws whatever decodes; ranks, epochs, resuming, and what they refuse."""
 
 import itertools
+import subprocess
 import sys
 from collections.abc import Iterator
 from pathlib import Path
@@ -329,6 +330,23 @@ def test_a_new_iteration_ends_the_one_before_that_is_still_held(photos: str, bac
         next(held)
     assert same([first, *newer], whole)
     loader.close()
+
+
+@pytest.mark.parametrize("ending", ["", "raise SystemExit(3)", "raise ValueError('no reason')"])
+def test_a_process_that_forgets_to_close_its_loader_ends(photos: str, ending: str, tmp_path: Path) -> None:
+    # Workers ignore SIGTERM, with which multiprocessing ends those that are left at exit: it waited for ever.
+    script = tmp_path / "script.py"
+    script.write_text(
+        "from fastsimclr import Views, open_views\n"
+        "if __name__ == '__main__':\n"
+        f"    loader = open_views({photos!r}, Views(image_size=24), 5, backend='torchvision', workers=2)\n"
+        "    for batch in loader:\n"
+        "        print(len(batch.index), flush=True)\n"
+        f"        {ending or 'break'}\n"
+    )
+    done = subprocess.run([sys.executable, script], capture_output=True, text=True, timeout=120)
+    assert done.returncode == {"": 0, "raise SystemExit(3)": 3}.get(ending, 1), done.stderr
+    assert done.stdout == "5\n"
 
 
 # What is refused

@@ -1,18 +1,22 @@
 """The data path: `open_views` gives an iterable of augmented batches, whatever the data and whoever decodes it."""
 
 import importlib.util
+from pathlib import Path
 
 import torch
 
 from fastsimclr.data.loader import Batch, Front, ViewLoader
+from fastsimclr.data.memory import MemoryFront, decode_all, fits_in_memory
 from fastsimclr.data.sampler import Sampler
-from fastsimclr.data.sources import ArraySource, Source, open_source
+from fastsimclr.data.scan import scan
+from fastsimclr.data.sources import ArraySource, EncodedSource, Source, open_source
 from fastsimclr.errors import UserError
 from fastsimclr.views import Views
 
-__all__ = ["Batch", "Source", "ViewLoader", "choose_backend", "open_source", "open_views"]
+__all__ = ["Batch", "Source", "ViewLoader", "choose_backend", "open_source", "open_views", "scan"]
 
 BACKENDS = ("auto", "dali", "torchvision", "memory")
+PHOTOMETRIC = ("native", "dali", "color_twist")
 
 
 def open_views(
@@ -29,6 +33,10 @@ def open_views(
     drop_last: bool = False,
     min_local_batch: int = 1,
     workers: int | None = None,
+    dtype: torch.dtype = torch.float32,
+    photometric: str = "native",
+    max_bad: float | None = None,
+    cache: str | Path | None = None,
 ) -> ViewLoader:
     """Augmented batches of the images at `path`: an iterable with len(), set_epoch(), state_dict(), load_state_dict().
 
@@ -36,30 +44,52 @@ def open_views(
         "cifar10[:ROOT]", or a Source.
     batch_size: images a batch, over all ranks; each rank gets its part. The last batch may be smaller (or is dropped,
         with `drop_last`, or where some rank would have fewer than `min_local_batch` images of it).
-    backend: "dali" (on a GPU, or its CPU operators), "torchvision" (a DataLoader), "memory" (digits and CIFAR-10, kept
-        decoded on the device); "auto": memory for those, else dali on a GPU and torchvision without one.
+    backend: "dali" (on a GPU, or its CPU operators), "torchvision" (a DataLoader), "memory" (images of one size, decoded
+        once and kept on the device); "auto": memory for the built-in sets and for small images that a scan has found
+        to be of one size, else dali on a GPU and torchvision without one.
     device: where views are made and delivered.
     seed: of the order and of every draw. Views are the same for every backend but for how it resamples (a level).
     shuffle: a new order each epoch; else the source's.
     workers: DataLoader processes, or DALI threads; None chooses by the machine.
+    dtype: of the views.
+    photometric: who changes the colours: "native" (one op for all backends), or in DALI's own graph "dali" (split
+        operators, slower) or "color_twist" (its usual operator: another recipe, 11 levels off on average).
+    max_bad: try every image first, and leave out those that do not decode, if they are at most this fraction (else
+        UserError). None: no scan; the first that does not decode is a UserError when it is met.
+    cache: a folder where what the scan found is kept, and found again.
 
-    Yields Batch(views: tuple of (B, 3, H, W) float32 channels-last, index: (B,), label: (B,)).
+    Yields Batch(views: tuple of (B, 3, H, W) channels-last, index: (B,), label: (B,)).
     Raises UserError (a ValueError) for missing or unreadable data, and for options that do not fit it.
     """
     if backend not in BACKENDS:
         raise UserError(f"backend: got {backend!r}, expected one of {', '.join(BACKENDS)}")
+    if photometric not in PHOTOMETRIC:
+        raise UserError(f"photometric: got {photometric!r}, expected one of {', '.join(PHOTOMETRIC)}")
     device = torch.device(device)
     source = open_source(path) if isinstance(path, str) else path
-    sampler = Sampler(len(source), batch_size, rank, world_size, seed, shuffle, drop_last, min_local_batch)
+    if max_bad is not None and isinstance(source, EncodedSource):
+        source = scan(source, max_bad=max_bad, cache=cache).source
     if backend == "auto":
         backend, _ = choose_backend(source, device)
-    return ViewLoader(source, views, sampler, _front(backend, source, views, sampler, device, workers), device, backend)
+    if photometric != "native" and backend != "dali":
+        raise UserError(f"photometric: got {photometric} with backend {backend}, expected native, or backend dali")
+    if backend == "memory" and isinstance(source, EncodedSource):
+        source = decode_all(source)
+    sampler = Sampler(len(source), batch_size, rank, world_size, seed, shuffle, drop_last, min_local_batch)
+    front: Front
+    if isinstance(source, ArraySource) and backend == "memory":
+        front = MemoryFront(source, views, device)
+    else:
+        front = _file_front(backend, source, views, sampler, device, workers, dtype, photometric)
+    return ViewLoader(source, views, sampler, front, device, dtype, backend)
 
 
 def choose_backend(source: Source, device: torch.device) -> tuple[str, str]:
     """What "auto" takes, and why."""
     if isinstance(source, ArraySource):
         return "memory", "the images are small and decoded"
+    if isinstance(source, EncodedSource) and fits_in_memory(source):
+        return "memory", "the images are small and of one size"
     if device.type != "cuda":
         return "torchvision", "without a GPU it decodes as fast as DALI"
     # Of a package within one that is not there find_spec does not say None, it raises.
@@ -68,19 +98,18 @@ def choose_backend(source: Source, device: torch.device) -> tuple[str, str]:
     return "dali", "it decodes on the GPU"
 
 
-def _front(
-    backend: str, source: Source, views: Views, sampler: Sampler, device: torch.device, workers: int | None
+def _file_front(
+    backend: str,
+    source: Source,
+    views: Views,
+    sampler: Sampler,
+    device: torch.device,
+    workers: int | None,
+    dtype: torch.dtype,
+    photometric: str,
 ) -> Front:
     from fastsimclr.data.torchvision import TorchvisionFront, default_workers
 
-    if backend == "memory":
-        from fastsimclr.data.memory import MemoryFront
-
-        if not isinstance(source, ArraySource):
-            raise UserError(
-                "backend: got memory for image files, expected dali or torchvision (memory: digits, cifar10)"
-            )
-        return MemoryFront(source, views, device)
     if workers is None:
         workers = default_workers(source, device)
     if backend == "torchvision":
@@ -92,4 +121,4 @@ def _front(
             f"backend: got dali, but it is not installed ({error}); pip install nvidia-dali-cuda130, or use torchvision"
         ) from error
     largest = -(-sampler.batch_size // sampler.world_size)
-    return DaliFront(source, views, device, largest, max(1, workers))
+    return DaliFront(source, views, device, largest, max(1, workers), photometric, dtype)

@@ -6,7 +6,9 @@ the worker, or where a run was resumed. Nothing has a state, so there is nothing
 The compiled extension draws (csrc/draws.cpp); without it, and as its oracle, numpy.
 """
 
+import functools
 from collections.abc import Callable, Sequence
+from typing import Any
 
 import numpy as np
 import torch
@@ -55,26 +57,34 @@ def draw(
         return draw_in_numpy(recipe, seed, epoch, index, view, sizes)
     index, sizes = (np.ascontiguousarray(array, dtype=np.int64) for array in (index, sizes))
     out = np.empty(len(index), DRAW)
-    low, high = _factor_ranges(recipe)
     native.call(
         "draw",
+        **_ranges(recipe),
         seed=seed & _WORD,
         epoch=epoch & _WORD,
         view=view,
         count=len(index),
         index=index.ctypes.data,
         sizes=sizes.ctypes.data,
-        center_fraction=recipe.center_fraction if recipe.crop == "center" else 0.0,
-        scale=recipe.scale,
-        ratio=recipe.ratio,
-        log_ratio=np.log(recipe.ratio).tolist(),
-        factors_low=low.tolist(),
-        factors_high=high.tolist(),
-        sigma=recipe.blur_sigma,
-        probabilities=[recipe.flip, recipe.jitter, recipe.grey, recipe.blur, recipe.solarise],
         out=out.ctypes.data,
     )
     return out
+
+
+@functools.lru_cache(maxsize=64)  # workers draw image by image
+def _ranges(recipe: Views) -> dict[str, Any]:
+    """The recipe as csrc/draws.h takes it."""
+    low, high = _factor_ranges(recipe)
+    return {
+        "center_fraction": recipe.center_fraction if recipe.crop == "center" else 0.0,
+        "scale": recipe.scale,
+        "ratio": recipe.ratio,
+        "log_ratio": np.log(recipe.ratio).tolist(),
+        "factors_low": low.tolist(),
+        "factors_high": high.tolist(),
+        "sigma": recipe.blur_sigma,
+        "probabilities": [recipe.flip, recipe.jitter, recipe.grey, recipe.blur, recipe.solarise],
+    }
 
 
 def draw_in_numpy(

@@ -2,12 +2,13 @@
 
 import os
 import signal
+import weakref
 from collections.abc import Generator, Iterator
 
 import numpy as np
 import torch
 from torch import Tensor
-from torch.utils.data import DataLoader, Dataset
+from torch.utils.data import DataLoader, Dataset, default_collate
 from torchvision.transforms import InterpolationMode
 from torchvision.transforms.v2 import functional as TF
 
@@ -26,9 +27,10 @@ class TorchvisionFront:
         self.device = device
         self._jobs: Iterator[Job] = iter(())
         self._loader: DataLoader[Cropped | UserError] = DataLoader(
-            _Crops(source, views),  # type: ignore[arg-type]  # a batch's type, not an item's
-            batch_sampler=self,  # type: ignore[arg-type]  # an iterable of batches of keys
-            collate_fn=_collate,
+            _Crops(source, views),
+            sampler=self,  # type: ignore[arg-type]  # an iterable of keys
+            batch_size=None,  # a key is a job, and what it becomes is a batch
+            collate_fn=_as_it_is,  # type: ignore[arg-type]  # typed for lists of items
             num_workers=workers,
             persistent_workers=workers > 0,
             pin_memory=device.type == "cuda",
@@ -37,11 +39,12 @@ class TorchvisionFront:
             multiprocessing_context="spawn" if workers else None,
             worker_init_fn=_leave_signals_to_the_parent,
         )
+        # At exit, too, and before multiprocessing's own way, which is to wait for what it has sent SIGTERM.
+        self._stop_workers = weakref.finalize(self, _stop_workers, self._loader)
 
-    def __iter__(self) -> Iterator[list[tuple[int, int, int]]]:
-        """The DataLoader's batch sampler: a key is a job of one image."""
-        for job in self._jobs:
-            yield [(job.seed, job.epoch, index) for index in job.index.tolist()]
+    def __iter__(self) -> Iterator[Job]:
+        """The DataLoader's sampler."""
+        return self._jobs
 
     def crops(self, jobs: Iterator[Job]) -> Generator[Cropped, None, None]:
         self._jobs = jobs
@@ -54,29 +57,39 @@ class TorchvisionFront:
         return 0
 
     def close(self) -> None:
-        iterator = self._loader._iterator
-        if iterator is not None and hasattr(iterator, "_shutdown_workers"):
-            iterator._shutdown_workers()
-        self._loader._iterator = None
+        self._stop_workers()
+
+
+def _stop_workers(loader: "DataLoader[Cropped | UserError]") -> None:
+    iterator, loader._iterator = loader._iterator, None
+    if iterator is not None and hasattr(iterator, "_shutdown_workers"):
+        iterator._shutdown_workers()
 
 
 class _Crops(Dataset[Cropped | UserError]):
-    """Maps a key to the image's crops, (H, W, 3) uint8 of each view, and the draws (1,)."""
+    """Maps a job to its batch."""
 
     def __init__(self, source: Source, views: Views) -> None:
         if isinstance(source, ArraySource):
             source.images.share_memory_()  # workers get a handle, not a copy
         self.source, self.views = source, views
 
-    def __getitem__(self, key: tuple[int, int, int]) -> Cropped | UserError:
-        seed, epoch, index = key
-        try:
-            image = decoded(self.source, index)
-        except UserError as error:
-            return error  # raised in a worker, it would come back wrapped in its traceback
-        draws = draw_views(self.views, seed, epoch, np.array([index]), np.array([image.shape[1:]]))
-        drawn = zip(draws, self.views.recipes, strict=True)
-        return Cropped(tuple(crop(image, recipe, of_view) for of_view, recipe in drawn), draws)
+    def __getitem__(self, job: Job) -> Cropped | UserError:
+        recipes = self.views.recipes
+        crops: list[list[Tensor]] = [[] for _ in recipes]
+        draws: list[list[Draws]] = [[] for _ in recipes]
+        for i in range(len(job.index)):
+            part = job.index[i : i + 1]
+            try:
+                image = decoded(self.source, int(part[0]))
+            except UserError as error:
+                return error  # raised in a worker, it would come back wrapped in its traceback
+            drawn = draw_views(self.views, job.seed, job.epoch, part, np.array([image.shape[1:]]))
+            for view, recipe in enumerate(recipes):
+                draws[view].append(drawn[view])
+                crops[view].append(crop(image, recipe, drawn[view]))
+        # default_collate stacks into shared memory where this is a worker.
+        return Cropped(tuple(map(default_collate, crops)), [np.concatenate(of_view) for of_view in draws])
 
 
 def decoded(source: Source, index: int) -> Tensor:
@@ -89,32 +102,24 @@ def decoded(source: Source, index: int) -> Tensor:
 
 def crop(image: Tensor, recipe: Views, draws: Draws) -> Tensor:
     """The view (S, S, 3) of an image (3, h, w), both uint8, before its colours change. draws: (1,), of this image."""
+    # As v2.functional.resized_crop, but that the resize gets the piece in one block of channels-last memory: it is then
+    # a third faster, and its result needs no copy.
+    piece = TF.crop(image, *draws["box"][0].tolist())[None].contiguous(memory_format=torch.channels_last)
     size = [recipe.image_size, recipe.image_size]
-    box = draws["box"][0].tolist()
-    view = TF.resized_crop(image, *box, size, InterpolationMode(recipe.interpolation), antialias=True)
+    view = TF.resize(piece, size, InterpolationMode(recipe.interpolation), antialias=True)
     if draws["flip"][0]:
         view = TF.horizontal_flip(view)
-    return view.permute(1, 2, 0).contiguous()
+    return view[0].permute(1, 2, 0).contiguous()
+
+
+def _as_it_is(batch: Cropped | UserError) -> Cropped | UserError:
+    return batch
 
 
 def _leave_signals_to_the_parent(_: int) -> None:
     """A terminal or a scheduler signals the whole group; the parent still wants batches until it has stopped."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     signal.signal(signal.SIGTERM, signal.SIG_IGN)
-
-
-def _collate(items: list[Cropped | UserError]) -> Cropped | UserError:
-    """One batch of single images, or the first error among them."""
-    images = []
-    for item in items:
-        if isinstance(item, UserError):
-            return item
-        images.append(item)
-    crops, draws = zip(*images, strict=True)
-    return Cropped(
-        tuple(torch.stack(of_view) for of_view in zip(*crops, strict=True)),
-        [np.concatenate(of_view) for of_view in zip(*draws, strict=True)],
-    )
 
 
 def default_workers(source: Source, device: torch.device) -> int:
