@@ -32,6 +32,13 @@ class DataConfig(Views):
     """Processes (torchvision) or threads (dali) that read and decode, per rank; null chooses by the machine."""
     drop_last: bool = False
     """Leave out an epoch's last batch where it is smaller than the others."""
+    max_bad: float = 0.01
+    """Largest fraction of the image files that may be bad: those that do not decode are left out, and listed in
+    output's skipped_images.txt. If more are, the run stops."""
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        self._expect("max_bad", 0 <= self.max_bad <= 1, "a fraction from 0 to 1")
 
     def views_recipe(self) -> Views:
         """The recipe alone."""

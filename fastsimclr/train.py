@@ -1,6 +1,6 @@
 """Pre-train an encoder with SimCLR: `python -m fastsimclr.train`, alone or under torchrun.
 
-Exit codes: 0 done, or stopped by SIGTERM or SIGINT with a checkpoint written; 2 a user's mistake, in one line; 1 a
+Exit codes: 0 done, or stopped by SIGTERM or SIGINT with what was done kept; 2 a user's mistake, in one line; 1 a
 fault of ours.
 """
 
@@ -10,7 +10,7 @@ import re
 import signal
 import sys
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -21,7 +21,9 @@ from torch.nn.parallel import DistributedDataParallel
 
 from fastsimclr import checkpoint, distributed
 from fastsimclr.config import Config, parse
-from fastsimclr.data import Batch, choose_backend, open_source, open_views
+from fastsimclr.data import Batch, Source, choose_backend, open_source, open_views
+from fastsimclr.data.scan import BadImages, ScanStopped, scan
+from fastsimclr.data.sources import EncodedSource
 from fastsimclr.distributed import World
 from fastsimclr.errors import UserError
 from fastsimclr.knn import measure
@@ -47,6 +49,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
         if os.environ.get("RANK", "0") == "0":
             print(f"fastsimclr.train: error: {' '.join(str(error).split())}", file=sys.stderr)
         return 2
+    except ScanStopped:
+        return 0
     finally:
         distributed.stop()
         for number, handler in handlers.items():
@@ -55,6 +59,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 class Training:
     """A run: what it needs, opened and checked on every rank, and then the loop."""
+
+    source: Source
+    val: Source | None
 
     def __init__(self, config: Config, text: str, world: World) -> None:
         self.config, self.text, self.world = config, text, world
@@ -66,14 +73,22 @@ class Training:
         self.stop_signal = 0
         for number in STOP_SIGNALS:
             signal.signal(number, self._on_signal)
-        # No collective in here: a rank that fails must not leave the others waiting.
+        self._together(self._open)
+        self.skipped: list[str] | None = None  # what was wrong with images left out; None: they were not scanned
+        self.source = self._scan(self.source)
+        self.val = self._scan(self.val) if self.val is not None else None
+        self._together(self._open_loader)
+
+    def _together(self, part: Callable[[], None]) -> None:
+        """Run a part that has no collective in it: a rank that fails must not leave the others waiting."""
         try:
-            self._open()
+            part()
         except UserError as error:
             self.failure = str(error)
         self._fail_together()
 
     def _open(self) -> None:
+        """All that does not depend on how many images are good: its mistakes are known before the scan."""
         config, world = self.config, self.world
         assert config.data.train is not None  # the preset of the demonstration names one
         self.views = config.data.views_recipe()
@@ -86,19 +101,6 @@ class Training:
         if config.data.val is not None and not (self.source.has_labels and self.val and self.val.has_labels):
             raise UserError("--data.val: got images without labels in it or in --data.train; kNN accuracy needs both")
         self.measures_knn = config.knn_every > 0 and self.source.has_labels
-        self.loader = open_views(
-            self.source,
-            self.views,
-            config.batch_size,
-            backend=config.data.backend,
-            device=world.device,
-            rank=world.rank,
-            world_size=world.world_size,
-            seed=config.seed,
-            drop_last=config.data.drop_last,
-            min_local_batch=2,  # one image would have no negative on its rank, and no batch to be normalised by
-            workers=config.data.workers,
-        )
         self.bf16, self.dtype, self.why_precision = _precision(config.precision, world.device)
 
         torch.manual_seed(config.seed)
@@ -124,10 +126,59 @@ class Training:
             loss.temperature, group=group, backend=loss.backend, precision=loss.precision, decoupled=loss.decoupled
         )
 
+    def _scan(self, source: Source) -> Source:
+        """The images of `source` that decode. The ranks share the work, and fail together."""
+        if not isinstance(source, EncodedSource):
+            return source
+        skipped = self.skipped or []
+        try:
+            scanned = scan(
+                source,
+                max_bad=self.config.data.max_bad,
+                cache=self.output,
+                world=self.world,
+                stop=lambda: self.stop_signal != 0,
+            )
+        except BadImages as error:
+            file = self._list_skipped([*skipped, *error.bad])
+            raise UserError(f"--data.{error} ({file} names all)") from error
+        except ScanStopped:
+            self._say(f"stopped in the scan for bad images; the same command with --output {self.output} goes on")
+            raise
+        self.skipped = list(dict.fromkeys([*skipped, *scanned.bad]))  # --data.val may be --data.train
+        return scanned.source
+
+    def _list_skipped(self, skipped: Sequence[str]) -> Path:
+        """Write the first rank's list of images left out, and why each is; none if there are none."""
+        file = self.output / "skipped_images.txt"
+        if self.world.is_first and skipped:
+            self.output.mkdir(parents=True, exist_ok=True)
+            lines = [line.replace("\n", "\\n") + "\n" for line in skipped]
+            file.write_text("".join(lines), encoding="utf-8", errors="surrogateescape")  # names are any bytes
+        elif self.world.is_first:
+            file.unlink(missing_ok=True)  # of an earlier run, whose files have been mended
+        return file
+
+    def _open_loader(self) -> None:
+        config, world = self.config, self.world
+        self.loader = open_views(
+            self.source,
+            self.views,
+            config.batch_size,
+            backend=config.data.backend,
+            device=world.device,
+            rank=world.rank,
+            world_size=world.world_size,
+            seed=config.seed,
+            drop_last=config.data.drop_last,
+            min_local_batch=2,  # one image would have no negative on its rank, and no batch to be normalised by
+            workers=config.data.workers,
+        )
+        self.source = self.loader.source  # backend memory has decoded it
         self.steps_per_epoch = len(self.loader)
         self.total_steps = config.epochs * self.steps_per_epoch
         self.last_step = min(self.total_steps, config.max_steps or self.total_steps)
-        self.warmup_steps = min(round(optim.warmup_epochs * self.steps_per_epoch), self.total_steps // 10)
+        self.warmup_steps = min(round(config.optim.warmup_epochs * self.steps_per_epoch), self.total_steps // 10)
         self.checkpoint_file = self.output / "checkpoints" / "last.pt"
         self._resume()
 
@@ -140,11 +191,15 @@ class Training:
         self.stepper = self._stepper()
         torch.backends.cudnn.benchmark = True
         self._describe()
+        self._list_skipped(self.skipped or [])
         self.log = None
         if world.is_first:
             self.output.mkdir(parents=True, exist_ok=True)
             (self.output / "config.yaml").write_text(self.text)
             self.log = RunLog(self.output, first_step=self.step, total_steps=self.last_step, epochs=config.epochs)
+            if self.skipped is not None:
+                record = {"step": self.step, "epoch": self.data_state["epoch"], "skipped_images": len(self.skipped)}
+                self.log.event(record)
         try:
             if self.measures_knn and self.untrained_knn is None:
                 self.untrained_knn = self._measure_knn()
@@ -278,7 +333,7 @@ class Training:
             config.batch_size,
             self.world,
             config.knn_k,
-            backend=self.loader.backend,
+            backend=config.data.backend,  # not the loader's: memory may suit one of two sources
             bf16=self.bf16,
         )
         if self.log is not None:
@@ -348,6 +403,9 @@ class Training:
         self._say(
             f"data: {config.data.train}, {len(self.source)} images{classes}; views by {self.loader.backend} ({why})"
         )
+        if self.skipped:
+            file = self.output / "skipped_images.txt"
+            self._say(f"data: left out {len(self.skipped)} images that cannot be used; {file} names them")
         self._say(f"model: {config.model.encoder} x{config.model.width}, {parameters / 1e6:.1f} M parameters with head")
         self._say(f"device: {world.world_size} x {world.device.type}, {self.why_precision}")
         self._say(f"loss: NT-Xent, temperature {config.loss.temperature}, backend {self.loss_backend}")

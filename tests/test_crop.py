@@ -1,6 +1,5 @@
 """Crops out of memory against torchvision's resized_crop on uint8 tensors, in every implementation."""
 
-from collections.abc import Iterator
 from dataclasses import replace
 
 import numpy as np
@@ -20,7 +19,7 @@ pytestmark = pytest.mark.usefixtures("one_thread")
 
 
 @pytest.fixture(autouse=True, params=["compiled", "pytorch", "emulated", pytest.param("gpu", marks=pytest.mark.gpu)])
-def implementation(request: pytest.FixtureRequest) -> Iterator[None]:
+def implementation(request: pytest.FixtureRequest) -> None:
     """Every test is of all: C++, PyTorch, and the GPU's kernel, emulated and on a GPU."""
     global BACKEND, DEVICE
     BACKEND, DEVICE = request.param, "cpu"
@@ -32,7 +31,6 @@ def implementation(request: pytest.FixtureRequest) -> Iterator[None]:
         native.choose(BACKEND, torch.device(DEVICE))
     except RuntimeError as error:
         pytest.skip(str(error))
-    yield
 
 
 BACKEND: native.Backend = "auto"
@@ -99,7 +97,7 @@ def expect_right(got: Tensor, images: Tensor, index: np.ndarray, draws: Draws, r
     assert torch.equal(got[~doubt], expected[~doubt])
     assert (got.int() - expected.int()).abs().max() <= 1
     off = (got.int() - by_torchvision(images, index, draws, recipe).int()).abs()
-    # torchvision's weights are fixed-point numbers of 16 bits, in two passes: it is itself that far from the definition.
+    # torchvision's weights are fixed-point numbers of 16 bits: it is itself that far from the definition.
     assert off.max() <= 2
     assert off.float().mean() <= 0.05
     assert (off > 1).float().mean() <= 5e-4

@@ -1,6 +1,6 @@
 """The photometric op against torchvision's functions on uint8 tensors: each change alone, and the whole recipe."""
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import replace
 
 import numpy as np
@@ -24,7 +24,7 @@ BRIGHTNESS, CONTRAST, SATURATION, HUE = range(4)
 
 
 @pytest.fixture(autouse=True, params=["compiled", "pytorch", "emulated", pytest.param("gpu", marks=pytest.mark.gpu)])
-def implementation(request: pytest.FixtureRequest) -> Iterator[None]:
+def implementation(request: pytest.FixtureRequest) -> None:
     """Every test is of all: C++, PyTorch, and the GPU's kernels, emulated and on a GPU."""
     global BACKEND, DEVICE
     BACKEND, DEVICE = request.param, "cpu"
@@ -36,7 +36,6 @@ def implementation(request: pytest.FixtureRequest) -> Iterator[None]:
         native.choose(BACKEND, torch.device(DEVICE))
     except RuntimeError as error:
         pytest.skip(str(error))
-    yield
 
 
 BACKEND: native.Backend = "auto"

@@ -7,12 +7,14 @@ import socket
 import subprocess
 import sys
 import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
 import torch
+from pictures import jpeg, photo, photo_folder, write
 from PIL import Image
 
 from fastsimclr import checkpoint
@@ -68,7 +70,7 @@ def start(*options: str, ranks: int = 1, **environment: str) -> subprocess.Popen
 
 def wait_for_step(process: subprocess.Popen[str], run: Path, step: int) -> None:
     deadline = time.monotonic() + 120
-    while not ((run / "metrics.jsonl").exists() and len((run / "metrics.jsonl").read_text().splitlines()) >= step):
+    while not ((run / "metrics.jsonl").exists() and (run / "metrics.jsonl").read_text().count('"loss"') >= step):
         assert process.poll() is None, process.communicate()
         assert time.monotonic() < deadline, "no step was done in two minutes"
         time.sleep(0.01)
@@ -132,7 +134,8 @@ def test_a_killed_run_resumes_to_the_same_bits(tmp_path: Path, photos: Path, bac
 
 def steps_if_whole(run: Path) -> list[str]:
     """The lines of a file whose last one may be torn."""
-    return [line for line in (run / "metrics.jsonl").read_text().splitlines(keepends=True) if line.endswith("\n")]
+    lines = (run / "metrics.jsonl").read_text().splitlines(keepends=True)
+    return [line for line in lines if line.endswith("\n") and '"loss"' in line]
 
 
 def test_two_ranks_compute_what_one_does(tmp_path: Path) -> None:
@@ -154,6 +157,7 @@ def test_two_ranks_compute_what_one_does(tmp_path: Path) -> None:
 def test_a_signal_stops_with_a_checkpoint_that_goes_on(tmp_path: Path, photos: Path, number: signal.Signals) -> None:
     run = tmp_path / "run"
     options = [f"--data.train={photos}", "--epochs=500", "--checkpoint_every=1000", f"--output={run}"]
+    options += ["--data.backend=torchvision"]  # with a worker process, which the signal must not end
     process = start(*options)
     wait_for_step(process, run, step=2)
     process.send_signal(number)
@@ -196,15 +200,18 @@ def test_micro_batches_give_the_gradient_of_the_whole_batch(tmp_path: Path) -> N
         (["--data.train=nowhere"], ["nowhere", "nothing at that path", "expected a folder"]),
         (["--data.train={empty}"], ["no images", "expected files ending in"]),
         (["--data.train={short}"], ["cut short or damaged", "short.tar", "expected a whole"]),
-        (["--data.train={unreadable}"], ["07.jpg", "do not decode", "expected a whole image"]),
-        (["--data.train={unreadable}", "--data.backend=dali"], ["07.jpg", "do not decode", "expected a whole image"]),
+        (
+            ["--data.train={unreadable}"],
+            ["--data.max_bad: got 1 of 16", "07.jpg: got", "do not decode", "remove or replace", "skipped_images.txt"],
+        ),
+        (["--data.train={photos}", "--data.max_bad=2"], ["--data.max_bad", "got 2.0", "expected a fraction"]),
         (["--data.train={photos}", "--batch_size=41"], ["batch_size", "got 41", "40 images", "expected at most 40"]),
         (["--data.train={photos}", "--batch_size=1"], ["batch_size", "got 1", "expected at least 2"]),
         (["--data.train={photos}", "--batchsize=1"], ["--batchsize", "unrecognized"]),
         (["--data.train={photos}", "--epochs=many"], ["--epochs", "got many", "expected int"]),
         (["--data.train={photos}", "--model.encoder=vit"], ["--model.encoder", "got vit", "'resnet50'"]),
         (["--data.train={photos}", "--data.flip=2"], ["--data.flip", "got 2.0", "expected a probability"]),
-        (["--data.train={photos}", "--data.backend=memory"], ["memory", "expected dali or torchvision"]),
+        (["--data.train={mixed}", "--data.backend=memory"], ["003.jpg: got 81x75 pixels", "images of one size"]),
         (["--data.train={photos}", "--resume={unreadable}/a/07.jpg"], ["07.jpg", "no checkpoint", "expected"]),
         (["--data.train={photos}", "--resume=gone.pt"], ["gone.pt", "no such file", "expected a checkpoint"]),
         (["--data.train={photos}", "--config=gone.yaml"], ["gone.yaml"]),
@@ -225,6 +232,7 @@ def test_a_mistake_is_one_line_and_exit_code_2(
     for number, file in enumerate(sorted(photos.rglob("*.jpg"))[:16]):
         data = file.read_bytes()
         (places["unreadable"] / "a" / f"{number:02d}.jpg").write_bytes(data[:-100] if number == 7 else data)
+    places["mixed"] = photo_folder(tmp_path / "mixed", 18)
     places["short"] = tmp_path / "short.tar"
     subprocess.run(["tar", "cf", places["short"], "-C", photos, "class0"], check=True)
     places["short"].write_bytes(places["short"].read_bytes()[:20_000])
@@ -236,6 +244,64 @@ def test_a_mistake_is_one_line_and_exit_code_2(
     assert "Traceback" not in lines[0]
     for words in expected:
         assert words in lines[0]
+
+
+def test_bad_images_are_left_out_listed_and_counted(
+    tmp_path: Path, photos: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    folder, val, run = tmp_path / "photos", tmp_path / "val", tmp_path / "run"
+    for place in (folder, val):
+        write(place, {str(file.relative_to(photos)): file.read_bytes() for file in photos.rglob("*.jpg")})
+    write(folder, {"class0/bad.jpg": b"bad", "class1/bad.jpg": b"", "class00/none.jpg": b"<html>"})
+    write(val, {"class1/bad.jpg": b"bad"})
+    options = [*TINY, f"--data.train={folder}", f"--data.val={val}", f"--output={run}", "--knn_every=1"]
+    assert main([*options, "--data.max_bad=0.1"]) == 0
+    said = capsys.readouterr().out
+    assert f"{folder}, 40 images in 3 classes" in said, "a class keeps its number, though none of its images is left"
+    assert f"left out 4 images that cannot be used; {run}/skipped_images.txt names them" in said
+    assert (run / "skipped_images.txt").read_text().splitlines() == [
+        f"{folder}/class0/bad.jpg: got 3 bytes that do not decode as an image (of no known format)",
+        f"{folder}/class00/none.jpg: got 6 bytes that do not decode as an image (of no known format)",
+        f"{folder}/class1/bad.jpg: got 0 bytes that do not decode as an image (of no known format)",
+        f"{val}/class1/bad.jpg: got 3 bytes that do not decode as an image (of no known format)",
+    ]
+    assert metrics(run)[0] == {"step": 0, "epoch": 0, "skipped_images": 4}
+    assert [line["images"] for line in steps(run)] == [16, 16, 8] * 2
+
+    # A resumed run counts its position in the images that it had: with others it does not go on.
+    write(folder, {"class0/bad.jpg": jpeg(photo(40, 50))})
+    assert main([*options, "--data.max_bad=0.1", "--epochs=3"]) == 2
+    assert "got a run with images 40, but this one has 41" in error_line(capsys)
+    assert main(options) == 2
+    assert "--data.max_bad: got 2 of 43 images" in error_line(capsys)
+    assert len((run / "skipped_images.txt").read_text().splitlines()) == 2, "all are listed, whatever the line holds"
+    for name in ("class1/bad.jpg", "class00/none.jpg"):
+        (folder / name).unlink()
+    (val / "class1/bad.jpg").unlink()
+    assert main([*options, "--resume=never"]) == 0
+    assert "left out" not in capsys.readouterr().out
+    assert metrics(run)[0]["skipped_images"] == 0
+    assert not (run / "skipped_images.txt").exists()
+
+
+def test_a_signal_in_the_scan_stops_it(tmp_path: Path) -> None:
+    large = write(tmp_path, {"large.jpg": jpeg(photo(500, 500).repeat(12, 0).repeat(12, 1))}) / "large.jpg"
+    (tmp_path / "photos").mkdir()
+    for number in range(500):  # minutes of work, in one file
+        (tmp_path / "photos" / f"{number}.jpg").symlink_to(large)
+    process = start(f"--data.train={tmp_path / 'photos'}", f"--output={tmp_path / 'run'}")
+    deadline = time.monotonic() + 120
+    while not (tmp_path / "run" / "image_scan.npz").exists():
+        assert time.monotonic() < deadline
+        assert process.poll() is None, process.communicate()
+        time.sleep(0.01)
+    time.sleep(1)
+    process.send_signal(signal.SIGINT)
+    said, complaints = process.communicate(timeout=60)
+    assert process.returncode == 0, complaints
+    assert f"stopped in the scan for bad images; the same command with --output {tmp_path / 'run'} goes on" in said
+    with np.load(tmp_path / "run" / "image_scan.npz") as saved:
+        assert 0 < len(saved["entries"]) < 500
 
 
 def test_a_checkpoint_of_another_architecture_is_refused(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -259,9 +325,9 @@ def test_a_loss_that_is_not_finite_stops_the_run_and_is_not_saved(
     assert not (tmp_path / "checkpoints" / "last.pt").exists()
 
 
-def fail_on_two_ranks(*options: str) -> str:
+def fail_on_two_ranks(*options: str, break_it: Callable[[subprocess.Popen[str]], None] = lambda _: None) -> str:
     """The one line of error of two ranks that must both end with exit code 2: without torchrun, which would end the
-    second when the first ends, and so hide a hang."""
+    second when the first ends, and so hide a hang. break_it: called with the first when they have started."""
     with socket.socket() as free:
         free.bind(("localhost", 0))
         port = free.getsockname()[1]
@@ -270,6 +336,7 @@ def fail_on_two_ranks(*options: str) -> str:
         for rank in range(2)
     ]
     try:
+        break_it(ranks[0])
         complaints = [rank.communicate(timeout=180)[1] for rank in ranks]
     finally:
         for rank in ranks:
@@ -282,14 +349,24 @@ def fail_on_two_ranks(*options: str) -> str:
 
 
 def test_a_rank_that_cannot_go_on_stops_the_others(tmp_path: Path, photos: Path) -> None:
-    folder = tmp_path / "photos"
-    folder.mkdir()
-    for number, file in enumerate(sorted(photos.rglob("*.jpg"))):
-        data = file.read_bytes()
-        (folder / f"{number:02d}.jpg").write_bytes(data[:-100] if number == 7 else data)
-    line = fail_on_two_ranks(f"--data.train={folder}", f"--output={tmp_path / 'run'}")
+    folder = write(tmp_path / "photos", {file.name: file.read_bytes() for file in photos.rglob("*.jpg")})
+
+    def cut_a_file(rank: subprocess.Popen[str]) -> None:
+        wait_for_step(rank, tmp_path / "run", 1)  # it was whole when it was scanned
+        (folder / "07.jpg").write_bytes((folder / "07.jpg").read_bytes()[:-100])
+
+    options = [f"--data.train={folder}", f"--output={tmp_path / 'run'}", "--data.backend=torchvision", "--epochs=500"]
+    line = fail_on_two_ranks(*options, break_it=cut_a_file)
     assert "07.jpg" in line
     assert "do not decode" in line
+
+
+def test_ranks_refuse_bad_images_together(tmp_path: Path, photos: Path) -> None:
+    folder = write(tmp_path / "photos", {file.name: file.read_bytes() for file in photos.rglob("*.jpg")})
+    write(folder, {"07.jpg": b"bad", "08.jpg": b"bad"})
+    line = fail_on_two_ranks(f"--data.train={folder}", f"--output={tmp_path / 'run'}")
+    assert "--data.max_bad: got 2 of 40 images" in line
+    assert "08.jpg: got 3 bytes that do not decode" in line
 
 
 def test_one_image_per_rank_is_refused_by_all(tmp_path: Path) -> None:

@@ -44,9 +44,9 @@ def open_views(
         "cifar10[:ROOT]", or a Source.
     batch_size: images a batch, over all ranks; each rank gets its part. The last batch may be smaller (or is dropped,
         with `drop_last`, or where some rank would have fewer than `min_local_batch` images of it).
-    backend: "dali" (on a GPU, or its CPU operators), "torchvision" (a DataLoader), "memory" (images of one size, decoded
-        once and kept on the device); "auto": memory for the built-in sets and for small images that a scan has found
-        to be of one size, else dali on a GPU and torchvision without one.
+    backend: "dali" (on a GPU, or its CPU operators), "torchvision" (a DataLoader), "memory" (images of one size,
+        decoded once and kept on the device); "auto": memory for the built-in sets and for small images that a scan has
+        found to be of one size, else dali on a GPU and torchvision without one.
     device: where views are made and delivered.
     seed: of the order and of every draw. Views are the same for every backend but for how it resamples (a level).
     shuffle: a new order each epoch; else the source's.

@@ -48,9 +48,7 @@ def draw_views(views: Views, seed: int, epoch: int, index: NDArray[np.int64], si
     return [draw(views, seed, epoch, index, view, sizes) for view in range(views.views)]
 
 
-def draw(
-    views: Views, seed: int, epoch: int, index: NDArray[np.int64], view: int, sizes: NDArray[np.int64]
-) -> Draws:
+def draw(views: Views, seed: int, epoch: int, index: NDArray[np.int64], view: int, sizes: NDArray[np.int64]) -> Draws:
     """(B,) of DRAW: view number `view` of the images `index` (B,), whose heights and widths are `sizes` (B, 2)."""
     recipe = views.recipes[view]
     if not native.is_compiled(_CPU):
@@ -164,9 +162,7 @@ def epoch_order(seed: int, epoch: int, images: int) -> NDArray[np.int64]:
     return np.argsort(keys[:, 0] << np.uint64(32) | keys[:, 1], kind="stable")
 
 
-def _uniform(
-    seed: int, epoch: int, index: NDArray[np.int64], view: int, blocks: Sequence[int]
-) -> NDArray[np.float64]:
+def _uniform(seed: int, epoch: int, index: NDArray[np.int64], view: int, blocks: Sequence[int]) -> NDArray[np.float64]:
     """(B, blocks, 4) numbers in [0, 1), multiples of 2^-24 as a float32 holds them exactly."""
     return (_philox(seed, epoch, index, view, blocks) >> np.uint64(8)).astype(np.float64) * 2.0**-24
 

@@ -1,4 +1,4 @@
-"""What happens to a view's colours: jitter in random order, grey, blur, solarisation, normalisation. One for all loaders.
+"""What happens to a view's colours: jitter in random order, grey, blur, solarisation, normalisation. For all loaders.
 
 The operations are torchvision's on uint8 tensors (transforms.v2.functional), clamped and truncated to whole levels
 between the steps as those are, but on a batch whose images each have factors and an order of their own.

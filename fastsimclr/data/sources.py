@@ -67,11 +67,21 @@ class EncodedSource(Source):
     def read(self, index: int) -> NDArray[np.uint8]:
         """The bytes of image `index`."""
 
+    @abstractmethod
+    def locations(self) -> tuple[Sequence[str] | NDArray[np.str_], NDArray[np.int64], NDArray[np.int64]]:
+        """Where the images lie: files; and of each image (N,) the number of its file, and its offset there."""
+
+    @abstractmethod
+    def subset(self, kept: NDArray[np.int64]) -> "EncodedSource":
+        """The images `kept` (K,) alone, in that order. Classes stay as they are, also those of no image."""
+
 
 class FolderSource(EncodedSource):
     """Files of a folder, or of its class folders."""
 
-    def __init__(self, files: Sequence[str], labels: NDArray[np.int64], classes: Sequence[str]) -> None:
+    def __init__(
+        self, files: Sequence[str] | NDArray[np.str_], labels: NDArray[np.int64], classes: Sequence[str]
+    ) -> None:
         self.files, self.labels, self.classes = np.array(files), labels, classes  # an array: workers get one buffer
 
     def name(self, index: int) -> str:
@@ -83,6 +93,14 @@ class FolderSource(EncodedSource):
         except OSError as error:
             raise UserError(f"{self.name(index)}: cannot be read ({error.strerror}); expected an image file") from error
 
+    def locations(self) -> tuple[NDArray[np.str_], NDArray[np.int64], NDArray[np.int64]]:
+        return self.files, np.arange(len(self)), np.zeros(len(self), np.int64)
+
+    def subset(self, kept: NDArray[np.int64]) -> "FolderSource":
+        part = FolderSource(self.files[kept], self.labels[kept], self.classes)
+        part.sizes = None if self.sizes is None else self.sizes[kept]
+        return part
+
 
 class TarSource(EncodedSource):
     """Images inside uncompressed tar files, found once by their headers and read by their offsets."""
@@ -90,7 +108,7 @@ class TarSource(EncodedSource):
     def __init__(
         self,
         shards: Sequence[str],
-        members: Sequence[str],
+        members: Sequence[str] | NDArray[np.str_],
         places: NDArray[np.int64],
         labels: NDArray[np.int64],
         classes: Sequence[str],
@@ -112,6 +130,14 @@ class TarSource(EncodedSource):
                 f"{self.name(index)}: got {len(data)} of {size} bytes: the shard changed since it was opened"
             )
         return data
+
+    def locations(self) -> tuple[Sequence[str], NDArray[np.int64], NDArray[np.int64]]:
+        return self.shards, self.places[:, 0], self.places[:, 1]
+
+    def subset(self, kept: NDArray[np.int64]) -> "TarSource":
+        part = TarSource(self.shards, self.members[kept], self.places[kept], self.labels[kept], self.classes)
+        part.sizes = None if self.sizes is None else self.sizes[kept]
+        return part
 
 
 def open_source(path: str, *, split: str = "train") -> Source:
