@@ -27,7 +27,10 @@ class DataConfig(Views):
     """Labelled images to measure kNN accuracy on, in the same forms. Without it: the held-out part of digits and
     cifar10; of other labelled data the training images themselves, each without itself as a neighbour."""
     backend: Literal["auto", "dali", "torchvision", "memory"] = "auto"
-    """Who decodes and crops: dali, torchvision, or memory (digits and cifar10, kept decoded on the device)."""
+    """Who decodes and crops: dali, torchvision, or memory (images of one size, kept decoded on the device)."""
+    photometric: Literal["native", "dali", "color_twist"] = "native"
+    """Who changes the colours: native, one op for all backends; or DALI's own graph: dali (split operators) or
+    color_twist (its usual operator: another recipe, 11 levels off on average)."""
     workers: int | None = None
     """Processes (torchvision) or threads (dali) that read and decode, per rank; null chooses by the machine."""
     drop_last: bool = False

@@ -28,20 +28,21 @@ class Step:
     def backward(self, views: Sequence[Tensor], largest_local_batch: int) -> Tensor:
         """This rank's loss, detached. views: (B, 3, H, W) each; largest_local_batch: of all ranks in this step, so that
         each takes as many micro-batches, and enters as many collectives, as the others."""
-        views = [view.to(self.dtype) for view in views]
+        if not self.bf16:  # which takes the views as they are
+            views = [view.to(self.dtype) for view in views]
         size = self.micro_batch_size or largest_local_batch
         if size < largest_local_batch:
             return self._in_micro_batches(views, -(-largest_local_batch // size))
-        loss = self._loss(self._project(torch.cat(views)).chunk(len(views)))
+        loss = self._loss(self._project(views))
         loss.backward()
         return loss.detach()
 
-    def _in_micro_batches(self, views: list[Tensor], parts: int) -> Tensor:
+    def _in_micro_batches(self, views: Sequence[Tensor], parts: int) -> Tensor:
         """The whole batch's loss and gradients with the activations of one part at a time (GradCache, Gao et al.,
         arXiv 2101.06983): project without a graph, take the loss's gradient by each z, project again and pass it on."""
-        pieces = [torch.cat(piece) for piece in zip(*(view.tensor_split(parts) for view in views), strict=True)]
+        pieces = list(zip(*(view.tensor_split(parts) for view in views), strict=True))
         with torch.no_grad():
-            projected = [self._project(piece).chunk(len(views)) for piece in pieces]
+            projected = [self._project(piece) for piece in pieces]
         z = [torch.cat(parts_of_view).requires_grad_() for parts_of_view in zip(*projected, strict=True)]
         loss = self._loss(z)
         loss.backward()
@@ -49,14 +50,21 @@ class Step:
         for number, (piece, gradient) in enumerate(zip(pieces, gradients, strict=True), start=1):
             waits = number < parts and isinstance(self.model, DistributedDataParallel)
             with self.model.no_sync() if waits else nullcontext():
-                self._project(piece).backward(torch.cat(gradient))
+                torch.autograd.backward(self._project(piece), gradient)
         return loss.detach()
 
-    def _project(self, images: Tensor) -> Tensor:
-        """Projections, at least float32."""
-        with torch.autocast(images.device.type, torch.bfloat16, enabled=self.bf16):
-            z: Tensor = self.model(images.contiguous(memory_format=torch.channels_last))
-        return z.to(torch.promote_types(z.dtype, torch.float32))
+    def _project(self, views: Sequence[Tensor]) -> list[Tensor]:
+        """Projections of each view, at least float32. Views of one size go through the model together."""
+        z: list[Tensor] = [torch.empty(0)] * len(views)
+        for size in dict.fromkeys(view.shape[2:] for view in views):
+            numbers = [number for number, view in enumerate(views) if view.shape[2:] == size]
+            images = torch.cat([views[number] for number in numbers]).contiguous(memory_format=torch.channels_last)
+            with torch.autocast(images.device.type, torch.bfloat16, enabled=self.bf16):
+                projected: Tensor = self.model(images)
+            projected = projected.to(torch.promote_types(projected.dtype, torch.float32))
+            for number, of_view in zip(numbers, projected.chunk(len(numbers)), strict=True):
+                z[number] = of_view
+        return z
 
     def _loss(self, z: Sequence[Tensor]) -> Tensor:
         """Mean over the pairs of views."""

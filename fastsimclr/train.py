@@ -21,7 +21,7 @@ from torch.nn.parallel import DistributedDataParallel
 
 from fastsimclr import checkpoint, distributed
 from fastsimclr.config import Config, parse
-from fastsimclr.data import Batch, Source, choose_backend, open_source, open_views
+from fastsimclr.data import Batch, Source, choose_backend, open_source, open_views, prepare
 from fastsimclr.data.scan import BadImages, ScanStopped, scan
 from fastsimclr.data.sources import EncodedSource
 from fastsimclr.distributed import World
@@ -173,8 +173,12 @@ class Training:
             drop_last=config.data.drop_last,
             min_local_batch=2,  # one image would have no negative on its rank, and no batch to be normalised by
             workers=config.data.workers,
+            dtype=torch.bfloat16 if self.bf16 else torch.float32,  # as autocast would make them
+            photometric=config.data.photometric,
         )
         self.source = self.loader.source  # backend memory has decoded it
+        if self.val is not None:
+            self.val, _ = prepare(self.val, config.data.backend, world.device)
         self.steps_per_epoch = len(self.loader)
         self.total_steps = config.epochs * self.steps_per_epoch
         self.last_step = min(self.total_steps, config.max_steps or self.total_steps)

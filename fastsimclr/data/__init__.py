@@ -13,7 +13,7 @@ from fastsimclr.data.sources import ArraySource, EncodedSource, Source, open_sou
 from fastsimclr.errors import UserError
 from fastsimclr.views import Views
 
-__all__ = ["Batch", "Source", "ViewLoader", "choose_backend", "open_source", "open_views", "scan"]
+__all__ = ["Batch", "Source", "ViewLoader", "choose_backend", "open_source", "open_views", "prepare", "scan"]
 
 BACKENDS = ("auto", "dali", "torchvision", "memory")
 PHOTOMETRIC = ("native", "dali", "color_twist")
@@ -69,19 +69,29 @@ def open_views(
     source = open_source(path) if isinstance(path, str) else path
     if max_bad is not None and isinstance(source, EncodedSource):
         source = scan(source, max_bad=max_bad, cache=cache).source
-    if backend == "auto":
-        backend, _ = choose_backend(source, device)
+    if photometric != "native" and backend == "auto":
+        backend = "dali"
     if photometric != "native" and backend != "dali":
         raise UserError(f"photometric: got {photometric} with backend {backend}, expected native, or backend dali")
-    if backend == "memory" and isinstance(source, EncodedSource):
-        source = decode_all(source)
+    source, backend = prepare(source, backend, device)
     sampler = Sampler(len(source), batch_size, rank, world_size, seed, shuffle, drop_last, min_local_batch)
     front: Front
-    if isinstance(source, ArraySource) and backend == "memory":
+    if backend == "memory":
+        assert isinstance(source, ArraySource)
         front = MemoryFront(source, views, device)
     else:
         front = _file_front(backend, source, views, sampler, device, workers, dtype, photometric)
     return ViewLoader(source, views, sampler, front, device, dtype, backend)
+
+
+def prepare(source: Source, backend: str, device: torch.device) -> tuple[Source, str]:
+    """The source as `backend` takes it, decoded for memory, and the backend, chosen for "auto". A source that several
+    loaders are opened on is so decoded once."""
+    if backend == "auto":
+        backend, _ = choose_backend(source, device)
+    if backend == "memory" and isinstance(source, EncodedSource):
+        source = decode_all(source)
+    return source, backend
 
 
 def choose_backend(source: Source, device: torch.device) -> tuple[str, str]:
