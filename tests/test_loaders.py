@@ -10,12 +10,14 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from pictures import photo_folder
+from pictures import broken, encode, jpeg, kinds, photo, photo_folder, write
+from PIL import Image
 from torch import Tensor
 
 from fastsimclr import Views
 from fastsimclr.data import Batch, Source, ViewLoader, choose_backend, open_source, open_views
-from fastsimclr.data.sources import ArraySource, FolderSource
+from fastsimclr.data.scan import scan
+from fastsimclr.data.sources import ArraySource, EncodedSource, FolderSource
 from fastsimclr.errors import UserError
 
 SHARED = Path(__file__).resolve().parents[2] / "shared" / "data"
@@ -36,6 +38,10 @@ def digits() -> ArraySource:
     whole = open_source("digits")
     assert isinstance(whole, ArraySource)
     return ArraySource("digits", whole.images[:IMAGES].clone(), whole.labels[:IMAGES], whole.classes)
+
+
+def png(pixels: np.ndarray) -> bytes:
+    return encode(Image.fromarray(pixels), "PNG")
 
 
 def take(loader: ViewLoader, epoch: int | None = None, batches: int | None = None) -> list[Batch]:
@@ -156,6 +162,73 @@ def test_a_view_does_not_depend_on_the_batch_size(photos: str) -> None:
         for number in range(2):
             of_small = torch.cat([batch.views[number] for batch in small])
             assert torch.allclose(of_small, large[0].views[number], atol=1e-5), backend
+
+
+MULTI_CROP = Views.multi_crop(small=3, small_size=16, image_size=32)
+BYOL = Views(image_size=24, per_view=({"blur": 1.0}, {"blur": 0.1, "solarise": 0.9, "interpolation": "bilinear"}))
+
+
+@pytest.mark.parametrize("views", [MULTI_CROP, BYOL], ids=["multi_crop", "byol"])
+def test_views_of_their_own_recipes_are_the_same_in_every_loader(
+    photos: str, digits: ArraySource, views: Views
+) -> None:
+    def of(source: str | Source, backend: str, views: Views = views) -> list[Batch]:
+        return closed(open_views(source, views, BATCH, backend=backend, workers=0, seed=3))
+
+    for source, backends in ((photos, ["torchvision", "dali"]), (digits, ["torchvision", "dali", "memory"])):
+        expected, *others = (of(source, backend) for backend in backends)
+        sizes = [recipe.image_size for recipe in views.recipes]
+        assert [view.shape[2] for view in expected[0].views] == [view.shape[3] for view in expected[0].views] == sizes
+        for other in others:
+            assert indices(other) == indices(expected)
+            assert differences(other, expected, views).mean() <= 1.5
+    # And they are not all drawn alike.
+    alike = of(photos, "torchvision", Views(image_size=24))
+    assert differences(of(photos, "torchvision", BYOL), alike, BYOL).mean() > 5
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_views_come_in_the_dtype_asked_for(photos: str, digits: ArraySource, dtype: torch.dtype) -> None:
+    for source, backend in ((photos, "torchvision"), (photos, "dali"), (digits, "memory")):
+        expected = closed(open_views(source, SMALL, BATCH, backend=backend, workers=0))
+        got = closed(open_views(source, SMALL, BATCH, backend=backend, workers=0, dtype=dtype))
+        for a, b in zip(got, expected, strict=True):
+            for view, other in zip(a.views, b.views, strict=True):
+                assert view.dtype == dtype
+                assert view.is_contiguous(memory_format=torch.channels_last)
+                torch.testing.assert_close(view, other.to(dtype), rtol=torch.finfo(dtype).eps, atol=1e-6)
+
+
+def test_files_of_one_size_go_through_memory(tmp_path: Path) -> None:
+    folder = str(write(tmp_path / "small", {f"{'ab'[i % 2]}/{i:02}.png": png(photo(32, 24, i)) for i in range(IMAGES)}))
+    source = open_source(folder)
+    assert isinstance(source, EncodedSource)
+    assert choose_backend(source, torch.device("cpu"))[0] == "torchvision", "their sizes are not known yet"
+    scanned = open_views(folder, SMALL, BATCH, max_bad=0.0, seed=3)
+    assert scanned.backend == "memory"
+    files = closed(open_views(folder, SMALL, BATCH, backend="torchvision", workers=0, seed=3))
+    memory = take(scanned)
+    assert indices(memory) == indices(files)
+    assert [batch.label.tolist() for batch in memory] == [batch.label.tolist() for batch in files]
+    assert differences(memory, files, SMALL).mean() <= 0.2
+    assert scanned.device_bytes() == IMAGES * 32 * 24 * 3
+    source = scan(source).source
+    for large in (np.array([[97, 96]] * IMAGES), np.array([[32, 24]] * (IMAGES - 1) + [[24, 32]])):
+        source.sizes = large
+        assert choose_backend(source, torch.device("cpu"))[0] == "torchvision", "large, or of two sizes"
+
+
+@pytest.mark.parametrize("backend", ["torchvision", "dali"])
+def test_files_that_do_not_decode_are_skipped_in_every_loader(tmp_path: Path, backend: str) -> None:
+    good = kinds() | {"wide.jpg": jpeg(photo(2, 20_000))}
+    folder = str(write(tmp_path / "mixed", {**good, **broken()}))
+    with pytest.raises(UserError, match=rf"max_bad: got {len(broken())} of {len(good) + len(broken())} images"):
+        open_views(folder, SMALL, BATCH, backend=backend, max_bad=0.01)
+    loader = open_views(folder, SMALL, BATCH, backend=backend, workers=0, max_bad=0.5, cache=tmp_path / "run")
+    assert sorted(indices(take(loader))) == list(range(len(good)))
+    assert [Path(loader.source.name(i)).name for i in range(len(good))] == sorted(good)
+    assert (tmp_path / "run" / "image_scan.npz").exists()
+    loader.close()
 
 
 # Order
@@ -365,7 +438,9 @@ def test_refuses_options_that_do_not_fit(photos: str, digits: ArraySource) -> No
     refused(digits, 2, "batch_size: got 2 for 4 ranks.*at least 4", world_size=4)
     refused(digits, 8, "rank: got 2 of 2", rank=2, world_size=2)
     refused(photos, 8, "backend: got 'ffcv', expected one of auto, dali, torchvision, memory", backend="ffcv")
-    refused(photos, 8, "backend: got memory for image files, expected dali or torchvision", backend="memory")
+    refused(photos, 8, r"003.jpg: got 81x75 pixels, expected 60x90 as .*000.jpg", backend="memory")
+    refused(photos, 8, "photometric: got 'gpu', expected one of native, dali, color_twist", photometric="gpu")
+    refused(photos, 8, "photometric: got dali with backend torchvision", photometric="dali", backend="torchvision")
 
 
 def test_refuses_the_state_of_another_run(digits: ArraySource) -> None:

@@ -233,9 +233,9 @@ def imports(path: Path) -> Iterator[str]:
 @pytest.mark.parametrize(
     ("dependency", "users"),
     [
-        ("fastsimclr._C", {"fastsimclr/loss/fused.py", "fastsimclr/data/photometric.py"}),
-        ("fastsimclr._emulated", {"fastsimclr/loss/fused.py"}),
-        ("nvidia.dali", {"fastsimclr/data/dali.py"}),
+        ("fastsimclr._C", {"fastsimclr/loss/fused.py", "fastsimclr/data/native.py"}),
+        ("fastsimclr._emulated", {"fastsimclr/loss/fused.py", "fastsimclr/data/native.py"}),
+        ("nvidia.dali", {"fastsimclr/data/dali.py", "fastsimclr/data/dali_colours.py"}),
     ],
 )
 def test_a_heavy_dependency_has_its_own_module(dependency: str, users: set[str]) -> None:

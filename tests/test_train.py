@@ -138,8 +138,19 @@ def steps_if_whole(run: Path) -> list[str]:
     return [line for line in lines if line.endswith("\n") and '"loss"' in line]
 
 
-def test_two_ranks_compute_what_one_does(tmp_path: Path) -> None:
-    options = ["--data.train=digits", "--precision=fp64", "--optim.warmup_epochs=0", "--max_steps=5", "--optim.lr=0.5"]
+MULTI_CROP = ["--data.views=3", '--data.per_view=[{}, {}, {"image_size": 24, "scale": [0.05, 0.3]}]']
+
+
+@pytest.mark.parametrize("views", [[], MULTI_CROP], ids=["two views", "multi-crop"])
+def test_two_ranks_compute_what_one_does(tmp_path: Path, views: list[str]) -> None:
+    options = [
+        *views,
+        "--data.train=digits",
+        "--precision=fp64",
+        "--optim.warmup_epochs=0",
+        "--max_steps=5",
+        "--optim.lr=0.5",
+    ]
     for run, ranks in (("one", 1), ("two", 2)):
         process = start(*options, f"--output={tmp_path / run}", ranks=ranks)
         said = process.communicate(timeout=240)
@@ -151,6 +162,22 @@ def test_two_ranks_compute_what_one_does(tmp_path: Path) -> None:
     for name, tensor in weights(tmp_path / "two").items():
         assert tensor.dtype in (torch.float64, torch.int64)
         torch.testing.assert_close(tensor, ours[name], rtol=0, atol=1e-8, msg=lambda m, name=name: f"{name}: {m}")
+
+
+def test_loaders_train_alike(tmp_path: Path) -> None:
+    # Temperature 0.5: at 0.1 an untrained encoder's loss magnifies any difference, and two curves part by themselves.
+    folder = photo_folder(tmp_path / "photos", 64)
+    options = [*TINY, f"--data.train={folder}", "--data.image_size=64", "--loss.temperature=0.5", "--batch_size=32"]
+    options += ["--epochs=5", "--optim.lr=0.3"]
+    curves = []
+    for own in (["--data.backend=torchvision"], ["--data.backend=dali"], ["--data.backend=dali", "--seed=1"]):
+        run = tmp_path / str(len(curves))
+        assert main([*options, *own, f"--output={run}"]) == 0
+        curves.append(np.array([line["loss"] for line in steps(run)]))
+    torchvision, dali, other_views = curves
+    assert len(dali) == 10
+    assert abs(dali / torchvision - 1).max() <= 0.02
+    assert abs(other_views / torchvision - 1).max() > 0.04, "and the bound means something"
 
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
@@ -176,7 +203,8 @@ def test_a_signal_stops_with_a_checkpoint_that_goes_on(tmp_path: Path, photos: P
     )
 
 
-def test_micro_batches_give_the_gradient_of_the_whole_batch(tmp_path: Path) -> None:
+@pytest.mark.parametrize("views", [[], MULTI_CROP], ids=["two views", "multi-crop"])
+def test_micro_batches_give_the_gradient_of_the_whole_batch(tmp_path: Path, views: list[str]) -> None:
     """With batch normalisation frozen into its running statistics there is nothing that a part would change."""
     from fastsimclr.config import parse
     from fastsimclr.distributed import World
@@ -184,7 +212,7 @@ def test_micro_batches_give_the_gradient_of_the_whole_batch(tmp_path: Path) -> N
 
     gradients = []
     for micro_batch_size in ("none", "5"):  # 16 images: parts of 4, 4, 4 and 4
-        options = [f"--output={tmp_path}", "--data.train=digits", f"--micro_batch_size={micro_batch_size}"]
+        options = [*views, f"--output={tmp_path}", "--data.train=digits", f"--micro_batch_size={micro_batch_size}"]
         training = Training(*parse([*TINY, *options, "--precision=fp64"]), World(0, 1, torch.device("cpu")))
         training.model.eval()
         training._stepper().backward(next(iter(training.loader)).views, 16)
@@ -341,6 +369,7 @@ def fail_on_two_ranks(*options: str, break_it: Callable[[subprocess.Popen[str]],
     finally:
         for rank in ranks:
             rank.kill()
+            rank.communicate()
     assert [rank.returncode for rank in ranks] == [2, 2], complaints
     lines = [line for line in "".join(complaints).splitlines() if "fastsimclr.train: error: " in line]
     assert len(lines) == 1, complaints

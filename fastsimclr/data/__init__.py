@@ -8,12 +8,12 @@ import torch
 from fastsimclr.data.loader import Batch, Front, ViewLoader
 from fastsimclr.data.memory import MemoryFront, decode_all, fits_in_memory
 from fastsimclr.data.sampler import Sampler
-from fastsimclr.data.scan import scan
+from fastsimclr.data.scan import scan as scan_images  # `scan` is the module
 from fastsimclr.data.sources import ArraySource, EncodedSource, Source, open_source
 from fastsimclr.errors import UserError
 from fastsimclr.views import Views
 
-__all__ = ["Batch", "Source", "ViewLoader", "choose_backend", "open_source", "open_views", "prepare", "scan"]
+__all__ = ["Batch", "Source", "ViewLoader", "choose_backend", "open_source", "open_views", "prepare"]
 
 BACKENDS = ("auto", "dali", "torchvision", "memory")
 PHOTOMETRIC = ("native", "dali", "color_twist")
@@ -68,7 +68,7 @@ def open_views(
     device = torch.device(device)
     source = open_source(path) if isinstance(path, str) else path
     if max_bad is not None and isinstance(source, EncodedSource):
-        source = scan(source, max_bad=max_bad, cache=cache).source
+        source = scan_images(source, max_bad=max_bad, cache=cache).source
     if photometric != "native" and backend == "auto":
         backend = "dali"
     if photometric != "native" and backend != "dali":

@@ -1,4 +1,4 @@
-"""Decoding and cropping by NVIDIA DALI: on the GPU, or by its CPU operators where there is none."""
+"""Decoding and cropping, and on request the colours too, by NVIDIA DALI: on the GPU, or by its CPU operators."""
 
 import contextlib
 from collections import deque
@@ -11,12 +11,13 @@ import nvidia.dali.fn as fn
 import nvidia.dali.types as types
 import torch
 from numpy.typing import NDArray
-from nvidia.dali import Pipeline
+from nvidia.dali import pipeline_def
 from torch import Tensor
 
-from fastsimclr.data.draws import boxes
+from fastsimclr.data.dali_colours import colour_inputs, finished
+from fastsimclr.data.draws import DRAW, Draws, draw_views
 from fastsimclr.data.images import as_ppm, decode, is_web_format, upright_size
-from fastsimclr.data.loader import Job
+from fastsimclr.data.loader import Cropped, Job
 from fastsimclr.data.sources import ArraySource, EncodedSource, Source
 from fastsimclr.errors import UserError
 from fastsimclr.views import Views
@@ -31,28 +32,52 @@ class DaliFront:
 
     Threads read files and find each image's size by its header; the pipeline decodes it once and crops, resizes and
     flips it for each view. Its outputs are handed on without a copy (DLPack).
+
+    photometric: "native" leaves the colours to the op that all loaders share; "dali" and "color_twist" change them
+    here, by the same draws, and normalise in `dtype`.
     """
 
-    def __init__(self, source: Source, views: Views, device: torch.device, batch_size: int, threads: int) -> None:
-        self.source, self.views, self.device = source, views, device
+    def __init__(
+        self,
+        source: Source,
+        views: Views,
+        device: torch.device,
+        batch_size: int,
+        threads: int,
+        photometric: str = "native",
+        dtype: torch.dtype = torch.float32,
+    ) -> None:
+        self.source, self.views, self.device, self.dtype = source, views, device, dtype
+        self._photometric = photometric
         self._readers = ThreadPoolExecutor(max_workers=max(2, threads), thread_name_prefix="fastsimclr-read")
         self._jobs: Iterator[Job] = iter(())
         self._reading: deque[tuple[Job, list[Future[NDArray[np.uint8]]]]] = deque()
-        self._inside: deque[Job] = deque()  # batches that the pipeline has taken and not given back
+        self._inside: deque[tuple[Job, list[Draws]]] = deque()  # batches that the pipeline has taken, not given back
         self._bad_input: UserError | None = None
         self._lent: deque[tuple[torch.cuda.Event, tuple[Tensor, ...]]] = deque()
         self._batch_size, self._threads = batch_size, threads
+        self._names = [list(self._view_inputs(np.empty(0, DRAW), recipe)) for recipe in views.recipes]
         self._pipeline = self._build()
 
-    def crops(self, jobs: Iterator[Job]) -> Generator[tuple[Tensor, ...], None, None]:
+    def crops(self, jobs: Iterator[Job]) -> Generator[Cropped, None, None]:
         self._jobs = jobs
         self._pipeline = self._pipeline or self._build()
         try:
-            while (views := self._run()) is not None:
-                yield views
-                self._lend(views)
+            while (made := self._run()) is not None:
+                if self._photometric == "native":
+                    yield made
+                else:
+                    yield Cropped(tuple(self._as_view(view) for view in made.crops), None)
+                self._lend(made.crops)
         finally:
             self._empty()
+
+    def _as_view(self, made: Tensor) -> Tensor:
+        """(B, 3, H, W) in `dtype` (DALI knows no bfloat16): HWC permuted is channels-last.
+
+        On a GPU a copy, as whoever has the view may use it for longer than `_lend` keeps DALI from its memory.
+        """
+        return made.permute(0, 3, 1, 2).to(self.dtype, copy=made.is_cuda)
 
     def _empty(self) -> None:
         """Leave the pipeline empty for the next epoch, also where this one was abandoned."""
@@ -74,20 +99,23 @@ class DaliFront:
             while self._lent[0][0].query() and len(self._lent) > 1:
                 self._lent.popleft()
 
+    def device_bytes(self) -> int:
+        return 0  # DALI tells it only of executors with exec_dynamic=False, which this is not
+
     def close(self) -> None:
         self._readers.shutdown(cancel_futures=True)
         self._pipeline = None
 
     def _read(self, index: int) -> NDArray[np.uint8]:
         if isinstance(self.source, ArraySource):
-            return np.ascontiguousarray(self.source.images[index].permute(1, 2, 0).numpy())
+            return self.source.images[index].numpy()
         assert isinstance(self.source, EncodedSource)
         data = self.source.read(index)
         # Formats that DALI knows not, or not alike, go in as raw pixels behind a PPM header.
         return data if is_web_format(data) else as_ppm(decode(data, self.source.name(index)))
 
-    def _inputs(self) -> tuple[list[NDArray[Any]], ...]:
-        """DALI asks for the next batch: images, then of each view the crop's start and end and the flip."""
+    def _inputs(self) -> tuple[Any, ...]:
+        """DALI asks for the next batch: images, then each view's inputs."""
         while len(self._reading) <= _READ_AHEAD and (job := next(self._jobs, None)) is not None:
             self._reading.append((job, [self._readers.submit(self._read, index) for index in job.index]))
         if not self._reading:
@@ -95,23 +123,33 @@ class DaliFront:
         job, files = self._reading.popleft()
         try:
             images = [file.result() for file in files]
-            if isinstance(self.source, ArraySource):
-                sizes = [image.shape[:2] for image in images]
-            else:
-                sizes = [upright_size(data, self.source.name(i)) for data, i in zip(images, job.index, strict=True)]
+            draws = draw_views(self.views, *job, self._sizes(job, images))
         except UserError as error:
             self._bad_input = error  # to be raised behind the batches before it, which are whole
             raise StopIteration from None
-        height, width = np.array(sizes).T
-        inputs: list[list[NDArray[Any]]] = [images]
-        for draws in job.draws:
-            box = boxes(self.views, draws, height, width).astype(np.float32)
-            inputs += [list(box[:, :2]), list(box[:, :2] + box[:, 2:]), list(draws.flip.astype(np.int32))]
-        self._inside.append(job)
-        return tuple(inputs)
+        self._inside.append((job, draws))
+        of_views = map(self._view_inputs, draws, self.views.recipes)
+        return images, *[values for of_view in of_views for values in of_view.values()]
 
-    def _run(self) -> tuple[Tensor, ...] | None:
-        """The next batch's views; None when all are out."""
+    def _view_inputs(self, draws: Draws, recipe: Views) -> dict[str, Any]:
+        """What the pipeline needs of a view's draws (B,), by name."""
+        box = draws["box"].astype(np.float32)
+        inputs = {"start": box[:, :2], "end": box[:, :2] + box[:, 2:], "flip": draws["flip"].astype(np.int32)}
+        if self._photometric != "native":
+            inputs |= colour_inputs(self._photometric, draws, recipe)
+        return {name: np.ascontiguousarray(values) for name, values in inputs.items()}  # DALI takes no others
+
+    def _sizes(self, job: Job, images: list[NDArray[np.uint8]]) -> NDArray[np.int64]:
+        """(B, 2): heights and widths, upright."""
+        if isinstance(self.source, ArraySource):
+            return np.array([image.shape[:2] for image in images])
+        assert isinstance(self.source, EncodedSource)
+        if self.source.sizes is not None:
+            return self.source.sizes[job.index]
+        return np.array([upright_size(data, self.source.name(i)) for data, i in zip(images, job.index, strict=True)])
+
+    def _run(self) -> Cropped | None:
+        """The next batch; None when all are out."""
         try:
             outputs = self._pipeline.run()
         except StopIteration:
@@ -121,14 +159,14 @@ class DaliFront:
                 raise error from None
             return None
         except Exception:  # DALI's errors share no base class
-            jobs = list(self._inside)
+            jobs = [job for job, _ in self._inside]
             self._inside.clear()
             self._pipeline = None  # it cannot go on after an error; the next epoch builds another
             for job in jobs:
                 self._blame(job)
             raise  # no image is to blame
-        self._inside.popleft()
-        return tuple(torch.from_dlpack(output.as_tensor()) for output in outputs)
+        _, draws = self._inside.popleft()
+        return Cropped(tuple(torch.from_dlpack(output.as_tensor()) for output in outputs), draws)
 
     def _blame(self, job: Job) -> None:
         """DALI does not say which image it failed on: raise UserError for the first that our own decoder refuses."""
@@ -138,34 +176,41 @@ class DaliFront:
 
     def _build(self) -> Any:
         on_gpu = self.device.type == "cuda"
-        place = "gpu" if on_gpu else "cpu"
-        size = [self.views.image_size] * 2
-        pipeline = Pipeline(
+        define = pipeline_def(enable_conditionals=self._photometric != "native")(self._graph)
+        pipeline = define(
             batch_size=self._batch_size,
             num_threads=self._threads,
             device_id=self.device.index or 0 if on_gpu else None,
             prefetch_queue_depth=_AHEAD,
         )
-        with pipeline:
-            images, *geometry = fn.external_source(self._inputs, num_outputs=1 + 3 * self.views.views)
-            if isinstance(self.source, EncodedSource):
-                decoder = "mixed" if on_gpu else "cpu"
-                images = fn.decoders.image(images, device=decoder, output_type=types.RGB, jpeg_fancy_upsampling=True)
-            elif on_gpu:
-                images = images.gpu()
-            images = fn.reshape(images, layout="HWC")
-            views = []
-            for start, end, flip in zip(*[iter(geometry)] * 3, strict=True):
-                resized = fn.resize(
-                    images,
-                    device=place,
-                    size=size,
-                    roi_start=start,
-                    roi_end=end,
-                    antialias=True,
-                    interp_type=_INTERPOLATION[self.views.interpolation],
-                )
-                views.append(fn.flip(resized, device=place, horizontal=flip))
-            pipeline.set_outputs(*views)
         pipeline.build()
         return pipeline
+
+    def _graph(self) -> Any:
+        """The pipeline's outputs: each view, HWC."""
+        on_gpu = self.device.type == "cuda"
+        place = "gpu" if on_gpu else "cpu"
+        images, *inputs = fn.external_source(self._inputs, num_outputs=1 + sum(map(len, self._names)))
+        if isinstance(self.source, EncodedSource):
+            decoder = "mixed" if on_gpu else "cpu"
+            images = fn.decoders.image(images, device=decoder, output_type=types.RGB, jpeg_fancy_upsampling=True)
+        elif on_gpu:
+            images = images.gpu()
+        images = fn.reshape(images, layout="HWC")
+        views = []
+        for number, recipe in enumerate(self.views.recipes):
+            of_view = {name: inputs.pop(0) for name in self._names[number]}
+            view = fn.resize(
+                images,
+                device=place,
+                size=[recipe.image_size] * 2,
+                roi_start=of_view["start"],
+                roi_end=of_view["end"],
+                antialias=True,
+                interp_type=_INTERPOLATION[recipe.interpolation],
+            )
+            view = fn.flip(view, device=place, horizontal=of_view["flip"])
+            if self._photometric != "native":
+                view = finished(view, of_view, recipe, self.dtype)
+            views.append(view)
+        return tuple(views)

@@ -12,6 +12,9 @@ from torch import Tensor
 
 from fastsimclr.errors import UserError
 
+# Pillow loads its formats at need; a thread that reads meanwhile would take a good file for one of no format.
+Image.init()
+
 EXTENSIONS = (".jpg", ".jpeg", ".png", ".webp", ".bmp", ".gif", ".tif", ".tiff", ".ppm", ".pgm")
 _EXIF_ORIENTATION = 0x0112
 # torchvision's decoders without their Python wrapper, which from 0.29 warns of its removal at each image. Where they

@@ -34,7 +34,7 @@ def photometric(
     chosen = native.choose(backend, device)
     max_sigma = float(draws["sigma"].max(initial=0))
     on_gpu = chosen == "emulated" or (chosen == "compiled" and device.type == "cuda")
-    if on_gpu and min(_blur_window(recipe) // 2, math.ceil(4 * max_sigma)) > native.constant("MAX_BLUR_RADIUS"):
+    if on_gpu and min(blur_window(recipe) // 2, math.ceil(4 * max_sigma)) > native.constant("MAX_BLUR_RADIUS"):
         chosen = "pytorch"  # a blur of many pixels, which shared memory does not hold
     if chosen == "pytorch" or dtype not in _COMPILED:
         return photometric_in_pytorch(crops, draws, recipe, dtype)
@@ -47,7 +47,7 @@ def photometric(
         "images": images,
         "height": height,
         "width": width,
-        "blur_taps": _blur_window(recipe),
+        "blur_taps": blur_window(recipe),
         "scale": [1 / (255 * std) for std in recipe.std],
         "shift": [-mean / std for mean, std in zip(recipe.mean, recipe.std, strict=True)],
         "dtype": native.pixel_type(dtype, chosen),
@@ -85,7 +85,7 @@ def _colour(x: Tensor, draws: Draws, recipe: Views) -> Tensor:
             if change == 3:
                 chosen = chosen & (factor != 0)
             _apply_to(x, chosen, apply, factor)
-    sigma, window = draws["sigma"], _blur_window(recipe)
+    sigma, window = draws["sigma"], blur_window(recipe)
     _apply_to(x, draws["grey"], lambda part, _: _luma(part).floor_().expand_as(part), sigma)
     _apply_to(x, sigma > 0, lambda part, sigma: _blur(part, sigma, window), sigma)
     _apply_to(x, draws["solarise"], lambda part, _: torch.where(part >= 128, 255 - part, part), sigma)
@@ -146,7 +146,7 @@ def _hue(x: Tensor, turn: Tensor) -> Tensor:
     return rgb.mul_(255 + 1 - 1e-3).floor_()  # torchvision's float to uint8
 
 
-def _blur_window(recipe: Views) -> int:
+def blur_window(recipe: Views) -> int:
     """Taps of the blur's kernel: `blur_kernel` of the side, made odd, and at least 3 as 1 would not blur."""
     return max(3, int(recipe.image_size * recipe.blur_kernel) // 2 * 2 + 1)
 

@@ -19,7 +19,6 @@ from typing import NamedTuple
 import numpy as np
 import torch
 from numpy.typing import NDArray
-from PIL import Image
 from tqdm import tqdm
 
 from fastsimclr.data.images import decode
@@ -93,7 +92,6 @@ def scan(
         raise UserError(f"max_bad: got {max_bad}, expected a fraction from 0 to 1")
     world = world or World(0, 1, torch.device("cpu"))
     _expect_the_same_images(source, world)
-    Image.init()  # Pillow loads its formats at need, and another thread then takes a good file for one of no format
     # The first rank alone has a cache: other nodes may not see its folder, and their copies of the files have other
     # times.
     book = _Book(source, Path(cache) / CACHE_FILE if cache is not None else None) if world.is_first else None

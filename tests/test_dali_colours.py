@@ -1,0 +1,227 @@
+"""Colours changed in DALI's own graph: what they are at the same draws beside the op that all loaders share, and that
+such a loader is a loader like any other.
+"""
+
+import itertools
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from pictures import photo_folder
+from torch import Tensor
+
+from fastsimclr import Views
+from fastsimclr.data import Batch, Source, ViewLoader, open_source, open_views
+from fastsimclr.data.dali import DaliFront
+from fastsimclr.data.dali_colours import HUE, NONE, colour_inputs
+from fastsimclr.data.draws import DRAW
+from fastsimclr.data.loader import Job
+from fastsimclr.data.photometric import photometric_in_pytorch
+
+FLOWERS = Path(__file__).resolve().parents[2] / "shared" / "data" / "photos" / "flowers_300.tar"
+IMAGES, BATCH = 23, 5  # four whole batches and one of three
+CPU = torch.device("cpu")
+# Levels come out as they are: neither mean nor standard deviation.
+LEVELS = Views(image_size=48, mean=(0, 0, 0), std=(1 / 255,) * 3)
+PLAIN = replace(LEVELS, jitter=0, grey=0, blur=0)
+JITTER = replace(PLAIN, jitter=1, brightness=0, contrast=0, saturation=0, hue=0)
+SMALL = Views(image_size=24)
+pytestmark = pytest.mark.usefixtures("one_thread")
+
+
+@pytest.fixture(scope="module")
+def photos(tmp_path_factory: pytest.TempPathFactory) -> str:
+    return str(photo_folder(tmp_path_factory.mktemp("photos"), IMAGES))
+
+
+def made(source: Source, views: Views, photometric: str, images: int = IMAGES, device: torch.device = CPU) -> Tensor:
+    """(images x views, 3, H, W) of the first images, all at the same draws; "native": DALI's crops, then the oracle."""
+    front = DaliFront(source, views, device, BATCH, 1, photometric)
+    jobs = (Job(3, 0, np.arange(first, min(first + BATCH, images))) for first in range(0, images, BATCH))
+    parts = []
+    for crops, draws in front.crops(jobs):
+        if draws is None:
+            parts += crops
+        else:
+            each = zip(crops, draws, views.recipes, strict=True)
+            parts += [photometric_in_pytorch(*of_view, torch.float32) for of_view in each]
+    front.close()
+    return torch.cat(parts).cpu()
+
+
+def off(source: Source, views: Views, photometric: str, images: int = IMAGES) -> Tensor:
+    """(images x views,): the mean difference of each view's pixels from the oracle's, in levels of 255."""
+    expected, got = (made(source, views, name, images) for name in ("native", photometric))
+    return (got - expected).abs().mean((1, 2, 3))
+
+
+def take(loader: ViewLoader, epoch: int | None = None, batches: int | None = None) -> list[Batch]:
+    if epoch is not None:
+        loader.set_epoch(epoch)
+    return list(itertools.islice(iter(loader), batches))
+
+
+def same(left: list[Batch], right: list[Batch]) -> bool:
+    """Bit-equal, batch by batch."""
+    return len(left) == len(right) and all(
+        torch.equal(a.index, b.index) and all(map(torch.equal, a.views, b.views))
+        for a, b in zip(left, right, strict=True)
+    )
+
+
+# Beside the shared op
+
+
+# Bounds of the mean over all views, and of the worst view's: 1.3 times what 600 views of flowers show at most.
+CHANGES = [
+    pytest.param(PLAIN, 0, 0, id="none"),
+    pytest.param(replace(JITTER, brightness=0.8), 0.002, 0.05, id="brightness"),  # factors just below a whole level
+    pytest.param(replace(JITTER, contrast=0.8), 0.25, 1.2, id="contrast"),
+    pytest.param(replace(JITTER, saturation=0.8), 0.65, 1.3, id="saturation"),  # DALI rounds, torchvision truncates
+    pytest.param(replace(JITTER, hue=0.5), 0.1, 0.25, id="hue"),
+    pytest.param(replace(PLAIN, jitter=1), 0.85, 2.4, id="jitter"),
+    pytest.param(replace(PLAIN, grey=1), 0.7, 1.3, id="grey"),  # as with saturation
+    pytest.param(replace(PLAIN, blur=1), 0.0001, 0.001, id="blur"),
+    pytest.param(replace(PLAIN, solarise=1), 0, 0, id="solarise"),
+    pytest.param(LEVELS, 0.75, 3.1, id="whole recipe"),
+]
+
+
+@pytest.mark.parametrize(("views", "mean", "worst"), CHANGES)
+def test_split_operators_do_what_the_shared_op_does(photos: str, views: Views, mean: float, worst: float) -> None:
+    each = off(open_source(photos), views, "dali")
+    assert each.mean() <= mean
+    assert each.max() <= worst
+
+
+@pytest.mark.skipif(not FLOWERS.is_file(), reason="needs shared/data beside the repository")
+@pytest.mark.parametrize(("views", "mean", "worst"), [*CHANGES[4:6], CHANGES[-1]])
+def test_so_they_do_on_real_photographs(views: Views, mean: float, worst: float) -> None:
+    each = off(open_source(str(FLOWERS)), views, "dali", 100)
+    assert each.mean() <= mean
+    assert each.max() <= worst
+
+
+def test_color_twist_is_another_recipe(photos: str) -> None:
+    source = open_source(photos)
+    # What DALI's usual graph does to colours: for the record, not to be kept.
+    assert off(source, replace(PLAIN, jitter=1), "color_twist").mean() >= 5
+    assert off(source, replace(JITTER, contrast=0.8), "color_twist").mean() >= 3, "about 128"
+    assert off(source, replace(JITTER, hue=0.2), "color_twist").mean() >= 3, "in YIQ"
+    # The rest is the same graph. Brightness and saturation come to the same.
+    for views in (replace(JITTER, brightness=0.8), replace(JITTER, saturation=0.8), replace(PLAIN, grey=1, blur=1)):
+        assert off(source, views, "color_twist").mean() <= 0.75
+
+
+def test_every_order_of_the_changes_comes_into_the_graph() -> None:
+    orders = np.array(list(itertools.permutations(range(4))), np.uint8)
+    draws = np.zeros(2 * len(orders), DRAW)
+    draws["order"] = np.concatenate([orders, orders])
+    draws["jitter"] = np.arange(len(draws)) < len(orders)
+    draws["factors"] = 0.2
+    inputs = colour_inputs("dali", draws, LEVELS)
+    for i in range(len(draws)):
+        steps = [*inputs["before"][i], *[HUE] * bool(inputs["turned"][i]), *inputs["after"][i]]
+        expected = draws["order"][i].tolist() if draws["jitter"][i] else []
+        assert [step for step in steps if step != NONE] == expected
+
+
+# A loader like any other
+
+
+def colours(photos: str, views: Views = SMALL, photometric: str = "dali", **options: object) -> ViewLoader:
+    options = {"seed": 9, "workers": 1, **options}
+    return open_views(photos, views, BATCH, backend="dali", photometric=photometric, **options)  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize("photometric", ["dali", "color_twist"])
+def test_an_epoch_is_the_native_ones_images_in_views_of_known_form(photos: str, photometric: str) -> None:
+    loader, native = colours(photos, photometric=photometric), colours(photos, photometric="native")
+    for epoch in range(2):  # a second: what an epoch leaves behind must not end the next
+        batches = take(loader, epoch)
+        for batch, other in zip(batches, take(native, epoch), strict=True):
+            assert torch.equal(batch.index, other.index)
+            assert torch.equal(batch.label, other.label)
+            assert len(batch.views) == 2
+            for view in batch.views:
+                assert view.shape == (len(batch.index), 3, 24, 24)
+                assert view.dtype == torch.float32
+                assert view.is_contiguous(memory_format=torch.channels_last)
+        assert sorted(i for batch in batches for i in batch.index.tolist()) == list(range(IMAGES))
+    loader.close()
+    native.close()
+
+
+def test_views_of_their_own_recipes_and_sizes(photos: str) -> None:
+    changes = (
+        {"blur": 1.0, "mean": (0.0, 0.0, 0.0)},
+        {"solarise": 1.0, "jitter": 0.0, "image_size": 40},
+        {"grey": 0.0},
+    )
+    views = Views(image_size=56, views=3, per_view=changes)
+    batches, expected = (take(colours(photos, views, name)) for name in ("dali", "native"))
+    for number, recipe in enumerate(views.recipes):
+        got, native = (torch.cat([batch.views[number] for batch in loader]) for loader in (batches, expected))
+        assert got.shape == (IMAGES, 3, recipe.image_size, recipe.image_size)
+        std = 255 * torch.tensor(recipe.std).view(3, 1, 1)
+        assert ((got - native) * std).abs().mean() <= 0.75
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_the_views_are_cast(photos: str, dtype: torch.dtype) -> None:
+    for batch, whole in zip(take(colours(photos, dtype=dtype)), take(colours(photos)), strict=True):
+        for view, expected in zip(batch.views, whole.views, strict=True):
+            assert view.dtype == dtype
+            assert view.is_contiguous(memory_format=torch.channels_last)
+            assert torch.equal(view, expected.to(dtype))
+
+
+def test_evaluation_views_have_no_colour_to_change(photos: str) -> None:
+    plain = SMALL.plain()
+    for batch, native in zip(take(colours(photos, plain)), take(colours(photos, plain, "native")), strict=True):
+        assert torch.allclose(batch.views[0], native.views[0], atol=1e-5)
+
+
+@pytest.mark.parametrize("photometric", ["dali", "color_twist"])
+def test_resumes_bit_exactly_and_goes_on_after_a_broken_off_iteration(photos: str, photometric: str) -> None:
+    run = colours(photos, photometric=photometric, workers=2)
+    run.set_epoch(4)
+    epoch, states = [], [run.state_dict()]
+    for batch in run:
+        epoch.append(batch)
+        states.append(dict(run.state_dict()))
+    following = take(run)
+    assert same(take(run, 4, batches=2), epoch[:2])
+    assert same(take(run), epoch[2:]), "from where it stood"
+    take(run, 4, batches=1)
+    assert same(take(run, 5), following), "at another epoch"
+    run.close()
+    resumed = colours(photos, photometric=photometric)
+    for done in (1, 4):
+        resumed.load_state_dict(states[done])
+        assert same(take(resumed), epoch[done:]), f"{done} batches in"
+        assert same(take(resumed), following), "and the next epoch"
+    resumed.close()
+
+
+# On a GPU
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="of machines without a GPU")
+@pytest.mark.parametrize("photometric", ["dali", "color_twist"])
+def test_the_graph_is_one_for_gpus_too(photos: str, photometric: str) -> None:
+    # DALI looks for the GPU once it has the graph: an operator that knows no GPU, or an argument on it, comes first.
+    views = replace(LEVELS, solarise=0.5)
+    with pytest.raises(RuntimeError, match="while CUDA is not available"):
+        DaliFront(open_source(photos), views, torch.device("cuda"), BATCH, 1, photometric)
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+@pytest.mark.parametrize("photometric", ["native", "dali", "color_twist"])
+def test_a_gpu_shows_the_same_views(photos: str, photometric: str) -> None:
+    source, views = open_source(photos), replace(LEVELS, solarise=0.5)
+    expected, got = (made(source, views, photometric, device=torch.device(name)) for name in ("cpu", "cuda"))
+    assert (got - expected).abs().mean() <= 1.5  # another JPEG decoder
