@@ -3,21 +3,13 @@
 // (py::call_guard<py::gil_scoped_release>()); those that make Python objects, like build_info, hold it.
 //
 // Compiled with FASTSIMCLR_EMULATION it is fastsimclr._emulated, for tests: the same functions, run on the CPU.
-#include <pybind11/pybind11.h>
-#include <pybind11/stl.h>
+#include "bindings.h"
 
-#include <algorithm>
-#include <array>
-#include <stdexcept>
 #include <string>
 #include <tuple>
 
 #include "build_info.h"
-#include "crop.h"
-#include "draws.h"
-#include "photometric.h"
-#if defined(FASTSIMCLR_CUDA) || defined(FASTSIMCLR_EMULATION)
-#define FASTSIMCLR_KERNELS
+#ifdef FASTSIMCLR_KERNELS
 #include "nt_xent.h"
 #endif
 
@@ -53,131 +45,7 @@ py::dict build_info() {
   return info;
 }
 
-// A tensor's or array's memory as Python has it (torch.Tensor.data_ptr(), ndarray.ctypes.data); 0 is no array.
-using Address = uintptr_t;
-
-template <class T>
-T* pointer(Address address) {
-  return reinterpret_cast<T*>(address);
-}
-
-void define_pixel_type(py::module_& module) {
-  py::enum_<PixelType>(module, "PixelType", py::module_local())  // _C and its twin both have one
-      .value("float32", PixelType::kFloat32)
-      .value("bfloat16", PixelType::kBfloat16)
-      .value("float16", PixelType::kFloat16);
-}
-
-#ifndef FASTSIMCLR_EMULATION
-
-void define_draws(py::module_& module) {
-  using namespace py::literals;
-  using Range = std::array<double, 2>;
-  using Factors = std::array<double, 4>;
-  module.def(
-      "draw",
-      [](uint32_t seed, uint32_t epoch, uint32_t view, int64_t count, Address index, Address sizes,
-         double center_fraction, const Range& scale, const Range& ratio, const Range& log_ratio,
-         const Factors& factors_low, const Factors& factors_high, const Range& sigma,
-         const std::array<double, 5>& probabilities, Address out) {
-        DrawParams p;
-        p.seed = seed;
-        p.epoch = epoch;
-        p.view = view;
-        p.count = count;
-        p.index = pointer<const int64_t>(index);
-        p.sizes = pointer<const int64_t>(sizes);
-        p.center_fraction = center_fraction;
-        p.scale = scale;
-        p.ratio = ratio;
-        p.log_ratio = log_ratio;
-        p.factors_low = factors_low;
-        p.factors_high = factors_high;
-        p.sigma = sigma;
-        p.probabilities = probabilities;
-        p.out = pointer<Draw>(out);
-        draw(p);
-      },
-      py::kw_only(), "seed"_a, "epoch"_a, "view"_a, "count"_a, "index"_a, "sizes"_a, "center_fraction"_a, "scale"_a,
-      "ratio"_a, "log_ratio"_a, "factors_low"_a, "factors_high"_a, "sigma"_a, "probabilities"_a, "out"_a,
-      py::call_guard<py::gil_scoped_release>());
-}
-
-#endif
-
-// The arguments that crop and photometric have on a CPU and on a GPU.
-CropParams crop_params(Address images, int height, int width, Address index, Address draws, int64_t views, int size,
-                       bool bicubic, Address out) {
-  CropParams p;
-  p.images = pointer<const uint8_t>(images);
-  p.height = height;
-  p.width = width;
-  p.index = pointer<const int64_t>(index);
-  p.draws = pointer<const Draw>(draws);
-  p.views = views;
-  p.size = size;
-  p.bicubic = bicubic;
-  p.out = pointer<uint8_t>(out);
-  return p;
-}
-
-using PerChannel = std::array<float, 3>;
-
-PhotometricParams photometric_params(Address crops, Address draws, int64_t images, int height, int width, int blur_taps,
-                                     const PerChannel& scale, const PerChannel& shift, PixelType dtype, Address out) {
-  PhotometricParams p;
-  p.crops = pointer<const uint8_t>(crops);
-  p.draws = pointer<const Draw>(draws);
-  p.images = images;
-  p.height = height;
-  p.width = width;
-  p.blur_taps = blur_taps;
-  std::copy(scale.begin(), scale.end(), p.scale);
-  std::copy(shift.begin(), shift.end(), p.shift);
-  p.dtype = dtype;
-  p.out = pointer<void>(out);
-  return p;
-}
-
-#ifndef FASTSIMCLR_EMULATION
-
-void define_views(py::module_& module) {
-  using namespace py::literals;
-  const py::call_guard<py::gil_scoped_release> release;
-  module.def(
-      "crop",
-      [](Address images, int height, int width, Address index, Address draws, int64_t views, int size, bool bicubic,
-         Address out, int threads) {
-        crop_on_cpu(crop_params(images, height, width, index, draws, views, size, bicubic, out), threads);
-      },
-      py::kw_only(), "images"_a, "height"_a, "width"_a, "index"_a, "draws"_a, "views"_a, "size"_a, "bicubic"_a, "out"_a,
-      "threads"_a, release);
-  module.def(
-      "photometric",
-      [](Address crops, Address draws, int64_t images, int height, int width, int blur_taps, const PerChannel& scale,
-         const PerChannel& shift, PixelType dtype, Address out, int threads) {
-        photometric_on_cpu(
-            photometric_params(crops, draws, images, height, width, blur_taps, scale, shift, dtype, out), threads);
-      },
-      py::kw_only(), "crops"_a, "draws"_a, "images"_a, "height"_a, "width"_a, "blur_taps"_a, "scale"_a, "shift"_a,
-      "dtype"_a, "out"_a, "threads"_a, release);
-}
-
-#endif
-
-
 #ifdef FASTSIMCLR_KERNELS
-
-void check(cudaError_t error, const char* call) {
-  if (error == cudaSuccess) return;
-  cudaGetLastError();  // the error is told here; the next call's must not be this one's
-  throw std::runtime_error(std::string("fastsimclr: ") + call + " failed: " + cudaGetErrorName(error) + ", " +
-                           cudaGetErrorString(error));
-}
-
-// A launch goes to the thread's current device. The caller has made the pointers' device current for its own CUDA
-// runtime, and makes the one before current again; this library has a runtime of its own, which has to be told as well.
-void use_device(int device) { check(cudaSetDevice(device), "cudaSetDevice"); }
 
 Temperature temperature(Address address, float value, int columns) {
   return {pointer<const float>(address), value, smallest_temperature(columns)};
@@ -204,36 +72,6 @@ void run(cudaError_t (*launcher)(const Params&, cudaStream_t), const char* name,
          Address stream) {
   use_device(device);
   check(launcher(params, reinterpret_cast<cudaStream_t>(stream)), name);
-}
-
-void define_views_on_gpu(py::module_& module) {
-  using namespace py::literals;
-  const py::call_guard<py::gil_scoped_release> release;
-  module.attr("LUMA_PARTS") = kLumaParts;
-  module.attr("MAX_BLUR_RADIUS") = max_blur_radius();
-  module.def(
-      "crop_cuda",
-      [](Address images, int height, int width, Address index, Address draws, int64_t views, int size, bool bicubic,
-         Address out, int device, Address stream) {
-        use_device(device);
-        check(crop(crop_params(images, height, width, index, draws, views, size, bicubic, out),
-                   reinterpret_cast<cudaStream_t>(stream)),
-              "crop");
-      },
-      py::kw_only(), "images"_a, "height"_a, "width"_a, "index"_a, "draws"_a, "views"_a, "size"_a, "bicubic"_a, "out"_a,
-      "device"_a, "stream"_a, release);
-  module.def(
-      "photometric_cuda",
-      [](Address crops, Address draws, int64_t images, int height, int width, int blur_taps, const PerChannel& scale,
-         const PerChannel& shift, PixelType dtype, Address out, Address parts, float max_sigma, int device,
-         Address stream) {
-        use_device(device);
-        check(photometric(photometric_params(crops, draws, images, height, width, blur_taps, scale, shift, dtype, out),
-                          pointer<float>(parts), max_sigma, reinterpret_cast<cudaStream_t>(stream)),
-              "photometric");
-      },
-      py::kw_only(), "crops"_a, "draws"_a, "images"_a, "height"_a, "width"_a, "blur_taps"_a, "scale"_a, "shift"_a,
-      "dtype"_a, "out"_a, "parts"_a, "max_sigma"_a, "device"_a, "stream"_a, release);
 }
 
 void define_nt_xent(py::module_& module) {
@@ -377,13 +215,8 @@ PYBIND11_MODULE(FASTSIMCLR_MODULE, module, py::mod_gil_not_used()) {
   module.doc() = "Compiled part of fastsimclr. Used through fastsimclr.loss and fastsimclr.data.";
   module.def("build_info", &fastsimclr::build_info,
              "What this library was built from: version, compiler, cuda, cuda_runtime, architectures.");
-  fastsimclr::define_pixel_type(module);
-#ifndef FASTSIMCLR_EMULATION
-  fastsimclr::define_draws(module);
   fastsimclr::define_views(module);
-#endif
 #ifdef FASTSIMCLR_KERNELS
-  fastsimclr::define_views_on_gpu(module);
   fastsimclr::define_nt_xent(module);
 #endif
 }

@@ -1,5 +1,5 @@
-// Every random choice of the data path: Philox4x32-10 (Salmon et al., SC 2011), keyed by seed and epoch, counted by view
-// and image. fastsimclr/data/draws.py holds the same in numpy, and what each number is used for.
+// Every random choice of the data path: Philox4x32-10 (Salmon et al., SC 2011), keyed by seed and epoch, counted by
+// view and image. fastsimclr/data/draws.py holds the same in numpy, and what each number is used for.
 #pragma once
 
 #include <array>

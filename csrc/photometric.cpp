@@ -40,12 +40,10 @@ FASTSIMCLR_INLINE void for_each_pixel(Strip strip, F change) {
 
 // part_of_grey: of contrast alone.
 FASTSIMCLR_INLINE void jitter(Strip strip, int change, float factor, float part_of_grey) {
-  if (change == kBrightness)
-    for_each_pixel(strip, [=](Pixel x) FASTSIMCLR_LAMBDA { return brightness(x, factor); });
+  if (change == kBrightness) for_each_pixel(strip, [=](Pixel x) FASTSIMCLR_LAMBDA { return brightness(x, factor); });
   if (change == kContrast)
     for_each_pixel(strip, [=](Pixel x) FASTSIMCLR_LAMBDA { return blend(x, factor, part_of_grey); });
-  if (change == kSaturation)
-    for_each_pixel(strip, [=](Pixel x) FASTSIMCLR_LAMBDA { return saturation(x, factor); });
+  if (change == kSaturation) for_each_pixel(strip, [=](Pixel x) FASTSIMCLR_LAMBDA { return saturation(x, factor); });
   if (change == kHue && factor != 0) {
     const float turn = sixths(factor);
     for_each_pixel(strip, [=](Pixel x) FASTSIMCLR_LAMBDA { return hue(x, turn); });
@@ -100,8 +98,8 @@ FASTSIMCLR_INLINE int make_kernel(std::vector<float>& kernel, float sigma, int t
   return radius;
 }
 
-// to[i] = sum over k of kernel[|k|] at(k)[i] for `width` numbers, kVectors vectors at a time whose sums stay in registers;
-// the last of them begin earlier, and compute again what the ones before have.
+// to[i] = sum over k of kernel[|k|] at(k)[i] for `width` numbers, kVectors vectors at a time whose sums stay in
+// registers; the last of them begin earlier, and compute again what the ones before have.
 template <int kVectors, class At>
 FASTSIMCLR_INLINE void weigh_vectors(float* to, const float* kernel, int radius, int width, At at) {
   constexpr int kPiece = kVectors * kLanes;
@@ -174,8 +172,7 @@ FASTSIMCLR_CLONES void one_image(const PhotometricParams& p, int64_t image, Scra
       b[i] = crop[3 * i + 2];
     }
     if (!draw.jitter) continue;
-    for (int step = 0; step < contrast_step; step++)
-      jitter(strip, draw.order[step], draw.factors[draw.order[step]], 0);
+    for (int step = 0; step < contrast_step; step++) jitter(strip, draw.order[step], draw.factors[draw.order[step]], 0);
     total += sum_of_luma(strip);
   }
   const float part_of_mean = float(double(total) / double(size)) * (1 - contrast);

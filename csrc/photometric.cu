@@ -3,21 +3,20 @@
 //
 // A block of the second one makes a tile of one view in shared memory. Where that view is blurred, the tile's
 // surroundings are computed with it, as far as the blur reaches: cheaper than to write the changed view and to read it
-// again. Shared memory holds interleaved floats: neighbouring threads are at neighbouring banks in each of its uses, and
-// what is written to memory is contiguous.
-#include "photometric.h"
-
+// again. Shared memory holds interleaved floats: neighbouring threads are at neighbouring banks in each of its uses,
+// and what is written to memory is contiguous.
 #include <cmath>
 
 #include "mma.cuh"
+#include "photometric.h"
 #include "pixel.h"
 
 namespace fastsimclr {
 namespace {
 
 constexpr int kThreads = 256;
-constexpr int kTile = 32;  // side of a block's tile of a view, in pixels
-constexpr int kRun = 4;    // neighbouring results of one thread, which share what they read
+constexpr int kTile = 32;                 // side of a block's tile of a view, in pixels
+constexpr int kRun = 4;                   // neighbouring results of one thread, which share what they read
 constexpr int64_t kMaxShared = 99 << 10;  // of a block on every GPU from sm_80 on
 constexpr unsigned kAllLanes = 0xffffffffu;
 
@@ -78,8 +77,8 @@ __global__ void __launch_bounds__(kThreads) luma_kernel(Kernel kernel) {
   kernel.parts[image * kLumaParts + part] = of_part;
 }
 
-// Weights of a Gaussian kernel's middle and one side, into shared memory. Those beyond four standard deviations are left
-// out: together they are 6e-5. Returns how far it reaches; by all threads, between barriers.
+// Weights of a Gaussian kernel's middle and one side, into shared memory. Those beyond four standard deviations are
+// left out: together they are 6e-5. Returns how far it reaches; by all threads, between barriers.
 __device__ __forceinline__ int make_kernel(float* weights, float sigma, int max_radius) {
   const int reach = int(ceilf(4 * sigma));
   const int radius = reach < max_radius ? reach : max_radius;
@@ -115,8 +114,8 @@ __global__ void __launch_bounds__(kThreads) photometric_kernel(Kernel kernel) {
   const int64_t image = blockIdx.x / (tiles_x * tiles_y);
   const int x0 = int(blockIdx.x % tiles_x) * kTile, y0 = int(blockIdx.x / tiles_x % tiles_y) * kTile;
   const Draw draw = p.draws[image];
-  float* weights = reinterpret_cast<float*>(dynamic_shared());     // (max_radius + 1,)
-  float* tile = weights + kernel.max_radius + 1;                   // (side, side, 3), with its surroundings
+  float* weights = reinterpret_cast<float*>(dynamic_shared());  // (max_radius + 1,)
+  float* tile = weights + kernel.max_radius + 1;                // (side, side, 3), with its surroundings
   const int radius = draw.sigma > 0 ? make_kernel(weights, draw.sigma, kernel.max_radius) : 0;
   const int side = kTile + 2 * radius, pitch = 3 * side;
 

@@ -21,7 +21,7 @@ struct PhotometricParams {
   const Draw* draws = nullptr;     // (images,)
   int64_t images = 0;
   int height = 0, width = 0;
-  int blur_taps = 3;          // odd: the most that a blur's kernel has
+  int blur_taps = 3;           // odd: the most that a blur's kernel has
   float scale[3] = {1, 1, 1};  // of a level, before
   float shift[3] = {0, 0, 0};  // this is added
   PixelType dtype = PixelType::kFloat32;

@@ -1,5 +1,6 @@
-// What happens to one pixel's colours, the same on CPUs and GPUs: torchvision's operations on uint8 tensors, clamped and
-// truncated to whole levels after each. fastsimclr/data/photometric.py holds the same in PyTorch: the tests' oracle.
+// What happens to one pixel's colours, the same on CPUs and GPUs: torchvision's operations on uint8 tensors, clamped
+// and truncated to whole levels after each. fastsimclr/data/photometric.py holds the same in PyTorch: the tests'
+// oracle.
 #pragma once
 
 #if defined(__CUDACC__)
@@ -29,8 +30,8 @@ FASTSIMCLR_PIXEL Pixel brightness(Pixel x, float factor) {
   return {level(x.r * factor), level(x.g * factor), level(x.b * factor)};
 }
 
-// Away from or towards a grey: `part_of_grey` is that grey times (1 - factor). Of one for the whole view, its mean luma,
-// it is contrast; of the pixel's own luma, saturation.
+// Away from or towards a grey: `part_of_grey` is that grey times (1 - factor). Of one for the whole view, its mean
+// luma, it is contrast; of the pixel's own luma, saturation.
 FASTSIMCLR_PIXEL Pixel blend(Pixel x, float factor, float part_of_grey) {
   return {level(part_of_grey + x.r * factor), level(part_of_grey + x.g * factor), level(part_of_grey + x.b * factor)};
 }

@@ -1,4 +1,4 @@
-"""Types of the compiled extension (csrc/bindings.cpp). A CPU-only build lacks nt_xent_*."""
+"""Types of the compiled extension (csrc/bindings*.cpp). A CPU-only build lacks nt_xent_*, *_cuda and the constants."""
 
 from typing import Any
 
@@ -14,7 +14,15 @@ class PixelType:
     bfloat16: PixelType
     float16: PixelType
 
-def photometric(**arguments: Any) -> None: ...  # csrc/photometric.h says what each is
+LUMA_PARTS: int
+MAX_BLUR_RADIUS: int
+
+# csrc/draws.h, crop.h and photometric.h say what each argument is.
+def draw(**arguments: Any) -> None: ...
+def crop(**arguments: Any) -> None: ...
+def photometric(**arguments: Any) -> None: ...
+def crop_cuda(**arguments: Any) -> None: ...
+def photometric_cuda(**arguments: Any) -> None: ...
 
 # Addresses, sizes and options by keyword: csrc/nt_xent.h says what each is. They raise RuntimeError for a CUDA error.
 def nt_xent_normalize(**arguments: Any) -> None: ...

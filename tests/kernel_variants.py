@@ -3,6 +3,7 @@
 library = build(folder, sanitize=True)
 library = build(folder, fault=("tile.cuh", "right", "wrong"))      # with one shape of tiles, to be quick
 outcome = check(library, sanitize=True)          # its exit code is 0 if all results are right, 1 if one is wrong
+outcome = check(library, "views")                # the kernels of views alone; "loss": those of the loss
 """
 
 import atexit
@@ -22,7 +23,7 @@ import torch
 
 CSRC = Path(__file__).parents[1] / "csrc"
 COMPILER = os.environ.get("CXX") or shutil.which("g++")
-KERNELS = ("normalize.cu", "forward.cu", "backward.cu")
+LOSS, VIEWS = ("normalize.cu", "forward.cu", "backward.cu"), ("crop.cu", "photometric.cu")
 SANITIZER_EXIT_CODE = 99
 # (M, D, temperature): rows around a tile's edge, one block of the width, a part of one, several; both sets of formulas.
 CASES = [(6, 7, 0.1), (130, 64, 0.1), (130, 60, 0.005), (258, 130, 0.1), (70, 300, 0.005), (70, 300, 0.1)]
@@ -33,6 +34,7 @@ def build(folder: Path, *, fault: tuple[str, str, str] | None = None, sanitize: 
     assert COMPILER is not None
     sources = folder / "csrc"
     shutil.copytree(CSRC, sources)
+    changed = LOSS + VIEWS
     if fault is not None:
         tile = (sources / "tile.cuh").read_text()
         body = re.compile(r"(auto with_shape\(int planes, int width, F f\) \{).*?\n\}\n", re.DOTALL)
@@ -43,26 +45,43 @@ def build(folder: Path, *, fault: tuple[str, str, str] | None = None, sanitize: 
         text = (sources / name).read_text()
         assert text.count(right) == 1, f"{name} has {text.count(right)} times {right!r}; expected once"
         (sources / name).write_text(text.replace(right, wrong))
+        changed = VIEWS if name in VIEWS else LOSS
 
-    sanitizers = ["-g", "-fsanitize=address,undefined", "-fno-sanitize-recover=undefined"] if sanitize else []
-    objects = [folder / f"{name}.o" for name in KERNELS]
-    running = [
-        subprocess.Popen([*_compile(sources), *sanitizers, "-c", sources / name, "-o", target])
-        for name, target in zip(KERNELS, objects, strict=True)
-    ]
-    assert [process.wait() for process in running] == [0] * len(running)
+    others = tuple(name for name in LOSS + VIEWS if name not in changed)
+    objects = [*_compile_all(sources, folder, changed, sanitize), *_as_they_are(others, sanitize), *_binding()]
     library = folder / "_emulated.so"
-    subprocess.run([COMPILER, "-shared", *sanitizers, *objects, _binding(), "-o", library], check=True)
+    subprocess.run([str(COMPILER), "-shared", *_sanitizers(sanitize), *objects, "-o", library], check=True)
     return library
 
 
 @functools.cache
-def _binding() -> Path:
-    """The binding's object file: it does nothing of its own, and takes the longest to compile."""
-    target = Path(tempfile.mkdtemp()) / "bindings.o"
-    atexit.register(shutil.rmtree, target.parent)
-    subprocess.run([*_compile(CSRC), "-c", CSRC / "bindings.cpp", "-o", target], check=True)
-    return target
+def _as_they_are(names: tuple[str, ...], sanitize: bool) -> list[Path]:
+    """Object files of these kernels without a fault."""
+    folder = Path(tempfile.mkdtemp())
+    atexit.register(shutil.rmtree, folder)
+    return _compile_all(CSRC, folder, names, sanitize)
+
+
+@functools.cache
+def _binding() -> list[Path]:
+    """The binding's object files: it does nothing of its own, and takes the longest to compile."""
+    folder = Path(tempfile.mkdtemp())
+    atexit.register(shutil.rmtree, folder)
+    return _compile_all(CSRC, folder, ("bindings.cpp", "bindings_views.cpp"), sanitize=False)
+
+
+def _sanitizers(sanitize: bool) -> list[str]:
+    return ["-g", "-fsanitize=address,undefined", "-fno-sanitize-recover=undefined"] if sanitize else []
+
+
+def _compile_all(sources: Path, folder: Path, names: tuple[str, ...], sanitize: bool) -> list[Path]:
+    objects = [folder / f"{name}.o" for name in names]
+    running = [
+        subprocess.Popen([*_compile(sources), *_sanitizers(sanitize), "-c", sources / name, "-o", target])
+        for name, target in zip(names, objects, strict=True)
+    ]
+    assert [process.wait() for process in running] == [0] * len(running)
+    return objects
 
 
 def _compile(sources: Path) -> list[str]:
@@ -71,7 +90,9 @@ def _compile(sources: Path) -> list[str]:
     return flags + [f"-I{path}" for path in (sources, pybind11.get_include(), sysconfig.get_path("include"))]
 
 
-def check(library: Path, *, one_shape: bool = False, sanitize: bool = False) -> "subprocess.CompletedProcess[str]":
+def check(
+    library: Path, kernels: str = "all", *, one_shape: bool = False, sanitize: bool = False
+) -> "subprocess.CompletedProcess[str]":
     environment = dict(os.environ)
     if sanitize:  # Python is built without: they must be loaded before it
         found = [
@@ -81,22 +102,54 @@ def check(library: Path, *, one_shape: bool = False, sanitize: bool = False) -> 
         environment["LD_PRELOAD"] = ":".join(found)
         environment["ASAN_OPTIONS"] = f"detect_leaks=0:exitcode={SANITIZER_EXIT_CODE}"
         environment["UBSAN_OPTIONS"] = f"exitcode={SANITIZER_EXIT_CODE}"
-    command = [sys.executable, __file__, str(library), *(["--one-shape"] if one_shape else [])]
+    command = [sys.executable, __file__, str(library), kernels, *(["--one-shape"] if one_shape else [])]
     return subprocess.run(command, env=environment, capture_output=True, text=True, timeout=300)
 
 
-def main(library: str, one_shape: bool) -> int:
-    from oracle import loss_and_gradients, relative_error, rows_of, views
-
+def main(library: str, kernels: str, one_shape: bool) -> int:
+    from fastsimclr.data import native
     from fastsimclr.loss import fused
 
     specification = importlib.util.spec_from_file_location("_emulated", library)
     assert specification is not None
     assert specification.loader is not None
-    fused._emulated = importlib.util.module_from_spec(specification)
+    fused._emulated = native._emulated = importlib.util.module_from_spec(specification)
     specification.loader.exec_module(fused._emulated)
 
     torch.set_num_threads(1)
+    wrong = (kernels != "views" and loss_is_wrong(one_shape)) or (kernels != "loss" and views_are_wrong())
+    return 1 if wrong else 0
+
+
+def views_are_wrong() -> bool:
+    """Crops and colours by the kernels, against PyTorch's operations."""
+    import numpy as np
+
+    from fastsimclr import Views
+    from fastsimclr.data.crop import crop
+    from fastsimclr.data.draws import draw
+    from fastsimclr.data.photometric import photometric
+
+    images = torch.from_numpy(np.random.default_rng(0).integers(0, 256, (12, 37, 45, 3)).astype(np.uint8))
+    index, sizes = np.arange(12), np.tile([37, 45], (12, 1))
+    for seed in range(1, 6):
+        os.environ["FASTSIMCLR_EMULATION_SEED"] = str(seed)
+        for size in (33, 70):  # a column of a second tile, and three tiles a side
+            recipe = Views(image_size=size, blur=0.7, blur_kernel=0.5, jitter=0.9, std=(1 / 255,) * 3)
+            draws = draw(recipe, seed, 0, index, 0, sizes)
+            crops = [crop(images, index, draws, recipe, backend) for backend in ("emulated", "pytorch")]
+            views = [photometric(crops[1], draws, recipe, backend=backend) for backend in ("emulated", "pytorch")]
+            errors = [float((a.float() - b.float()).abs().mean()) for a, b in (crops, views)]
+            # How close they are is test_crop.py's and test_photometric.py's to say.
+            if not all(error < 0.1 for error in errors):  # nor NaN
+                print(f"wrong: seed {seed}, views of {size}: {errors} levels off")
+                return True
+    return False
+
+
+def loss_is_wrong(one_shape: bool) -> bool:
+    from oracle import loss_and_gradients, relative_error, rows_of, views
+
     cases = [(*case, p) for case in CASES for p in ("medium", "highest")]
     if one_shape:
         cases = [case for case in cases if case[1] <= 64 and case[3] == "medium"]
@@ -110,9 +163,9 @@ def main(library: str, one_shape: bool) -> int:
             # How accurate they are is test_fused.py's to say; here whatever is more than rounding counts.
             if not max(errors) < (0.1 if precision == "medium" else 0.001):
                 print(f"wrong: seed {seed}, M={m}, D={d}, temperature {temperature}, {precision}: errors {errors}")
-                return 1
-    return 0
+                return True
+    return False
 
 
 if __name__ == "__main__":
-    sys.exit(main(sys.argv[1], "--one-shape" in sys.argv))
+    sys.exit(main(sys.argv[1], sys.argv[2], "--one-shape" in sys.argv))

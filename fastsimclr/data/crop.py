@@ -29,7 +29,7 @@ def crop(
     if chosen == "pytorch" or (device.type == "cuda" and images.shape[1] > _MAX_HEIGHT):
         return crop_in_pytorch(images, index, draws, recipe)
     out = torch.empty((len(index), recipe.image_size, recipe.image_size, 3), dtype=torch.uint8, device=device)
-    drawn, of_views = native.on_device(draws, device), native.on_device(index.astype(np.int64, copy=False), device)
+    drawn, of_views = native.on_device(draws.view(np.uint8), device), native.on_device(index, device)
     arguments = {
         "images": images.contiguous().data_ptr(),
         "height": images.shape[1],

@@ -8,6 +8,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
+from fastsimclr.data import native
 from fastsimclr.data.draws import Draws
 from fastsimclr.data.photometric import photometric
 from fastsimclr.data.sampler import Sampler
@@ -143,6 +144,6 @@ class ViewLoader:
             )
         return Batch(
             views=views,
-            index=torch.from_numpy(index).to(self.device),
-            label=torch.from_numpy(self.source.labels[index]).to(self.device),
+            index=native.on_device(index, self.device),
+            label=native.on_device(self.source.labels[index], self.device),
         )

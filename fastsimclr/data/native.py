@@ -8,6 +8,7 @@ from typing import Any, Literal
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
 
 try:
@@ -68,7 +69,7 @@ def pixel_type(dtype: torch.dtype, backend: Backend) -> Any:
     return getattr((_emulated if backend == "emulated" else _C).PixelType, str(dtype).removeprefix("torch."))
 
 
-def on_device(array: "np.ndarray[Any, Any]", device: torch.device) -> Tensor:
-    """The array's bytes in `device`'s memory, without waiting for it."""
-    tensor = torch.from_numpy(np.ascontiguousarray(array).view(np.uint8))
+def on_device(array: NDArray[Any], device: torch.device) -> Tensor:
+    """The array as a tensor on `device`, without waiting for it; of numbers that PyTorch knows."""
+    tensor = torch.from_numpy(np.ascontiguousarray(array))
     return tensor if device.type == "cpu" else tensor.pin_memory().to(device, non_blocking=True)

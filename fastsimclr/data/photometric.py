@@ -39,7 +39,7 @@ def photometric(
     if chosen == "pytorch" or dtype not in _COMPILED:
         return photometric_in_pytorch(crops, draws, recipe, dtype)
     crops = crops.contiguous()
-    drawn = native.on_device(draws, device)
+    drawn = native.on_device(draws.view(np.uint8), device)
     out = torch.empty((images, 3, height, width), dtype=dtype, device=device, memory_format=torch.channels_last)
     arguments = {
         "crops": crops.data_ptr(),

@@ -1,0 +1,166 @@
+// The part of the module that draws, crops and changes colours: draws.h, crop.h, photometric.h.
+#include <algorithm>
+#include <array>
+
+#include "bindings.h"
+#include "crop.h"
+#include "draws.h"
+#include "photometric.h"
+
+namespace py = pybind11;
+
+namespace fastsimclr {
+namespace {
+
+void define_pixel_type(py::module_& module) {
+  py::enum_<PixelType>(module, "PixelType", py::module_local())  // _C and its twin both have one
+      .value("float32", PixelType::kFloat32)
+      .value("bfloat16", PixelType::kBfloat16)
+      .value("float16", PixelType::kFloat16);
+}
+
+#ifndef FASTSIMCLR_EMULATION
+
+void define_draws(py::module_& module) {
+  using namespace py::literals;
+  using Range = std::array<double, 2>;
+  using Factors = std::array<double, 4>;
+  module.def(
+      "draw",
+      [](uint32_t seed, uint32_t epoch, uint32_t view, int64_t count, Address index, Address sizes,
+         double center_fraction, const Range& scale, const Range& ratio, const Range& log_ratio,
+         const Factors& factors_low, const Factors& factors_high, const Range& sigma,
+         const std::array<double, 5>& probabilities, Address out) {
+        DrawParams p;
+        p.seed = seed;
+        p.epoch = epoch;
+        p.view = view;
+        p.count = count;
+        p.index = pointer<const int64_t>(index);
+        p.sizes = pointer<const int64_t>(sizes);
+        p.center_fraction = center_fraction;
+        p.scale = scale;
+        p.ratio = ratio;
+        p.log_ratio = log_ratio;
+        p.factors_low = factors_low;
+        p.factors_high = factors_high;
+        p.sigma = sigma;
+        p.probabilities = probabilities;
+        p.out = pointer<Draw>(out);
+        draw(p);
+      },
+      py::kw_only(), "seed"_a, "epoch"_a, "view"_a, "count"_a, "index"_a, "sizes"_a, "center_fraction"_a, "scale"_a,
+      "ratio"_a, "log_ratio"_a, "factors_low"_a, "factors_high"_a, "sigma"_a, "probabilities"_a, "out"_a,
+      py::call_guard<py::gil_scoped_release>());
+}
+
+#endif
+
+// The arguments that crop and photometric have on a CPU and on a GPU.
+CropParams crop_params(Address images, int height, int width, Address index, Address draws, int64_t views, int size,
+                       bool bicubic, Address out) {
+  CropParams p;
+  p.images = pointer<const uint8_t>(images);
+  p.height = height;
+  p.width = width;
+  p.index = pointer<const int64_t>(index);
+  p.draws = pointer<const Draw>(draws);
+  p.views = views;
+  p.size = size;
+  p.bicubic = bicubic;
+  p.out = pointer<uint8_t>(out);
+  return p;
+}
+
+using PerChannel = std::array<float, 3>;
+
+PhotometricParams photometric_params(Address crops, Address draws, int64_t images, int height, int width, int blur_taps,
+                                     const PerChannel& scale, const PerChannel& shift, PixelType dtype, Address out) {
+  PhotometricParams p;
+  p.crops = pointer<const uint8_t>(crops);
+  p.draws = pointer<const Draw>(draws);
+  p.images = images;
+  p.height = height;
+  p.width = width;
+  p.blur_taps = blur_taps;
+  std::copy(scale.begin(), scale.end(), p.scale);
+  std::copy(shift.begin(), shift.end(), p.shift);
+  p.dtype = dtype;
+  p.out = pointer<void>(out);
+  return p;
+}
+
+#ifndef FASTSIMCLR_EMULATION
+
+void define_views_on_cpu(py::module_& module) {
+  using namespace py::literals;
+  const py::call_guard<py::gil_scoped_release> release;
+  module.def(
+      "crop",
+      [](Address images, int height, int width, Address index, Address draws, int64_t views, int size, bool bicubic,
+         Address out, int threads) {
+        crop_on_cpu(crop_params(images, height, width, index, draws, views, size, bicubic, out), threads);
+      },
+      py::kw_only(), "images"_a, "height"_a, "width"_a, "index"_a, "draws"_a, "views"_a, "size"_a, "bicubic"_a, "out"_a,
+      "threads"_a, release);
+  module.def(
+      "photometric",
+      [](Address crops, Address draws, int64_t images, int height, int width, int blur_taps, const PerChannel& scale,
+         const PerChannel& shift, PixelType dtype, Address out, int threads) {
+        photometric_on_cpu(photometric_params(crops, draws, images, height, width, blur_taps, scale, shift, dtype, out),
+                           threads);
+      },
+      py::kw_only(), "crops"_a, "draws"_a, "images"_a, "height"_a, "width"_a, "blur_taps"_a, "scale"_a, "shift"_a,
+      "dtype"_a, "out"_a, "threads"_a, release);
+}
+
+#endif
+
+#ifdef FASTSIMCLR_KERNELS
+
+void define_views_on_gpu(py::module_& module) {
+  using namespace py::literals;
+  const py::call_guard<py::gil_scoped_release> release;
+  module.attr("LUMA_PARTS") = kLumaParts;
+  module.attr("MAX_BLUR_RADIUS") = max_blur_radius();
+  module.def(
+      "crop_cuda",
+      [](Address images, int height, int width, Address index, Address draws, int64_t views, int size, bool bicubic,
+         Address out, int device, Address stream) {
+        use_device(device);
+        check(crop(crop_params(images, height, width, index, draws, views, size, bicubic, out),
+                   reinterpret_cast<cudaStream_t>(stream)),
+              "crop");
+      },
+      py::kw_only(), "images"_a, "height"_a, "width"_a, "index"_a, "draws"_a, "views"_a, "size"_a, "bicubic"_a, "out"_a,
+      "device"_a, "stream"_a, release);
+  module.def(
+      "photometric_cuda",
+      [](Address crops, Address draws, int64_t images, int height, int width, int blur_taps, const PerChannel& scale,
+         const PerChannel& shift, PixelType dtype, Address out, Address parts, float max_sigma, int device,
+         Address stream) {
+        use_device(device);
+        check(photometric(photometric_params(crops, draws, images, height, width, blur_taps, scale, shift, dtype, out),
+                          pointer<float>(parts), max_sigma, reinterpret_cast<cudaStream_t>(stream)),
+              "photometric");
+      },
+      py::kw_only(), "crops"_a, "draws"_a, "images"_a, "height"_a, "width"_a, "blur_taps"_a, "scale"_a, "shift"_a,
+      "dtype"_a, "out"_a, "parts"_a, "max_sigma"_a, "device"_a, "stream"_a, release);
+}
+
+#endif
+
+}  // namespace
+
+void define_views(py::module_& module) {
+  define_pixel_type(module);
+#ifndef FASTSIMCLR_EMULATION
+  define_draws(module);
+  define_views_on_cpu(module);
+#endif
+#ifdef FASTSIMCLR_KERNELS
+  define_views_on_gpu(module);
+#endif
+}
+
+}  // namespace fastsimclr
