@@ -21,8 +21,8 @@ class DataConfig(Views):
     """What is trained on, and how views are made of it."""
 
     train: str | None = None
-    """A folder of class folders, a flat folder of images, tar shards ('train-{000..127}.tar', '*.tar'), digits, or
-    cifar10[:ROOT]. Without it the built-in demonstration runs (preset digits)."""
+    """A folder of class folders, a flat folder of images, tar shards ('train-{000..127}.tar', '*.tar'), digits,
+    cifar10[:ROOT] or stl10[:ROOT]. Without it the built-in demonstration runs (preset digits)."""
     val: str | None = None
     """Labelled images to measure kNN accuracy on, in the same forms. Without it: the held-out part of digits and
     cifar10; of other labelled data the training images themselves, each without itself as a neighbour."""

@@ -21,9 +21,8 @@ from torch.nn.parallel import DistributedDataParallel
 
 from fastsimclr import checkpoint, distributed
 from fastsimclr.config import Config, parse
-from fastsimclr.data import Batch, Source, choose_backend, open_source, open_views, prepare
-from fastsimclr.data.scan import BadImages, ScanStopped, scan
-from fastsimclr.data.sources import EncodedSource
+from fastsimclr.data import Batch, choose_backend, open_views, prepare
+from fastsimclr.data.scan import ScanStopped
 from fastsimclr.distributed import World
 from fastsimclr.errors import UserError
 from fastsimclr.knn import measure
@@ -32,6 +31,7 @@ from fastsimclr.loss import choose_backend as loss_backend
 from fastsimclr.loss.fused import describe_build
 from fastsimclr.models import SimCLR, encoder, projector, synchronise_batch_norm
 from fastsimclr.optim import build_optimizer, learning_rate, resolve_lr
+from fastsimclr.run_data import RunData
 from fastsimclr.run_log import LaggedLoss, RunLog
 from fastsimclr.step import Step
 
@@ -60,9 +60,6 @@ def main(arguments: Sequence[str] | None = None) -> int:
 class Training:
     """A run: what it needs, opened and checked on every rank, and then the loop."""
 
-    source: Source
-    val: Source | None
-
     def __init__(self, config: Config, text: str, world: World) -> None:
         self.config, self.text, self.world = config, text, world
         self.output = Path(distributed.share(config.output or _new_folder(config), world))
@@ -74,9 +71,11 @@ class Training:
         for number in STOP_SIGNALS:
             signal.signal(number, self._on_signal)
         self._together(self._open)
-        self.skipped: list[str] | None = None  # what was wrong with images left out; None: they were not scanned
-        self.source = self._scan(self.source)
-        self.val = self._scan(self.val) if self.val is not None else None
+        try:
+            self.data.scan(stop=lambda: self.stop_signal != 0)
+        except ScanStopped:
+            self._say(f"stopped in the scan for bad images; the same command with --output {self.output} goes on")
+            raise
         self._together(self._open_loader)
 
     def _together(self, part: Callable[[], None]) -> None:
@@ -90,17 +89,10 @@ class Training:
     def _open(self) -> None:
         """All that does not depend on how many images are good: its mistakes are known before the scan."""
         config, world = self.config, self.world
-        assert config.data.train is not None  # the preset of the demonstration names one
         self.views = config.data.views_recipe()
         if self.views.views < 2:
             raise UserError(f"--data.views: got {self.views.views}, expected at least 2: the loss compares views")
-        self.source = open_source(config.data.train)
-        self.val = None
-        if config.data.val is not None or config.data.train.partition(":")[0] in ("digits", "cifar10"):
-            self.val = open_source(config.data.val or config.data.train, split="val")
-        if config.data.val is not None and not (self.source.has_labels and self.val and self.val.has_labels):
-            raise UserError("--data.val: got images without labels in it or in --data.train; kNN accuracy needs both")
-        self.measures_knn = config.knn_every > 0 and self.source.has_labels
+        self.data = RunData(config, self.output, world)
         self.bf16, self.dtype, self.why_precision = _precision(config.precision, world.device)
 
         torch.manual_seed(config.seed)
@@ -126,43 +118,10 @@ class Training:
             loss.temperature, group=group, backend=loss.backend, precision=loss.precision, decoupled=loss.decoupled
         )
 
-    def _scan(self, source: Source) -> Source:
-        """The images of `source` that decode. The ranks share the work, and fail together."""
-        if not isinstance(source, EncodedSource):
-            return source
-        skipped = self.skipped or []
-        try:
-            scanned = scan(
-                source,
-                max_bad=self.config.data.max_bad,
-                cache=self.output,
-                world=self.world,
-                stop=lambda: self.stop_signal != 0,
-            )
-        except BadImages as error:
-            file = self._list_skipped([*skipped, *error.bad])
-            raise UserError(f"--data.{error} ({file} names all)") from error
-        except ScanStopped:
-            self._say(f"stopped in the scan for bad images; the same command with --output {self.output} goes on")
-            raise
-        self.skipped = list(dict.fromkeys([*skipped, *scanned.bad]))  # --data.val may be --data.train
-        return scanned.source
-
-    def _list_skipped(self, skipped: Sequence[str]) -> Path:
-        """Write the first rank's list of images left out, and why each is; none if there are none."""
-        file = self.output / "skipped_images.txt"
-        if self.world.is_first and skipped:
-            self.output.mkdir(parents=True, exist_ok=True)
-            lines = [line.replace("\n", "\\n") + "\n" for line in skipped]
-            file.write_text("".join(lines), encoding="utf-8", errors="surrogateescape")  # names are any bytes
-        elif self.world.is_first:
-            file.unlink(missing_ok=True)  # of an earlier run, whose files have been mended
-        return file
-
     def _open_loader(self) -> None:
         config, world = self.config, self.world
         self.loader = open_views(
-            self.source,
+            self.data.source,
             self.views,
             config.batch_size,
             backend=config.data.backend,
@@ -176,9 +135,9 @@ class Training:
             dtype=torch.bfloat16 if self.bf16 else torch.float32,  # as autocast would make them
             photometric=config.data.photometric,
         )
-        self.source = self.loader.source  # backend memory has decoded it
-        if self.val is not None:
-            self.val, _ = prepare(self.val, config.data.backend, world.device)
+        self.data.source = self.loader.source  # backend memory has decoded it
+        if self.data.val is not None:
+            self.data.val, _ = prepare(self.data.val, config.data.backend, world.device)
         self.steps_per_epoch = len(self.loader)
         self.total_steps = config.epochs * self.steps_per_epoch
         self.last_step = min(self.total_steps, config.max_steps or self.total_steps)
@@ -195,20 +154,20 @@ class Training:
         self.stepper = self._stepper()
         torch.backends.cudnn.benchmark = True
         self._describe()
-        self._list_skipped(self.skipped or [])
+        self.data.list_skipped(self.data.skipped or [])
         self.log = None
         if world.is_first:
             self.output.mkdir(parents=True, exist_ok=True)
             (self.output / "config.yaml").write_text(self.text)
             self.log = RunLog(self.output, first_step=self.step, total_steps=self.last_step, epochs=config.epochs)
-            if self.skipped is not None:
-                record = {"step": self.step, "epoch": self.data_state["epoch"], "skipped_images": len(self.skipped)}
-                self.log.event(record)
+            if self.data.skipped is not None:
+                skipped = {"skipped_images": len(self.data.skipped)}
+                self.log.event({"step": self.step, "epoch": self.data_state["epoch"], **skipped})
         try:
-            if self.measures_knn and self.untrained_knn is None:
+            if self.data.measures_knn and self.untrained_knn is None:
                 self.untrained_knn = self._measure_knn()
             finished = self._train()
-            knn = self._measure_knn() if self.measures_knn and finished else None
+            knn = self._measure_knn() if self.data.measures_knn and finished else None
         finally:
             if self.log is not None:
                 self.log.close()
@@ -324,15 +283,15 @@ class Training:
         self._log(self.losses.flush())
         if self.log is not None:
             self.log.epoch(epochs_done, self.record)
-        if self.measures_knn and epochs_done % self.config.knn_every == 0 and self.step < self.last_step:
+        if self.data.measures_knn and epochs_done % self.config.knn_every == 0 and self.step < self.last_step:
             self._measure_knn()
 
     def _measure_knn(self) -> float:
         config = self.config
         accuracy = measure(
             self.model.encoder,  # type: ignore[arg-type]
-            self.source,
-            self.val,
+            self.data.source,
+            self.data.val,
             self.views,
             config.batch_size,
             self.world,
@@ -402,14 +361,14 @@ class Training:
         lr = f"lr {self.peak_lr:.4g}"
         if optim.lr == "auto":
             lr += f" (auto: {optim.lr_rule} rule at batch {config.batch_size})"
-        classes = f" in {len(self.source.classes)} classes" if self.source.has_labels else ", no labels"
-        why = choose_backend(self.source, world.device)[1] if config.data.backend == "auto" else "as asked"
-        self._say(
-            f"data: {config.data.train}, {len(self.source)} images{classes}; views by {self.loader.backend} ({why})"
-        )
-        if self.skipped:
+        source = self.data.source
+        classes = f" in {len(source.classes)} classes" if source.has_labels else ", no labels"
+        chosen = config.data.backend == "auto" and config.data.photometric == "native"
+        why = choose_backend(source, world.device)[1] if chosen else "as asked"
+        self._say(f"data: {config.data.train}, {len(source)} images{classes}; views by {self.loader.backend} ({why})")
+        if self.data.skipped:
             file = self.output / "skipped_images.txt"
-            self._say(f"data: left out {len(self.skipped)} images that cannot be used; {file} names them")
+            self._say(f"data: left out {len(self.data.skipped)} images that cannot be used; {file} names them")
         self._say(f"model: {config.model.encoder} x{config.model.width}, {parameters / 1e6:.1f} M parameters with head")
         self._say(f"device: {world.world_size} x {world.device.type}, {self.why_precision}")
         self._say(f"loss: NT-Xent, temperature {config.loss.temperature}, backend {self.loss_backend}")
@@ -424,7 +383,8 @@ class Training:
             return
         self._say(f"trained {self.step} steps, last loss {self.record['loss']:.4f}")
         if knn is not None:
-            where = f"{len(self.val)} held-out images" if self.val is not None else "the training images, leave-one-out"
+            val = self.data.val
+            where = f"{len(val)} held-out images" if val is not None else "the training images, leave-one-out"
             self._say(f"kNN accuracy on {where}: {knn:.1%} trained, {self.untrained_knn:.1%} untrained")
         self._say(f"files: {self.output}: checkpoints/last.pt, metrics.jsonl, config.yaml, tensorboard/")
 

@@ -149,6 +149,28 @@ def test_solarise_alone() -> None:
     assert torch.equal(levels(nothing(len(CROPS), solarise=True)), expected)
 
 
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"jitter": True, "factors": (1.3, 1, 1, 0)},
+        {"jitter": True, "factors": (1, 0.2, 1, 0)},
+        {"jitter": True, "factors": (1, 1.8, 1, 0)},
+        {"jitter": True, "factors": (1, 1, 1.8, 0)},
+        {"jitter": True, "factors": (1, 1, 1, 0.05)},
+        {"jitter": True, "factors": (1, 1, 1, -0.2)},
+        {"grey": True},
+        {"sigma": 0.5},
+        {"sigma": 2.0},
+        {"solarise": True},
+    ],
+    ids=str,
+)
+def test_implementations_equal_each_other_change_by_change(change: dict[str, object]) -> None:
+    draws = nothing(len(CROPS), **change)
+    oracle = module.photometric(CROPS, draws, LEVELS, backend="pytorch").permute(0, 2, 3, 1)
+    expect_within_a_level(levels(draws), oracle.round())
+
+
 @pytest.mark.parametrize(("size", "fraction", "window"), [(224, 0.1, 23), (32, 0.1, 3), (96, 0.1, 9), (64, 1.0, 65)])
 def test_the_blurs_window_is_the_recipes_fraction_made_odd(size: int, fraction: float, window: int) -> None:
     # Of an impulse a narrower window leaves a brighter rest.

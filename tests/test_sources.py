@@ -9,6 +9,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 from pictures import jpeg, photo, write, write_tar
+from torchvision.datasets import STL10
 
 from fastsimclr.data.sources import ArraySource, EncodedSource, open_source
 from fastsimclr.errors import UserError
@@ -264,15 +265,41 @@ def test_digits_are_divided_without_overlap() -> None:
     assert val.name(3) == "digits[3]"
 
 
-def test_cifar10_that_is_neither_there_nor_to_be_fetched(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize(
+    ("name", "title", "folder"), [("cifar10", "CIFAR-10", "cifar-10-batches-py"), ("stl10", "STL-10", "stl10_binary")]
+)
+def test_a_set_that_is_neither_there_nor_to_be_fetched(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: str, title: str, folder: str
+) -> None:
     # A proxy at a closed port of this host refuses at once: no network is asked, and nothing waits.
-    for name in ("http_proxy", "https_proxy", "HTTP_PROXY", "HTTPS_PROXY"):
-        monkeypatch.setenv(name, "http://127.0.0.1:9")
-    for name in ("no_proxy", "NO_PROXY"):
-        monkeypatch.delenv(name, raising=False)
-    message = refusal(f"cifar10:{tmp_path}")
-    assert message.startswith(f"cifar10:{tmp_path}: got no CIFAR-10 there and could not download it")
-    assert "expected cifar-10-batches-py in that folder" in message
+    for variable in ("http_proxy", "https_proxy", "HTTP_PROXY", "HTTPS_PROXY"):
+        monkeypatch.setenv(variable, "http://127.0.0.1:9")
+    for variable in ("no_proxy", "NO_PROXY"):
+        monkeypatch.delenv(variable, raising=False)
+    message = refusal(f"{name}:{tmp_path}")
+    assert message.startswith(f"{name}:{tmp_path}: got no {title} there and could not download it")
+    assert f"expected {folder} in that folder" in message
+
+
+def test_stl10_is_read_as_it_lies(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    # Three images in the set's own format. torchvision would refuse them for their checksums: the set has but one.
+    monkeypatch.setattr(STL10, "_check_integrity", lambda self: True)
+    pixels = np.stack([photo(96, 96, seed) for seed in range(3)])
+    stored = pixels.transpose(0, 3, 2, 1)  # a channel after the other, and in it a column after the other
+    files = {"train_X.bin": stored[:2], "train_y.bin": np.array([3, 10], np.uint8), "unlabeled_X.bin": stored[2:]}
+    files |= {"test_X.bin": stored[1:2], "test_y.bin": np.array([1], np.uint8)}
+    write(tmp_path / "stl10_binary", {name: array.tobytes() for name, array in files.items()})
+    classes = ["airplane", "bird", "car", "cat", "deer", "dog", "horse", "monkey", "ship", "truck"]
+    write(tmp_path / "stl10_binary", {"class_names.txt": "\n".join(classes).encode(), "fold_indices.txt": b"0 1\n"})
+    train, val = (open_source(f"stl10:{tmp_path}", split=split) for split in ("train", "val"))
+    assert isinstance(train, ArraySource)
+    assert isinstance(val, ArraySource)
+    assert np.array_equal(train.images.numpy(), pixels)
+    assert train.labels.tolist() == [2, 9, -1]
+    assert not train.has_labels
+    assert list(train.classes) == classes
+    assert np.array_equal(val.images.numpy(), pixels[1:2])
+    assert val.labels.tolist() == [0]
 
 
 @pytest.mark.skipif(not SHARED.is_dir(), reason="needs shared/data beside the repository")

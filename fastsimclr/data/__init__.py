@@ -41,7 +41,7 @@ def open_views(
     """Augmented batches of the images at `path`: an iterable with len(), set_epoch(), state_dict(), load_state_dict().
 
     path: a folder of class folders, a flat folder, tar shards ("train-{000..127}.tar", "*.tar"), "digits",
-        "cifar10[:ROOT]", or a Source.
+        "cifar10[:ROOT]", "stl10[:ROOT]", or a Source.
     batch_size: images a batch, over all ranks; each rank gets its part. The last batch may be smaller (or is dropped,
         with `drop_last`, or where some rank would have fewer than `min_local_batch` images of it).
     backend: "dali" (on a GPU, or its CPU operators), "torchvision" (a DataLoader), "memory" (images of one size,

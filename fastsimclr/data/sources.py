@@ -5,6 +5,7 @@ a flat folder of images      photos/1.jpg                    no labels
 tar shards                   'train-{000..127}.tar', '*.tar' label: NAME.cls beside NAME.jpg, else NAME's folder
 digits                       scikit-learn's 1,797 handwritten digits, 80 % of each class for training
 cifar10[:ROOT]               CIFAR-10 through torchvision, from ROOT or downloaded to it
+stl10[:ROOT]                 STL-10 likewise; most of its 105,000 images for training have no label
 """
 
 import glob
@@ -24,9 +25,9 @@ from torch import Tensor
 from fastsimclr.data.images import EXTENSIONS
 from fastsimclr.errors import UserError
 
-BUILT_IN = ("digits", "cifar10")
+BUILT_IN = ("digits", "cifar10", "stl10")
 NO_LABEL = -1
-_EXPECTED = "a folder of images, tar shards, digits or cifar10[:ROOT]"
+_EXPECTED = "a folder of images, tar shards, digits, cifar10[:ROOT] or stl10[:ROOT]"
 
 
 class Source(ABC):
@@ -149,8 +150,8 @@ def open_source(path: str, *, split: str = "train") -> Source:
     kind, _, root = path.partition(":")
     if path == "digits":
         return _digits(split)
-    if kind == "cifar10":
-        return _cifar10(os.path.expanduser(root) or "data", split)
+    if kind in ("cifar10", "stl10"):
+        return _from_torchvision(kind, os.path.expanduser(root) or "data", split)
     folder = Path(path).expanduser()
     if not folder.is_dir():
         if path.endswith(".tar") or any(c in path for c in "{*?["):
@@ -285,14 +286,19 @@ def _digits(split: str) -> ArraySource:
     return ArraySource("digits", images, labels[chosen], [str(d) for d in range(10)])
 
 
-def _cifar10(root: str, split: str) -> ArraySource:
-    from torchvision.datasets import CIFAR10  # slow to import: only when asked for
+def _from_torchvision(name: str, root: str, split: str) -> ArraySource:
+    from torchvision.datasets import CIFAR10, STL10  # slow to import: only when asked for
 
-    try:
-        data = CIFAR10(root, train=split == "train", download=True)  # downloads only what is not there
+    try:  # downloads only what is not there
+        if name == "cifar10":
+            cifar = CIFAR10(root, train=split == "train", download=True)
+            return ArraySource(name, torch.from_numpy(cifar.data), np.array(cifar.targets), cifar.classes)
+        stl = STL10(root, split="train+unlabeled" if split == "train" else "test", download=True)
     except Exception as error:  # network and disk errors of many kinds
+        title, folder = ("CIFAR-10", "cifar-10-batches-py") if name == "cifar10" else ("STL-10", "stl10_binary")
         raise UserError(
-            f"cifar10:{root}: got no CIFAR-10 there and could not download it ({str(error).splitlines()[0]}); "
-            "expected cifar-10-batches-py in that folder"
+            f"{name}:{root}: got no {title} there and could not download it ({str(error).splitlines()[0]}); "
+            f"expected {folder} in that folder"
         ) from error
-    return ArraySource("cifar10", torch.from_numpy(data.data), np.array(data.targets), data.classes)
+    images = torch.from_numpy(stl.data).permute(0, 2, 3, 1).contiguous()
+    return ArraySource(name, images, stl.labels.astype(np.int64), stl.classes)
