@@ -26,8 +26,7 @@ from benchmarks.interleaved import interleave
 from benchmarks.view_contenders import DaliColorTwist, torchvision_loader, torchvision_pillow, torchvision_tensor
 from fastsimclr import Views
 from fastsimclr.data import ViewLoader, open_source, open_views
-from fastsimclr.data.crop import crop
-from fastsimclr.data.draws import draw, draw_views
+from fastsimclr.data.draws import draw_views
 from fastsimclr.data.images import decode
 from fastsimclr.data.memory import decode_all
 from fastsimclr.data.photometric import photometric
@@ -265,38 +264,3 @@ def test_memory_stays_flat(
     with capsys.disabled():
         print(f"\n{backend}: {at[400]:.0f} MiB resident after 400 batches, {at[2000]:.0f} after 2,000")
     assert at[2000] - at[400] < 32
-
-
-@pytest.mark.gpu
-@pytest.mark.skipif(DEVICE == "cpu", reason="needs a GPU")
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-@pytest.mark.benchmark(group="kernels on a GPU")
-def test_kernels(benchmark: BenchmarkFixture, capsys: pytest.CaptureFixture[str], dtype: torch.dtype) -> None:
-    """The photometric kernels at the bytes that go in and out, each once, over what a copy of as many bytes reaches."""
-    images = 512
-    views = Views()
-    crops = torch.randint(0, 256, (images, 224, 224, 3), dtype=torch.uint8, device="cuda")
-    draws = draw(views, 0, 0, np.arange(images), 0, np.full((images, 2), 400))
-    of_bytes = crops.numel() * (1 + torch.empty((), dtype=dtype).element_size())
-    source = torch.empty(of_bytes // 2, dtype=torch.uint8, device="cuda")
-    target = torch.empty_like(source)
-    small = torch.randint(0, 256, (50_000, 32, 32, 3), dtype=torch.uint8, device="cuda")
-    recipe = Views.preset("cifar10")
-
-    def cifar10() -> None:
-        for first in range(0, len(small), 512):
-            index = np.arange(first, min(first + 512, len(small)))
-            for view in range(2):
-                drawn = draw(recipe, 0, 0, index, view, np.full((len(index), 2), 32))
-                photometric(crop(small, index, drawn, recipe.recipes[view]), drawn, recipe.recipes[view], dtype)
-
-    contenders: dict[str, Callable[[], object]] = {
-        "photometric": lambda: photometric(crops, draws, views.recipes[0], dtype),
-        "copy of as many bytes": lambda: target.copy_(source),
-        "CIFAR-10, both views of all": cifar10,
-    }
-    timing = interleave(benchmark, contenders, rounds=10, warmup_rounds=2, synchronize=torch.cuda.synchronize)
-    share = timing.milliseconds["copy of as many bytes"].median / timing.milliseconds["photometric"].median
-    benchmark.extra_info.update(dtype=str(dtype), bytes=of_bytes, share_of_copy_bandwidth=share)
-    with capsys.disabled():
-        print(f"\n{dtype}: {share:.0%} of the copy bandwidth\n{timing}")

@@ -1,12 +1,14 @@
 #!/usr/bin/env bash
-# On a machine with an NVIDIA GPU and nvcc: builds, tests and measures the fused loss there. No network is needed.
+# On a machine with an NVIDIA GPU and nvcc: builds, tests and measures the fused loss and the views there, without a
+# network.
 #   scripts/gpu_check.sh OUT_DIR
-# OUT_DIR gets log.txt, summary.json, gpu_tests.xml (JUnit) and nt_xent.json (pytest-benchmark). Exit code 0: all went
-# well; 1: some stage failed (the later ones ran nevertheless); 2: there is no GPU here, or a mistake in the call.
+# OUT_DIR gets log.txt, summary.json, gpu_tests.xml (JUnit), nt_xent.json and view_kernels.json (pytest-benchmark). Exit
+# code 0: all went well; 1: some stage failed (the later ones ran nevertheless); 2: there is no GPU here, or a mistake
+# in the call.
 #
 # PYTHON            the Python with torch, pybind11, cmake, ninja, setuptools, pytest and pytest-benchmark (python3)
 # GPU_CHECK_COMMIT  what to record where there is no git checkout
-# BUILD_SECONDS, TEST_SECONDS, SANITIZER_SECONDS (each tool), BENCH_SECONDS: the stages' limits; together 7 1/2 minutes
+# BUILD_SECONDS, TEST_SECONDS, SANITIZER_SECONDS (each tool), BENCH_SECONDS: the stages' limits; together 8 minutes
 # BENCH_M, BENCH_D  the benchmark's sizes; without them, those of the targets and then what fits into the time
 set -uo pipefail
 
@@ -22,7 +24,7 @@ fi
 mkdir -p "$1" || exit 2
 out=$(cd "$1" && pwd) || exit 2
 cd "$(dirname "$0")/.." || exit 2
-rm -f "$out/gpu_tests.xml" "$out/nt_xent.json"
+rm -f "$out/gpu_tests.xml" "$out/nt_xent.json" "$out/view_kernels.json"
 
 commit=${GPU_CHECK_COMMIT:-$(git describe --always --dirty --abbrev=40 2>/dev/null || echo unknown)}
 device=$(nvidia-smi --query-gpu=name,driver_version --format=csv,noheader 2>/dev/null | head -n 1)
@@ -121,6 +123,10 @@ benchmark() {  # a size is not begun in the last quarter of the time
     --benchmark-json="$out/nt_xent.json" --benchmark-columns=median,iqr,rounds -p no:cacheprovider
 }
 
+view_kernels() {
+  "$python" -m pytest benchmarks/bench_view_kernels.py --benchmark-json="$out/view_kernels.json" -p no:cacheprovider
+}
+
 all_stages() {
   local failed=0 summary=() stages=()
   echo "fastsimclr $commit on $device"
@@ -129,6 +135,7 @@ all_stages() {
   stage tests "${TEST_SECONDS:-110}" bash -c gpu_tests
   stage memcheck "${SANITIZER_SECONDS:-30}" bash -c 'sanitizer memcheck'
   stage racecheck "${SANITIZER_SECONDS:-30}" bash -c 'sanitizer racecheck'
+  stage views 30 bash -c view_kernels
   stage benchmark "${BENCH_SECONDS:-160}" bash -c benchmark
 
   printf '\n=== summary: fastsimclr %s on %s\n' "$commit" "$device"
@@ -151,6 +158,6 @@ for measured in json.load(open(sys.argv[1]))["benchmarks"]:
 
 # timeout starts programs, not functions.
 export python out small_loss
-export -f build build_by_hand gpu_tests sanitizer benchmark
+export -f build build_by_hand gpu_tests sanitizer view_kernels benchmark
 all_stages 2>&1 | tee "$out/log.txt"
 exit "${PIPESTATUS[0]}"

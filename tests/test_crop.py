@@ -18,19 +18,11 @@ from fastsimclr.data.draws import DRAW, Draws, draw
 pytestmark = pytest.mark.usefixtures("one_thread")
 
 
-@pytest.fixture(autouse=True, params=["compiled", "pytorch", "emulated", pytest.param("gpu", marks=pytest.mark.gpu)])
-def implementation(request: pytest.FixtureRequest) -> None:
-    """Every test is of all: C++, PyTorch, and the GPU's kernel, emulated and on a GPU."""
+@pytest.fixture(autouse=True)
+def each(implementation: tuple[native.Backend, str]) -> None:
+    """Every test is of all."""
     global BACKEND, DEVICE
-    BACKEND, DEVICE = request.param, "cpu"
-    if BACKEND == "gpu":
-        if not torch.cuda.is_available():
-            pytest.skip("needs a GPU")
-        BACKEND, DEVICE = "compiled", "cuda"
-    try:
-        native.choose(BACKEND, torch.device(DEVICE))
-    except RuntimeError as error:
-        pytest.skip(str(error))
+    BACKEND, DEVICE = implementation
 
 
 BACKEND: native.Backend = "auto"

@@ -23,19 +23,11 @@ SIDES = np.full((200, 2), 64)  # of the images that draws are made for
 BRIGHTNESS, CONTRAST, SATURATION, HUE = range(4)
 
 
-@pytest.fixture(autouse=True, params=["compiled", "pytorch", "emulated", pytest.param("gpu", marks=pytest.mark.gpu)])
-def implementation(request: pytest.FixtureRequest) -> None:
-    """Every test is of all: C++, PyTorch, and the GPU's kernels, emulated and on a GPU."""
+@pytest.fixture(autouse=True)
+def each(implementation: tuple[native.Backend, str]) -> None:
+    """Every test is of all."""
     global BACKEND, DEVICE
-    BACKEND, DEVICE = request.param, "cpu"
-    if BACKEND == "gpu":
-        if not torch.cuda.is_available():
-            pytest.skip("needs a GPU")
-        BACKEND, DEVICE = "compiled", "cuda"
-    try:
-        native.choose(BACKEND, torch.device(DEVICE))
-    except RuntimeError as error:
-        pytest.skip(str(error))
+    BACKEND, DEVICE = implementation
 
 
 BACKEND: native.Backend = "auto"
