@@ -59,7 +59,7 @@ __device__ __forceinline__ float warp_sum(float x) {
 __global__ void __launch_bounds__(kThreads) luma_kernel(Kernel kernel) {
   const PhotometricParams& p = kernel.p;
   const int64_t image = blockIdx.x / kLumaParts, part = blockIdx.x % kLumaParts;
-  const Draw draw = p.draws[image];
+  const Draw& draw = p.draws[image];  // read where it is used: a copy would lie in local memory
   if (!draw.jitter) return;
   const int64_t pixels = int64_t(p.height) * p.width;
   const int64_t begin = pixels * part / kLumaParts, end = pixels * (part + 1) / kLumaParts;
@@ -95,13 +95,16 @@ __device__ __forceinline__ int make_kernel(float* weights, float sigma, int max_
 __device__ __forceinline__ void weigh(float (&results)[kRun], const float* weights, int radius, const float* from,
                                       int stride) {
   float window[kRun];  // from[(n + k) stride], which moves along with k
+#pragma unroll
   for (int n = 0; n < kRun; n++) {
     results[n] = 0;
     window[n] = from[(n - radius) * stride];
   }
   for (int k = -radius; k <= radius; k++) {
     const float weight = weights[k < 0 ? -k : k];
+#pragma unroll
     for (int n = 0; n < kRun; n++) results[n] += weight * window[n];
+#pragma unroll
     for (int n = 0; n + 1 < kRun; n++) window[n] = window[n + 1];
     if (k < radius) window[kRun - 1] = from[(kRun + k) * stride];
   }
@@ -113,7 +116,7 @@ __global__ void __launch_bounds__(kThreads) photometric_kernel(Kernel kernel) {
   const unsigned tiles_x = unsigned(p.width + kTile - 1) / kTile, tiles_y = unsigned(p.height + kTile - 1) / kTile;
   const int64_t image = blockIdx.x / (tiles_x * tiles_y);
   const int x0 = int(blockIdx.x % tiles_x) * kTile, y0 = int(blockIdx.x / tiles_x % tiles_y) * kTile;
-  const Draw draw = p.draws[image];
+  const Draw& draw = p.draws[image];  // read where it is used: a copy would lie in local memory
   float* weights = reinterpret_cast<float*>(dynamic_shared());  // (max_radius + 1,)
   float* tile = weights + kernel.max_radius + 1;                // (side, side, 3), with its surroundings
   const int radius = draw.sigma > 0 ? make_kernel(weights, draw.sigma, kernel.max_radius) : 0;
@@ -160,7 +163,9 @@ __global__ void __launch_bounds__(kThreads) photometric_kernel(Kernel kernel) {
     const int y = y0 + n / (3 * kTile), x = x0 + n % (3 * kTile) / 3, channel = n % 3;
     if (y >= p.height || x >= p.width) continue;
     const float value = draw.solarise ? solarise(tile[n]) : tile[n];
-    out[(int64_t(y) * p.width + x) * 3 + channel] = from_float<T>(value * p.scale[channel] + p.shift[channel]);
+    const float scale = channel == 0 ? p.scale[0] : channel == 1 ? p.scale[1] : p.scale[2];  // no array to index:
+    const float shift = channel == 0 ? p.shift[0] : channel == 1 ? p.shift[1] : p.shift[2];  // that is local memory
+    out[(int64_t(y) * p.width + x) * 3 + channel] = from_float<T>(value * scale + shift);
   }
 }
 
