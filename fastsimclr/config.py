@@ -30,7 +30,7 @@ class DataConfig(Views):
     """Who decodes and crops: dali, torchvision, or memory (images of one size, kept decoded on the device)."""
     photometric: Literal["native", "dali", "color_twist"] = "native"
     """Who changes the colours: native, one op for all backends; or DALI's own graph: dali (split operators) or
-    color_twist (its usual operator: another recipe, 11 levels off on average)."""
+    color_twist (its usual operator: another recipe, 11 to 16 levels off)."""
     workers: int | None = None
     """Processes (torchvision) or threads (dali) that read and decode, per rank; null chooses by the machine."""
     drop_last: bool = False

@@ -53,7 +53,7 @@ def open_views(
     workers: DataLoader processes, or DALI threads; None chooses by the machine.
     dtype: of the views.
     photometric: who changes the colours: "native" (one op for all backends), or in DALI's own graph "dali" (split
-        operators, slower) or "color_twist" (its usual operator: another recipe, 11 levels off on average).
+        operators, slower) or "color_twist" (its usual operator: another recipe, 11 to 16 levels off).
     max_bad: try every image first, and leave out those that do not decode, if they are at most this fraction (else
         UserError). None: no scan; the first that does not decode is a UserError when it is met.
     cache: a folder where what the scan found is kept, and found again.

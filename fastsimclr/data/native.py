@@ -44,12 +44,12 @@ def choose(backend: Backend, device: torch.device) -> Backend:
 
 
 def call(function: str, **arguments: Any) -> None:
-    """Call `function` of csrc/bindings.cpp for CPUs."""
+    """Call `function` of csrc/bindings_views.cpp for CPUs."""
     getattr(_C, function)(**arguments)
 
 
 def launch(kernel: str, device: torch.device, **arguments: Any) -> None:
-    """Call `kernel`_cuda of csrc/bindings.cpp: on PyTorch's stream, or emulated if `device` is the CPU."""
+    """Call `kernel`_cuda of csrc/bindings_views.cpp: on PyTorch's stream, or emulated if `device` is the CPU."""
     if device.type == "cpu":
         getattr(_emulated, f"{kernel}_cuda")(**arguments, device=0, stream=0)
         return
