@@ -18,6 +18,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from fastsimclr.command import Parser, check_new, exit_code
 from fastsimclr.config import Config, parse
 from fastsimclr.contact_sheet import FAINT, TAG, Page, Pixels, fitted, resized, wrapped
 from fastsimclr.data import BACKENDS, Source, ViewLoader, choose_backend, open_source, open_views
@@ -48,19 +49,15 @@ class Row:
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run the command line; returns the exit code."""
-    try:
-        options, config = _options(arguments)
-        print(run(options, config))
-    except UserError as error:
-        print(f"fastsimclr.preview: error: {' '.join(str(error).split())}", file=sys.stderr)
-        return 2
-    return 0
+    return exit_code("preview", lambda: print(run(*_options(arguments))))
 
 
 def run(options: argparse.Namespace, config: Config) -> str:
     """Write the sheet; returns what to say of it."""
     output = Path(options.output)
-    _check_output(output, options.force)
+    if output.suffix.lower() != ".png":
+        raise UserError(f"--output: got {output}, expected a file name that ends in .png")
+    check_new(output, options.force)
     assert config.data.train is not None  # the preset of the demonstration names one
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     source, views = open_source(config.data.train), config.data.views_recipe()
@@ -101,14 +98,9 @@ def run(options: argparse.Namespace, config: Config) -> str:
 # The command line
 
 
-class _Parser(argparse.ArgumentParser):
-    def error(self, message: str) -> Any:
-        raise UserError(f"{message}; see {self.prog} --help")
-
-
 def _options(arguments: Sequence[str] | None) -> tuple[argparse.Namespace, Config]:
     """The sheet's own options, and the configuration that train would have with the others."""
-    parser = _Parser(
+    parser = Parser(
         prog="python -m fastsimclr.preview",
         description=(__doc__ or "").split("\n")[0],
         epilog="Any --data.* option of python -m fastsimclr.train changes the recipe: --data.image_size 96",
@@ -151,15 +143,6 @@ def _options(arguments: Sequence[str] | None) -> tuple[argparse.Namespace, Confi
     changes = re.split(r" (?=--)", " ".join(others)) if others else []
     options.changes = [f"{text[:40]}…" if len(text) > 48 else text for text in changes]
     return options, config
-
-
-def _check_output(output: Path, force: bool) -> None:
-    if output.suffix.lower() != ".png":
-        raise UserError(f"--output: got {output}, expected a file name that ends in .png")
-    if output.exists() and not force:
-        raise UserError(
-            f"--output: got {output}, which is there already; give another name, or --force to overwrite it"
-        )
 
 
 # What is on the sheet

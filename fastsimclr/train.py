@@ -25,12 +25,13 @@ from fastsimclr.data import Batch, choose_backend, open_views, prepare
 from fastsimclr.data.scan import ScanStopped
 from fastsimclr.distributed import World
 from fastsimclr.errors import UserError
-from fastsimclr.knn import measure
+from fastsimclr.evaluation.knn import measure
 from fastsimclr.loss import BackendError, NTXentLoss
 from fastsimclr.loss import choose_backend as loss_backend
 from fastsimclr.loss.fused import describe_build
 from fastsimclr.models import SimCLR, encoder, projector, synchronise_batch_norm
 from fastsimclr.optim import build_optimizer, learning_rate, resolve_lr
+from fastsimclr.precision import choose_precision
 from fastsimclr.run_data import RunData
 from fastsimclr.run_log import LaggedLoss, RunLog
 from fastsimclr.step import Step
@@ -93,7 +94,7 @@ class Training:
         if self.views.views < 2:
             raise UserError(f"--data.views: got {self.views.views}, expected at least 2: the loss compares views")
         self.data = RunData(config, self.output, world)
-        self.bf16, self.dtype, self.why_precision = _precision(config.precision, world.device)
+        self.bf16, self.dtype, self.why_precision = choose_precision(config.precision, world.device)
 
         torch.manual_seed(config.seed)
         chosen = encoder(config.model.encoder, config.model.width, config.model.stem, image_size=self.views.image_size)
@@ -342,11 +343,10 @@ class Training:
 
     def _architecture(self) -> dict[str, Any]:
         model = self.config.model
-        stem = "small" if isinstance(self.model.encoder.maxpool, nn.Identity) else "imagenet"  # type: ignore[union-attr]
         return {
             "encoder": model.encoder,
             "width": model.width,
-            "stem": stem,
+            "stem": self.model.encoder.stem,  # type: ignore[union-attr]  # not "auto"
             "hidden": model.hidden,
             "out": model.out,
             "layers": model.layers,
@@ -391,17 +391,6 @@ class Training:
     def _say(self, line: str) -> None:
         if self.world.is_first:
             print(line, flush=True)
-
-
-def _precision(wanted: str, device: torch.device) -> tuple[bool, torch.dtype, str]:
-    """(bf16 autocast, dtype of the weights, what was chosen and why)."""
-    if wanted == "auto":
-        if device.type == "cuda":
-            bf16, why = torch.cuda.is_bf16_supported(including_emulation=False), "this GPU"
-        else:
-            bf16, why = torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported(), "this CPU"
-        return bf16, torch.float32, f"bf16 autocast (auto: {why} has it)" if bf16 else f"fp32 (auto: {why} has no bf16)"
-    return wanted == "bf16", torch.float64 if wanted == "fp64" else torch.float32, wanted
 
 
 def _new_folder(config: Config) -> str:

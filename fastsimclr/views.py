@@ -101,9 +101,11 @@ class Views:
 
     def plain(self) -> "Views":
         """The same images seen for evaluation: one view, the central square, nothing else changed."""
-        return replace(
-            self, views=1, per_view=(), crop="center", flip=0.0, jitter=0.0, grey=0.0, blur=0.0, solarise=0.0
-        )
+        return replace(self.crops_and_flips(), crop="center", flip=0.0)
+
+    def crops_and_flips(self) -> "Views":
+        """One view with crops and flips as here, but no colours changed: what a classifier is trained on (B.6)."""
+        return replace(self, views=1, per_view=(), jitter=0.0, grey=0.0, blur=0.0, solarise=0.0)
 
     @staticmethod
     def preset(name: str) -> "Views":
@@ -111,7 +113,11 @@ class Views:
 
         Raises UserError if there is none of that name.
         """
-        data = yaml.safe_load(preset_file(name).read_text()).get("data", {})
+        return Views.of(yaml.safe_load(preset_file(name).read_text()).get("data", {}))
+
+    @staticmethod
+    def of(data: dict[str, Any]) -> "Views":
+        """The views that the section `data` of a run's configuration asks for; its other options are left alone."""
         own = {f.name for f in fields(Views)}
         return Views(**{name: _tuple(value) for name, value in data.items() if name in own})
 

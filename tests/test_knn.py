@@ -5,7 +5,7 @@ import pytest
 import torch
 from sklearn.neighbors import KNeighborsClassifier
 
-from fastsimclr.knn import TEMPERATURE, knn_accuracy
+from fastsimclr.evaluation.knn import TEMPERATURE, knn_accuracy
 
 
 def features(count: int, seed: int) -> tuple[torch.Tensor, torch.Tensor]:

@@ -47,6 +47,10 @@ class Source(ABC):
     def name(self, index: int) -> str:
         """What to call image `index` in a message: its file, or its place in an archive."""
 
+    @abstractmethod
+    def subset(self, kept: NDArray[np.int64]) -> "Source":
+        """The images `kept` (K,) alone, in that order. Classes stay as they are, also those of no image."""
+
 
 class ArraySource(Source):
     """Images of one size, already decoded: (N, H, W, 3) uint8."""
@@ -56,6 +60,9 @@ class ArraySource(Source):
 
     def name(self, index: int) -> str:
         return f"{self.title}[{index}]"
+
+    def subset(self, kept: NDArray[np.int64]) -> "ArraySource":
+        return ArraySource(self.title, self.images[torch.from_numpy(kept)], self.labels[kept], self.classes)
 
 
 class EncodedSource(Source):
@@ -73,8 +80,7 @@ class EncodedSource(Source):
         """Where the images lie: files; and of each image (N,) the number of its file, and its offset there."""
 
     @abstractmethod
-    def subset(self, kept: NDArray[np.int64]) -> "EncodedSource":
-        """The images `kept` (K,) alone, in that order. Classes stay as they are, also those of no image."""
+    def subset(self, kept: NDArray[np.int64]) -> "EncodedSource": ...
 
 
 class FolderSource(EncodedSource):

@@ -18,11 +18,15 @@ SMALL_IMAGE = 64  # pixels: up to this side, "auto" takes the small stem
 
 
 class Encoder(ResNet):
-    """A ResNet without its classifier: images (N, 3, H, W) to representations h (N, out_features)."""
+    """A ResNet without its classifier: images (N, 3, H, W) to representations h (N, out_features).
+
+    name, width and stem ("imagenet" or "small") say how it is built: encoder(name, width, stem) is another such.
+    """
 
     def __init__(self, name: str, width: int, stem: str) -> None:
         block, layers = _BLOCKS[name]
         nn.Module.__init__(self)  # ResNet's own __init__ fixes the widths: the same layers follow, `width` times wider
+        self.name, self.width, self.stem = name, width, stem
         self._norm_layer = nn.BatchNorm2d
         self.inplanes, self.dilation, self.groups, self.base_width = 64 * width, 1, 1, 64
         self.maxpool: nn.Module

@@ -1,0 +1,80 @@
+"""Representations of all images of a source, in the source's order, by all ranks."""
+
+from collections.abc import Iterator
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+from tqdm import tqdm
+
+from fastsimclr.data import Source, open_views
+from fastsimclr.distributed import World, all_gather_rows, gather_sizes
+from fastsimclr.views import Views
+
+
+def embed_batches(
+    encoder: nn.Module,
+    source: Source,
+    views: Views,
+    batch_size: int,
+    world: World,
+    *,
+    backend: str = "auto",
+    workers: int | None = None,
+    bf16: bool = False,
+    title: str | None = None,
+) -> Iterator[tuple[Tensor, Tensor, Tensor]]:
+    """Of this rank's part of each batch: the images' places in the source (B,), representations (B, D) float32 and
+    labels (B,), on the CPU. Each image is seen as `Views.plain` says, by the encoder in eval mode.
+
+    title: of a progress bar on the first rank; None: no bar.
+    """
+    loader = open_views(
+        source,
+        views.plain(),
+        min(batch_size, len(source)),
+        backend=backend,
+        device=world.device,
+        rank=world.rank,
+        world_size=world.world_size,
+        shuffle=False,
+        min_local_batch=0,
+        workers=workers,
+        dtype=torch.bfloat16 if bf16 else torch.float32,  # as autocast would make them
+    )
+    dtype = next(encoder.parameters()).dtype
+    was_training = encoder.training
+    encoder.eval()
+    bar = tqdm(total=len(source), desc=title, unit="image", disable=True if title is None or world.rank else None)
+    try:
+        for batch in loader:
+            with torch.inference_mode(), torch.autocast(world.device.type, torch.bfloat16, enabled=bf16):
+                images = batch.views[0] if bf16 else batch.views[0].to(dtype)
+                features = encoder(images).float().cpu()
+            yield batch.index.cpu(), features, batch.label.cpu()
+            bar.update(len(features) * world.world_size)
+    finally:
+        bar.close()
+        loader.close()
+        encoder.train(was_training)
+
+
+def embed(
+    encoder: nn.Module, source: Source, views: Views, batch_size: int, world: World, **options: bool | str | int | None
+) -> tuple[Tensor, Tensor]:
+    """Representations (N, D) float32 and labels (N,) of every image of `source`, in its order, on every rank's CPU.
+
+    options: those of `embed_batches`.
+    """
+    width: int = encoder.out_features  # type: ignore[assignment]  # nn.Module: any attribute may be a tensor
+    nothing = torch.empty(0, dtype=torch.int64), torch.empty(0, width), torch.empty(0, dtype=torch.int64)
+    rows = list(embed_batches(encoder, source, views, batch_size, world, **options)) or [nothing]  # type: ignore[arg-type]
+    index, features, labels = (torch.cat(column) for column in zip(*rows, strict=True))
+    if world.world_size > 1:
+        group = dist.group.WORLD
+        assert group is not None
+        sizes = gather_sizes(len(index), group, torch.device("cpu"))
+        index, features, labels = (all_gather_rows(part, sizes, group) for part in (index, features, labels))
+        order = index.argsort()
+        features, labels = features[order], labels[order]
+    return features, labels
