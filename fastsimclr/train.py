@@ -4,6 +4,7 @@ Exit codes: 0 done, or stopped by SIGTERM or SIGINT with what was done kept; 2 a
 fault of ours.
 """
 
+import json
 import math
 import os
 import re
@@ -24,6 +25,7 @@ from fastsimclr.config import Config, parse
 from fastsimclr.data import Batch, choose_backend, open_views, prepare
 from fastsimclr.data.scan import ScanStopped
 from fastsimclr.distributed import World
+from fastsimclr.environment import commit, examine
 from fastsimclr.errors import UserError
 from fastsimclr.evaluation.knn import measure
 from fastsimclr.loss import BackendError, NTXentLoss
@@ -160,6 +162,7 @@ class Training:
         if world.is_first:
             self.output.mkdir(parents=True, exist_ok=True)
             (self.output / "config.yaml").write_text(self.text)
+            (self.output / "environment.json").write_text(json.dumps(self._environment(), indent=2) + "\n")
             self.log = RunLog(self.output, first_step=self.step, total_steps=self.last_step, epochs=config.epochs)
             if self.data.skipped is not None:
                 skipped = {"skipped_images": len(self.data.skipped)}
@@ -351,6 +354,19 @@ class Training:
             "out": model.out,
             "layers": model.layers,
             "optimizer": self.config.optim.name,
+        }
+
+    def _environment(self) -> dict[str, Any]:
+        """What this run, or its latest start, ran on."""
+        return examine() | {
+            "commit": commit(),
+            "command": sys.argv,
+            "started": time.strftime("%Y-%m-%dT%H:%M:%S%z"),
+            "world_size": self.world.world_size,
+            "device": str(self.world.device),
+            "precision": self.why_precision,
+            "loss_backend": self.loss_backend,
+            "views_backend": self.loader.backend,
         }
 
     def _describe(self) -> None:
