@@ -35,3 +35,26 @@ def check_new(output: Path, force: bool, option: str = "--output") -> None:
         raise UserError(
             f"{option}: got {output}, which is there already; give another name, or --force to overwrite it"
         )
+
+
+def run_folder(checkpoint: str | Path | None) -> Path | None:
+    """The run's folder of a --checkpoint that is one (RUN, or RUN/checkpoints/last.pt): where results of it go."""
+    if checkpoint is None:
+        return None
+    path = Path(checkpoint)
+    folder = path if path.is_dir() else path.parent.parent
+    return folder if (folder / "checkpoints").is_dir() and (folder / "config.yaml").is_file() else None
+
+
+def write_whole(output: Path, write: Callable[[Path], object]) -> None:
+    """Have `write` fill a file that takes the name `output` once it is whole. Raises UserError if it cannot be
+    written."""
+    partial = output.with_name(output.name + ".partial")
+    try:
+        output.parent.mkdir(parents=True, exist_ok=True)
+        write(partial)
+        os.replace(partial, output)
+    except OSError as error:
+        raise UserError(f"--output: got {output}, which cannot be written ({error.strerror})") from error
+    finally:
+        partial.unlink(missing_ok=True)

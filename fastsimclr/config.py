@@ -5,13 +5,15 @@ import sys
 from collections.abc import Sequence
 from dataclasses import dataclass, field, fields
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, TypeVar
 
 from jsonargparse import ArgumentParser, Namespace, set_parsing_settings
 
 from fastsimclr.errors import UserError
 from fastsimclr.presets import preset_file
 from fastsimclr.views import Views
+
+Options = TypeVar("Options")
 
 DEMONSTRATION = "digits"  # the preset of a run without --data.train
 
@@ -163,55 +165,77 @@ class _Parser(ArgumentParser):
             expected = list(dict.fromkeys("none" if kind == "NoneType" else kind for kind in expected))
             raise UserError(f"--{option}: got {value}, expected {' or '.join(expected)}")
         message = re.sub(r'Parser key "(.+?)":', r"--\1:", message)
-        raise UserError(f"{message}; see python -m fastsimclr.train --help")
+        raise UserError(f"{message}; see {self.prog} --help")
 
 
 def parse(arguments: Sequence[str] | None = None) -> tuple[Config, str]:
-    """The configuration that the command line (or `arguments`) asks for, and the same as YAML.
+    """The configuration of a run that the command line (or `arguments`) asks for, and the same as YAML.
 
     Raises UserError for unknown options and values that do not fit.
     """
+    about = "Pre-train an image encoder with SimCLR. Without --data.train: a demonstration on digits."
+    arguments = sys.argv[1:] if arguments is None else arguments
+    config, text = parse_as(Config, arguments, "train", about)
+    if config.data.train is None:
+        config, text = parse_as(Config, arguments, "train", about, preset=preset_file(DEMONSTRATION))
+    return config, text
+
+
+def parse_as(
+    kind: type[Options],
+    arguments: Sequence[str],
+    program: str,
+    about: str,
+    *,
+    preset: Path | None = None,
+    defaults: dict[str, Any] | None = None,
+) -> tuple[Options, str]:
+    """The options of python -m fastsimclr.`program`, whose class is `kind`, and the same as YAML.
+
+    preset: a YAML file, and defaults: values by option ("data.image_size"), in place of the class's defaults.
+    Raises UserError for unknown options and values that do not fit.
+    """
     set_parsing_settings(docstring_parse_attribute_docstrings=True)
-    arguments = list(sys.argv[1:] if arguments is None else arguments)
-    for place, argument in enumerate(arguments):
-        option, _, value = argument.partition("=")
-        if argument == "none" or (option.startswith("--") and value == "none"):
-            arguments[place] = argument.removesuffix("none") + "null"  # YAML's word for it
-        if option == "--config" and value:
-            arguments[place] = f"--config={_config_file(value)}"
-        elif place > 0 and arguments[place - 1] == "--config":
-            arguments[place] = str(_config_file(argument))
-    parser = _parser(None)
-    namespace = parser.parse_args(arguments)
-    if namespace.data.train is None:
-        parser = _parser(preset_file(DEMONSTRATION))
-        namespace = parser.parse_args(arguments)
-    return _instantiate(parser, namespace), parser.dump(namespace)
-
-
-def _config_file(named: str) -> Path:
-    return Path(named) if Path(named).is_file() else preset_file(named)
-
-
-def _parser(defaults: Path | None) -> _Parser:
     parser = _Parser(
-        prog="python -m fastsimclr.train",
-        description="Pre-train an image encoder with SimCLR. Without --data.train: a demonstration on digits.",
-        default_config_files=[str(defaults)] if defaults else None,
+        prog=f"python -m fastsimclr.{program}",
+        description=about,
+        default_config_files=[str(preset)] if preset else None,
     )
     parser.add_argument(
         "--config",
         action="config",
         help="A YAML file of these options, or the name of a preset (digits, cifar10); those given after it win.",
     )
-    parser.add_class_arguments(Config, nested_key=None)
-    return parser
+    parser.add_class_arguments(kind, nested_key=None)
+    parser.set_defaults(defaults or {})
+    namespace = parser.parse_args(_as_yaml(arguments))
+    return _instantiate(kind, parser, namespace), parser.dump(namespace)
 
 
-def _instantiate(parser: _Parser, namespace: Namespace) -> Config:
+def _as_yaml(arguments: Sequence[str]) -> list[str]:
+    """The arguments in jsonargparse's terms: "none" is YAML's null, --force its true, and a preset is its file."""
+    arguments = list(arguments)
+    for place, argument in enumerate(arguments):
+        option, _, value = argument.partition("=")
+        if argument == "none" or (option.startswith("--") and value == "none"):
+            arguments[place] = argument.removesuffix("none") + "null"
+        if argument == "--force" and arguments[place + 1 : place + 2] not in (["true"], ["false"]):
+            arguments[place] = "--force=true"
+        if option == "--config" and value:
+            arguments[place] = f"--config={_config_file(value)}"
+        elif place > 0 and arguments[place - 1] == "--config":
+            arguments[place] = str(_config_file(argument))
+    return arguments
+
+
+def _config_file(named: str) -> Path:
+    return Path(named) if Path(named).is_file() else preset_file(named)
+
+
+def _instantiate(kind: type[Options], parser: _Parser, namespace: Namespace) -> Options:
     try:
         values = parser.instantiate(namespace)
-        return Config(**{f.name: values[f.name] for f in fields(Config)})
+        return kind(**{f.name: values[f.name] for f in fields(kind)})  # type: ignore[arg-type]  # a dataclass
     except UserError:
         raise
     except ValueError as error:  # the checks of Views

@@ -4,13 +4,15 @@ import os
 import re
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, TypeVar, cast
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
 
 from fastsimclr.errors import UserError
+
+Result = TypeVar("Result")
 
 # Custom operators take no process group as an argument, only strings: every group that a loss has seen, by its name.
 _groups: dict[str, dist.ProcessGroup] = {}
@@ -196,3 +198,24 @@ def gather_objects(value: Any, world: World) -> list[Any]:
     values: list[Any] = [None] * world.world_size
     dist.all_gather_object(values, value)
     return values
+
+
+def fail_together(failure: str | None, world: World) -> None:
+    """Raise UserError on all ranks if any has failed, with the first rank's reason that there is."""
+    failures = [f for f in gather_objects(failure, world) if f is not None]
+    if failures:
+        raise UserError(failures[0])
+
+
+def together(part: Callable[[], Result], world: World) -> Result:
+    """The result of a part that has no collective in it: a rank that fails must not leave the others waiting.
+
+    Raises UserError on all ranks if it does on any.
+    """
+    failure, result = None, None
+    try:
+        result = part()
+    except UserError as error:
+        failure = str(error)
+    fail_together(failure, world)
+    return cast(Result, result)

@@ -18,7 +18,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from fastsimclr.command import Parser, check_new, exit_code
+from fastsimclr.command import Parser, check_new, exit_code, write_whole
 from fastsimclr.config import Config, parse
 from fastsimclr.contact_sheet import FAINT, TAG, Page, Pixels, fitted, resized, wrapped
 from fastsimclr.data import BACKENDS, Source, ViewLoader, choose_backend, open_source, open_views
@@ -84,11 +84,7 @@ def run(options: argparse.Namespace, config: Config) -> str:
         ["under a view: its crop, width×height at left,top", "then what is done to its colours, in that order"],
     ]
     png, (width, height) = draw_sheet(title, notes, rows, views)
-    try:
-        output.parent.mkdir(parents=True, exist_ok=True)
-        output.write_bytes(png)
-    except OSError as error:
-        raise UserError(f"--output: got {output}, which cannot be written ({error.strerror})") from error
+    write_whole(output, lambda file: file.write_bytes(png))
     return (
         f"{output}: {width}x{height} pixels, {len(png) / 2**20:.1f} MiB; {len(rows)} images of {config.data.train}, "
         f"{views.views} {'view' if views.views == 1 else 'views'} each; {by}"

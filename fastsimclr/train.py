@@ -11,7 +11,7 @@ import re
 import signal
 import sys
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -73,21 +73,13 @@ class Training:
         self.stop_signal = 0
         for number in STOP_SIGNALS:
             signal.signal(number, self._on_signal)
-        self._together(self._open)
+        distributed.together(self._open, world)
         try:
             self.data.scan(stop=lambda: self.stop_signal != 0)
         except ScanStopped:
             self._say(f"stopped in the scan for bad images; the same command with --output {self.output} goes on")
             raise
-        self._together(self._open_loader)
-
-    def _together(self, part: Callable[[], None]) -> None:
-        """Run a part that has no collective in it: a rank that fails must not leave the others waiting."""
-        try:
-            part()
-        except UserError as error:
-            self.failure = str(error)
-        self._fail_together()
+        distributed.together(self._open_loader, world)
 
     def _open(self) -> None:
         """All that does not depend on how many images are good: its mistakes are known before the scan."""
@@ -258,15 +250,9 @@ class Training:
             dist.all_gather_into_tensor(everyone, mine[None])
         sizes, stops, failures = everyone.T.tolist()
         if any(failures):
-            self._fail_together()
+            distributed.fail_together(self.failure, self.world)
         self.stop_signal = max(stops)
         return sizes, any(stops)
-
-    def _fail_together(self) -> None:
-        """Raise UserError on all ranks if any has failed, with the first rank's reason that there is."""
-        failures = [f for f in distributed.gather_objects(self.failure, self.world) if f is not None]
-        if failures:
-            raise UserError(failures[0])
 
     def _on_signal(self, number: int, _: Any) -> None:
         self.stop_signal = number

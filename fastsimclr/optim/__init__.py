@@ -12,11 +12,14 @@ from fastsimclr.optim.schedule import learning_rate, resolve_lr
 __all__ = ["LARS", "build_optimizer", "is_norm_or_bias", "learning_rate", "resolve_lr"]
 
 
-def build_optimizer(name: str, params: Iterable[Tensor], lr: float, momentum: float, weight_decay: float) -> Optimizer:
+def build_optimizer(
+    name: str, params: Iterable[Tensor], lr: float, momentum: float, weight_decay: float, *, nesterov: bool = False
+) -> Optimizer:
     """The optimizer called "lars", "sgd" or "adamw", with norm and bias parameters excluded from weight decay.
 
-    params: tensors, of which those with requires_grad=False are left out. momentum is Adam's β₁ for "adamw". "lars"
-    excludes norm and bias parameters from adaptation too; "sgd" and "adamw" get them as a second param group.
+    params: tensors, of which those with requires_grad=False are left out. momentum is Adam's β₁ for "adamw"; nesterov
+    is for "sgd" alone. "lars" excludes norm and bias parameters from adaptation too; "sgd" and "adamw" get them as a
+    second param group.
     Raises ValueError for an unknown name or when there is nothing to train.
     """
     trainable = [p for p in params if p.requires_grad]
@@ -29,7 +32,7 @@ def build_optimizer(name: str, params: Iterable[Tensor], lr: float, momentum: fl
         {"params": [p for p in trainable if is_norm_or_bias(p)], "weight_decay": 0.0},
     ]
     if name == "sgd":
-        return torch.optim.SGD(groups, lr=lr, momentum=momentum)
+        return torch.optim.SGD(groups, lr=lr, momentum=momentum, nesterov=nesterov)
     if name == "adamw":
         return torch.optim.AdamW(groups, lr=lr, betas=(momentum, 0.999))
     raise ValueError(f"optimizer is {name!r}, expected 'lars', 'sgd' or 'adamw'")

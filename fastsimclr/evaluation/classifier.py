@@ -1,0 +1,179 @@
+"""An encoder with a linear classifier on top, trained with labels: on a frozen encoder, or all of it.
+
+The paper's protocols (appendices B.5 and B.6): crops and flips alone, SGD with Nesterov momentum, one cosine per step,
+and what counts is the last epoch.
+"""
+
+import math
+import sys
+import time
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import torch.distributed as dist
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.nn.parallel import DistributedDataParallel
+from tqdm import tqdm
+
+from fastsimclr.data import Source, open_views
+from fastsimclr.distributed import World
+from fastsimclr.errors import UserError
+from fastsimclr.models import Encoder, synchronise_batch_norm
+from fastsimclr.optim import build_optimizer, learning_rate
+from fastsimclr.precision import Precision
+from fastsimclr.views import Views
+
+
+class Classifier(nn.Module):
+    """images (N, 3, H, W) to logits (N, classes). frozen: the encoder stays in eval mode and gets no gradient, so that
+    neither its parameters nor its BatchNorm statistics change."""
+
+    def __init__(self, encoder: Encoder, classes: int, *, frozen: bool) -> None:
+        super().__init__()
+        self.frozen = frozen
+        self.encoder = encoder.requires_grad_(not frozen)
+        self.fc = nn.Linear(encoder.out_features, classes)
+        nn.init.normal_(self.fc.weight, std=0.01)
+        nn.init.zeros_(self.fc.bias)
+        self.out_features = classes
+        self.train()
+
+    def forward(self, images: Tensor) -> Tensor:
+        with torch.set_grad_enabled(torch.is_grad_enabled() and not self.frozen):
+            h = self.encoder(images)
+        logits: Tensor = self.fc(h)
+        return logits
+
+    def train(self, mode: bool = True) -> "Classifier":
+        super().train(mode)
+        if self.frozen:
+            self.encoder.eval()
+        return self
+
+    def torchvision_state(self) -> dict[str, Tensor]:
+        """What torchvision's ResNet of that name and as many classes loads."""
+        fc = {f"fc.{name}": value for name, value in self.fc.state_dict().items()}
+        return {name: value.cpu() for name, value in (self.encoder.state_dict() | fc).items()}
+
+
+@dataclass(frozen=True)
+class Schedule:
+    """How a classifier is trained."""
+
+    epochs: int
+    lr: float
+    batch_size: int
+    weight_decay: float = 0.0
+    momentum: float = 0.9
+    warmup_epochs: float = 0.0
+
+
+def train_classifier(
+    classifier: Classifier,
+    source: Source,
+    views: Views,
+    schedule: Schedule,
+    world: World,
+    precision: Precision,
+    *,
+    seed: int,
+    title: str,
+    backend: str = "auto",
+    workers: int | None = None,
+) -> list[float]:
+    """Train it in place, in eval mode then; returns the mean loss of each epoch.
+
+    With several ranks, weights are the same on all, and the gradient is that of the mean over the whole batch.
+    Raises UserError if the loss is not finite.
+    """
+    device = world.device
+    classifier.train().to(device, precision.dtype, memory_format=torch.channels_last)  # type: ignore[call-overload]
+    model: Any = classifier
+    if world.world_size > 1:
+        if not classifier.frozen:
+            synchronise_batch_norm(classifier, device)
+        devices = [device] if device.type == "cuda" else None
+        model = DistributedDataParallel(classifier, device_ids=devices, broadcast_buffers=False)
+    loader = open_views(
+        source,
+        views.crops_and_flips(),
+        schedule.batch_size,
+        backend=backend,
+        device=device,
+        rank=world.rank,
+        world_size=world.world_size,
+        seed=seed,
+        min_local_batch=1 if classifier.frozen else 2,  # what a batch is normalised by is more than one image
+        workers=workers,
+        dtype=torch.bfloat16 if precision.bf16 else torch.float32,
+    )
+    optimizer = build_optimizer(
+        "sgd", classifier.parameters(), schedule.lr, schedule.momentum, schedule.weight_decay, nesterov=True
+    )
+    steps_per_epoch = len(loader)
+    total_steps = schedule.epochs * steps_per_epoch
+    warmup_steps = min(round(schedule.warmup_epochs * steps_per_epoch), total_steps // 10)
+    log = _Log(title, schedule.epochs, total_steps, world)
+    losses = []
+    try:
+        for epoch in range(schedule.epochs):
+            loader.set_epoch(epoch)
+            total = torch.zeros(2, device=device, dtype=torch.float64)  # of this rank: the loss, and the images
+            for number, batch in enumerate(loader):
+                step = epoch * steps_per_epoch + number
+                lr = learning_rate(step, peak=schedule.lr, warmup_steps=warmup_steps, total_steps=total_steps)
+                for group in optimizer.param_groups:
+                    group["lr"] = lr
+                with torch.autocast(device.type, torch.bfloat16, enabled=precision.bf16):
+                    logits = model(batch.views[0] if precision.bf16 else batch.views[0].to(precision.dtype))
+                logits = logits.to(torch.promote_types(logits.dtype, torch.float32))
+                loss = F.cross_entropy(logits, batch.label, reduction="sum")
+                # DDP takes the mean over the ranks, whose parts of a batch may differ by one image.
+                of_all_ranks = min(schedule.batch_size, len(source) - number * schedule.batch_size)
+                (loss * (world.world_size / of_all_ranks)).backward()
+                optimizer.step()
+                optimizer.zero_grad(set_to_none=True)
+                total += torch.stack([loss.detach(), loss.new_tensor(len(batch.label))])
+                log.step()
+            if world.world_size > 1:
+                dist.all_reduce(total)
+            losses.append(float(total[0] / total[1]))
+            if not math.isfinite(losses[-1]):
+                raise UserError(
+                    f"--lr: got {schedule.lr:.4g}, and a loss of {losses[-1]} in epoch {epoch + 1}; expected a finite "
+                    "one: lower it"
+                )
+            log.epoch(epoch + 1, losses[-1])
+    finally:
+        log.close()
+        loader.close()
+    classifier.eval()
+    return losses
+
+
+class _Log:
+    """A progress bar on the first rank, or a line an epoch where there is no terminal."""
+
+    def __init__(self, title: str, epochs: int, steps: int, world: World) -> None:
+        self._title, self._epochs, self._steps = title, epochs, steps
+        self._is_first, self._done, self._started = world.is_first, 0, time.monotonic()
+        self._bar = tqdm(total=steps, desc=title, unit="step", disable=None if world.is_first else True)
+
+    def step(self) -> None:
+        self._done += 1
+        self._bar.update()
+
+    def epoch(self, epoch: int, loss: float) -> None:
+        self._bar.set_postfix_str(f"epoch {epoch}/{self._epochs}, loss {loss:.4f}")
+        if self._bar.disable and self._is_first:
+            left = (time.monotonic() - self._started) / self._done * (self._steps - self._done)
+            print(
+                f"{self._title}: epoch {epoch}/{self._epochs}  loss {loss:.4f}  {left / 60:.1f} min left",
+                file=sys.stderr,
+                flush=True,
+            )
+
+    def close(self) -> None:
+        self._bar.close()

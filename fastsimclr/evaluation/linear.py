@@ -1,0 +1,117 @@
+"""Multinomial logistic regression on representations computed once: the linear classifier of an encoder, exactly.
+
+    C · Σᵢ cross-entropy(W xᵢ + b, labelᵢ) + ½ ‖W‖²          x: the representations, standardised
+
+is convex, so its minimum is one and LBFGS finds it: scikit-learn's LogisticRegression(C) on StandardScaler's output.
+It runs on the features' device, and no more than a block of logits is ever held.
+"""
+
+from typing import NamedTuple
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from numpy.typing import NDArray
+from torch import Tensor
+
+from fastsimclr.errors import UserError
+from fastsimclr.evaluation.scores import rank_classes
+
+CHOICES_OF_C = tuple(10.0**exponent for exponent in range(-6, 3))
+_BLOCK = 1 << 16  # rows whose logits are held
+_ITERATIONS = 1000
+_GRADIENT = 1e-6  # of the mean loss: an entry no larger ends the search. scikit-learn stops at 1e-4
+
+
+class LinearClassifier(NamedTuple):
+    """logits = features @ weight.T + bias, of the representations as the encoder gives them."""
+
+    weight: Tensor  # (classes, D)
+    bias: Tensor  # (classes,)
+
+
+def fit(
+    features: Tensor, labels: Tensor, classes: int, c: float, start: LinearClassifier | None = None
+) -> LinearClassifier:
+    """The classifier that minimises the above.
+
+    features: (N, D) of any float dtype; labels: (N,) int64; c: inverse strength of the regularisation.
+    start: where to begin, such as another C's result.
+    """
+    mean, deviation = _standardisation(features)
+    parameters = features.new_zeros(classes, features.shape[1] + 1, dtype=torch.float64)
+    if start is not None:
+        parameters[:, :-1] = start.weight * deviation
+        parameters[:, -1] = start.bias + start.weight.double() @ mean
+    parameters.requires_grad_()
+    weight_of_norm = 1 / (c * len(features))
+    optimizer = torch.optim.LBFGS(
+        [parameters],
+        max_iter=_ITERATIONS,
+        history_size=20,
+        tolerance_grad=_GRADIENT,
+        tolerance_change=0,
+        line_search_fn="strong_wolfe",
+    )
+
+    def closure() -> float:
+        """Sets the gradient of the mean objective; block by block, in the features' precision, summed in float64."""
+        weight = parameters.detach()[:, :-1]
+        gradient = torch.zeros_like(parameters)
+        loss = torch.zeros((), dtype=torch.float64, device=features.device)
+        for first in range(0, len(features), _BLOCK):
+            x = _standardised(features[first : first + _BLOCK], mean, deviation)
+            target = labels[first : first + _BLOCK]
+            log_p = F.log_softmax(x @ weight.T.to(x.dtype) + parameters.detach()[:, -1].to(x.dtype), dim=1)
+            loss += F.nll_loss(log_p, target, reduction="sum")
+            error = log_p.exp_()
+            error[torch.arange(len(x), device=x.device), target] -= 1
+            gradient[:, :-1] += error.T @ x
+            gradient[:, -1] += error.sum(0)
+        gradient /= len(features)
+        gradient[:, :-1] += weight_of_norm * weight
+        parameters.grad = gradient
+        return float(loss / len(features) + 0.5 * weight_of_norm * weight.square().sum())
+
+    optimizer.step(closure)
+    with torch.no_grad():
+        weight = parameters[:, :-1] / deviation
+        return LinearClassifier(weight.float(), (parameters[:, -1] - weight @ mean).float())
+
+
+def choose_c(
+    features: Tensor, labels: Tensor, classes: int, rest: NDArray[np.int64], held_out: NDArray[np.int64]
+) -> tuple[float, dict[float, float]]:
+    """The C of CHOICES_OF_C whose classifier, fitted to the rows `rest`, is best on the rows `held_out`, the smallest
+    of equals; and the accuracy of each."""
+    if len(held_out) == 0:
+        raise UserError("--c: got auto, but --data.train has no class of five images to hold one out of; give a number")
+    train, test = (torch.from_numpy(rows).to(features.device) for rows in (rest, held_out))
+    accuracy: dict[float, float] = {}
+    classifier = None
+    for c in CHOICES_OF_C:  # the strongest first: each is a good start for the next
+        classifier = fit(features[train], labels[train], classes, c, classifier)
+        right = rank(classifier, features[test])[:, 0] == labels[test]
+        accuracy[c] = right.double().mean().item()
+    return max(CHOICES_OF_C, key=lambda c: accuracy[c]), accuracy
+
+
+def rank(classifier: LinearClassifier, features: Tensor) -> Tensor:
+    """(N, up to 5) classes of each row, likeliest first."""
+    blocks = features.split(_BLOCK)
+    return torch.cat(
+        [rank_classes(F.linear(block, classifier.weight.to(block.dtype), classifier.bias)) for block in blocks]
+    )
+
+
+def _standardisation(features: Tensor) -> tuple[Tensor, Tensor]:
+    """Mean and standard deviation of each column, float64; of a constant column 1, as it cannot be scaled."""
+    count = len(features)
+    mean = sum((block.double().sum(0) for block in features.split(_BLOCK)), torch.zeros(())) / count
+    squares = sum(((block.double() - mean).square().sum(0) for block in features.split(_BLOCK)), torch.zeros(()))
+    deviation = (squares / count).sqrt()
+    return mean, torch.where(deviation > 1e-12 * mean.abs().clamp_min(1), deviation, 1.0)
+
+
+def _standardised(x: Tensor, mean: Tensor, deviation: Tensor) -> Tensor:
+    return (x - mean.to(x.dtype)) / deviation.to(x.dtype)
