@@ -7,6 +7,7 @@ from fastsimclr.errors import UserError
 from fastsimclr.loss import NTXentLoss, nt_xent
 from fastsimclr.models import SimCLR, encoder, projector
 from fastsimclr.optim import LARS
+from fastsimclr.pretrained import import_weights, load_encoder
 from fastsimclr.views import Views
 
 __all__ = [
@@ -17,6 +18,8 @@ __all__ = [
     "UserError",
     "Views",
     "encoder",
+    "import_weights",
+    "load_encoder",
     "nt_xent",
     "open_views",
     "projector",

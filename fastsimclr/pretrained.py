@@ -1,14 +1,23 @@
 """Encoders out of files: a run's checkpoint, our exports, and other projects' checkpoints."""
 
+import json
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import torch
 import yaml
+from safetensors import SafetensorError, safe_open
+from torch import Tensor, nn
 
 from fastsimclr import checkpoint
-from fastsimclr.models import Encoder, encoder
+from fastsimclr.errors import UserError
+from fastsimclr.layouts import Architecture, Weights, architecture_of, check_fits, find_weights
+from fastsimclr.models import ENCODERS, Encoder, encoder
 from fastsimclr.views import Views
+
+LAST = Path("checkpoints", "last.pt")
+TIMM_FILES = ("config.json", "model.safetensors")
 
 
 @dataclass(frozen=True)
@@ -25,17 +34,153 @@ class Pretrained:
     """The run's whole configuration, if the file has it."""
 
 
-def load_encoder(path: str | Path) -> Encoder:
-    """The encoder in a file of ours: normalised images (N, 3, H, W) to representations h (N, encoder.out_features)."""
-    return open_pretrained(path).encoder
+def load_encoder(path: str | Path, name: str | None = None) -> Encoder:
+    """The encoder in a file: normalised images (N, 3, H, W) to representations h (N, encoder.out_features).
+
+    path: a run's folder or checkpoint, an export of ours (torchvision, safetensors, timm), or whatever import_weights
+        takes.
+    name: the architecture that it has to be ("resnet50").
+    In eval mode, float32, on the CPU. Runs no code from the file. Raises UserError, a ValueError, if the file is
+    missing or damaged, or holds no ResNet of ours, or one of another name.
+    """
+    return open_pretrained(path, name).encoder
 
 
-def open_pretrained(path: str | Path) -> Pretrained:
-    """The encoder in `path`, with what the file says of it."""
-    state = checkpoint.load(Path(path))
-    built = state["architecture"]
-    model = encoder(built["encoder"], built["width"], built["stem"])
-    prefix = "encoder."
-    model.load_state_dict({k.removeprefix(prefix): v for k, v in state["model"].items() if k.startswith(prefix)})
+def import_weights(path: str | Path, name: str | None = None) -> Encoder:
+    """The encoder in another project's PyTorch checkpoint, as load_encoder gives one.
+
+    VISSL; lightly; solo-learn; MoCo and MoCo v3; SupContrast; google-research's SimCLR by tonylins/simclr-converter
+    (widths 1, 2, 4) and SimCLRv2 by Separius/SimCLRv2-Pytorch (not with selective kernels); torchvision and timm; any
+    other file with one ResNet by torchvision's names in it. layouts.py tells them apart by the names of their tensors.
+
+    The images have to be prepared as that project does. Of google-research's, and only of them, it is certain: in
+    [0, 1], without mean and std; open_pretrained(path).views says so.
+    """
+    return load_encoder(path, name)
+
+
+def open_pretrained(path: str | Path, name: str | None = None) -> Pretrained:
+    """The encoder in `path`, with what the file says of it. As of load_encoder."""
+    if name is not None and name not in ENCODERS:
+        raise UserError(f"name: got {name!r}, expected one of {', '.join(ENCODERS)}")
+    path = Path(path)
+    try:
+        opened = _open(path)
+    except (AttributeError, KeyError, RuntimeError, TypeError, ValueError, yaml.YAMLError) as error:
+        if isinstance(error, UserError):
+            raise
+        reason = " ".join(str(error).split())[:200]
+        raise UserError(
+            f"{path}: got a file with parts missing or wrong ({type(error).__name__}: {reason}), expected a whole one"
+        ) from error
+    if name not in (None, opened.encoder.name):
+        raise UserError(f"{path}: got a {opened.encoder.name}, expected the {name} that was asked for")
+    return opened
+
+
+# Files
+
+
+def _open(path: Path) -> Pretrained:
+    if path.is_dir():
+        if (path / LAST).is_file():
+            return _open(path / LAST)
+        if all((path / file).is_file() for file in TIMM_FILES):
+            return _from_timm(path)
+        raise UserError(
+            f"{path}: got a folder with neither {LAST} nor {' and '.join(TIMM_FILES)}, expected a run's folder or "
+            "timm's"
+        )
+    if not path.is_file():
+        raise UserError(f"{path}: got no such file, expected a checkpoint or a run's folder")
+    if path.suffix == ".onnx":
+        raise UserError(
+            f"{path}: got an ONNX graph, which onnxruntime runs (onnxruntime.InferenceSession); expected weights: "
+            "export the checkpoint that it was made of as safetensors"
+        )
+    if path.suffix == ".safetensors":
+        return _from_safetensors(path)
+    contents = checkpoint.read_foreign(path)
+    return _from_run(path, contents) if checkpoint.is_run(contents) else _from_weights(path, contents)
+
+
+def _from_run(path: Path, state: dict[str, Any]) -> Pretrained:
+    built, prefix = state["architecture"], "encoder."
+    tensors = {k.removeprefix(prefix): v for k, v in state["model"].items() if k.startswith(prefix)}
     config = yaml.safe_load(state["config"])
-    return Pretrained(model.float().eval(), Views.of(config["data"]), f"fastsimclr run, step {state['step']}", config)
+    views = Views.of(config["data"])
+    model = _build(path, Architecture(built["encoder"], built["width"], built["stem"]), Weights(tensors, ""))
+    return Pretrained(model, views, f"fastsimclr run, step {state['step']}", config)
+
+
+def _from_weights(path: Path, contents: Any) -> Pretrained:
+    """The encoder in a state dict of any layout, which its shapes describe."""
+    try:
+        weights = find_weights(contents)
+        architecture = architecture_of(weights.state)
+    except UserError as error:
+        raise UserError(f"{path}: {error}") from error
+    return Pretrained(_build(path, architecture, weights), weights.views, weights.origin)
+
+
+def _from_safetensors(path: Path) -> Pretrained:
+    """Our own file, whose header says all; or another's, as a state dict."""
+    tensors, header = _read_safetensors(path)
+    if header.get("format") != "fastsimclr":
+        return _from_weights(path, tensors)
+    architecture = Architecture(header["encoder"], int(header["width"]), header["stem"])
+    padding, relu = int(header["stem_padding"]), header["stem_relu"] == "true"
+    model = _build(path, architecture, Weights(tensors, "", stem_padding=padding, stem_relu=relu))
+    views = Views.of(json.loads(header["views"])) if "views" in header else None
+    config = json.loads(header["config"]) if "config" in header else None
+    return Pretrained(model, views, header["origin"], config)
+
+
+def _from_timm(folder: Path) -> Pretrained:
+    config_file, weights_file = (folder / name for name in TIMM_FILES)
+    config = json.loads(config_file.read_text())
+    name, prepared = config["architecture"], config["pretrained_cfg"]
+    if name not in ENCODERS:
+        raise UserError(f"{config_file}: got the architecture {name}, expected one of {', '.join(ENCODERS)}")
+    opened = _from_weights(folder, _read_safetensors(weights_file)[0])
+    views = None
+    if "mean" in prepared:  # not of what we exported without knowing how images are prepared
+        views = Views(
+            image_size=prepared["input_size"][-1],
+            mean=tuple(prepared["mean"]),
+            std=tuple(prepared["std"]),
+            center_fraction=prepared["crop_pct"],
+            interpolation=prepared["interpolation"],
+        )
+    return Pretrained(opened.encoder, views, str(config.get("origin", "timm")))
+
+
+def _read_safetensors(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
+    """The tensors, and the header's texts."""
+    try:
+        with safe_open(path, "pt") as file:
+            return {name: file.get_tensor(name) for name in file.keys()}, file.metadata() or {}  # noqa: SIM118
+    except (OSError, SafetensorError) as error:
+        raise UserError(f"{path}: got a file that is damaged or no safetensors file ({error}), expected one") from error
+
+
+# The encoder
+
+
+def _build(path: Path, architecture: Architecture, weights: Weights) -> Encoder:
+    """The encoder with these weights; without touching the random state."""
+    try:
+        with torch.device("meta"):
+            model = encoder(*architecture)
+        check_fits(weights.state, model)
+    except UserError as error:
+        raise UserError(f"{path}: {error}") from error
+    model.to_empty(device="cpu")
+    # Before PyTorch 0.4.1 batches were not counted.
+    counters = {name: torch.zeros(()) for name in model.state_dict() if name.endswith(".num_batches_tracked")}
+    model.load_state_dict(counters | weights.state)
+    if weights.stem_padding is not None:
+        model.conv1.padding = (weights.stem_padding, weights.stem_padding)
+    if not weights.stem_relu:
+        model.relu = nn.Identity()  # type: ignore[assignment]
+    return model.eval()

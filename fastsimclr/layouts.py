@@ -1,0 +1,286 @@
+"""The layouts of checkpoints: how each project names a ResNet's tensors, and which of them are the encoder's.
+
+A layout is recognised by names and shapes alone; all end as torchvision's names. Errors do not name the file: whoever
+reads it does.
+"""
+
+import re
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, replace
+from typing import Any, NamedTuple
+
+from torch import Tensor
+
+from fastsimclr.errors import UserError
+from fastsimclr.models import ENCODERS, Encoder
+from fastsimclr.views import Views
+
+State = dict[str, Tensor]
+
+# google-research trained on images in [0, 1], as they are.
+GOOGLE_VIEWS = Views(mean=(0.0, 0.0, 0.0), std=(1.0, 1.0, 1.0))
+
+
+@dataclass(frozen=True)
+class Weights:
+    """An encoder's tensors, named as torchvision names them, and what its project's code says beside them."""
+
+    state: State
+    origin: str
+    views: Views | None = None
+    """The recipe, where the layout leaves no doubt of it."""
+    stem_padding: int | None = None
+    """Of the first convolution, where it is not the stem's own (1 of 3x3, 3 of 7x7)."""
+    stem_relu: bool = True
+    """Whether a ReLU follows the first normalisation."""
+
+
+def find_weights(contents: Any) -> Weights:
+    """The encoder in what torch.save wrote: in each container and by each layout that there is.
+
+    Raises UserError if there is none.
+    """
+    state = _unwrapped(contents)
+    if "net.0.0.weight" in state and any(name.startswith("net.1.blocks.0.") for name in state):
+        return _simclr_v2(state)
+    prefix = _prefix(state)
+    if f"{prefix}layer1.0.conv1.weight" in state:
+        return _named(state, prefix)
+    return _sequential(state, prefix)
+
+
+# Where the state dict is
+
+# VISSL's; Lightning's, MoCo's, tonylins' and most others'; SupContrast's; SimCLRv2-Pytorch's; and none.
+_CONTAINERS = (
+    ("classy_state_dict", "base_model", "model", "trunk"),
+    *(("state_dict",), ("model_state_dict",), ("model",), ("resnet",)),
+    (),
+)
+_WRAPPERS = ("module", "_orig_mod")  # DistributedDataParallel's and torch.compile's
+
+
+def _unwrapped(contents: Any) -> State:
+    """The first container that holds tensors, without the names of wrappers."""
+    for path in _CONTAINERS:
+        found = contents
+        for step in path:
+            found = found.get(step) if isinstance(found, Mapping) else None
+        if isinstance(found, Mapping):
+            tensors = {str(name): value for name, value in found.items() if isinstance(value, Tensor)}
+            if tensors:
+                return {
+                    ".".join(part for part in name.split(".") if part not in _WRAPPERS): value
+                    for name, value in tensors.items()
+                }
+    what = f"a dict of {_some(contents)}" if isinstance(contents, Mapping) else f"a {type(contents).__name__}"
+    raise UserError(f"got {what}, expected a state dict of tensors")
+
+
+# Which part of it is the encoder
+
+_PREFERRED = ("", "backbone.", "encoder.", "encoder_q.", "base_encoder.")  # others are momentum copies of these
+_FIRST_BLOCK = re.compile(r"(|.*\.)(?:layer1|(\d+))\.0\.conv1\.weight")
+_HEADS = ("fc", "head", "linear", "classifier", "projector", "projection_head", "predictor")
+
+
+def _prefix(state: State) -> str:
+    """What stands before the encoder's own names."""
+    found: dict[str, None] = {}
+    for name in state:
+        match = _FIRST_BLOCK.fullmatch(name)
+        # Of a Sequential it is a number that stands for layer1; a ResNet's Sequential begins with its convolution.
+        if match and (match[2] is None or f"{match[1]}0.weight" in state):
+            found[match[1]] = None
+    if not found:
+        raise UserError(
+            f"got tensors named {_some(state)}, expected a ResNet's: conv1.weight, layer1.0.conv1.weight, …"
+        )
+    if len(found) == 1:
+        return next(iter(found))
+    for prefix in _PREFERRED:
+        if prefix in found:
+            return prefix
+    raise UserError(f"got {len(found)} ResNets, under {_some(found)}; expected one: save its state_dict() alone")
+
+
+def _below(state: State, prefix: str) -> State:
+    """The tensors under `prefix` but for those of heads; CIFAR's ResNets call a block's `downsample` its shortcut."""
+    found = {name.removeprefix(prefix): value for name, value in state.items() if name.startswith(prefix)}
+    return {
+        name.replace(".shortcut.", ".downsample."): value
+        for name, value in found.items()
+        if name.split(".")[0] not in _HEADS
+    }
+
+
+# The layouts
+
+
+def _named(state: State, prefix: str) -> Weights:
+    """torchvision's names, under a prefix. It tells the projects apart, together with the heads that stand beside it:
+
+    "": torchvision, timm, and tonylins/simclr-converter (google-research's SimCLR; see `_converted_from_google`).
+    backbone: solo-learn, lightly's benchmarks, sthalles/SimCLR. encoder: SupContrast, Spijkervet/SimCLR, and solo-learn
+    at first. encoder_q, base_encoder: MoCo and MoCo v3. _feature_blocks: VISSL's trunk. Any other that is alone.
+    """
+    weights = Weights(_below(state, prefix), f"a ResNet under {prefix[:-1]}" if prefix else "a ResNet's state dict")
+    if prefix == "" and _converted_from_google(state):
+        return replace(weights, origin="google-research's SimCLR by tonylins/simclr-converter", views=GOOGLE_VIEWS)
+    if prefix.endswith("_feature_blocks."):
+        return replace(weights, origin="VISSL")
+    if prefix in ("encoder_q.", "base_encoder."):
+        return replace(weights, origin="MoCo" if prefix == "encoder_q." else "MoCo v3")
+    if prefix in ("backbone.", "encoder.") and {"classifier.weight", "classifier.bias"} <= set(state):
+        # solo-learn's methods all train a classifier alongside; and nobody else pads a 3x3 stem by two pixels.
+        if _stem_side(weights.state) == 3:
+            return replace(weights, origin="solo-learn, with its stem for CIFAR, padded by 2", stem_padding=2)
+        return replace(weights, origin="solo-learn")
+    if any(name.startswith("projection_head.") for name in state):
+        return replace(weights, origin="lightly")
+    return weights
+
+
+def _converted_from_google(state: State) -> bool:
+    """Whether this is what tonylins' converter wrote. The names are torchvision's, at width 1 also the shapes; but its
+    bottlenecks have their downsample first, and no batch normalisation has ever seen a batch in PyTorch."""
+    names = list(state)
+    first = ["layer1.0.downsample.0.weight", "layer1.0.conv1.weight", "layer1.0.conv3.weight"]
+    seen = [value for name, value in state.items() if name.endswith(".num_batches_tracked")]
+    in_order = set(first) <= set(names) and [name for name in names if name in first] == first
+    return in_order and len(seen) > 0 and not any(seen)
+
+
+def _sequential(state: State, prefix: str) -> Weights:
+    """nn.Sequential(*resnet.children()), numbered: lightly's backbone.*, leftthomas/SimCLR's f.*.
+
+    How many modules without tensors stand between bn1 (1) and layer1 tells what they are: ReLU and max-pool; ReLU; or
+    none, as lightly's own ResNetGenerator has its ReLUs in a forward() that a Sequential leaves behind.
+    A 3x3 stem's max-pool is taken for the nn.Identity() that replaces it where images are small.
+    """
+    state = _below(state, prefix)
+    blocks = (re.match(r"(\d+)\.0\.conv1\.weight", name) for name in state)
+    layers = sorted({int(match[1]) for match in blocks if match})
+    between = layers[0] - 2
+    if len(layers) != 4 or not 0 <= between <= 2:
+        raise UserError(f"got a Sequential with blocks at {layers}, expected four layers of them after conv1 and bn1")
+    names = {"0": "conv1", "1": "bn1"} | {str(number): f"layer{n}" for n, number in enumerate(layers, 1)}
+    renamed = {}
+    for name, value in state.items():
+        number, _, rest = name.partition(".")
+        renamed[f"{names.get(number, number)}.{rest}"] = value
+    if between < 2 and _stem_side(renamed) == 7:
+        raise UserError("got a ResNet with a 7x7 stem and no max-pool, expected both or neither")
+    origin = "lightly" if prefix == "backbone." else f"a ResNet's Sequential under {prefix[:-1]}"
+    return Weights(renamed, origin if prefix else "a ResNet's Sequential", stem_relu=between > 0)
+
+
+_SIMCLR_V2 = [
+    (re.compile(theirs), ours)
+    for theirs, ours in (
+        (r"net\.0\.0\.(\w+)", r"conv1.\1"),
+        (r"net\.0\.1\.0\.(\w+)", r"bn1.\1"),
+        (r"net\.(\d)\.blocks\.(\d+)\.projection\.shortcut\.(\w+)", r"layer\1.\2.downsample.0.\3"),
+        (r"net\.(\d)\.blocks\.(\d+)\.projection\.bn\.0\.(\w+)", r"layer\1.\2.downsample.1.\3"),
+        *(
+            (rf"net\.(\d)\.blocks\.(\d+)\.net\.{theirs}\.(\w+)", rf"layer\1.\2.{ours}.\3")
+            for theirs, ours in (
+                *(("0", "conv1"), (r"1\.0", "bn1"), ("2", "conv2")),
+                *((r"3\.0", "bn2"), ("4", "conv3"), (r"5\.0", "bn3")),
+            )
+        ),
+    )
+]
+
+
+def _simclr_v2(state: State) -> Weights:
+    """google-research's SimCLRv2 by Separius/SimCLRv2-Pytorch: {"resnet": net.*, fc.*, "head": the projection head}."""
+    if any(".main_conv." in name for name in state):
+        raise UserError(
+            "got a SimCLRv2 encoder with selective kernels (sk1), expected one without: convert the checkpoint of sk0"
+        )
+    renamed = {}
+    for name, value in state.items():
+        if not name.startswith("fc."):
+            matches = ((pattern.fullmatch(name), ours) for pattern, ours in _SIMCLR_V2)
+            renamed[next((match.expand(ours) for match, ours in matches if match), name)] = value
+    return Weights(renamed, "google-research's SimCLRv2 by Separius/SimCLRv2-Pytorch", views=GOOGLE_VIEWS)
+
+
+# What the tensors are of
+
+
+class Architecture(NamedTuple):
+    """How an Encoder is built."""
+
+    name: str
+    width: int
+    stem: str
+
+
+_BLOCKS: dict[tuple[bool, tuple[int, ...]], str] = {
+    (False, (2, 2, 2, 2)): "resnet18",
+    (False, (3, 4, 6, 3)): "resnet34",
+    (True, (3, 4, 6, 3)): "resnet50",
+    (True, (3, 4, 23, 3)): "resnet101",
+    (True, (3, 8, 36, 3)): "resnet152",
+}
+
+
+def architecture_of(state: State) -> Architecture:
+    """The architecture of an encoder's tensors, by their shapes. Raises UserError if it is none of ours."""
+    conv1, conv2 = (state.get(name) for name in ("conv1.weight", "layer1.0.conv2.weight"))
+    if conv1 is None or conv1.ndim != 4 or conv2 is None or conv2.ndim != 4:
+        raise UserError(f"got tensors named {_some(state)}, expected a ResNet's conv1.weight and layer1.0.conv2.weight")
+    features, channels, side, _ = conv1.shape
+    if channels != 3 or side not in (3, 7) or features % 64 or not features:
+        raise UserError(
+            f"got a ResNet whose first convolution is {side}x{side}, from {channels} channels to {features}; expected "
+            "7x7 or 3x3, from 3 to 64 times a whole width"
+        )
+    width, bottlenecks = features // 64, "layer1.0.conv3.weight" in state
+    if conv2.shape[1] != conv2.shape[0]:
+        groups = conv2.shape[0] // max(1, conv2.shape[1])
+        raise UserError(
+            f"got a ResNet whose convolutions have {groups} groups (a ResNeXt?), expected one without groups"
+        )
+    if conv2.shape[0] != features:
+        raise UserError(
+            f"got a ResNet whose first convolution has {features} channels, and its first block {conv2.shape[0]} (a "
+            "wide ResNet?), expected as many: width k widens all of an encoder's layers"
+        )
+    layers = tuple(len({n.split(".")[1] for n in state if n.startswith(f"layer{layer}.")}) for layer in (1, 2, 3, 4))
+    name = _BLOCKS.get((bottlenecks, layers))
+    if name is None:
+        kind = "bottlenecks" if bottlenecks else "basic blocks"
+        raise UserError(f"got a ResNet of {layers} {kind}, expected {', '.join(ENCODERS)}")
+    return Architecture(name, width, "small" if side == 3 else "imagenet")
+
+
+def check_fits(state: State, model: Encoder) -> None:
+    """Raise UserError, naming the first difference, unless these are the encoder's tensors, all of them and no other.
+
+    The counters of batches may be missing, as they are from before PyTorch 0.4.1.
+    """
+    expected = model.state_dict()
+    missing = [name for name in expected if name not in state and not name.endswith(".num_batches_tracked")]
+    unexpected = [name for name in state if name not in expected]
+    what = f"of a {model.name} of width {model.width}"
+    if missing or unexpected:
+        found = f"without {_some(missing)}" if missing else f"with {_some(unexpected)} beside them"
+        raise UserError(f"got tensors {found}, expected those {what}")
+    for name, wanted in expected.items():
+        if name in state and state[name].shape != wanted.shape:
+            raise UserError(f"got {name} of shape {tuple(state[name].shape)}, expected {tuple(wanted.shape)} {what}")
+
+
+def _stem_side(state: State) -> int | None:
+    """The side of the first convolution's kernel."""
+    conv1 = state.get("conv1.weight")
+    return conv1.shape[-1] if conv1 is not None and conv1.ndim == 4 else None
+
+
+def _some(names: Iterable[Any]) -> str:
+    """The first of them, for a message of one line."""
+    listed = [" ".join(str(name).split())[:60] for name in names]
+    return ", ".join(listed[:4]) + (f", … ({len(listed)} in all)" if len(listed) > 4 else "") or "nothing"

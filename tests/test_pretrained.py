@@ -1,0 +1,340 @@
+"""Encoders out of files: what is restored, what is refused, and that no file is ever run."""
+
+import argparse
+import json
+import os
+import pickle
+import sys
+import types
+import warnings
+from collections import defaultdict
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path, PurePosixPath
+from typing import Any
+
+import numpy as np
+import pytest
+import timm
+import torch
+import torchvision
+from safetensors.torch import save_file
+from torch import nn
+from weights import lived_in, outputs, save_run
+
+from fastsimclr import UserError, Views, checkpoint, encoder, import_weights, load_encoder
+from fastsimclr.pretrained import open_pretrained
+from fastsimclr.train import main as train
+
+pytestmark = pytest.mark.usefixtures("one_thread")
+
+
+@pytest.fixture
+def here(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    monkeypatch.chdir(tmp_path)
+    return tmp_path
+
+
+def state_dict() -> dict[str, Any]:
+    """Of a torchvision ResNet-18 with its fc."""
+    return lived_in(torchvision.models.resnet18(num_classes=10)).state_dict()
+
+
+# Runs
+
+
+def test_a_runs_folder_and_its_checkpoint_give_the_encoder_that_was_trained(here: Path) -> None:
+    options = ["--data.train=digits", "--model.encoder=resnet18", "--max_steps=1", "--batch_size=32", "--knn_every=0"]
+    assert train([*options, "--precision=fp64", "--data.image_size=32", "--output=run"]) == 0
+    state = checkpoint.load(Path("run/checkpoints/last.pt"))["model"]
+    for path in ("run", Path("run/checkpoints/last.pt")):
+        opened = open_pretrained(path, "resnet18")
+        assert opened.origin == "fastsimclr run, step 1"
+        assert opened.views == Views(image_size=32)
+        assert opened.config is not None
+        assert opened.config["data"]["train"] == "digits"
+        assert opened.encoder.stem == "small"
+        restored = opened.encoder.state_dict()
+        assert len(restored) == sum(name.startswith("encoder.") for name in state)
+        for name, value in restored.items():
+            torch.testing.assert_close(value, state[f"encoder.{name}"], check_dtype=False, rtol=1e-6, atol=1e-6)
+
+
+@pytest.mark.parametrize(("width", "stem"), [(1, "imagenet"), (2, "small")])
+def test_an_encoder_comes_ready_to_use_and_leaves_the_random_state_alone(width: int, stem: str, here: Path) -> None:
+    model = lived_in(encoder("resnet18", width, stem))
+    save_run(Path("run"), model)
+    before = torch.get_rng_state()
+    loaded = load_encoder("run")
+    assert torch.equal(torch.get_rng_state(), before)
+    assert not any(module.training for module in loaded.modules())
+    assert {value.device.type for value in loaded.state_dict().values()} == {"cpu"}
+    assert {value.dtype for value in loaded.parameters()} == {torch.float32}
+    assert all(value.requires_grad for value in loaded.parameters())
+    assert (loaded.width, loaded.stem, loaded.out_features) == (width, stem, model.out_features)
+    assert torch.equal(outputs(loaded), outputs(model))
+
+
+def test_another_architecture_than_the_one_asked_for_is_refused(here: Path) -> None:
+    save_run(Path("run"), encoder("resnet18"))
+    torch.save(state_dict(), "theirs.pth")
+    for path in ("run", "theirs.pth"):
+        assert load_encoder(path, name="resnet18").name == "resnet18"
+        with pytest.raises(UserError, match=f"{path}: got a resnet18, expected the resnet50 that was asked for"):
+            load_encoder(path, name="resnet50")
+    with pytest.raises(UserError, match="name: got 'vit', expected one of resnet18"):
+        import_weights("theirs.pth", name="vit")
+
+
+# Other files
+
+
+def test_one_file_is_read_in_each_of_pytorchs_formats(here: Path) -> None:
+    state = state_dict()
+    model = torchvision.models.resnet18()
+    model.fc = nn.Identity()
+    model.load_state_dict({name: value for name, value in state.items() if not name.startswith("fc.")})
+    torch.save(state, "zip.pth")
+    torch.save(state, "pickles.pth.tar", _use_new_zipfile_serialization=False)  # MoCo's and VISSL's are as old as that
+    save_file(state, "theirs.safetensors", {"format": "pt"})
+    for path in ("zip.pth", "pickles.pth.tar", "theirs.safetensors"):
+        assert torch.equal(outputs(import_weights(path)), outputs(model.eval())), path
+
+
+def test_half_precision_and_batches_that_nobody_counted_are_made_whole(here: Path) -> None:
+    state = {k: v.half() for k, v in state_dict().items() if not k.endswith("num_batches_tracked")}
+    torch.save(state, "half.pth")
+    loaded = import_weights("half.pth")
+    for name, value in loaded.state_dict().items():
+        if name.endswith("num_batches_tracked"):
+            assert (value.item(), value.dtype) == (0, torch.int64)
+        else:
+            assert torch.equal(value, state[name].float())
+
+
+def test_a_folder_that_timm_wrote_gives_encoder_and_recipe(here: Path) -> None:
+    from timm.models import save_for_hf
+
+    model = lived_in(timm.create_model("resnet18", num_classes=10))
+    prepared = {"input_size": (3, 96, 96), "interpolation": "bilinear", "crop_pct": 0.9, "mean": (0.1, 0.2, 0.3)}
+    model.pretrained_cfg.update(prepared | {"std": (0.4, 0.5, 0.6)})
+    save_for_hf(model, "theirs", safe_serialization=True)
+    opened = open_pretrained("theirs")
+    h = timm.layers.SelectAdaptivePool2d(flatten=True)(model.forward_features(torch.ones(1, 3, 64, 64)))
+    torch.testing.assert_close(opened.encoder(torch.ones(1, 3, 64, 64)), h)
+    recipe = Views(image_size=96, interpolation="bilinear", center_fraction=0.9, mean=(0.1, 0.2, 0.3))
+    assert opened.views == replace(recipe, std=(0.4, 0.5, 0.6))
+    config = json.loads(Path("theirs/config.json").read_text())
+    for changes, words in (
+        ({"architecture": "vit_base_patch16_224"}, "config.json: got the architecture vit_base_patch16_224, expected"),
+        ({"pretrained_cfg": {"interpolation": "lanczos"} | prepared}, "interpolation|std"),
+        ({"pretrained_cfg": 5}, "parts missing or wrong"),
+    ):
+        Path("theirs/config.json").write_text(json.dumps(config | changes))
+        with pytest.raises(UserError, match=words):
+            load_encoder("theirs")
+
+
+# What is refused
+
+
+def truncate(path: Path, keep: float) -> None:
+    content = path.read_bytes()
+    path.write_bytes(content[: int(len(content) * keep)])
+
+
+def torchscript(path: str) -> None:
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # deprecated, but such files are about
+        torch.jit.script(nn.Linear(1, 1)).save(path)
+
+
+def run_without(part: str) -> None:
+    path = save_run(Path("run"), encoder("resnet18")) / "checkpoints/last.pt"
+    state = torch.load(path, weights_only=True)
+    del state[part]
+    torch.save(state, path)
+
+
+def run_with(**parts: Any) -> None:
+    path = save_run(Path("run"), encoder("resnet18")) / "checkpoints/last.pt"
+    torch.save(torch.load(path, weights_only=True) | parts, path)
+
+
+def ours(**header: str) -> None:
+    """A safetensors file that says it is ours, with this header."""
+    save_file(encoder("resnet18").state_dict(), "f.safetensors", {"format": "fastsimclr"} | header)
+
+
+BUILT = {
+    "encoder": "resnet18",
+    "width": "1",
+    "stem": "imagenet",
+    "stem_padding": "3",
+    "stem_relu": "true",
+    "origin": "",
+}
+
+
+@pytest.mark.parametrize(
+    ("make", "path", "words"),
+    [
+        (lambda: None, "nowhere.pt", "no such file"),
+        (lambda: Path("f.pt").mkdir(), "f.pt", "neither checkpoints/last.pt nor config.json and model.safetensors"),
+        (lambda: Path("f.pt").write_bytes(b""), "f.pt", "damaged or no checkpoint"),
+        (lambda: Path("f.pt").write_text("weights"), "f.pt", "damaged or no checkpoint"),
+        (lambda: Path("f.pt").write_bytes(b"PK\x03\x04"), "f.pt", "damaged or no checkpoint"),
+        (lambda: Path("f.pt").write_bytes(os.urandom(999)), "f.pt", "damaged or no checkpoint"),
+        (lambda: np.savez("f.npz", a=np.zeros(3)), "f.npz", "damaged or no checkpoint"),
+        (lambda: Path("f.onnx").write_bytes(b"\x08"), "f.onnx", "onnxruntime"),
+        (lambda: Path("f.safetensors").write_bytes(b""), "f.safetensors", "no safetensors file"),
+        (lambda: Path("f.safetensors").write_bytes(b"\xff" * 99), "f.safetensors", "no safetensors file"),
+        (lambda: torchscript("f.pt"), "f.pt", "TorchScript"),
+        (lambda: torch.save(nn.Sequential(nn.Linear(1, 1)), "f.pt"), "f.pt", "Sequential.*state_dict"),
+        (lambda: torch.save(torchvision.models.resnet18(), "f.pt"), "f.pt", "torchvision.models.resnet.*state_dict"),
+        (lambda: run_without("architecture"), "run", "'architecture'"),
+        (lambda: run_without("model"), "run", "'model'"),
+        (lambda: run_without("config"), "run", "'config'"),
+        (lambda: run_with(model={}), "run", "without conv1.weight"),
+        (lambda: run_with(model=3), "run", "parts missing or wrong"),
+        (lambda: run_with(architecture="resnet18"), "run", "parts missing or wrong"),
+        (lambda: run_with(architecture={"encoder": "resnet18", "width": 9, "stem": "small"}), "run", "conv1.weight"),
+        (lambda: run_with(config="data: ["), "run", "parts missing or wrong"),
+        (lambda: run_with(config="5"), "run", "parts missing or wrong"),
+        (lambda: run_with(config="data: {flip: 7}"), "run", "flip: got 7"),
+        (lambda: ours(), "f.safetensors", "'encoder'"),
+        (lambda: ours(**BUILT | {"width": "one"}), "f.safetensors", "'one'"),
+        (lambda: ours(**BUILT | {"width": "5"}), "f.safetensors", "conv1.weight"),
+        (lambda: ours(**BUILT | {"encoder": "resnet"}), "f.safetensors", "'resnet', expected one of resnet18"),
+        (lambda: ours(**BUILT | {"views": "{"}), "f.safetensors", "parts missing or wrong"),
+        (lambda: ours(**BUILT | {"views": '{"std": [0, 1, 1]}'}), "f.safetensors", "std: got"),
+    ],
+)
+def test_what_is_no_encoder_is_refused_in_one_line(
+    make: Callable[[], object], path: str, words: str, here: Path
+) -> None:
+    make()
+    with pytest.raises(UserError, match=rf"(?s){path}.*got .*expected") as caught:
+        load_encoder(path)
+    assert "\n" not in str(caught.value)
+    assert caught.match(words)
+
+
+@pytest.mark.parametrize("kind", ["run", "zip", "pickles", "safetensors"])
+def test_half_a_file_is_refused(kind: str, here: Path) -> None:
+    save_run(Path("run"), encoder("resnet18"))
+    torch.save(state_dict(), "zip")
+    torch.save(state_dict(), "pickles", _use_new_zipfile_serialization=False)
+    save_file(state_dict(), "f.safetensors")
+    file = {"run": "run/checkpoints/last.pt", "safetensors": "f.safetensors"}.get(kind, kind)
+    whole = Path(file).read_bytes()
+    for keep in (0.0001, 0.3, 0.9, 0.9999):
+        Path(file).write_bytes(whole)
+        truncate(Path(file), keep)
+        with pytest.raises(UserError, match="damaged"):
+            load_encoder("run" if kind == "run" else file)
+
+
+# Files that would run code
+
+
+class Payload:
+    """What pickle.load would execute."""
+
+    def __reduce__(self) -> Any:
+        return os.system, ("touch executed",)
+
+
+class PayloadByEvaluation:
+    def __reduce__(self) -> Any:
+        return eval, ("__import__('os').mkdir('executed')",)
+
+
+def hidden_in_a_checkpoint(payload: object) -> dict[str, Any]:
+    return {"state_dict": state_dict(), "hyper_parameters": {"config": [payload]}}
+
+
+@pytest.mark.parametrize("payload", [Payload(), PayloadByEvaluation()])
+@pytest.mark.parametrize("name", ["zip.pth", "pickles.pth", "protocol0.pkl", "protocol2.pkl", "protocol4.pkl", "run"])
+def test_a_file_that_would_run_code_is_refused_by_what_it_names_and_runs_nothing(
+    payload: object, name: str, here: Path
+) -> None:
+    contents = hidden_in_a_checkpoint(payload)
+    if name.startswith("protocol"):
+        Path(name).write_bytes(pickle.dumps(payload, protocol=int(name[8])))
+    elif name == "run":
+        save_run(Path("run"), encoder("resnet18"))
+        torch.save(torch.load("run/checkpoints/last.pt", weights_only=True) | contents, "run/checkpoints/last.pt")
+    else:
+        torch.save(contents, name, _use_new_zipfile_serialization=name == "zip.pth")
+    named = "posix.system" if isinstance(payload, Payload) else "builtins.eval"
+    with pytest.raises(UserError, match=f"{name}.*got a pickle that would import {named}.*not read; expected tensors"):
+        load_encoder(name)
+    assert not Path("executed").exists()
+    if name.endswith(".pkl"):  # that it is a payload
+        pickle.loads(Path(name).read_bytes())
+        assert Path("executed").exists()
+
+
+def code_in(module: str, monkeypatch: pytest.MonkeyPatch) -> type[Any]:
+    """A class of this module, any use of which leaves a trace."""
+
+    class Config:
+        def __init__(self) -> None:
+            self.depth = 50
+
+        def __setstate__(self, state: object) -> None:
+            Path("executed").touch()
+
+    Config.__module__, Config.__qualname__ = module, "Config"
+    made = types.ModuleType(module)
+    made.Config = Config  # type: ignore[attr-defined]
+    monkeypatch.setitem(sys.modules, module, made)
+    return Config
+
+
+@pytest.mark.parametrize("new", [True, False])
+def test_configurations_beside_the_weights_are_neither_in_the_way_nor_made(
+    new: bool, here: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    beside = {
+        "opt": argparse.Namespace(depth=50, folder=PurePosixPath("x")),
+        "config": code_in("omegaconf.dictconfig", monkeypatch)(),
+        "losses": [np.float64(1.5), np.arange(3)],
+        "tasks": defaultdict(list, {1: [2]}),
+        "types": (int, dict, list, object),
+        "by_path": {PurePosixPath("x"): 1},
+    }
+    torch.save(beside | {"state_dict": state_dict()}, "theirs.ckpt", _use_new_zipfile_serialization=new)
+    assert import_weights("theirs.ckpt").name == "resnet18"
+    assert not Path("executed").exists()
+    torch.load("theirs.ckpt", weights_only=False)  # which makes it, so that it could have been
+    assert Path("executed").exists()
+
+
+def test_the_real_configurations_are_not_in_the_way(here: Path) -> None:
+    omegaconf = pytest.importorskip("omegaconf", reason="omegaconf is not installed")
+    lightning = pytest.importorskip("pytorch_lightning.utilities.parsing", reason="Lightning is not installed")
+    config = omegaconf.OmegaConf.create({"backbone": {"name": "resnet18", "sizes": [1, 2]}, "none": None})
+    beside = {"cfg": config, "hparams": lightning.AttributeDict(lr=0.1, folder=PurePosixPath("x"))}
+    torch.save({"state_dict": state_dict(), "hyper_parameters": beside}, "theirs.ckpt")
+    assert import_weights("theirs.ckpt").name == "resnet18"
+
+
+def test_configurations_of_modules_that_nobody_vouched_for_are_refused(
+    here: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    config = code_in("omegaconfig", monkeypatch)()  # begins as one that is
+    torch.save({"state_dict": state_dict(), "config": config}, "theirs.ckpt")
+    with pytest.raises(UserError, match=r"would import omegaconfig\.Config"):
+        import_weights("theirs.ckpt")
+    assert not Path("executed").exists()
+
+
+def test_stand_ins_are_for_one_file_alone(here: Path) -> None:
+    torch.save({"state_dict": state_dict(), "opt": argparse.Namespace(a=1)}, "theirs.ckpt")
+    before = torch.serialization.get_safe_globals()
+    import_weights("theirs.ckpt")
+    assert set(torch.serialization.get_safe_globals()) == set(before)
+    with pytest.raises(UserError):
+        checkpoint.load(Path("theirs.ckpt"))

@@ -1,0 +1,57 @@
+"""Encoders as training leaves them, and a run's checkpoint of one."""
+
+from pathlib import Path
+from typing import TypeVar
+
+import torch
+from torch import Tensor, nn
+
+from fastsimclr import SimCLR, checkpoint, projector
+from fastsimclr.config import parse
+from fastsimclr.models import Encoder
+
+M = TypeVar("M", bound=nn.Module)
+
+
+def lived_in(module: M, seed: int = 0) -> M:
+    """The module in eval mode, its normalisations with statistics and weights unlike those that they begin with."""
+    generator = torch.Generator().manual_seed(seed)
+    for part in module.modules():
+        if isinstance(part, nn.BatchNorm2d):
+            assert part.running_mean is not None
+            assert part.running_var is not None
+            assert part.num_batches_tracked is not None
+            part.running_mean.normal_(0, 0.1, generator=generator)
+            part.running_var.uniform_(0.5, 2, generator=generator)
+            part.weight.data.uniform_(0.2, 0.8, generator=generator)
+            part.bias.data.normal_(0, 0.1, generator=generator)
+            part.num_batches_tracked.fill_(1000)
+    return module.eval()
+
+
+def images(*shape: int) -> Tensor:
+    """Random images (N, 3, H, W)."""
+    return torch.randn(*shape, generator=torch.Generator().manual_seed(1))
+
+
+@torch.no_grad()
+def outputs(module: nn.Module, side: int = 64) -> Tensor:
+    """(2, features) of the same random images always."""
+    h: Tensor = module(images(2, 3, side, side + 8))
+    return h.flatten(1)
+
+
+def save_run(folder: Path, encoder: Encoder, *options: str) -> Path:
+    """A run's folder with the checkpoint that train would write at step 7; `options` are train's."""
+    model = {"encoder": encoder.name, "width": encoder.width, "stem": encoder.stem}
+    _, text = parse(["--data.train=photos", *(f"--model.{name}={value}" for name, value in model.items()), *options])
+    state = {
+        "step": 7,
+        "batch_size": 256,
+        "architecture": model,
+        "model": SimCLR(encoder, projector(encoder.out_features, hidden=8, out=8)).state_dict(),
+        "config": text,
+    }
+    checkpoint.save(folder / "checkpoints" / "last.pt", state)
+    (folder / "config.yaml").write_text(text)
+    return folder
