@@ -11,7 +11,8 @@ import numpy as np
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 from matplotlib.font_manager import FontProperties
-from matplotlib.patches import Rectangle
+from matplotlib.patches import Circle, Patch, Rectangle, RegularPolygon
+from matplotlib.patheffects import withStroke
 from matplotlib.text import Text
 from matplotlib.transforms import Affine2D
 from numpy.typing import NDArray
@@ -32,23 +33,56 @@ class Page:
 
     def __init__(self) -> None:
         self.pictures: list[tuple[int, int, Pixels]] = []
-        self.shapes: list[Rectangle] = []
+        self.shapes: list[Patch] = []
         self.texts: list[dict[str, Any]] = []
 
     def picture(self, x: int, y: int, pixels: Pixels) -> None:
         self.pictures.append((x, y, pixels))
 
     def text(
-        self, x: int, y: int, lines: Iterable[str], size: float = FONT, weight: str = "normal", colour: str = INK
+        self,
+        x: float,
+        y: int,
+        lines: Iterable[str],
+        size: float = FONT,
+        weight: str = "normal",
+        colour: str = INK,
+        align: str = "left",
     ) -> int:
-        """Returns where the next line would be."""
+        """align: which part of a line x is: left, center or right. Returns where the next line would be."""
         step = round(LINE * size / FONT)
         for line in lines:
             # Its baseline is what is placed: the tops of letters differ.
-            at = {"x": x, "y": y + round(0.75 * step), "va": "baseline"}
+            at = {"x": x, "y": y + round(0.75 * step), "va": "baseline", "ha": align}
             self.texts.append({**at, "text": line, "fontsize": size, "fontweight": weight, "color": colour})
             y += step
         return y
+
+    def label(self, x: float, y: float, text: str, colour: str = INK) -> None:
+        """A word on top of other things, on a halo of white, its middle at x, y."""
+        at = {
+            "x": x,
+            "y": y,
+            "ha": "center",
+            "va": "center_baseline",
+            "path_effects": [withStroke(linewidth=3, foreground="white")],
+        }
+        self.texts.append({**at, "text": text, "fontsize": FONT, "fontweight": "bold", "color": colour})
+
+    def dot(
+        self, x: float, y: float, radius: float, colour: str, *, triangle: bool = False, opacity: float = 1
+    ) -> None:
+        """A point of a plot, its middle at x, y; a triangle of the same area on request."""
+        shape: Patch = (
+            RegularPolygon((x, y), 3, radius=1.55 * radius, orientation=np.pi) if triangle else Circle((x, y), radius)
+        )
+        shape.set(facecolor=colour, edgecolor="white", linewidth=0.4, alpha=opacity)
+        self.shapes.append(shape)
+
+    def frame(self, x: float, y: float, width: float, height: float, colour: str, thickness: float) -> None:
+        """An outline of these outer sides."""
+        inner = (x + thickness / 2, y + thickness / 2), width - thickness, height - thickness
+        self.shapes.append(Rectangle(*inner, fill=False, joinstyle="miter", edgecolor=colour, linewidth=thickness))
 
     def tag(self, x: float, y: float, view: int) -> None:
         """The number of a view on its colour."""

@@ -1,0 +1,346 @@
+"""Features of all images by a trained encoder, a map of them, and a gallery of nearest neighbours.
+
+    python -m fastsimclr.embed --checkpoint runs/photos --data photos/ --output features/
+
+Alone or under torchrun. The folder then holds features.npy, (images, features) float32, which np.load(file,
+mmap_mode="r") need not read into memory; images.csv, which says what each row is of; embed.json, what it was made by;
+map.png and gallery.png; and skipped_images.txt, if there were images that do not decode. Exit codes as of
+fastsimclr.train.
+"""
+
+import argparse
+import csv
+import json
+import os
+import sys
+import time
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+from fastsimclr import distributed
+from fastsimclr.command import Parser, check_new, exit_code, run_folder, write_whole
+from fastsimclr.config import parse
+from fastsimclr.data import BACKENDS, Source, open_source
+from fastsimclr.data.draws import epoch_order
+from fastsimclr.data.scan import BadImages, scan
+from fastsimclr.data.sources import BUILT_IN, NO_LABEL, EncodedSource
+from fastsimclr.distributed import World, together
+from fastsimclr.environment import installed
+from fastsimclr.errors import UserError
+from fastsimclr.evaluation import pictures
+from fastsimclr.evaluation.feature_file import FeatureFile, expect_one_disk
+from fastsimclr.evaluation.features import embed_batches
+from fastsimclr.precision import Precision, choose_precision
+from fastsimclr.pretrained import Pretrained, open_pretrained
+from fastsimclr.views import Views
+
+FORMATS = ("npy", "safetensors")
+RECIPE = ("image_size", "center_fraction", "interpolation", "mean", "std")  # what an image is still changed by
+FEWEST_IMAGES = 10  # of fewer there is no map, and all are each other's neighbours
+MOST_MAPPED = 5000  # UMAP and t-SNE take up to a minute for so many, and a map has no room for more
+MOST_QUERIES, NEIGHBOURS = 100, 8
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Run the command line; returns the exit code."""
+    try:
+        return exit_code("embed", lambda: run(_options(arguments)))
+    finally:
+        distributed.stop()
+
+
+@dataclass
+class Embedding:
+    """What is embedded, by what, and where it goes."""
+
+    pretrained: Pretrained
+    views: Views
+    data: str
+    """A path, or a built-in set."""
+    source: Source
+    output: Path
+    precision: Precision
+    method: str
+    """Of the map: umap, tsne, pca or none."""
+    why_method: str
+
+    @property
+    def what(self) -> str:
+        """The images, for people."""
+        return f"{self.data} (held-out part)" if _is_built_in(self.data) else self.data
+
+
+def run(options: argparse.Namespace) -> None:
+    """Write all files; the first rank says what they are."""
+    world = distributed.start(options.device)
+    job = together(lambda: _open(options, world), world)
+    there = len(job.source)
+    if options.images is not None and options.images < there:
+        job.source = job.source.subset(np.sort(epoch_order(options.seed, 0, there)[: options.images]))
+    skipped = _leave_out_bad(job, options, world)
+
+    started = time.perf_counter()
+    said = {"checkpoint": str(options.checkpoint), "origin": job.pretrained.origin, "data": job.data}
+    path = job.output / f"features.{options.format}"
+    features = FeatureFile(path, job.source, job.pretrained.encoder.out_features, said)
+    try:
+        together(features.create if world.is_first else lambda: None, world)
+        expect_one_disk(features.partial, world)
+        together(lambda: features.fill(_batches(job, options, world)), world)
+        seconds = time.perf_counter() - started
+        if world.is_first:
+            record = _record(job, options, world, seconds) | {"skipped_images": len(skipped), "images_there": there}
+            _land(job, features, record)
+    finally:
+        if world.is_first:
+            features.discard()
+    if world.is_first:
+        made = _draw(job, options, features.open(), there)
+        print(_summary(job, record, [features.path.name, "images.csv", "embed.json", *made]), flush=True)
+
+
+# The command line
+
+
+def _options(arguments: Sequence[str] | None) -> argparse.Namespace:
+    parser = Parser(prog="python -m fastsimclr.embed", description=(__doc__ or "").split("\n")[0], allow_abbrev=False)
+    parser.add_argument("--checkpoint", required=True, metavar="F", help="a run's folder, or a file with an encoder")
+    parser.add_argument(
+        "--data", metavar="PATH", help="as train's; of a built-in set the held-out part. default: the run's own"
+    )
+    parser.add_argument("--output", metavar="DIR", help="default: embed in the run's folder")
+    parser.add_argument("--format", choices=FORMATS, default="npy", help="of the features; default: npy")
+    parser.add_argument("--images", type=int, metavar="N", help="so many, drawn by seed; default: all")
+    parser.add_argument(
+        "--map", choices=("auto", *pictures.METHODS, "none"), default="auto", help="auto: umap if installed, else tsne"
+    )
+    parser.add_argument("--gallery", type=int, default=8, metavar="N", help="rows of the gallery; default: 8; 0: none")
+    parser.add_argument("--batch_size", type=int, default=256, metavar="N", help="over all ranks; default: 256")
+    parser.add_argument("--workers", type=int, metavar="N", help="that read and decode; default: by the machine")
+    parser.add_argument("--backend", choices=BACKENDS, default="auto", help="who decodes; default: auto")
+    parser.add_argument("--device", default="auto", help="cuda, cpu or auto")
+    parser.add_argument("--precision", choices=("auto", "bf16", "fp32"), default="auto", help="of the encoder")
+    parser.add_argument("--max_bad", type=float, default=0.01, metavar="F", help="as train's; default: 0.01")
+    parser.add_argument("--seed", type=int, default=0, metavar="N", help="of --images, the map and the gallery")
+    parser.add_argument("--force", action="store_true", help="overwrite what the folder holds")
+    for name in RECIPE:
+        parser.add_argument(f"--data.{name}", metavar="V", help="as train's; default: as the encoder was trained")
+    options = parser.parse_args(arguments)
+    for name, least, most in (
+        ("images", 1, None),
+        ("batch_size", 1, None),
+        ("workers", 0, None),
+        ("gallery", 0, MOST_QUERIES),
+        ("max_bad", 0, 1),
+    ):
+        value = getattr(options, name)
+        if value is not None and (value < least or (most is not None and value > most)):
+            expected = f"at least {least}" if most is None else f"{least} to {most}"
+            raise UserError(f"--{name}: got {value}, expected {expected}")
+    return options
+
+
+def _open(options: argparse.Namespace, world: World) -> Embedding:
+    """All that can be wrong before work begins, on this rank alone."""
+    run = run_folder(options.checkpoint)
+    if options.output is None and run is None:
+        raise UserError("--output: got none, and --checkpoint is not in a run's folder; expected a folder")
+    output = Path(options.output) if options.output else run / "embed"  # type: ignore[operator]  # one is there
+    for kind in FORMATS:
+        check_new(output / f"features.{kind}", options.force)
+    method, why = pictures.choose_method(options.map)
+    pretrained = open_pretrained(options.checkpoint)
+    data = options.data or (pretrained.config or {}).get("data", {}).get("train")
+    if data is None:
+        raise UserError(
+            f"--data: got none, and {options.checkpoint} does not say what it was trained on; expected a folder of "
+            "images, tar shards, digits, cifar10[:ROOT] or stl10[:ROOT]"
+        )
+    return Embedding(
+        pretrained,
+        _recipe(options, pretrained.views or Views()),
+        data,
+        open_source(data, split="val" if _is_built_in(data) else "train"),
+        output,
+        choose_precision(options.precision, world.device),
+        method,
+        why,
+    )
+
+
+def _recipe(options: argparse.Namespace, views: Views) -> Views:
+    """The recipe with what was given of it on the command line, read as train reads it."""
+    given = {name: getattr(options, f"data.{name}") for name in RECIPE}
+    given = {name: value for name, value in given.items() if value is not None}
+    read, _ = parse(["--data.train=-", *(f"--data.{name}={value}" for name, value in given.items())])
+    return replace(views.plain(), **{name: getattr(read.data, name) for name in given})
+
+
+def _is_built_in(data: str) -> bool:
+    return data.partition(":")[0] in BUILT_IN
+
+
+# Images, and their features
+
+
+def _leave_out_bad(job: Embedding, options: argparse.Namespace, world: World) -> list[str]:
+    """Try all images, by all ranks; returns what is wrong with those left out, beginning with their names."""
+    if not isinstance(job.source, EncodedSource):
+        return []
+    run = run_folder(options.checkpoint)
+    # What train has found of these very images is in the run's folder.
+    cache = run if run is not None and os.access(run, os.W_OK) else job.output
+    try:
+        scanned = scan(job.source, max_bad=options.max_bad, cache=cache, world=world)
+    except BadImages as error:
+        if world.is_first:
+            _list_skipped(job.output, error.bad)
+        raise UserError(f"--{error} ({job.output / 'skipped_images.txt'} names all)") from error
+    job.source = scanned.source
+    if world.is_first:
+        _list_skipped(job.output, scanned.bad)
+    return scanned.bad
+
+
+def _list_skipped(output: Path, skipped: Sequence[str]) -> None:
+    file = output / "skipped_images.txt"
+    if not skipped:
+        file.unlink(missing_ok=True)  # of an earlier time, and mended since
+        return
+    text = "".join(line.replace("\n", "\\n") + "\n" for line in skipped)
+    write_whole(file, lambda partial: partial.write_text(text, encoding="utf-8", errors="surrogateescape"))
+
+
+def _batches(job: Embedding, options: argparse.Namespace, world: World) -> Iterator[tuple[Tensor, Tensor, Tensor]]:
+    torch.backends.cudnn.benchmark = True
+    model = job.pretrained.encoder.to(world.device, memory_format=torch.channels_last)  # type: ignore[call-overload]
+    return embed_batches(
+        model,
+        job.source,
+        job.views,
+        options.batch_size,
+        world,
+        backend=options.backend,
+        workers=options.workers,
+        bf16=job.precision.bf16,
+        title="embedding",
+    )
+
+
+# What is left
+
+
+def _record(job: Embedding, options: argparse.Namespace, world: World, seconds: float) -> dict[str, Any]:
+    """What the features were made by and of, for programs."""
+    model = job.pretrained.encoder
+    images = len(job.source)
+    return {
+        "checkpoint": str(options.checkpoint),
+        "origin": job.pretrained.origin,
+        "encoder": {"name": model.name, "width": model.width, "stem": model.stem},
+        "data": job.data,
+        "split": "val" if _is_built_in(job.data) else None,
+        "images": images,
+        "features": model.out_features,
+        "classes": len(pictures.class_names(job.source)),
+        "recipe": {name: getattr(job.views, name) for name in RECIPE},
+        "recipe_is": "the checkpoint's" if job.pretrained.views is not None else "the default",
+        "precision": job.precision.why,
+        "device": f"{world.world_size} x {world.device.type}",
+        "seed": options.seed,
+        "seconds": seconds,
+        "images_per_second": images / seconds,
+        "versions": {name: installed(name) for name in ("fastsimclr", "torch", "torchvision", "numpy")},
+    }
+
+
+def _land(job: Embedding, features: FeatureFile, record: dict[str, Any]) -> None:
+    """Give all files their names, the features last: where they are, the others are theirs."""
+    output = job.output
+    for name in (*(f"features.{kind}" for kind in FORMATS), "map.png", "gallery.png"):
+        (output / name).unlink(missing_ok=True)
+    write_whole(output / "images.csv", lambda file: _write_images(file, job.source))
+    write_whole(output / "embed.json", lambda file: file.write_text(json.dumps(record, indent=2) + "\n"))
+    features.land()
+
+
+def _write_images(path: Path, source: Source) -> None:
+    names = pictures.class_names(source)
+    with open(path, "w", newline="", encoding="utf-8", errors="surrogateescape") as file:  # names are any bytes
+        writer = csv.writer(file)
+        writer.writerow(["row", "image", "label", "class"])
+        for row, label in enumerate(source.labels.tolist()):
+            known = label != NO_LABEL
+            writer.writerow([row, source.name(row), label if known else "", names[label] if known else ""])
+
+
+def _draw(job: Embedding, options: argparse.Namespace, features: NDArray[np.float32], there: int) -> list[str]:
+    """Draw the map and the gallery; returns what to say of them."""
+    if len(features) < FEWEST_IMAGES:
+        return [f"no pictures of only {len(features)} images"] if job.method != "none" or options.gallery else []
+    model = job.pretrained.encoder
+    by = f"encoder: {model.name} ×{model.width} ({model.out_features:,} features), {job.pretrained.origin}"
+    made = [_draw_map(job, options, features, there, by)] if job.method != "none" else []
+    if options.gallery:
+        queries = pictures.choose_queries(job.source.labels, options.gallery, options.seed)
+        cosines, neighbours = pictures.nearest(features, queries, NEIGHBOURS)
+        notes = [
+            by,
+            f"queries drawn by seed {options.seed}, neighbours by the features' cosine out of {len(features):,} images",
+            f"of each image its central {job.views.center_fraction:.3g}, as embedded",
+        ]
+        names, title = pictures.class_names(job.source), f"{job.what}: nearest neighbours"
+        png = pictures.draw_gallery(title, notes, job.source, job.views, names, queries, cosines, neighbours)
+        write_whole(job.output / "gallery.png", lambda file: file.write_bytes(png))
+        made.append("gallery.png")
+    return made
+
+
+def _draw_map(job: Embedding, options: argparse.Namespace, features: NDArray[np.float32], there: int, by: str) -> str:
+    shown = np.arange(len(features))
+    if len(features) > MOST_MAPPED:
+        shown = np.sort(epoch_order(options.seed, 0, len(features))[:MOST_MAPPED])
+    method, why = job.method, job.why_method
+    if sys.stderr.isatty():
+        print("drawing the map, which may take a minute", file=sys.stderr)
+    try:
+        places = pictures.project(features[shown], method, options.seed)
+    except ImportError as error:  # of one of umap-learn's own dependencies, as a rule
+        broken = f"umap-learn does not import: {str(error).splitlines()[0]}"
+        if options.map == "umap":
+            raise UserError(f"--map: got umap, but {broken}; expected one that does, or tsne") from error
+        method, why = "tsne", broken
+        places = pictures.project(features[shown], method, options.seed)
+    name = pictures.METHODS[method]
+    components = min(pictures.COMPONENTS, len(shown), features.shape[1])
+    how = "" if method == "pca" else f" of the first {components} principal components"
+    some = len(shown) < len(features) or (options.images or there) < there
+    counted = f"{len(shown):,} images" + (f" of {there:,}, drawn by seed {options.seed}" if some else "")
+    notes = [by, f"{name}{how} of the normalised features", counted]
+    labels, names = job.source.labels[shown], pictures.class_names(job.source)
+    png = pictures.draw_map(f"{job.what}: {name} map", notes, places, labels, names)
+    write_whole(job.output / "map.png", lambda file: file.write_bytes(png))
+    return f"map.png ({name}: {why})" if why else f"map.png ({name})"
+
+
+def _summary(job: Embedding, record: dict[str, Any], made: list[str]) -> str:
+    line = (
+        f"{job.output}: {', '.join(made)}; {record['images']} images of {job.what}, {record['features']} features "
+        f"each, {record['images_per_second']:.0f} images/s, {job.precision.why}"
+    )
+    if job.pretrained.views is None:
+        line += f"; seen at {job.views.image_size} pixels by the default recipe: the checkpoint does not say its own"
+    if record["skipped_images"]:
+        line += f"; left out {record['skipped_images']} that cannot be used, see skipped_images.txt"
+    return line.encode(errors="replace").decode()  # a path may hold any byte
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,291 @@
+"""What an encoder's features look like: a map of the images, and a few of them beside their nearest neighbours."""
+
+import warnings
+from collections.abc import Sequence
+from importlib.metadata import PackageNotFoundError, version
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from numpy.typing import NDArray
+from PIL import Image
+
+from fastsimclr.contact_sheet import FAINT, INK, Page, Pixels, fitted, text_width, wrapped
+from fastsimclr.data import Source
+from fastsimclr.data.draws import epoch_order
+from fastsimclr.data.sources import NO_LABEL, TarSource
+from fastsimclr.data.torchvision import decoded
+from fastsimclr.errors import UserError
+from fastsimclr.views import Views
+
+Labels = NDArray[np.int64]
+Names = dict[int, str]  # a label's class
+
+METHODS = {"umap": "UMAP", "tsne": "t-SNE", "pca": "PCA"}
+COMPONENTS = 50  # of the PCA that goes before
+LEGEND = 20  # classes; of more the names are in the map itself
+TITLE_FONT, MARGIN = 18.0, 24
+PLOT, PLOT_PAD, NARROWEST = 900, 24, 480
+COLOURS = ("#1f77b4", "#ff7f0e", "#2ca02c", "#d62728", "#9467bd", "#8c564b", "#e377c2", "#17becf", "#bcbd22", "#333333")
+GREY, RED = "#b8b8bd", "#c8102e"
+NAME_HIDES = 25  # pixels: classes up to twice as high
+NAME_STEPS = range(0, 45, 9)  # pixels from its class's middle that a name may be moved
+THUMB, COLUMN_GAP, ROW_GAP = 120, 14, 20
+QUERY_GAP = 36  # between a query and its neighbours
+FRAME = 4
+BLOCK_BYTES = 64 << 20  # of features read at a time
+
+_QUERIES = 1 << 31  # an "epoch" that no other order is of: the map's images are not the gallery's
+
+
+def class_names(source: Source) -> Names:
+    """The class of each label that there is."""
+    labels = np.unique(source.labels[source.labels != NO_LABEL]).tolist()
+    numbered = isinstance(source, TarSource) and all(name.isdigit() for name in source.classes)  # gaps and all
+    return {label: str(label) if numbered else source.classes[label] for label in labels}
+
+
+# The map
+
+
+def choose_method(wanted: str) -> tuple[str, str]:
+    """What is drawn for --map, and why, where "auto" chooses umap or tsne. Raises UserError for a umap that is not
+    here."""
+    try:
+        version("umap-learn")  # importing it takes many seconds
+    except PackageNotFoundError as error:
+        if wanted == "umap":
+            raise UserError(
+                "--map: got umap, but umap-learn is not installed; pip install umap-learn, or use tsne"
+            ) from error
+        return ("tsne", "umap-learn is not installed") if wanted == "auto" else (wanted, "")
+    return ("umap", "umap-learn is installed") if wanted == "auto" else (wanted, "")
+
+
+def project(features: NDArray[np.float32], method: str, seed: int) -> NDArray[np.float64]:
+    """Places (N, 2) of the rows of `features` (N, D) on a map.
+
+    Rows are normalised first, so that distances are kNN's cosines; but columns are not: to give each the same variance
+    would magnify those that hardly vary, and make other neighbours. PCA to 50 columns drops noise, and time.
+    """
+    from sklearn.decomposition import PCA  # a second to import: only when asked for
+    from sklearn.manifold import TSNE
+
+    unit = F.normalize(torch.from_numpy(np.array(features)), dim=1).numpy()
+    images, seed = len(unit), seed & 0xFFFFFFFF
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # of features that are all alike, and umap's of its own dependencies
+        reduced = PCA(min(COMPONENTS, *unit.shape), random_state=seed).fit_transform(unit)
+        if method == "umap":
+            from umap import UMAP  # type: ignore[import-untyped,import-not-found,unused-ignore]
+
+            # One job, as it is for any seed; to say so avoids a warning.
+            reduced = UMAP(n_neighbors=min(15, images - 1), random_state=seed, n_jobs=1).fit_transform(reduced)
+        elif method == "tsne":
+            reduced = TSNE(perplexity=min(30, (images - 1) / 3), init="pca", random_state=seed).fit_transform(reduced)
+    return np.asarray(reduced[:, :2], dtype=np.float64)
+
+
+def draw_map(title: str, notes: list[str], places: NDArray[np.float64], labels: Labels, names: Names) -> bytes:
+    """The map as a PNG file's bytes. places: (N, 2); labels: (N,); names: of the classes among them, or none.
+
+    Up to 20 classes have a legend; of more, each is named in its own place, as far as names have room.
+    """
+    at, width, height = _fit(places)
+    present = [label for label in names if (labels == label).any()]
+    has_legend = 0 < len(present) <= LEGEND
+    entries = [*present, *[NO_LABEL] * (NO_LABEL in labels)] if has_legend else []
+    counts = [f"{(labels == label).sum():,}" for label in entries]
+    words = [fitted(names.get(label, "no label"), 200) for label in entries]
+    word_width = round(max(map(text_width, ["class", *words])))
+    count_right = 24 + word_width + 20 + round(max(map(text_width, ["images", *counts])))
+    whole = width + (24 + count_right if has_legend else 0)
+
+    page = Page()
+    y = page.text(MARGIN, MARGIN, [fitted(title, whole, TITLE_FONT, "bold")], size=TITLE_FONT, weight="bold") + 4
+    colours = dict(zip(present, _colours(at, labels, present, has_legend), strict=True))
+    named: list[tuple[int, float, float]] = []
+    if present and not has_legend:
+        named = _place_names(at, labels, present, names, (width, height))
+        left_out = len(present) - len(named)
+        notes = [
+            *notes,
+            f"{len(present)} classes, " + (f"{left_out} of whose names have no room" if left_out else "named"),
+        ]
+    y = page.text(MARGIN, y, wrapped(notes, whole, " · "), colour=FAINT) + 14
+
+    page.frame(MARGIN - 1, y - 1, width + 2, height + 2, "#d1d1d6", 1)
+    radius = float(np.clip(150 / np.sqrt(len(at)), 2.4, 6))
+    triangles = set(present[len(COLOURS) :]) if has_legend else set()
+    plain = GREY if present else COLOURS[0]
+    shuffled = epoch_order(0, 0, len(at))  # no class covers the others because it comes last
+    for i in shuffled[np.argsort(labels[shuffled] != NO_LABEL, kind="stable")]:  # those without a label below
+        label = int(labels[i])
+        across, down = MARGIN + at[i, 0], y + at[i, 1]
+        page.dot(across, down, radius, colours.get(label, plain), triangle=label in triangles, opacity=0.8)
+    for label, across, down in named:
+        page.label(MARGIN + across, y + down, names[label], _darker(colours[label]))
+
+    left, line = MARGIN + width + 24, y
+    if has_legend:
+        page.text(left + 24, line, ["class"], colour=FAINT)
+        line = page.text(left + count_right, line, ["images"], colour=FAINT, align="right") + 6
+    for label, word, count in zip(entries, words, counts, strict=True):
+        page.dot(left + 8, line + 7.5, 6, colours.get(label, plain), triangle=label in triangles)
+        page.text(left + 24, line, [word])
+        line = page.text(left + count_right, line, [count], colour=FAINT, align="right") + 5
+    return page.png(whole + 2 * MARGIN, max(y + height, line) + MARGIN)
+
+
+def _fit(places: NDArray[np.float64]) -> tuple[NDArray[np.float64], int, int]:
+    """The places in pixels of a plot, one scale for both directions, and the plot's width and height."""
+    extent = np.ptp(places, axis=0)
+    scale = (PLOT - 2 * PLOT_PAD) / max(extent.max(), 1e-9)
+    width, height = (max(NARROWEST, round(side * scale) + 2 * PLOT_PAD) for side in extent)
+    at = (places - (places.min(0) + places.max(0)) / 2) * scale * (1, -1)
+    return at + np.array([width / 2, height / 2]), width, height
+
+
+def _middles(at: NDArray[np.float64], labels: Labels, present: Sequence[int]) -> NDArray[np.float64]:
+    return np.array([np.median(at[labels == label], axis=0) for label in present])
+
+
+def _colours(at: NDArray[np.float64], labels: Labels, present: Sequence[int], in_order: bool) -> list[str]:
+    """A colour for each class: in their order, or, of many classes, each unlike those of the classes around it."""
+    if in_order or not present:
+        return [COLOURS[place % len(COLOURS)] for place in range(len(present))]
+    middles = _middles(at, labels, present)
+    chosen: list[int] = []
+    for place in range(len(present)):
+        away = np.linalg.norm(middles[:place] - middles[place], axis=1)
+        nearest_of = [min((d for d, c in zip(away, chosen, strict=True) if c == k), default=np.inf) for k in range(10)]
+        chosen.append(int(np.argmax(nearest_of)))
+    return [COLOURS[k] for k in chosen]
+
+
+def _place_names(
+    at: NDArray[np.float64], labels: Labels, present: Sequence[int], names: Names, size: tuple[int, int]
+) -> list[tuple[int, float, float]]:
+    """Where classes' names are to be, (label, x, y) of its middle: amid its images, above them if it would hide them,
+    or close by where others are already. The largest classes choose first; those that find no room are left out."""
+    middles = dict(zip(present, _middles(at, labels, present), strict=True))
+    for label, middle in middles.items():
+        height = float(np.percentile(np.abs(at[labels == label, 1] - middle[1]), 90))
+        middle[1] -= height + 12 if height < NAME_HIDES else 0
+    named: list[tuple[int, float, float]] = []
+    halves: dict[int, float] = {}  # half widths
+    for label in sorted(present, key=lambda label: -(labels == label).sum()):
+        halves[label] = half = text_width(names[label], weight="bold") / 2 + 3
+        for step in NAME_STEPS:
+            turns = np.linspace(0, 2 * np.pi, 16, endpoint=False) if step else np.zeros(1)
+            spots = middles[label] + step * np.stack([np.sin(turns), np.cos(turns)], axis=1)
+            spots = spots.clip((half + 2, 10), (size[0] - half - 2, size[1] - 10))
+            free = [
+                (x, y)
+                for x, y in spots.tolist()
+                if all(abs(x - u) >= half + halves[n] or abs(y - v) >= 14 for n, u, v in named)
+            ]
+            if free:
+                named.append((label, *free[0]))
+                break
+    return named
+
+
+def _darker(colour: str) -> str:
+    """For letters, which are thin."""
+    return "#" + "".join(f"{int(colour[k : k + 2], 16) * 6 // 10:02x}" for k in (1, 3, 5))
+
+
+# The gallery
+
+
+def choose_queries(labels: Labels, count: int, seed: int) -> NDArray[np.int64]:
+    """Up to `count` images drawn by seed, one of each class before a second of any; in the order of their classes."""
+    order = epoch_order(seed, _QUERIES, len(labels))
+    turn = np.zeros(len(order), np.int64)  # how many of its class come before each
+    for label in np.unique(labels):
+        of_class = labels[order] == label
+        turn[of_class] = np.arange(of_class.sum())
+    chosen = order[np.argsort(turn, kind="stable")[:count]]
+    return chosen[np.lexsort((chosen, labels[chosen]))]
+
+
+def nearest(
+    features: NDArray[np.float32], queries: NDArray[np.int64], k: int
+) -> tuple[NDArray[np.float32], NDArray[np.int64]]:
+    """The k rows of `features` (N, D) most like each row of `queries` (Q,), itself apart: cosines (Q, k), the largest
+    first, and the rows' numbers (Q, k). features may be a file larger than memory: it is read a block at a time."""
+    asked = F.normalize(torch.from_numpy(features[queries]), dim=1)
+    itself = torch.from_numpy(queries)[:, None]
+    best, which = torch.empty(len(queries), 0), torch.empty(len(queries), 0, dtype=torch.int64)
+    block = max(1, BLOCK_BYTES // (4 * features.shape[1]))
+    for first in range(0, len(features), block):
+        rows = F.normalize(torch.from_numpy(np.array(features[first : first + block])), dim=1)
+        numbers = torch.arange(first, first + len(rows)).expand(len(queries), -1)
+        best = torch.cat([best, (asked @ rows.T).masked_fill(numbers == itself, -torch.inf)], dim=1)
+        which = torch.cat([which, numbers], dim=1)
+        best, places = best.topk(min(k, len(features) - 1, best.shape[1]), dim=1)
+        which = which.gather(1, places)
+    return best.numpy(), which.numpy()
+
+
+def draw_gallery(
+    title: str,
+    notes: list[str],
+    source: Source,
+    views: Views,
+    names: Names,
+    queries: NDArray[np.int64],
+    cosines: NDArray[np.float32],
+    neighbours: NDArray[np.int64],
+) -> bytes:
+    """Each query and its neighbours, as `nearest` gives them, in a row of a PNG file. Neighbours of another class than
+    the query's are framed, and say so."""
+    count = neighbours.shape[1]
+    lefts = [MARGIN] + [MARGIN + THUMB + QUERY_GAP + k * (THUMB + COLUMN_GAP) for k in range(count)]
+    whole = lefts[-1] + THUMB - MARGIN
+    page = Page()
+    y = page.text(MARGIN, MARGIN, [fitted(title, whole, TITLE_FONT, "bold")], size=TITLE_FONT, weight="bold") + 4
+    labels = source.labels
+    known = (labels[queries] != NO_LABEL)[:, None] & (labels[neighbours] != NO_LABEL)
+    other = known & (labels[neighbours] != labels[queries][:, None])
+    if known.any():
+        alike = f"{(known & ~other).sum()} of {known.sum()} neighbours are of their query's class"
+        notes = [*notes, f"{alike}; the others are framed in red and say “other”" if other.any() else alike]
+    y = page.text(MARGIN, y, wrapped(notes, whole, " · "), colour=FAINT) + 14
+    page.text(lefts[0], y, ["query"], size=13, weight="bold")
+    y = page.text(lefts[1], y, ["nearest neighbours, the most alike first"], size=13, weight="bold") + 8
+    for row, query in enumerate(queries):
+        images = [int(query), *neighbours[row].tolist()]
+        bottoms = []
+        for column, (left, image) in enumerate(zip(lefts, images, strict=True)):
+            page.picture(left, y, thumbnail(source, image, views))
+            name = names.get(int(labels[image]), "")
+            lines = ["query" if column == 0 else f"cosine {cosines[row, column - 1]:.3f}", source.name(image)]
+            below, colour, weight = y + THUMB + FRAME + 3, INK, "bold" if column == 0 else "normal"
+            if column and other[row, column - 1]:
+                page.frame(left - FRAME, y - FRAME, THUMB + 2 * FRAME, THUMB + 2 * FRAME, RED, FRAME)
+                name, colour = f"other: {name}", RED
+            if names:
+                below = page.text(left, below, [_from_start(name, weight)], colour=colour, weight=weight)
+            bottoms.append(page.text(left, below, [fitted(line, THUMB) for line in lines], colour=FAINT))
+        y = max(bottoms) + ROW_GAP
+    return page.png(whole + 2 * MARGIN, y - ROW_GAP + MARGIN)
+
+
+def thumbnail(source: Source, index: int, views: Views) -> Pixels:
+    """The part of an image that the encoder sees, THUMB x THUMB."""
+    pixels = decoded(source, index).permute(1, 2, 0).numpy()
+    height, width = pixels.shape[:2]
+    side = max(1, round(min(height, width) * views.center_fraction))
+    top, left = (height - side) // 2, (width - side) // 2
+    square = Image.fromarray(np.ascontiguousarray(pixels[top : top + side, left : left + side]))
+    return np.asarray(square.resize((THUMB, THUMB), Image.Resampling.LANCZOS))
+
+
+def _from_start(text: str, weight: str) -> str:
+    """As much of the text as a thumbnail is wide: of a class, the beginning tells it from others."""
+    cut = text = " ".join(text.encode(errors="replace").decode().split())
+    while cut and text_width(text if cut == text else f"{cut}…", weight=weight) > THUMB:
+        cut = cut[:-1]
+    return text if cut == text else f"{cut}…"
