@@ -90,7 +90,7 @@ def configure(arguments: Sequence[str]) -> tuple[EvaluationConfig, str, Pretrain
     if pretrained.views is not None:
         defaults = {f"data.{f.name}": getattr(pretrained.views, f.name) for f in fields(Views)}
     if pretrained.config is not None and config.data.train is None:
-        defaults |= {f"data.{name}": pretrained.config["data"][name] for name in ("train", "val")}
+        defaults |= {f"data.{name}": pretrained.config["data"].get(name) for name in ("train", "val")}
     config, text = parse_as(kind, options, f"evaluate {protocol}", about, defaults=defaults)
     return config, text, pretrained
 

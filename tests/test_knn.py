@@ -5,7 +5,8 @@ import pytest
 import torch
 from sklearn.neighbors import KNeighborsClassifier
 
-from fastsimclr.evaluation.knn import TEMPERATURE, knn_accuracy
+from fastsimclr.evaluation.knn import TEMPERATURE, knn_accuracy, knn_ranking
+from fastsimclr.evaluation.scores import NOTHING
 
 
 def features(count: int, seed: int) -> tuple[torch.Tensor, torch.Tensor]:
@@ -43,3 +44,20 @@ def test_leave_one_out_asks_all_others_but_the_image_itself() -> None:
 def test_fewer_images_than_k_all_vote() -> None:
     bank, labels = features(12, 4)
     assert 0 <= knn_accuracy(bank, labels, bank, labels, 200, leave_one_out=True) <= 1
+
+
+def test_a_part_of_the_queries_leaves_out_its_own_rows() -> None:
+    """As each rank asks for its part."""
+    bank, labels = features(50, 5)
+    whole = knn_ranking(bank, labels, bank, 7, leave_out=0)
+    parts = [knn_ranking(bank, labels, bank[first : first + 20], 7, leave_out=first) for first in (0, 20, 40)]
+    assert torch.equal(torch.cat(parts), whole)
+
+
+def test_a_ranking_names_the_classes_that_have_votes_and_no_others() -> None:
+    bank = torch.tensor([[1.0, 0.0], [0.9, 0.1], [0.8, 0.3], [0.0, 1.0]])
+    labels = torch.tensor([2, 0, 0, 1])
+    query = torch.tensor([[1.0, 0.0]])
+    assert knn_ranking(bank, labels, query, 3, temperature=None).tolist() == [[0, 2, NOTHING]]
+    assert knn_ranking(bank, labels, query, 2, temperature=None).tolist() == [[0, 2, NOTHING]]  # a tie: the lower class
+    assert knn_ranking(bank, labels, query, 2, temperature=0.001).tolist() == [[2, 0, NOTHING]]

@@ -1,0 +1,76 @@
+"""The evaluations on two ranks: the same figures and weights as on one, and one line on stderr for a mistake."""
+
+import contextlib
+import io
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from ranks import run_ranks
+
+from fastsimclr.distributed import World
+from fastsimclr.errors import UserError
+from fastsimclr.evaluate import Evaluation, configure
+from fastsimclr.train import main as train
+
+COMMANDS = {
+    "knn": ["knn", "--k=20"],
+    "linear-lbfgs": ["linear", "--solver=lbfgs", "--c=0.1"],
+    # 47 of each class are 470 images: batches of 403 and 67, which ranks share as 202 and 201, 34 and 33.
+    "linear-0.33": ["linear", "--labels=0.33", "--epochs=2", "--batch_size=403", "--lr=0.5"],
+    "finetune-0.33": ["finetune", "--labels=0.33", "--epochs=2", "--batch_size=403"],
+}
+
+
+@pytest.fixture(scope="module")
+def run(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("runs") / "run"
+    options = ["--max_steps=3", "--knn_every=0", "--data.image_size=16", "--device=cpu", "--precision=fp32"]
+    assert train([*options, f"--output={folder}"]) == 0
+    return folder
+
+
+def evaluate_all(rank: int, world_size: int, run: Path, output: Path) -> str:
+    """Every command; returns what this rank printed."""
+    printed = io.StringIO()
+    world = World(rank, world_size, torch.device("cpu"))
+    for command in COMMANDS.values():
+        arguments = [*command, f"--checkpoint={run}", f"--output={output}", "--precision=fp64"]
+        with contextlib.redirect_stdout(printed):
+            Evaluation(*configure(arguments), world).run()
+    return printed.getvalue()
+
+
+def test_two_ranks_find_what_one_does(run: Path, tmp_path: Path) -> None:
+    said = run_ranks(2, evaluate_all, 2, run, tmp_path / "two")
+    assert [text.count("\n") for text in said] == [len(COMMANDS), 0]
+    evaluate_all(0, 1, run, tmp_path / "one")
+    for name in COMMANDS:
+        one, two = (json.loads((tmp_path / folder / f"{name}.json").read_text()) for folder in ("one", "two"))
+        for figure in ("top1", "top5", "confusion", "settings"):
+            expected = pytest.approx(one[figure]) if isinstance(one[figure], float) else one[figure]
+            if figure == "settings":
+                assert one[figure].pop("epoch_losses", []) == pytest.approx(two[figure].pop("epoch_losses", []))
+            assert two[figure] == expected, (name, figure)
+        if name != "knn":
+            states = [torch.load(tmp_path / folder / f"{name}.pt", weights_only=True) for folder in ("one", "two")]
+            assert states[0].keys() == states[1].keys()
+            for key, value in states[0].items():
+                torch.testing.assert_close(states[1][key], value, rtol=1e-6, atol=1e-8, msg=f"{name}: {key}")
+
+
+def missing_on_one(rank: int, run: Path, folder: Path) -> Any:
+    data = "digits" if rank == 0 else str(folder / "nowhere")
+    arguments = ["knn", f"--checkpoint={run}", f"--output={folder}", f"--data.train={data}", "--data.val=digits"]
+    try:
+        Evaluation(*configure(arguments), World(rank, 2, torch.device("cpu"))).run()
+    except UserError as error:
+        return str(error)
+
+
+def test_a_rank_that_fails_takes_the_others_with_it(run: Path, tmp_path: Path) -> None:
+    first, second = run_ranks(2, missing_on_one, run, tmp_path, timeout_seconds=60)
+    assert first == second
+    assert "nowhere" in first
