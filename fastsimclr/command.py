@@ -1,6 +1,7 @@
 """What every command line shares: options that do not fit, exit codes, and outputs that are not overwritten."""
 
 import argparse
+import contextlib
 import os
 import sys
 from collections.abc import Callable
@@ -46,6 +47,13 @@ def run_folder(checkpoint: str | Path | None) -> Path | None:
     return folder if (folder / "checkpoints").is_dir() and (folder / "config.yaml").is_file() else None
 
 
+def scan_cache(checkpoint: str | Path | None, output: Path) -> Path:
+    """The folder where a scan for bad images keeps what it finds: the run's, where train has kept it of its images; or
+    else `output`."""
+    run = run_folder(checkpoint)
+    return run if run is not None and os.access(run, os.W_OK) else output
+
+
 def write_whole(output: Path, write: Callable[[Path], object]) -> None:
     """Have `write` fill a file that takes the name `output` once it is whole. Raises UserError if it cannot be
     written."""
@@ -57,4 +65,5 @@ def write_whole(output: Path, write: Callable[[Path], object]) -> None:
     except OSError as error:
         raise UserError(f"--output: got {output}, which cannot be written ({error.strerror})") from error
     finally:
-        partial.unlink(missing_ok=True)
+        with contextlib.suppress(OSError):  # where nothing could be written, nothing can be removed
+            partial.unlink(missing_ok=True)

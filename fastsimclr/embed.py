@@ -11,7 +11,6 @@ fastsimclr.train.
 import argparse
 import csv
 import json
-import os
 import sys
 import time
 from collections.abc import Iterator, Sequence
@@ -25,11 +24,11 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from fastsimclr import distributed
-from fastsimclr.command import Parser, check_new, exit_code, run_folder, write_whole
+from fastsimclr.command import Parser, check_new, exit_code, run_folder, scan_cache, write_whole
 from fastsimclr.config import parse
 from fastsimclr.data import BACKENDS, Source, open_source
 from fastsimclr.data.draws import epoch_order
-from fastsimclr.data.scan import BadImages, scan
+from fastsimclr.data.scan import SKIPPED_FILE, BadImages, list_skipped, scan
 from fastsimclr.data.sources import BUILT_IN, NO_LABEL, EncodedSource
 from fastsimclr.distributed import World, together
 from fastsimclr.environment import installed
@@ -194,28 +193,17 @@ def _leave_out_bad(job: Embedding, options: argparse.Namespace, world: World) ->
     """Try all images, by all ranks; returns what is wrong with those left out, beginning with their names."""
     if not isinstance(job.source, EncodedSource):
         return []
-    run = run_folder(options.checkpoint)
-    # What train has found of these very images is in the run's folder.
-    cache = run if run is not None and os.access(run, os.W_OK) else job.output
+    cache = scan_cache(options.checkpoint, job.output)
     try:
         scanned = scan(job.source, max_bad=options.max_bad, cache=cache, world=world)
     except BadImages as error:
         if world.is_first:
-            _list_skipped(job.output, error.bad)
-        raise UserError(f"--{error} ({job.output / 'skipped_images.txt'} names all)") from error
+            list_skipped(job.output, error.bad)
+        raise UserError(f"--{error} ({job.output / SKIPPED_FILE} names all)") from error
     job.source = scanned.source
     if world.is_first:
-        _list_skipped(job.output, scanned.bad)
+        list_skipped(job.output, scanned.bad)
     return scanned.bad
-
-
-def _list_skipped(output: Path, skipped: Sequence[str]) -> None:
-    file = output / "skipped_images.txt"
-    if not skipped:
-        file.unlink(missing_ok=True)  # of an earlier time, and mended since
-        return
-    text = "".join(line.replace("\n", "\\n") + "\n" for line in skipped)
-    write_whole(file, lambda partial: partial.write_text(text, encoding="utf-8", errors="surrogateescape"))
 
 
 def _batches(job: Embedding, options: argparse.Namespace, world: World) -> Iterator[tuple[Tensor, Tensor, Tensor]]:
@@ -338,7 +326,7 @@ def _summary(job: Embedding, record: dict[str, Any], made: list[str]) -> str:
     if job.pretrained.views is None:
         line += f"; seen at {job.views.image_size} pixels by the default recipe: the checkpoint does not say its own"
     if record["skipped_images"]:
-        line += f"; left out {record['skipped_images']} that cannot be used, see skipped_images.txt"
+        line += f"; left out {record['skipped_images']} that cannot be used, see {SKIPPED_FILE}"
     return line.encode(errors="replace").decode()  # a path may hold any byte
 
 

@@ -20,7 +20,7 @@ import yaml
 from torch import Tensor
 
 from fastsimclr import distributed
-from fastsimclr.command import check_new, exit_code, run_folder, write_whole
+from fastsimclr.command import check_new, exit_code, run_folder, scan_cache, write_whole
 from fastsimclr.config import parse_as
 from fastsimclr.distributed import World, all_gather_rows, together
 from fastsimclr.environment import commit
@@ -105,7 +105,7 @@ class Evaluation:
         self.settings: dict[str, Any] = {}
         """What was chosen for this evaluation, for its record."""
         together(self._check_output, world)
-        cache = run_folder(config.checkpoint) or self.output
+        cache = scan_cache(config.checkpoint, self.output)
         self.data = open_labelled(config.data, getattr(config, "labels", 1.0), config.seed, cache, world)
         together(self._check_data, world)
 

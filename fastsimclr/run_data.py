@@ -1,11 +1,11 @@
 """The images of a run: opened, tried, and those listed that cannot be used."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from pathlib import Path
 
 from fastsimclr.config import Config
 from fastsimclr.data import Source, open_source
-from fastsimclr.data.scan import BadImages, scan
+from fastsimclr.data.scan import SKIPPED_FILE, BadImages, list_skipped, scan
 from fastsimclr.data.sources import BUILT_IN, EncodedSource
 from fastsimclr.distributed import World
 from fastsimclr.errors import UserError
@@ -45,18 +45,8 @@ class RunData:
         try:
             scanned = scan(source, max_bad=self._max_bad, cache=self._output, world=self._world, stop=stop)
         except BadImages as error:
-            file = self.list_skipped([*skipped, *error.bad])
-            raise UserError(f"--data.{error} ({file} names all)") from error
+            if self._world.is_first:
+                list_skipped(self._output, [*skipped, *error.bad])
+            raise UserError(f"--data.{error} ({self._output / SKIPPED_FILE} names all)") from error
         self.skipped = list(dict.fromkeys([*skipped, *scanned.bad]))  # --data.val may be --data.train
         return scanned.source
-
-    def list_skipped(self, skipped: Sequence[str]) -> Path:
-        """Write the first rank's list of images left out, and why each is; none if there are none."""
-        file = self._output / "skipped_images.txt"
-        if self._world.is_first and skipped:
-            self._output.mkdir(parents=True, exist_ok=True)
-            lines = [line.replace("\n", "\\n") + "\n" for line in skipped]
-            file.write_text("".join(lines), encoding="utf-8", errors="surrogateescape")  # names are any bytes
-        elif self._world.is_first:
-            file.unlink(missing_ok=True)  # of an earlier run, whose files have been mended
-        return file

@@ -23,7 +23,7 @@ from torch.nn.parallel import DistributedDataParallel
 from fastsimclr import checkpoint, distributed
 from fastsimclr.config import Config, parse
 from fastsimclr.data import Batch, choose_backend, open_views, prepare
-from fastsimclr.data.scan import ScanStopped
+from fastsimclr.data.scan import SKIPPED_FILE, ScanStopped, list_skipped
 from fastsimclr.distributed import World
 from fastsimclr.environment import commit, examine
 from fastsimclr.errors import UserError
@@ -149,9 +149,9 @@ class Training:
         self.stepper = self._stepper()
         torch.backends.cudnn.benchmark = True
         self._describe()
-        self.data.list_skipped(self.data.skipped or [])
         self.log = None
         if world.is_first:
+            list_skipped(self.output, self.data.skipped or [])
             self.output.mkdir(parents=True, exist_ok=True)
             (self.output / "config.yaml").write_text(self.text)
             (self.output / "environment.json").write_text(json.dumps(self._environment(), indent=2) + "\n")
@@ -369,7 +369,7 @@ class Training:
         why = choose_backend(source, world.device)[1] if chosen else "as asked"
         self._say(f"data: {config.data.train}, {len(source)} images{classes}; views by {self.loader.backend} ({why})")
         if self.data.skipped:
-            file = self.output / "skipped_images.txt"
+            file = self.output / SKIPPED_FILE
             self._say(f"data: left out {len(self.data.skipped)} images that cannot be used; {file} names them")
         self._say(f"model: {config.model.encoder} x{config.model.width}, {parameters / 1e6:.1f} M parameters with head")
         self._say(f"device: {world.world_size} x {world.device.type}, {self.why_precision}")

@@ -27,6 +27,7 @@ from fastsimclr.distributed import World, gather_objects, share
 from fastsimclr.errors import UserError
 
 CACHE_FILE = "image_scan.npz"
+SKIPPED_FILE = "skipped_images.txt"
 _SHOWN = 3  # bad images that an error names
 _ROUND_S = 2.0  # between exchanges of the ranks: none waits long for a signal, nor up to a collective's timeout
 _SAVE_EVERY_S = 60.0
@@ -122,6 +123,19 @@ def scan(
     good = source.subset(kept)
     good.sizes = np.stack([heights, widths], axis=1)[kept].astype(np.int64)
     return Scan(good, bad, len(todo))
+
+
+def list_skipped(folder: Path, bad: Sequence[str]) -> Path:
+    """Write what was wrong with each image left out to `folder`/skipped_images.txt, a line each; without any, remove
+    the list of an earlier run, whose files have been mended."""
+    file = folder / SKIPPED_FILE
+    if bad:
+        folder.mkdir(parents=True, exist_ok=True)
+        lines = "".join(line.replace("\n", "\\n") + "\n" for line in bad)
+        file.write_text(lines, encoding="utf-8", errors="surrogateescape")  # names are any bytes
+    else:
+        file.unlink(missing_ok=True)
+    return file
 
 
 def _expect_the_same_images(source: EncodedSource, world: World) -> None:
