@@ -1,0 +1,115 @@
+"""One self-contained HTML page of a run, or of several compared.
+
+    python -m fastsimclr.report runs/photos                                   # writes runs/photos/report.html
+    python -m fastsimclr.report runs/a runs/b --output compared.html
+
+What a run lacks of contact sheet, embedding map and kNN evaluation is made first, by the commands that make them.
+Exit codes as of fastsimclr.train.
+"""
+
+import argparse
+import contextlib
+import os
+import shlex
+import sys
+import time
+from collections.abc import Sequence
+from dataclasses import replace
+from pathlib import Path
+
+from fastsimclr.command import Parser, check_new, exit_code
+from fastsimclr.errors import UserError
+from fastsimclr.reporting.charts import COLOURS, DASHES
+from fastsimclr.reporting.page import GENERATOR, Entry, page
+from fastsimclr.reporting.pieces import gather
+from fastsimclr.reporting.run_record import Run, read_run, with_evaluations
+
+MOST_RUNS = COLOURS * DASHES  # that differ in their colour or their dash
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Run the command line; returns the exit code."""
+    arguments = list(sys.argv[1:] if arguments is None else arguments)
+    return exit_code("report", lambda: print(run(_options(arguments), arguments)))
+
+
+def run(options: argparse.Namespace, arguments: Sequence[str]) -> str:
+    """Write the page; returns what to say of it."""
+    folders = [Path(folder) for folder in options.runs]
+    output = _output(options, folders)
+    runs = _told_apart([read_run(folder) for folder in folders])
+    entries = []
+    for place, each in enumerate(runs):
+        missing = gather(each.folder, make=not options.only_collect)
+        entries.append(Entry(with_evaluations(each), place, missing))
+    made = f"{time.strftime('%Y-%m-%d %H:%M')}, by python -m fastsimclr.report {shlex.join(arguments)}"
+    text = page(entries, made)
+    partial = output.with_name(output.name + ".partial")
+    try:
+        output.parent.mkdir(parents=True, exist_ok=True)
+        partial.write_text(text, encoding="utf-8", errors="replace")  # a file's name may be no text
+        os.replace(partial, output)
+    except OSError as error:
+        with contextlib.suppress(OSError):
+            partial.unlink()
+        raise UserError(f"--output: got {output}, which cannot be written ({error.strerror})") from error
+    left_out = [missing.what for entry in entries for missing in entry.missing.values()]
+    without = f"; without {', '.join(dict.fromkeys(left_out))}: the page says why" if left_out else ""
+    return f"{output}: {output.stat().st_size / 2**20:.1f} MiB, {', '.join(run.name for run in runs)}{without}"
+
+
+def _options(arguments: Sequence[str]) -> argparse.Namespace:
+    parser = Parser(
+        prog="python -m fastsimclr.report",
+        description=(__doc__ or "").split("\n")[0],
+        allow_abbrev=False,
+    )
+    parser.add_argument("runs", nargs="+", metavar="RUN_DIR", help="a run's folder: the --output of fastsimclr.train")
+    parser.add_argument("--output", metavar="F.html", help="default, for one run: RUN_DIR/report.html")
+    parser.add_argument("--force", action="store_true", help="overwrite the output, whatever it is")
+    parser.add_argument(
+        "--only_collect", action="store_true", help="make nothing that is missing: show what the folders hold"
+    )
+    options = parser.parse_args(arguments)
+    if len(options.runs) > MOST_RUNS:
+        parser.error(f"got {len(options.runs)} runs, expected up to {MOST_RUNS}")
+    return options
+
+
+def _output(options: argparse.Namespace, folders: Sequence[Path]) -> Path:
+    """Where the page goes. Raises UserError if it must not go there."""
+    if options.output is None and len(folders) > 1:
+        raise UserError(f"--output: got none, expected a file name for a report of {len(folders)} runs")
+    own = folders[0] / "report.html"
+    output = Path(options.output) if options.output is not None else own
+    if output.suffix.lower() not in (".html", ".htm"):
+        raise UserError(f"--output: got {output}, expected a file name that ends in .html")
+    refreshed = len(folders) == 1 and output.resolve() == own.resolve() and _is_ours(own)
+    check_new(output, options.force or refreshed)
+    return output
+
+
+def _is_ours(file: Path) -> bool:
+    """Whether an earlier call has written it."""
+    try:
+        with open(file, "rb") as page:
+            return f'<meta name="generator" content="{GENERATOR} '.encode() in page.read(1000)
+    except OSError:
+        return False
+
+
+def _told_apart(runs: Sequence[Run]) -> list[Run]:
+    """The runs by names that differ: of their folders as many last parts as that takes."""
+    paths = [run.folder.resolve() for run in runs]
+    for place, path in enumerate(paths):
+        if path in paths[:place]:
+            raise UserError(f"RUN_DIR: got {runs[place].folder} twice, expected each run once")
+    for parts in range(1, 1 + max(len(path.parts) for path in paths)):
+        names = ["/".join(path.parts[-parts:]) for path in paths]
+        if len(set(names)) == len(names):
+            break
+    return [replace(run, name=name) for run, name in zip(runs, names, strict=True)]
+
+
+if __name__ == "__main__":
+    sys.exit(main())
