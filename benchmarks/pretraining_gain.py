@@ -83,7 +83,7 @@ def one_seed(seed: int, train: str, val: str, epochs: int, folder: Path) -> dict
         run = folder / f"{state}-{seed}"
         recipe = RECIPE | {"data.train": train, "epochs": epochs, "seed": seed, "output": run} | changes
         command("train", *(f"--{name}={value}" for name, value in recipe.items()))
-        for name, measure in MEASURES.items():
+        for measure in MEASURES.values():
             command("evaluate", *measure, f"--checkpoint={run}", f"--data.train={train}", f"--data.val={val}")
         found = [json.loads(file.read_text()) for file in sorted((run / "evaluate").glob("*.json"))]
         row[state] = {name: result["top1"] for name, result in zip(MEASURES, found, strict=True)}

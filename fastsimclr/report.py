@@ -18,6 +18,7 @@ from dataclasses import replace
 from pathlib import Path
 
 from fastsimclr.command import Parser, check_new, exit_code
+from fastsimclr.config import Config
 from fastsimclr.errors import UserError
 from fastsimclr.reporting.charts import COLOURS, DASHES
 from fastsimclr.reporting.page import GENERATOR, Entry, page
@@ -40,7 +41,7 @@ def run(options: argparse.Namespace, arguments: Sequence[str]) -> str:
     runs = _told_apart([read_run(folder) for folder in folders])
     entries = []
     for place, each in enumerate(runs):
-        missing = gather(each.folder, make=not options.only_collect)
+        missing = gather(each.folder, each.config.get("knn_k", str(Config.knn_k)), make=not options.only_collect)
         entries.append(Entry(with_evaluations(each), place, missing))
     made = f"{time.strftime('%Y-%m-%d %H:%M')}, by python -m fastsimclr.report {shlex.join(arguments)}"
     text = page(entries, made)

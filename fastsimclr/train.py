@@ -44,10 +44,11 @@ STOP_SIGNALS = (signal.SIGTERM, signal.SIGINT)
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run the command line; returns the exit code."""
     handlers = {number: signal.getsignal(number) for number in STOP_SIGNALS}
+    arguments = sys.argv[1:] if arguments is None else arguments
     try:
         config, text = parse(arguments)
         world = distributed.start(config.device)
-        return Training(config, text, world).run()
+        return Training(config, text, world, arguments).run()
     except UserError as error:
         if os.environ.get("RANK", "0") == "0":
             print(f"fastsimclr.train: error: {' '.join(str(error).split())}", file=sys.stderr)
@@ -63,8 +64,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
 class Training:
     """A run: what it needs, opened and checked on every rank, and then the loop."""
 
-    def __init__(self, config: Config, text: str, world: World) -> None:
-        self.config, self.text, self.world = config, text, world
+    def __init__(self, config: Config, text: str, world: World, arguments: Sequence[str]) -> None:
+        self.config, self.text, self.world, self.arguments = config, text, world, arguments
         self.output = Path(distributed.share(config.output or _new_folder(config), world))
         self.untrained_knn: float | None = None
         self.losses = LaggedLoss()
@@ -287,6 +288,7 @@ class Training:
             self.world,
             config.knn_k,
             backend=config.data.backend,  # not the loader's: memory may suit one of two sources
+            workers=config.data.workers,
             bf16=self.bf16,
         )
         if self.log is not None:
@@ -346,7 +348,7 @@ class Training:
         """What this run, or its latest start, ran on."""
         return examine() | {
             "commit": commit(),
-            "command": sys.argv,
+            "command": ["python", "-m", "fastsimclr.train", *self.arguments],
             "started": time.strftime("%Y-%m-%dT%H:%M:%S%z"),
             "world_size": self.world.world_size,
             "device": str(self.world.device),

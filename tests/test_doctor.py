@@ -4,6 +4,7 @@ import json
 import os
 import subprocess
 import sys
+from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +16,7 @@ import fastsimclr
 from fastsimclr import data, loss
 from fastsimclr.data.sources import open_source
 from fastsimclr.loss.fused import describe_build
+from fastsimclr.precision import choose_precision
 
 ROOT = Path(__file__).resolve().parents[1]
 
@@ -41,6 +43,8 @@ def test_it_says_what_will_be_used_and_why(found: dict[str, Any]) -> None:
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     backend, why = loss.choose_backend("auto", device)
     assert found["loss"] == {"backend": backend, "why": why.removeprefix("auto: ")}
+    assert found["precision"] == choose_precision("auto", device).why
+    assert found["optional"]["timm"] == version("timm")
     assert all(line for line in found["to_be_faster"])
 
 

@@ -5,6 +5,7 @@ from pathlib import Path
 
 import torch
 import torch.nn.functional as F
+from weights import lived_in, outputs, save_run
 
 from fastsimclr import encoder
 
@@ -24,11 +25,10 @@ def test_the_loss_is_equivalent_to_the_three_lines_beside_it() -> None:
     assert z1.grad is not None
 
 
-def test_the_encoder_of_a_checkpoint_loads_in_torchvision(tmp_path: Path) -> None:
-    model = encoder("resnet50")
-    torch.save({"model": {f"encoder.{k}": v for k, v in model.state_dict().items()}}, tmp_path / "last.pt")
-    code = next(block for block in blocks() if "torchvision" in block)
+def test_the_encoder_of_a_run_loads_in_one_line(tmp_path: Path) -> None:
+    trained = lived_in(encoder("resnet18"))
+    save_run(tmp_path / "run", trained)
+    code = next(block for block in blocks() if "load_encoder" in block)
     names: dict[str, torch.nn.Module] = {}
-    exec(code.replace("runs/photos/checkpoints/last.pt", str(tmp_path / "last.pt")), names)
-    loaded = dict(names["model"].named_parameters())
-    assert all(torch.equal(loaded[name], parameter) for name, parameter in model.named_parameters())
+    exec(code.replace("runs/photos", str(tmp_path / "run")), names)
+    assert torch.equal(outputs(names["encoder"]), outputs(trained))

@@ -277,7 +277,7 @@ def test_each_piece_is_asked_for_in_options_that_its_command_has(
     folder = run_folder(tmp_path / "run", data__train=str(tmp_path / "gone"))
     add(folder, {"checkpoints/last.pt": "no checkpoint"})
     for piece in PIECES:
-        module, *arguments = (word.replace("{run}", str(folder)) for word in piece.command)
+        module, *arguments = (word.replace("{run}", str(folder)).replace("{knn_k}", "20") for word in piece.command)
         assert importlib.import_module(f"fastsimclr.{module}").main(arguments) == 2
         said = capsys.readouterr().err
         assert str(tmp_path / "gone") in said or str(folder / "checkpoints" / "last.pt") in said, said
@@ -291,7 +291,8 @@ def test_a_run_of_nothing_but_its_record_says_what_would_make_the_rest(tmp_path:
     for piece in PIECES:
         (sentence,) = (each for each in said if piece.what in each)
         command = sentence.split("python -m fastsimclr.")[1]
-        assert shlex.split(command) == [word.replace("{run}", str(folder)) for word in piece.command]
+        words = [word.replace("{run}", str(folder)).replace("{knn_k}", "20") for word in piece.command]
+        assert shlex.split(command) == words
         assert ("no checkpoints/last.pt" if "--checkpoint" in command else "not made yet") in sentence
     assert "Device" not in tiles(page)
     assert list(charts(page)) == ["Loss", "kNN accuracy", "Throughput", "Learning rate", "Where a step’s time goes"]

@@ -103,6 +103,11 @@ def test_a_run_leaves_its_record_and_its_loss_falls(tmp_path: Path, capsys: pyte
     assert all(0 <= accuracy <= 1 for accuracy in knn)
     assert (tmp_path / "run" / "config.yaml").read_text().count("train: digits") == 1
     assert list((tmp_path / "run" / "tensorboard").iterdir())
+    environment = json.loads((tmp_path / "run" / "environment.json").read_text())
+    assert environment["torch"] == torch.__version__
+    assert environment["command"] == ["python", "-m", "fastsimclr.train", *options]
+    assert environment["device"] == ("cuda:0" if torch.cuda.is_available() else "cpu")
+    assert environment["loss"]["backend"] in environment["loss_backend"]
 
 
 def test_the_saved_configuration_repeats_the_run(tmp_path: Path) -> None:
@@ -213,7 +218,7 @@ def test_micro_batches_give_the_gradient_of_the_whole_batch(tmp_path: Path, view
     gradients = []
     for micro_batch_size in ("none", "5"):  # 16 images: parts of 4, 4, 4 and 4
         options = [*views, f"--output={tmp_path}", "--data.train=digits", f"--micro_batch_size={micro_batch_size}"]
-        training = Training(*parse([*TINY, *options, "--precision=fp64"]), World(0, 1, torch.device("cpu")))
+        training = Training(*parse([*TINY, *options, "--precision=fp64"]), World(0, 1, torch.device("cpu")), [])
         training.model.eval()
         training._stepper().backward(next(iter(training.loader)).views, 16)
         gradients.append([p.grad for p in training.model.parameters() if p.grad is not None])

@@ -67,13 +67,15 @@ def measure(
     k: int,
     *,
     backend: str,
+    workers: int | None,
     bf16: bool,
 ) -> float:
     """kNN accuracy of `val` by the labels of `train`; without `val`, of `train` by all of its other images."""
-    bank, bank_labels = embed(encoder, train, views, batch_size, world, backend=backend, bf16=bf16)
+    options = {"backend": backend, "workers": workers, "bf16": bf16}
+    bank, bank_labels = embed(encoder, train, views, batch_size, world, **options)
     queries, query_labels = bank, bank_labels
     if val is not None:
-        queries, query_labels = embed(encoder, val, views, batch_size, world, backend=backend, bf16=bf16)
+        queries, query_labels = embed(encoder, val, views, batch_size, world, **options)
     device = world.device
     bank, bank_labels, queries, query_labels = (t.to(device) for t in (bank, bank_labels, queries, query_labels))
     return knn_accuracy(bank, bank_labels, queries, query_labels, k, leave_one_out=val is None)

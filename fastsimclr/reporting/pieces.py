@@ -9,7 +9,7 @@ from pathlib import Path
 
 @dataclass(frozen=True)
 class Piece:
-    """command: what makes it, after `python -m fastsimclr.`; {run} is the run's folder."""
+    """command: what makes it, after `python -m fastsimclr.`; {run} is the run's folder, {knn_k} its option."""
 
     what: str
     file: str
@@ -30,7 +30,7 @@ EMBEDDING = Piece(
 KNN = Piece(
     "evaluation by nearest neighbours",
     "evaluate/knn.json",
-    ("evaluate", "knn", "--checkpoint", f"{{run}}/{CHECKPOINT}"),
+    ("evaluate", "knn", "--k", "{knn_k}", "--checkpoint", f"{{run}}/{CHECKPOINT}"),  # as many as its curve's
 )
 PIECES = (VIEWS, EMBEDDING, KNN)
 
@@ -44,13 +44,13 @@ class Missing:
     command: str
 
 
-def gather(folder: Path, make: bool) -> dict[str, Missing]:
+def gather(folder: Path, knn_k: str, make: bool) -> dict[str, Missing]:
     """Make a run's pieces that are not there, if asked to; returns those that still are not, by their files."""
     missing = {}
     for piece in PIECES:
         if (folder / piece.file).exists():
             continue
-        module, *arguments = (word.replace("{run}", str(folder)) for word in piece.command)
+        module, *arguments = (word.replace("{run}", str(folder)).replace("{knn_k}", knn_k) for word in piece.command)
         command = f"python -m fastsimclr.{module} {shlex.join(arguments)}"
         if CHECKPOINT in command and not (folder / CHECKPOINT).exists():
             why = f"there is no {CHECKPOINT}"
