@@ -85,7 +85,9 @@ def error_line(capsys: pytest.CaptureFixture[str]) -> str:
 
 
 def test_a_run_leaves_its_record_and_its_loss_falls(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    options = ["--config=digits", "--epochs=3", "--knn_every=1", f"--output={tmp_path / 'run'}", "--data.image_size=16"]
+    # Not 16: of a 3x3 convolution of 1x1 pixels oneDNN's bf16 gradient (torch 2.14, a CPU with AMX) reads behind its
+    # input, and is NaN where what lies there is.
+    options = ["--config=digits", "--epochs=3", "--knn_every=1", f"--output={tmp_path / 'run'}", "--data.image_size=20"]
     assert main(options) == 0
     said = capsys.readouterr().out
     assert "% trained, " in said
