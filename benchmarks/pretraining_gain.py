@@ -21,6 +21,7 @@ from fastsimclr.data import open_source
 from fastsimclr.data.sources import EncodedSource
 from fastsimclr.environment import commit
 from fastsimclr.evaluation.labelled import class_balanced
+from fastsimclr.precision import choose_precision
 
 RECIPE = {
     "config": "cifar10",
@@ -56,6 +57,7 @@ def main() -> None:
         "val_images": options.val_images,
         "epochs": options.epochs,
         "recipe": RECIPE,
+        "device": f"{choose_precision('auto', torch.device('cpu')).why}, {torch.get_num_threads()} threads",
         "torch": torch.__version__,
         "commit": commit(),
         "seeds": rows,
