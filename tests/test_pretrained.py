@@ -1,6 +1,7 @@
 """Encoders out of files: what is restored, what is refused, and that no file is ever run."""
 
 import argparse
+import importlib.util
 import json
 import os
 import pickle
@@ -290,6 +291,11 @@ def code_in(module: str, monkeypatch: pytest.MonkeyPatch) -> type[Any]:
     made = types.ModuleType(module)
     made.Config = Config  # type: ignore[attr-defined]
     monkeypatch.setitem(sys.modules, module, made)
+    package = module.split(".")[0]
+    if (
+        package not in sys.modules and importlib.util.find_spec(package) is None
+    ):  # it is not installed: pickle imports it before its module
+        monkeypatch.setitem(sys.modules, package, types.ModuleType(package))
     return Config
 
 

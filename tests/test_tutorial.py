@@ -25,7 +25,7 @@ def test_the_tutorial_runs_from_top_to_bottom(tmp_path: Path, monkeypatch: pytes
             assert done.returncode == 0, f"{line}\n{done.stdout}{done.stderr}"
     assert len(blocks) >= 8
     run = tmp_path / "runs" / "digits"
-    lines = [json.loads(line) for line in (run / "metrics.jsonl").open()]
+    lines = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
     untrained, trained = (line["knn_accuracy"] for line in lines if "knn_accuracy" in line)
     assert untrained == pytest.approx(0.35, abs=0.1), "as the tutorial says"
     assert trained == pytest.approx(0.7, abs=0.1), "as the tutorial says"

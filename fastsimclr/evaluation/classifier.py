@@ -95,7 +95,7 @@ def train_classifier(
         if not classifier.frozen:
             synchronise_batch_norm(classifier, device)
         devices = [device] if device.type == "cuda" else None
-        model = DistributedDataParallel(classifier, device_ids=devices, broadcast_buffers=False)
+        model = DistributedDataParallel(classifier, device_ids=devices)
     loader = open_views(
         source,
         views.crops_and_flips(),

@@ -18,6 +18,7 @@ from fastsimclr.errors import UserError
 from fastsimclr.evaluation.scores import rank_classes
 
 CHOICES_OF_C = tuple(10.0**exponent for exponent in range(-6, 3))
+_ROUNDING = 16 * torch.finfo(torch.float32).eps
 _BLOCK = 1 << 16  # rows whose logits are held
 _ITERATIONS = 1000
 # The largest entry of the mean loss's gradient that ends the search: of a C that is tried (scikit-learn's), and of the
@@ -116,12 +117,13 @@ def rank(classifier: LinearClassifier, features: Tensor) -> Tensor:
 
 
 def _standardisation(features: Tensor) -> tuple[Tensor, Tensor]:
-    """Mean and standard deviation of each column, float64; of a constant column 1, as it cannot be scaled."""
+    """Mean and standard deviation of each column, float64; 1 of a column that is constant but for the rounding of
+    float32, which would otherwise be blown up to the size of the others."""
     count = len(features)
     mean = sum((block.double().sum(0) for block in features.split(_BLOCK)), torch.zeros(())) / count
     squares = sum(((block.double() - mean).square().sum(0) for block in features.split(_BLOCK)), torch.zeros(()))
     deviation = (squares / count).sqrt()
-    return mean, torch.where(deviation > 1e-12 * mean.abs().clamp_min(1), deviation, 1.0)
+    return mean, torch.where(deviation > _ROUNDING * mean.abs(), deviation, 1.0)
 
 
 def _standardised(x: Tensor, mean: Tensor, deviation: Tensor) -> Tensor:
