@@ -54,8 +54,8 @@ def test_two_ranks_find_what_one_does(run: Path, tmp_path: Path) -> None:
             if figure == "settings":
                 assert one[figure].pop("epoch_losses", []) == pytest.approx(two[figure].pop("epoch_losses", []))
             assert two[figure] == expected, (name, figure)
-        # Of LBFGS only the figures: it ends where the gradient is small, and of a feature that hardly varies the weights
-        # are large, and their digits up to rounding.
+        # Of LBFGS only the figures: it ends where the gradient is small, and weights of a feature that hardly varies
+        # are large, with digits that rounding decides.
         if name in ("linear-0.33", "finetune-0.33"):
             states = [torch.load(tmp_path / folder / f"{name}.pt", weights_only=True) for folder in ("one", "two")]
             assert states[0].keys() == states[1].keys()
