@@ -117,6 +117,8 @@ class Evaluation:
         self.result = self.output / f"{self.config.name()}.json"
         self.weights = self.result.with_suffix(".pt")
         check_new(self.result, self.config.force)
+        if not isinstance(self.config, KnnConfig):
+            check_new(self.weights, self.config.force)
 
     def _check_data(self) -> None:
         if isinstance(self.config, KnnConfig):
@@ -133,7 +135,7 @@ class Evaluation:
         started = time.monotonic()
         torch.manual_seed(self.config.seed)
         torch.backends.cudnn.benchmark = True
-        config = self.config
+        config, self.model = self.config, self._encoder()
         if isinstance(config, KnnConfig):
             ranking, labels = self._knn(config)
         elif isinstance(config, LinearConfig) and config.solver == "lbfgs":
@@ -149,7 +151,7 @@ class Evaluation:
     def _knn(self, config: KnnConfig) -> tuple[Tensor, Tensor]:
         """Each rank asks for its part of the images."""
         device, data = self.world.device, self.data
-        model = self._encoder()
+        model = self.model
         bank, bank_labels = self._embed(model, data.train, "training images")
         queries, labels = (bank, bank_labels) if data.val is None else self._embed(model, data.val, "validation images")
         self.settings = {"k": config.k, "temperature": config.temperature, "leave_one_out": data.val is None}
@@ -172,7 +174,7 @@ class Evaluation:
     def _regression(self, config: LinearConfig) -> tuple[Tensor, Tensor]:
         """On every rank the same: none has to wait for another."""
         device, data = self.world.device, self.data
-        model, classes = self._encoder(), len(data.classes)
+        model, classes = self.model, len(data.classes)
         assert data.val is not None
         features, labels = (part.to(device) for part in self._embed(model, data.train, "training images"))
         val_features, val_labels = self._embed(model, data.val, "validation images")
@@ -190,8 +192,7 @@ class Evaluation:
         assert isinstance(config, LinearConfig | FinetuneConfig | SupervisedConfig)
         assert self.data.val is not None
         schedule = self._schedule(config)
-        model = self._encoder()
-        classifier = Classifier(model, len(self.data.classes), frozen=isinstance(config, LinearConfig))
+        classifier = Classifier(self.model, len(self.data.classes), frozen=isinstance(config, LinearConfig))
         losses = train_classifier(
             classifier,
             self.data.train,
@@ -252,7 +253,7 @@ class Evaluation:
 
     def _record(self, seconds: float) -> dict[str, Any]:
         config, data = self.config, self.data
-        built = self._encoder()
+        built = self.model
         val = (config.data.val or config.data.train) if data.val is not None else None
         return {
             "protocol": config.name(),

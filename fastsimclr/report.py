@@ -8,8 +8,6 @@ Exit codes as of fastsimclr.train.
 """
 
 import argparse
-import contextlib
-import os
 import shlex
 import sys
 import time
@@ -17,7 +15,7 @@ from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 
-from fastsimclr.command import Parser, check_new, exit_code
+from fastsimclr.command import Parser, check_new, exit_code, write_whole
 from fastsimclr.config import Config
 from fastsimclr.errors import UserError
 from fastsimclr.reporting.charts import COLOURS, DASHES
@@ -45,15 +43,8 @@ def run(options: argparse.Namespace, arguments: Sequence[str]) -> str:
         entries.append(Entry(with_evaluations(each), place, missing))
     made = f"{time.strftime('%Y-%m-%d %H:%M')}, by python -m fastsimclr.report {shlex.join(arguments)}"
     text = page(entries, made)
-    partial = output.with_name(output.name + ".partial")
-    try:
-        output.parent.mkdir(parents=True, exist_ok=True)
-        partial.write_text(text, encoding="utf-8", errors="replace")  # a file's name may be no text
-        os.replace(partial, output)
-    except OSError as error:
-        with contextlib.suppress(OSError):
-            partial.unlink()
-        raise UserError(f"--output: got {output}, which cannot be written ({error.strerror})") from error
+    # A file's name may be no text.
+    write_whole(output, lambda file: file.write_text(text, encoding="utf-8", errors="replace"))
     left_out = [missing.what for entry in entries for missing in entry.missing.values()]
     without = f"; without {', '.join(dict.fromkeys(left_out))}: the page says why" if left_out else ""
     return f"{output}: {output.stat().st_size / 2**20:.1f} MiB, {', '.join(run.name for run in runs)}{without}"

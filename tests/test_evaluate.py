@@ -210,6 +210,13 @@ def test_results_go_beside_the_run_and_are_not_overwritten(run: Path, capsys: py
     assert json.loads(file.read_text())["settings"]["k"] == 6
 
 
+def test_a_classifier_is_not_overwritten_either(run: Path, tmp_path: Path) -> None:
+    """Though the record beside it is gone."""
+    (tmp_path / "linear.pt").write_bytes(b"somebody's")
+    assert main(["linear", f"--checkpoint={run}", f"--output={tmp_path}", "--epochs=1", *FAST]) == 2
+    assert (tmp_path / "linear.pt").read_bytes() == b"somebody's"
+
+
 @pytest.fixture(scope="module")
 def folders(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """labelled/{a,b}, other/{a,c} and flat/: a few photos each."""

@@ -120,7 +120,7 @@ def train_classifier(
     try:
         for epoch in range(schedule.epochs):
             loader.set_epoch(epoch)
-            total = torch.zeros(2, device=device, dtype=torch.float64)  # of this rank: the loss, and the images
+            total, images = torch.zeros((), device=device, dtype=torch.float64), 0  # of this rank
             for number, batch in enumerate(loader):
                 step = epoch * steps_per_epoch + number
                 lr = learning_rate(step, peak=schedule.lr, warmup_steps=warmup_steps, total_steps=total_steps)
@@ -135,11 +135,13 @@ def train_classifier(
                 (loss * (world.world_size / of_all_ranks)).backward()
                 optimizer.step()
                 optimizer.zero_grad(set_to_none=True)
-                total += torch.stack([loss.detach(), loss.new_tensor(len(batch.label))])
+                total += loss.detach()
+                images += len(batch.label)
                 log.step()
+            sums = torch.stack([total, total.new_tensor(images)])
             if world.world_size > 1:
-                dist.all_reduce(total)
-            losses.append(float(total[0] / total[1]))
+                dist.all_reduce(sums)
+            losses.append(float(sums[0] / sums[1]))
             if not math.isfinite(losses[-1]):
                 raise UserError(
                     f"--lr: got {schedule.lr:.4g}, and a loss of {losses[-1]} in epoch {epoch + 1}; expected a finite "

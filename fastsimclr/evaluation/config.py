@@ -1,5 +1,6 @@
 """The options of each protocol, one documented field each. The defaults are the paper's."""
 
+from abc import ABC, abstractmethod
 from dataclasses import dataclass, field
 from typing import Literal
 
@@ -8,7 +9,7 @@ from fastsimclr.errors import UserError
 
 
 @dataclass(frozen=True)
-class EvaluationConfig:
+class EvaluationConfig(ABC):
     """What every protocol has."""
 
     checkpoint: str | None = None
@@ -41,9 +42,9 @@ class EvaluationConfig:
             if isinstance(value, float | int) and not value > 0:
                 raise UserError(f"--{name}: got {value}, expected a number above 0")
 
+    @abstractmethod
     def name(self) -> str:
         """Of the files of the results."""
-        raise NotImplementedError
 
 
 @dataclass(frozen=True)
