@@ -27,14 +27,11 @@ else its own float32 product, which on a CPU that is not Intel's may be twice as
 import functools
 import gc
 import itertools
-import json
 import os
-import tempfile
 import time
 import warnings
 from collections.abc import Callable
 from dataclasses import asdict, dataclass, replace
-from pathlib import Path
 
 import pytest
 import torch
@@ -42,6 +39,7 @@ from pytest_benchmark.fixture import BenchmarkFixture
 from torch import Tensor
 
 from benchmarks.interleaved import Spread, Timing, interleave
+from benchmarks.memory import peak_mib
 from benchmarks.nt_xent_contenders import Contender, contenders
 
 ON_GPU = torch.cuda.is_available()
@@ -142,28 +140,6 @@ def free_memory() -> None:
 
 def one_line(error: Exception) -> str:
     return f"{type(error).__name__}: {(str(error).splitlines() or [''])[0]}"
-
-
-def peak_mib(step: Callable[[], object]) -> float:
-    """The most that torch's allocator holds during `step`, beyond what it held before."""
-    if ON_GPU:
-        torch.cuda.synchronize()
-        torch.cuda.reset_peak_memory_stats()
-        before = torch.cuda.memory_allocated()
-        step()
-        return (torch.cuda.max_memory_allocated() - before) / 2**20
-    cpu = torch.profiler.ProfilerActivity.CPU
-    with torch.profiler.profile(activities=[cpu], profile_memory=True, acc_events=True) as profile:
-        step()
-    with tempfile.TemporaryDirectory() as folder:
-        path = Path(folder, "trace.json")
-        profile.export_chrome_trace(str(path))
-        events = [event["args"] for event in json.loads(path.read_text())["traceEvents"] if event["name"] == "[memory]"]
-    allocated, peak = 0, 0
-    for event in sorted(events, key=lambda event: event["Ev Idx"]):
-        allocated += event["Bytes"]
-        peak = max(peak, allocated)
-    return peak / 2**20
 
 
 def relative_errors(got: tuple[Tensor, ...], expected: tuple[Tensor, ...]) -> tuple[float, float]:

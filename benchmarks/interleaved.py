@@ -102,3 +102,44 @@ def interleave(
     )
     benchmark.extra_info.update(asdict(timing))
     return timing
+
+
+@dataclass(frozen=True)
+class Check:
+    """That a contender computes the same function as the first: measured after timing, on the objects that were timed."""
+
+    what: str
+    """E.g. "loss, relative" or "views, mean levels of 255"."""
+    error: float
+    bound: float
+
+    def __post_init__(self) -> None:
+        assert self.error <= self.bound, f"another function: {self.what} {self.error:.3g}, beyond {self.bound:.3g}"
+
+
+def describe(
+    benchmark: BenchmarkFixture,
+    *,
+    device: str,
+    sizes: Mapping[str, object],
+    images: Mapping[str, int] | None = None,
+    peak_mib: Mapping[str, float] | None = None,
+    checks: Mapping[str, Check] | None = None,
+    missing: Mapping[str, str] | None = None,
+    notes: Mapping[str, str] | None = None,
+) -> None:
+    """What `benchmarks.report` needs to know of an interleaved benchmark beside its times, into benchmark.extra_info.
+
+    device: "cpu", or the GPU's name. sizes: what was computed, e.g. {"batch_size": 256}. images: source images a call
+    of each contender, where a rate says more than a time. peak_mib, checks, notes: by contender. missing: contenders
+    that are not here, and why.
+    """
+    benchmark.extra_info.update(
+        device=device,
+        sizes=dict(sizes),
+        images=dict(images or {}),
+        peak_mib=dict(peak_mib or {}),
+        checks={name: asdict(check) for name, check in (checks or {}).items()},
+        missing=dict(missing or {}),
+        notes=dict(notes or {}),
+    )

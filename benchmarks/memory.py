@@ -1,0 +1,50 @@
+"""What a call holds at most: by torch's allocator, and by the system for what has processes of its own."""
+
+import json
+import os
+import tempfile
+from collections.abc import Callable
+from pathlib import Path
+
+import torch
+
+
+def peak_mib(call: Callable[[], object]) -> float:
+    """The most that torch's allocator holds during `call`, beyond what it held before.
+
+    On a CPU torch.profiler sees it; scratch that a matrix library takes by itself is not in it.
+    """
+    if torch.cuda.is_available():
+        torch.cuda.synchronize()
+        torch.cuda.reset_peak_memory_stats()
+        before = torch.cuda.memory_allocated()
+        call()
+        return (torch.cuda.max_memory_allocated() - before) / 2**20
+    cpu = torch.profiler.ProfilerActivity.CPU
+    with torch.profiler.profile(activities=[cpu], profile_memory=True, acc_events=True) as profile:
+        call()
+    with tempfile.TemporaryDirectory() as folder:
+        path = Path(folder, "trace.json")
+        profile.export_chrome_trace(str(path))
+        events = [event["args"] for event in json.loads(path.read_text())["traceEvents"] if event["name"] == "[memory]"]
+    allocated, peak = 0, 0
+    for event in sorted(events, key=lambda event: event["Ev Idx"]):
+        allocated += event["Bytes"]
+        peak = max(peak, allocated)
+    return peak / 2**20
+
+
+def tree_mib(process: int | None = None) -> float:
+    """Memory of a process (this one) and all its descendants now; what several share counts once in all (PSS)."""
+    process = process or os.getpid()
+    total, waiting = 0.0, [process]
+    while waiting:
+        folder = Path("/proc", str(waiting.pop()))
+        try:
+            for task in (folder / "task").iterdir():
+                waiting += map(int, (task / "children").read_text().split())
+            rollup = (folder / "smaps_rollup").read_text()
+        except (FileNotFoundError, ProcessLookupError):  # it has ended meanwhile
+            continue
+        total += sum(int(line.split()[1]) for line in rollup.splitlines() if line.startswith("Pss:")) / 1024
+    return total
