@@ -106,7 +106,7 @@ def interleave(
 
 @dataclass(frozen=True)
 class Check:
-    """That a contender computes the same function as the first: measured after timing, on the objects that were timed."""
+    """That a contender computes the same function as the first: measured after timing, on what was timed."""
 
     what: str
     """E.g. "loss, relative" or "views, mean levels of 255"."""
