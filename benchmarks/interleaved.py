@@ -12,7 +12,7 @@ so that nobody is charged for the caches and the heap that the one before has le
 import itertools
 import statistics
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Mapping
 from dataclasses import asdict, dataclass
 
 from pytest_benchmark.fixture import BenchmarkFixture
@@ -127,12 +127,16 @@ def describe(
     checks: Mapping[str, Check] | None = None,
     missing: Mapping[str, str] | None = None,
     notes: Mapping[str, str] | None = None,
+    ours: Collection[str] = (),
+    yardsticks: Collection[str] = (),
+    headline: bool = True,
 ) -> None:
     """What `benchmarks.report` needs to know of an interleaved benchmark beside its times, into benchmark.extra_info.
 
     device: "cpu", or the GPU's name. sizes: what was computed, e.g. {"batch_size": 256}. images: source images a call
     of each contender, where a rate says more than a time. peak_mib, checks, notes: by contender. missing: contenders
-    that are not here, and why.
+    that are not here, and why. ours: contenders beside the first that are ours, too. yardsticks: contenders that do other
+    work, e.g. a plain matrix product: neither is a rival. headline: whether it gets a row in README.md.
     """
     benchmark.extra_info.update(
         device=device,
@@ -142,4 +146,7 @@ def describe(
         checks={name: asdict(check) for name, check in (checks or {}).items()},
         missing=dict(missing or {}),
         notes=dict(notes or {}),
+        ours=list(ours),
+        yardsticks=list(yardsticks),
+        headline=headline,
     )
