@@ -3,7 +3,8 @@
     python -m pytest benchmarks/bench_nt_xent.py --benchmark-json=benchmarks/results/nt_xent_cpu.json
 
 BENCH_M and BENCH_D choose the sizes (views, and numbers a projection): BENCH_M=4096 BENCH_D=64,128,256. BENCH_SECONDS:
-sizes whose turn comes later than that are skipped; on a GPU those with a target come first.
+sizes whose turn comes later than that are skipped; on a GPU those with a target come first. BENCH_SMALL=1: 256 views,
+two rounds, nothing compiled.
 
 Each size is timed as a whole step (forward and backward) and as the forward of one, and on a GPU both again, replayed
 from a CUDA graph, where a call from Python costs more than the kernels. Who can't be captured is timed as called there,
@@ -31,23 +32,24 @@ import os
 import time
 import warnings
 from collections.abc import Callable
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass, field, replace
 
 import pytest
 import torch
 from pytest_benchmark.fixture import BenchmarkFixture
 from torch import Tensor
 
-from benchmarks.interleaved import Spread, Timing, interleave
+from benchmarks.interleaved import Check, Spread, Timing, describe, interleave
 from benchmarks.memory import peak_mib
 from benchmarks.nt_xent_contenders import Contender, contenders
+from benchmarks.sizes import SMALL
 
 ON_GPU = torch.cuda.is_available()
 DEVICE = torch.device("cuda" if ON_GPU else "cpu")
 DEVICE_NAME = torch.cuda.get_device_name() if ON_GPU else "cpu"
 STEP, FORWARD = "forward + backward", "forward"
 MATMUL = "matrix product"
-MATRIX, MATRIX_DTYPE = (8192, torch.bfloat16) if ON_GPU else (2048, torch.float32)
+MATRIX, MATRIX_DTYPE = (8192, torch.bfloat16) if ON_GPU else (512 if SMALL else 2048, torch.float32)
 LARGEST_REPLAYED = 32768  # above, a call from Python is lost in the kernels' time
 
 
@@ -94,8 +96,8 @@ def numbers(variable: str, default: str) -> list[int]:
 
 def sizes() -> list[tuple[int, int]]:
     """(views, width); those with a target of their own first, then those of width 128: time may be short."""
-    views = numbers("BENCH_M", "512,2048,8192,32768,131072" if ON_GPU else "512,2048,4096,8192")
-    widths = numbers("BENCH_D", "64,128,256" if ON_GPU else "128")
+    views = numbers("BENCH_M", "256" if SMALL else "512,2048,8192,32768,131072" if ON_GPU else "512,2048,4096,8192")
+    widths = numbers("BENCH_D", "64,128,256" if ON_GPU and not SMALL else "128")
     targeted = {(target.views, target.width) for target in TARGETS}
     pairs = list(itertools.product(views, widths))
     return sorted(pairs, key=lambda size: (size not in targeted, size[1] != 128)) if ON_GPU else pairs
@@ -118,10 +120,10 @@ class Size:
     z2: Tensor
     found: dict[str, Contender]
     missing: dict[str, str]
-    losses: dict[str, float]
-    errors: dict[str, tuple[float, float]]  # relative, of the loss and of the gradients
-    reference: str
-    peak_mib: dict[str, float]
+    losses: dict[str, float] = field(default_factory=dict)
+    errors: dict[str, tuple[float, float]] = field(default_factory=dict)  # relative, of the loss and of the gradients
+    reference: str = ""
+    peak_mib: dict[str, float] = field(default_factory=dict)
 
     def run(self, name: str, part: str) -> tuple[Tensor, ...]:
         loss = self.found[name].loss(self.z1, self.z2)
@@ -143,8 +145,9 @@ def one_line(error: Exception) -> str:
 
 
 def relative_errors(got: tuple[Tensor, ...], expected: tuple[Tensor, ...]) -> tuple[float, float]:
+    """Of the loss; and of the gradients, zero where there are none."""
     gradients = [float((a - b).norm() / b.norm()) for a, b in zip(got[1:], expected[1:], strict=True)]
-    return float((got[0] - expected[0]).abs() / expected[0].abs()), max(gradients)
+    return float((got[0] - expected[0]).abs() / expected[0].abs()), max(gradients, default=0.0)
 
 
 @functools.lru_cache(maxsize=1)  # its tests come in a row; they share what is compiled
@@ -155,10 +158,9 @@ def prepare(views: int, width: int) -> Size:
     x = torch.randn(views // 2, width, device=DEVICE)
     # A loss of about 0.1 to 1, as in training: views that have much in common.
     z1, z2 = ((x + 0.5 * torch.randn_like(x)).requires_grad_() for _ in range(2))
-    size = Size(z1, z2, {}, {}, {}, {}, "", {})
     with warnings.catch_warnings():  # other packages' imports, and what the compiler has to say
         warnings.simplefilter("ignore")
-        size.found, size.missing = contenders(views, width, DEVICE)
+        size = Size(z1, z2, *contenders(views, width, DEVICE))
         results: dict[str, tuple[Tensor, ...]] = {}
         for name, contender in list(size.found.items()):
             try:
@@ -187,7 +189,30 @@ def prepare(views: int, width: int) -> Size:
     return size
 
 
-def capture(size: Size, name: str, part: str) -> Callable[[], object]:
+def checked_again(size: Size, steps: dict[str, Callable[[], tuple[Tensor, ...]]]) -> dict[str, Check]:
+    """After timing, what was timed computes the same function still, in the precision that it claims."""
+    expected = tuple(each.clone() for each in steps[size.reference]())
+    checks = {}
+    for name, step in steps.items():
+        loss, gradients = relative_errors(step(), expected)
+        if bound := size.found[name].bound:
+            Check("gradients, relative", gradients, bound[1])
+            checks[name] = Check("loss, relative", loss, bound[0])
+    return checks
+
+
+def remarks(size: Size, refused: dict[str, str]) -> dict[str, str]:
+    """Of each contender, what its figures don't say."""
+    notes: dict[str, list[str]] = {name: [] for name in size.found}
+    for name, (loss, gradients) in size.errors.items():
+        if name in size.found and size.found[name].bound is None:
+            notes[name] += [f"of less precision: loss {loss:.1g}, gradients {gradients:.1g} off {size.reference}"]
+    for name, why in refused.items():
+        notes[name] += [f"timed as called, not captured: {why}"]
+    return {name: "; ".join(of_one) for name, of_one in notes.items() if of_one}
+
+
+def capture(size: Size, name: str, part: str) -> Callable[[], tuple[Tensor, ...]]:
     """A replay of the step from a CUDA graph."""
     side = torch.cuda.Stream()
     side.wait_stream(torch.cuda.current_stream())
@@ -197,17 +222,23 @@ def capture(size: Size, name: str, part: str) -> Callable[[], object]:
     torch.cuda.current_stream().wait_stream(side)
     graph = torch.cuda.CUDAGraph()
     with torch.cuda.graph(graph):
-        loss = size.run(name, part)[0]
+        result = size.run(name, part)
+    loss = result[0]
     loss.fill_(torch.nan)  # the replay has to write it
-    graph.replay()
+
+    def replay() -> tuple[Tensor, ...]:
+        graph.replay()
+        return result
+
+    replay()
     if not abs(float(loss) - size.losses[name]) <= 1e-4 * abs(size.losses[name]):
         raise RuntimeError(f"a replay's loss is {float(loss)}, a call's {size.losses[name]}")
-    return graph.replay
+    return replay
 
 
-def capture_all(size: Size, part: str) -> tuple[dict[str, Callable[[], object]], dict[str, str]]:
+def capture_all(size: Size, part: str) -> tuple[dict[str, Callable[[], tuple[Tensor, ...]]], dict[str, str]]:
     """Replays by name; and of those that have none, why."""
-    replays: dict[str, Callable[[], object]] = {}
+    replays: dict[str, Callable[[], tuple[Tensor, ...]]] = {}
     refused: dict[str, str] = {}
     for name, contender in size.found.items():
         free_memory()
@@ -259,19 +290,19 @@ def test_nt_xent(
     a, b = (torch.randn(MATRIX, MATRIX, device=DEVICE, dtype=MATRIX_DTYPE) for _ in range(2))
     product = torch.empty_like(a)
 
-    def called(name: str) -> Callable[[], object]:
-        return lambda: size.run(name, part)
-
-    calls = {name: repeated(replays.get(name) or called(name), repeats) for name in size.found}
+    steps = {name: replays.get(name) or functools.partial(size.run, name, part) for name in size.found}
+    calls = {name: repeated(step, repeats) for name, step in steps.items()}
     calls[MATMUL] = repeated(lambda: torch.mm(a, b, out=product), repeats)
     slow = views >= (131072 if ON_GPU else 8192)
-    rounds = (5 if ON_GPU else 7) if slow else 15
-    timing = interleave(benchmark, calls, rounds=rounds, warmup_rounds=1 if slow else 3, synchronize=synchronize)
+    rounds = 2 if SMALL else (5 if ON_GPU else 7) if slow else 15
+    warmup_rounds = 1 if slow or SMALL else 3
+    timing = interleave(benchmark, calls, rounds=rounds, warmup_rounds=warmup_rounds, synchronize=synchronize)
     timing = per_call(timing, repeats)
+    checks = checked_again(size, steps)
 
     flop = (5 if part == STEP else 1) * views**2 * width
     matmul_tflops = 2 * MATRIX**3 / timing.milliseconds[MATMUL].median / 1e9
-    ours = next(iter(size.found))
+    ours, *others = size.found
     tflops = {name: flop / timing.milliseconds[name].median / 1e9 for name in size.found}
     figures = {"ms": timing.milliseconds[ours].median, "peak MiB": size.peak_mib[ours]}
     figures |= {FASTER_THAN + name: ratio.median for name, ratio in timing.speedup.items()}
@@ -282,11 +313,8 @@ def test_nt_xent(
         2 * MATRIX**3 / (4 * views**2 * width) / timing.speedup[MATMUL].median
     )
     judged = part == STEP and replayed == (ON_GPU and views <= LARGEST_REPLAYED)
-    verdicts = [
-        target.verdict(figures[target.figure])
-        for target in TARGETS
-        if judged and target.applies(views, width) and target.figure in figures
-    ]
+    targets = [target for target in TARGETS if judged and target.applies(views, width)]
+    verdicts = [target.verdict(figures[target.figure]) for target in targets if target.figure in figures]
 
     lines = [
         f"NT-Xent {part}{', replayed from CUDA graphs' if replayed else ''}: {views} views of {width} float32 on "
@@ -305,24 +333,28 @@ def test_nt_xent(
     lines += [f"  target, {verdict}" for verdict in verdicts]
     with capsys.disabled():
         print("\n" + "\n".join(lines))
+    describe(
+        benchmark,
+        device=DEVICE_NAME,
+        sizes={"views": views, "width": width},
+        peak_mib={name: size.peak_mib[name] for name in size.found} if part == STEP else {},
+        checks=checks,
+        missing=size.missing,
+        notes=remarks(size, refused),
+        ours=[name for name in others if size.found[name].ours],
+        yardsticks=[MATMUL],
+        headline=any(target.views for target in targets),
+    )
     benchmark.extra_info.update(
         asdict(timing),  # of a call; pytest-benchmark's own columns are of `repeats` calls
-        device=DEVICE_NAME,
-        views=views,
-        width=width,
-        part=part,
-        replayed=replayed,
         repeats=repeats,
         flop=flop,
         tflops=tflops,
         matmul=f"{MATRIX} x {MATRIX} {MATRIX_DTYPE}",
         matmul_tflops=matmul_tflops,
         fraction_of_matmul_rate={name: rate / matmul_tflops for name, rate in tflops.items()},
-        peak_mib=size.peak_mib,
         peak_mib_measured_by="torch.cuda" if ON_GPU else "torch.profiler",
         relative_errors_of_loss_and_gradients=size.errors,
         relative_to=size.reference,
-        missing=size.missing,
-        not_captured=refused,
         targets=verdicts,
     )

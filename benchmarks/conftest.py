@@ -7,12 +7,26 @@ from typing import Any
 import pytest
 import torch
 
+PACKAGES = (
+    "torch",
+    "torchvision",
+    "nvidia-dali-cuda130",
+    "Pillow",
+    "numpy",
+    "timm",
+    "lightly",
+    "kornia",
+    "webdataset",
+    "pytorch-metric-learning",
+    "pytest-benchmark",
+)
+
 
 def pytest_benchmark_update_machine_info(config: pytest.Config, machine_info: dict[str, Any]) -> None:
     """Replace pytest-benchmark's page (host name, kernel, every CPU flag) by what a figure depends on."""
     cpu = machine_info["cpu"]
     packages = {}
-    for name in ("torch", "torchvision", "timm", "lightly", "pytorch-metric-learning", "pytest-benchmark"):
+    for name in PACKAGES:
         try:
             packages[name] = version(name)
         except PackageNotFoundError:

@@ -135,8 +135,8 @@ def describe(
 
     device: "cpu", or the GPU's name. sizes: what was computed, e.g. {"batch_size": 256}. images: source images a call
     of each contender, where a rate says more than a time. peak_mib, checks, notes: by contender. missing: contenders
-    that are not here, and why. ours: contenders beside the first that are ours, too. yardsticks: contenders that do other
-    work, e.g. a plain matrix product: neither is a rival. headline: whether it gets a row in README.md.
+    that are not here, and why. ours: contenders beside the first that are ours, too. yardsticks: those that do other
+    work, e.g. a plain matrix product; neither is a rival. headline: whether it gets a row in README.md.
     """
     benchmark.extra_info.update(
         device=device,

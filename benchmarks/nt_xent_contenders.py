@@ -8,6 +8,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from benchmarks.sizes import SMALL
 from fastsimclr.loss import fused, nt_xent
 
 TEMPERATURE = 0.1
@@ -26,12 +27,14 @@ class Contender:
         in the precision that it claims; None where it computes in less than it is given: then its errors are recorded.
     not_captured: why no CUDA graph of it is tried; "" where it is.
     ours: whether an error of it is one of the benchmark; others are left out, with the reason.
+    compiled: by torch.compile at its first call, which takes longer than all else in a small run.
     """
 
     loss: Loss
     bound: tuple[float, float] | None = None
     not_captured: str = ""
     ours: bool = False
+    compiled: bool = False
 
 
 def dense(z1: Tensor, z2: Tensor) -> Tensor:
@@ -128,14 +131,14 @@ def contenders(views: int, width: int, device: torch.device) -> tuple[dict[str, 
     torch.compiler.reset()  # else the graphs of all sizes stay
     found, missing = our_losses(device)
     found["dense"] = Contender(dense, (1e-5, 1e-4))
-    found["dense, torch.compile"] = Contender(torch.compile(dense, dynamic=False), (1e-5, 1e-4))
+    found["dense, torch.compile"] = Contender(torch.compile(dense, dynamic=False), (1e-5, 1e-4), compiled=True)
     on_gpu = device.type == "cuda"
     if on_gpu or views <= BF16_LARGEST_ON_CPU:
         found["dense, bf16"] = Contender(dense_bf16)
     else:
         missing["dense, bf16"] = f"on a CPU up to M={BF16_LARGEST_ON_CPU} only"
     if on_gpu:
-        found["dense, bf16, torch.compile"] = Contender(torch.compile(dense_bf16, dynamic=False))
+        found["dense, bf16, torch.compile"] = Contender(torch.compile(dense_bf16, dynamic=False), compiled=True)
 
     try:
         from lightly.loss import NTXentLoss as LightlyLoss
@@ -162,7 +165,8 @@ def contenders(views: int, width: int, device: torch.device) -> tuple[dict[str, 
     elif views % FLEX_BLOCK or not power_of_two:
         missing["FlexAttention, bf16"] = f"here only for views in blocks of {FLEX_BLOCK}, widths 16, 32, 64, ..."
     else:
-        found["FlexAttention, bf16"] = Contender(torch.compile(flex_attention_loss(views, device), dynamic=False))
+        flex = torch.compile(flex_attention_loss(views, device), dynamic=False)
+        found["FlexAttention, bf16"] = Contender(flex, compiled=True)
     if not on_gpu:
         missing["Inf-CL, TF32"] = "is a kernel in Triton, for GPUs"
     elif importlib.util.find_spec("inf_cl") is None:
@@ -171,4 +175,7 @@ def contenders(views: int, width: int, device: torch.device) -> tuple[dict[str, 
         missing["Inf-CL, TF32"] = "for widths of 16, 32, 64, 128 and 256 only"
     else:
         found["Inf-CL, TF32"] = Contender(inf_cl_loss)
+    if SMALL:
+        missing |= {name: "is compiled: not in a small run" for name, each in found.items() if each.compiled}
+        found = {name: each for name, each in found.items() if not each.compiled}
     return found, missing

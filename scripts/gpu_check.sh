@@ -153,7 +153,7 @@ import json, sys
 for measured in json.load(open(sys.argv[1]))["benchmarks"]:
     info = measured["extra_info"]
     for verdict in info["targets"]:
-        print(info["views"], "x", info["width"], "target,", verdict)
+        print(info["sizes"]["views"], "x", info["sizes"]["width"], "target,", verdict)
 '
 
 # timeout starts programs, not functions.
