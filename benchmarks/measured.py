@@ -1,0 +1,211 @@
+"""What `pytest benchmarks --benchmark-json=FILE` has written, as benchmarks.report needs it.
+
+measured, older = read(["cpu.json", "h200.json"])
+measured[0].first.time_ms.median, measured[0].rivals[0].ratio.median
+"""
+
+import json
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from enum import Enum
+from pathlib import Path
+from typing import Any
+
+from benchmarks.interleaved import Check, Spread
+
+TOO_WIDE = 0.2  # a spread above it is marked wherever it is shown
+
+
+class Mistake(Exception):
+    """The user's: one line that says what is wrong."""
+
+
+class Kind(Enum):
+    FIRST = "ours, whom the others are compared with"
+    OURS = "ours, set up otherwise"
+    RIVAL = "a rival"
+    YARDSTICK = "other work, as a yardstick"
+
+
+@dataclass(frozen=True)
+class Contender:
+    """One of those that were timed in turn.
+
+    time_ms: of a call. ratio: its time over the first's of the same round, per image where both say how many they take;
+    of the first None. images: of a call. peak_mib, check: None where it was not measured.
+    """
+
+    name: str
+    kind: Kind
+    time_ms: Spread
+    ratio: Spread | None
+    images: int | None
+    peak_mib: float | None
+    check: Check | None
+    note: str
+
+    @property
+    def images_per_second(self) -> float | None:
+        return None if self.images is None else 1e3 * self.images / self.time_ms.median
+
+    @property
+    def spread(self) -> float:
+        """Between the quartiles of the ratio, over its median; 0 of the first."""
+        return (self.ratio.upper - self.ratio.lower) / self.ratio.median if self.ratio else 0.0
+
+
+@dataclass(frozen=True)
+class Setup:
+    """What it was measured on; equal ones are one footnote. device: the GPU's name, or the CPU's."""
+
+    source: str
+    device: str
+    on_gpu: bool
+    processor: str
+    cores: int | None
+    threads: int | None
+    python: str
+    packages: tuple[tuple[str, str], ...]
+    commit: str
+    date: str
+
+    @property
+    def short(self) -> str:
+        return self.device.removeprefix("NVIDIA ") if self.on_gpu else "CPU"
+
+    def __str__(self) -> str:
+        parts = [
+            f"{self.device}, on {self.processor}" if self.on_gpu else self.device,
+            f"{self.cores} cores, {self.threads} threads",
+            ", ".join(f"{name} {version}" for name, version in (("Python", self.python), *self.packages)),
+            f"commit {self.commit}",
+            self.date,
+            self.source,
+        ]
+        return "; ".join(parts)
+
+
+@dataclass(frozen=True)
+class Measured:
+    """One benchmark on one device. contenders: the first, then the fastest first."""
+
+    group: str
+    name: str
+    sizes: tuple[tuple[str, str], ...]
+    setup: Setup
+    rounds: int
+    contenders: tuple[Contender, ...]
+    missing: Mapping[str, str]
+    headline: bool
+
+    @property
+    def first(self) -> Contender:
+        return self.contenders[0]
+
+    @property
+    def rivals(self) -> list[Contender]:
+        return [each for each in self.contenders if each.kind is Kind.RIVAL]
+
+    @property
+    def size(self) -> str:
+        return ", ".join(f"{name.replace('_', ' ')} {value}" for name, value in self.sizes)
+
+    @property
+    def key(self) -> tuple[str, str, str]:
+        """The same benchmark, on whatever device."""
+        return self.group, self.name, self.size
+
+
+def read(files: Iterable[str | Path]) -> tuple[list[Measured], list[str]]:
+    """All that is measured in these files; and a line of each that has benchmarks of an older form, left out."""
+    measured: list[Measured] = []
+    older: list[str] = []
+    for file in map(Path, files):
+        page = load(file)
+        left_out = 0
+        for benchmark in page["benchmarks"]:
+            if {"sizes", "milliseconds"} <= benchmark["extra_info"].keys():
+                measured.append(of_benchmark(benchmark, page, file.name))
+            else:
+                left_out += 1
+        if left_out:
+            older.append(
+                f"{file.name} is of an older form, which does not say the sizes: {left_out} benchmarks left out"
+            )
+    return measured, older
+
+
+def load(file: Path) -> dict[str, Any]:
+    try:
+        page = json.loads(file.read_text())
+    except (OSError, UnicodeDecodeError, json.JSONDecodeError) as error:
+        raise Mistake(f"{file}: {error.strerror if isinstance(error, OSError) else 'is no JSON'}") from error
+    if not is_of_pytest_benchmark(page):
+        raise Mistake(f"{file}: is not what pytest benchmarks --benchmark-json=FILE writes")
+    return page
+
+
+def is_of_pytest_benchmark(page: object) -> bool:
+    return isinstance(page, dict) and {"machine_info", "commit_info", "datetime", "benchmarks"} <= page.keys()
+
+
+def committed(folder: Path) -> list[Path]:
+    """The files in a folder that pytest-benchmark has written: other measurements lie beside them."""
+    return [file for file in sorted(folder.glob("*.json")) if is_of_pytest_benchmark(json.loads(file.read_text()))]
+
+
+def of_benchmark(benchmark: dict[str, Any], page: dict[str, Any], source: str) -> Measured:
+    info = benchmark["extra_info"]
+    first, *others = (contender(name, info) for name in info["milliseconds"])
+    return Measured(
+        group=benchmark["group"] or benchmark["name"],
+        name=benchmark["name"],
+        sizes=tuple((name, str(value)) for name, value in info["sizes"].items()),
+        setup=setup(page, info["device"], source),
+        rounds=info["rounds"],
+        contenders=(first, *sorted(others, key=lambda each: each.ratio.median if each.ratio else 0.0)),
+        missing=info.get("missing", {}),
+        headline=info.get("headline", True),
+    )
+
+
+def contender(name: str, info: dict[str, Any]) -> Contender:
+    first = next(iter(info["milliseconds"]))
+    images = info.get("images", {})
+    ratio = None
+    kind = Kind.FIRST
+    if name != first:
+        # interleave knows of calls only: this is the one place where a ratio becomes one of images.
+        scale = images[first] / images[name] if {first, name} <= images.keys() else 1.0
+        ratio = Spread(**{each: scale * value for each, value in info["speedup"][name].items()})
+        kind = Kind.OURS if name in info.get("ours", ()) else Kind.RIVAL
+        kind = Kind.YARDSTICK if name in info.get("yardsticks", ()) else kind
+    check = info.get("checks", {}).get(name)
+    return Contender(
+        name=name,
+        kind=kind,
+        time_ms=Spread(**info["milliseconds"][name]),
+        ratio=ratio,
+        images=images.get(name),
+        peak_mib=info.get("peak_mib", {}).get(name),
+        check=Check(**check) if check else None,
+        note=info.get("notes", {}).get(name, ""),
+    )
+
+
+def setup(page: dict[str, Any], device: str, source: str) -> Setup:
+    machine, commit = page["machine_info"], page["commit_info"]
+    known = commit.get("id") not in (None, "", "unknown", "unversioned")
+    packages = machine.get("packages", {}).items()
+    return Setup(
+        source=source,
+        device=machine.get("cpu", "unknown CPU") if device == "cpu" else device,
+        on_gpu=device != "cpu",
+        processor=machine.get("cpu", "unknown CPU"),
+        cores=machine.get("cores"),
+        threads=machine.get("torch_threads"),
+        python=machine.get("python", "unknown"),
+        packages=tuple((name, version) for name, version in packages if version != "not installed"),
+        commit=(commit["id"][:7] if known else "unknown") + (" + changes" if commit.get("dirty") else ""),
+        date=page["datetime"][:10],
+    )

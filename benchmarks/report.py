@@ -1,0 +1,263 @@
+"""Tables and charts of what `pytest benchmarks --benchmark-json=FILE` has measured, on one device or on several.
+
+    python -m benchmarks.report FILE... --output DIR                 # report.md, and a chart of each group
+    python -m benchmarks.report NEW... --compare BASE [--fail-above 1.15]
+    python -m benchmarks.report [FILE...] --readme README.md [--check]
+
+Without a FILE: those in benchmarks/results. Exit code 1: we have regressed, or the README is out of date; 2: a mistake
+of the caller's, in one line on stderr.
+"""
+
+import argparse
+import sys
+from collections.abc import Callable, Iterable, Sequence
+from pathlib import Path
+from typing import NoReturn
+
+from benchmarks import charts, regression
+from benchmarks.interleaved import Spread
+from benchmarks.measured import TOO_WIDE, Contender, Kind, Measured, Mistake, Setup, committed, read
+
+RESULTS = Path(__file__).parent / "results"
+BEGIN, END = "<!-- benchmarks: begin -->", "<!-- benchmarks: end -->"
+
+INTRODUCTION = f"""# Benchmarks
+
+The contenders of a table were timed in turn, one call of each a round. "Times ours" is the median of the rounds' ratios,
+and their quartiles: how many times as long a contender takes as ours (the first, in bold) in the same round; per image,
+where calls take different numbers of them. **Below 1 it is faster than ours.** The spread is the distance of these
+quartiles over the median. Above {TOO_WIDE:.0%} it is marked ⚠: the machine was not quiet, or the contender is not steady,
+and the ratio is worth no more than its quartiles say. "Check": that a contender computes the same function as the first,
+after it was timed; what was compared, the error and its bound. "On" says the device, and by number the rest of it.
+"""
+
+
+def quartiles(spread: Spread) -> str:
+    return f"{number(spread.median)} ({number(spread.lower)} to {number(spread.upper)})"
+
+
+def number(value: float) -> str:
+    """Three digits, and no exponent where a reader wants none."""
+    return (
+        f"{value:,.0f}" if abs(value) >= 100 else f"{value:#.3g}".rstrip(".") if abs(value) >= 1e-3 else f"{value:.1g}"
+    )
+
+
+def table(head: Sequence[str], rows: Iterable[Sequence[str]]) -> list[str]:
+    lines = [head, ["---"] * len(head), *rows]
+    return ["| " + " | ".join(cell.replace("|", "\\|") for cell in row) + " |" for row in lines]
+
+
+def footnotes(measured: Iterable[Measured]) -> dict[Setup, int]:
+    """Numbers from 1, in order of first use."""
+    return {setup: n for n, setup in enumerate(dict.fromkeys(each.setup for each in measured), 1)}
+
+
+def together(measured: Sequence[Measured], key: Callable[[Measured], object]) -> list[list[Measured]]:
+    """Those of one key, in order of the first of each."""
+    found: dict[object, list[Measured]] = {}
+    for each in measured:
+        found.setdefault(key(each), []).append(each)
+    return list(found.values())
+
+
+def report(measured: Sequence[Measured], older: Sequence[str]) -> str:
+    numbers = footnotes(measured)
+    lines = [INTRODUCTION, *(f"{line}.\n" for line in older), "## Where we lose", "", *losses(measured, numbers), ""]
+    lines += ["## Measured on", "", *(f"{n}. {setup}" for setup, n in numbers.items())]
+    for group in together(measured, lambda each: each.group):
+        lines += ["", f"## {group[0].group}", "", f"![{group[0].group}]({charts.file_name(group[0].group)})"]
+        for same in together(group, lambda each: each.key):
+            lines += ["", *section(same, numbers)]
+    return "\n".join(lines) + "\n"
+
+
+def losses(measured: Sequence[Measured], numbers: dict[Setup, int]) -> list[str]:
+    lines = []
+    for each in measured:
+        for rival in each.rivals:
+            if rival.ratio and rival.ratio.median < 1:
+                unsure = ", within the noise" if rival.ratio.upper >= 1 else ""
+                note = f"; {rival.note}" if rival.note else ""
+                lines.append(
+                    f"- {each.group}, {each.size}, {on(each.setup, numbers)}: **{rival.name}** takes "
+                    f"{quartiles(rival.ratio)} times as long as ours{unsure}{note}"
+                )
+    return lines or ["No rival is faster than ours in anything measured here."]
+
+
+def on(setup: Setup, numbers: dict[Setup, int]) -> str:
+    return f"{setup.short} [[{numbers[setup]}]](#measured-on)"
+
+
+def section(same: Sequence[Measured], numbers: dict[Setup, int]) -> list[str]:
+    """One benchmark, on all devices."""
+    with_images = any(each.images for measured in same for each in measured.contenders)
+    head = ["on", "contender", "times ours (quartiles)", "spread", "ms (quartiles)", "images/s", "peak MiB", "check"]
+    keep = [title for title in head if with_images or title != "images/s"]
+    rows = [
+        [cell for title, cell in zip(head, row(each, measured, numbers), strict=True) if title in keep]
+        for measured in same
+        for each in measured.contenders
+    ]
+    rounds = ", ".join(f"{each.rounds} rounds on {on(each.setup, numbers)}" for each in same)
+    return [
+        f"### {same[0].size or same[0].name}",
+        "",
+        f"{rounds}.",
+        "",
+        *table(keep, rows),
+        "",
+        *remarks(same, numbers),
+    ]
+
+
+def row(each: Contender, measured: Measured, numbers: dict[Setup, int]) -> list[str]:
+    rate, check = each.images_per_second, each.check
+    unchecked = {Kind.FIRST: "the others are compared with it", Kind.YARDSTICK: "other work"}
+    return [
+        on(measured.setup, numbers),
+        f"**{each.name}**" if each.kind is Kind.FIRST else each.name,
+        quartiles(each.ratio) if each.ratio else "1",
+        f"**⚠ spread {each.spread:.0%}**" if each.spread > TOO_WIDE else f"{each.spread:.0%}" if each.ratio else "",
+        quartiles(each.time_ms),
+        "" if rate is None else f"{rate:,.0f}",
+        "" if each.peak_mib is None else number(each.peak_mib),
+        f"{check.what}: {check.error:.1g} ≤ {check.bound:g}" if check else unchecked.get(each.kind, "not checked"),
+    ]
+
+
+def remarks(same: Sequence[Measured], numbers: dict[Setup, int]) -> list[str]:
+    lines = []
+    for measured in same:
+        where = f" ({on(measured.setup, numbers)})" if len(same) > 1 else ""
+        lines += [f"- {each.name}{where}: {each.note}" for each in measured.contenders if each.note]
+        lines += [f"- not here: {name}{where}: {why}" for name, why in measured.missing.items()]
+    return lines
+
+
+def summary(measured: Sequence[Measured]) -> str:
+    """The README's table: a row a benchmark that is its headline, and what it was measured on."""
+    measured = [each for each in measured if each.headline]
+    if not measured:
+        return "Nothing is measured yet."
+    numbers = footnotes(measured)
+    rows = [
+        [
+            f"{each.group}; {each.size}",
+            f"{each.setup.short} [{numbers[each.setup]}]",
+            own_figure(each.first),
+            "; ".join(times(rival) for rival in each.contenders[1:] if rival.kind is not Kind.YARDSTICK),
+            memory(each),
+        ]
+        for each in measured
+    ]
+    head = ["", "on", "ours", "times as long as ours, the fastest first", "peak MiB: ours, the fastest rival's"]
+    marked = any(each.spread > TOO_WIDE for one in measured for each in one.contenders)
+    warning = [f"⚠: the ratio's quartiles lie more than {TOO_WIDE:.0%} apart.", ""] if marked else []
+    return "\n".join([*table(head, rows), "", *warning, *(f"[{n}] {setup}  " for setup, n in numbers.items())])
+
+
+def own_figure(first: Contender) -> str:
+    rate = first.images_per_second
+    return f"{number(first.time_ms.median)} ms" if rate is None else f"{rate:,.0f} images/s"
+
+
+def times(rival: Contender) -> str:
+    assert rival.ratio is not None
+    figure = f"{number(rival.ratio.median)}×{' ⚠' if rival.spread > TOO_WIDE else ''}"
+    return f"{rival.name} {f'**{figure}**' if rival.ratio.median < 1 else figure}"
+
+
+def memory(measured: Measured) -> str:
+    known = [each.peak_mib for each in (measured.first, *measured.rivals[:1])]
+    return ", ".join("?" if each is None else number(each) for each in known) if known[0] is not None else ""
+
+
+def between_markers(text: str, inner: str, path: Path) -> str:
+    before, begin, rest = text.partition(BEGIN)
+    _, end, after = rest.partition(END)
+    if not begin or not end:
+        raise Mistake(f"{path}: has no lines {BEGIN} and {END}")
+    return f"{before}{BEGIN}\n{inner}\n{END}{after}"
+
+
+def update_readme(path: Path, measured: Sequence[Measured], *, check: bool) -> int:
+    try:
+        text = path.read_text()
+    except OSError as error:
+        raise Mistake(f"{path}: {error.strerror}") from error
+    made = between_markers(text, summary(measured), path)
+    if check:
+        print(
+            f"{path}: {'as measured' if made == text else 'out of date: python -m benchmarks.report --readme mends it'}"
+        )
+        return int(made != text)
+    path.write_text(made)
+    return 0
+
+
+def write_report(folder: Path, measured: Sequence[Measured], older: Sequence[str]) -> None:
+    if not measured:
+        raise Mistake(f"nothing to report: {'; '.join(older) or 'no benchmark in these files'}")
+    folder.mkdir(parents=True, exist_ok=True)
+    for group in together(measured, lambda each: each.group):
+        charts.draw(group, folder / charts.file_name(group[0].group))
+    (folder / "report.md").write_text(report(measured, older))
+    print(folder / "report.md")
+
+
+def judge(base_file: Path, new: Sequence[Measured], factor: float) -> int:
+    base, _ = read([base_file])
+    comparisons = regression.compare(base, new, factor)
+    print(regression.table(comparisons))
+    for line in regression.versions_changed(base, new):
+        print(f"other versions: {line}")
+    regressed = sum(each.verdict == regression.REGRESSED for each in comparisons)
+    print(f"{regressed} of {len(comparisons)} figures regressed by more than {factor:g}")
+    return int(regressed > 0)
+
+
+class Parser(argparse.ArgumentParser):
+    def error(self, message: str) -> NoReturn:
+        """In one line, as all our mistakes are; argparse's own prints its usage before."""
+        self.exit(2, f"{self.prog}: {message}\n")
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    parser = Parser(
+        prog="python -m benchmarks.report", description=(__doc__ or "").split("\n")[0], epilog=f"{regression.RULE}"
+    )
+    parser.add_argument("files", nargs="*", type=Path, metavar="FILE", help="(default: those in benchmarks/results)")
+    parser.add_argument("--output", type=Path, metavar="DIR", help="write report.md and its charts there")
+    parser.add_argument("--readme", type=Path, metavar="README.md", help="write the table between its two marker lines")
+    parser.add_argument(
+        "--check", action="store_true", help="with --readme: write nothing, exit with 1 if it would differ"
+    )
+    parser.add_argument("--compare", type=Path, metavar="BASE", help="exit with 1 if we have regressed since this file")
+    parser.add_argument("--fail-above", type=float, default=1.15, metavar="FACTOR", help="of --compare (default: 1.15)")
+    asked = parser.parse_args(arguments)
+    if not (asked.output or asked.readme or asked.compare):
+        parser.error("say what to make: --output, --readme or --compare")
+    if asked.check and not asked.readme:
+        parser.error("--check goes with --readme")
+    if asked.fail_above < 1:
+        parser.error("--fail-above is a factor, 1 or more")
+    try:
+        measured, older = read(asked.files or committed(RESULTS))
+        code = 0
+        if asked.output:
+            write_report(asked.output, measured, older)
+        if asked.readme:
+            code = max(code, update_readme(asked.readme, measured, check=asked.check))
+        if asked.compare:
+            code = max(code, judge(asked.compare, measured, asked.fail_above))
+        for line in older:
+            print(line)
+        return code
+    except Mistake as mistake:
+        parser.error(str(mistake))
+
+
+if __name__ == "__main__":
+    sys.exit(main())
