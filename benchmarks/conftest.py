@@ -22,6 +22,12 @@ PACKAGES = (
 )
 
 
+def pytest_benchmark_update_commit_info(config: pytest.Config, commit_info: dict[str, Any]) -> None:
+    """Where there is no git checkout, BENCH_COMMIT says what is measured: as `git describe --always --dirty` does."""
+    if described := os.environ.get("BENCH_COMMIT"):
+        commit_info.update(id=described.removesuffix("-dirty"), dirty=described.endswith("-dirty"))
+
+
 def pytest_benchmark_update_machine_info(config: pytest.Config, machine_info: dict[str, Any]) -> None:
     """Replace pytest-benchmark's page (host name, kernel, every CPU flag) by what a figure depends on."""
     cpu = machine_info["cpu"]

@@ -21,9 +21,9 @@ class Mistake(Exception):
 
 
 class Kind(Enum):
-    FIRST = "ours, whom the others are compared with"
+    FIRST = "ours"  # whom the others are compared with
     OURS = "ours, set up otherwise"
-    RIVAL = "a rival"
+    RIVAL = "others"
     YARDSTICK = "other work, as a yardstick"
 
 
@@ -76,7 +76,7 @@ class Setup:
     def __str__(self) -> str:
         parts = [
             f"{self.device}, on {self.processor}" if self.on_gpu else self.device,
-            f"{self.cores} cores, {self.threads} threads",
+            f"{counted(self.cores, 'core')}, {counted(self.threads, 'thread')}",
             ", ".join(f"{name} {version}" for name, version in (("Python", self.python), *self.packages)),
             f"commit {self.commit}",
             self.date,
@@ -129,10 +129,24 @@ def read(files: Iterable[str | Path]) -> tuple[list[Measured], list[str]]:
             else:
                 left_out += 1
         if left_out:
-            older.append(
-                f"{file.name} is of an older form, which does not say the sizes: {left_out} benchmarks left out"
-            )
+            benchmarks = counted(left_out, "benchmark")
+            older.append(f"{file.name} is of an older form, which does not say the sizes: {benchmarks} left out")
     return measured, older
+
+
+def counted(number: int | None, thing: str) -> str:
+    return f"{'?' if number is None else number} {thing}{'' if number == 1 else 's'}"
+
+
+def quartiles(spread: Spread) -> str:
+    return f"{number(spread.median)} ({number(spread.lower)} to {number(spread.upper)})"
+
+
+def number(value: float) -> str:
+    """Three digits, and no exponent where a reader wants none."""
+    if abs(value) >= 100:
+        return f"{value:,.0f}"
+    return f"{value:#.3g}".rstrip(".") if abs(value) >= 1e-3 else f"{value:.1g}"
 
 
 def load(file: Path) -> dict[str, Any]:

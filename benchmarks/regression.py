@@ -3,13 +3,13 @@
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from benchmarks.measured import Kind, Measured, Mistake
+from benchmarks.measured import Kind, Measured, Mistake, counted
 
 RULE = (
     "A rival's ratio is its time over ours in the same run, so that the machine's speed cancels. We have regressed "
     "where a ratio has fallen by more than the factor, base / new > FACTOR, and the quartiles of both runs do not "
-    "overlap (where they do, it is within the noise); or where our peak memory has grown by more than the factor and by "
-    "1 MiB. Compared is what has the same name, sizes, device and number of threads in both."
+    "overlap (where they do, it is within the noise); or where our peak memory has grown by more than the factor and "
+    "by 1 MiB. Compared is what has the same name, sizes, device and number of threads in both."
 )
 REGRESSED, IN_NOISE, FINE = "REGRESSED", "within the noise", "ok"
 LEAST_MIB = 1.0  # below, a factor says nothing
@@ -41,7 +41,7 @@ def identity(measured: Measured) -> tuple[object, ...]:
 
 def listed(measured: Sequence[Measured]) -> str:
     """The names on each device, shortened: it goes into one line."""
-    found = sorted({f"{each.name} ({each.setup.device}, {each.setup.threads} threads)" for each in measured})
+    found = sorted({f"{each.name} ({each.setup.device}, {counted(each.setup.threads, 'thread')})" for each in measured})
     return ", ".join(found[:3]) + (f" and {len(found) - 3} more" if len(found) > 3 else "") or "none"
 
 

@@ -15,32 +15,20 @@ from pathlib import Path
 from typing import NoReturn
 
 from benchmarks import charts, regression
-from benchmarks.interleaved import Spread
-from benchmarks.measured import TOO_WIDE, Contender, Kind, Measured, Mistake, Setup, committed, read
+from benchmarks.measured import TOO_WIDE, Contender, Kind, Measured, Mistake, Setup, committed, number, quartiles, read
 
 RESULTS = Path(__file__).parent / "results"
 BEGIN, END = "<!-- benchmarks: begin -->", "<!-- benchmarks: end -->"
 
 INTRODUCTION = f"""# Benchmarks
 
-The contenders of a table were timed in turn, one call of each a round. "Times ours" is the median of the rounds' ratios,
-and their quartiles: how many times as long a contender takes as ours (the first, in bold) in the same round; per image,
-where calls take different numbers of them. **Below 1 it is faster than ours.** The spread is the distance of these
-quartiles over the median. Above {TOO_WIDE:.0%} it is marked ⚠: the machine was not quiet, or the contender is not steady,
-and the ratio is worth no more than its quartiles say. "Check": that a contender computes the same function as the first,
-after it was timed; what was compared, the error and its bound. "On" says the device, and by number the rest of it.
+The contenders of a table were timed in turn, one call of each a round. "Times ours": how many times as long one takes
+as ours (the first, in bold) in the same round, the median of the rounds and their quartiles; per image, where calls take
+different numbers of them. **Below 1 it is faster than ours.** The spread is the distance of these quartiles over the
+median. Above {TOO_WIDE:.0%} it is marked ⚠: the machine was not quiet, or the contender is not steady, and the ratio is
+worth no more than its quartiles say. "Check": that a contender computes the same function as the first, after it was
+timed; what was compared, the error and its bound. "On" says the device, and its number what else it was measured on.
 """
-
-
-def quartiles(spread: Spread) -> str:
-    return f"{number(spread.median)} ({number(spread.lower)} to {number(spread.upper)})"
-
-
-def number(value: float) -> str:
-    """Three digits, and no exponent where a reader wants none."""
-    return (
-        f"{value:,.0f}" if abs(value) >= 100 else f"{value:#.3g}".rstrip(".") if abs(value) >= 1e-3 else f"{value:.1g}"
-    )
 
 
 def table(head: Sequence[str], rows: Iterable[Sequence[str]]) -> list[str]:
@@ -140,7 +128,7 @@ def summary(measured: Sequence[Measured]) -> str:
     """The README's table: a row a benchmark that is its headline, and what it was measured on."""
     measured = [each for each in measured if each.headline]
     if not measured:
-        return "Nothing is measured yet."
+        return "(Nothing is measured yet that `benchmarks.report` can read.)"
     numbers = footnotes(measured)
     rows = [
         [
@@ -198,8 +186,6 @@ def update_readme(path: Path, measured: Sequence[Measured], *, check: bool) -> i
 
 
 def write_report(folder: Path, measured: Sequence[Measured], older: Sequence[str]) -> None:
-    if not measured:
-        raise Mistake(f"nothing to report: {'; '.join(older) or 'no benchmark in these files'}")
     folder.mkdir(parents=True, exist_ok=True)
     for group in together(measured, lambda each: each.group):
         charts.draw(group, folder / charts.file_name(group[0].group))
@@ -208,7 +194,9 @@ def write_report(folder: Path, measured: Sequence[Measured], older: Sequence[str
 
 
 def judge(base_file: Path, new: Sequence[Measured], factor: float) -> int:
-    base, _ = read([base_file])
+    base, older = read([base_file])
+    if not base:
+        raise Mistake(f"nothing to compare with: {'; '.join(older) or f'no benchmark in {base_file}'}")
     comparisons = regression.compare(base, new, factor)
     print(regression.table(comparisons))
     for line in regression.versions_changed(base, new):
@@ -245,6 +233,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
         parser.error("--fail-above is a factor, 1 or more")
     try:
         measured, older = read(asked.files or committed(RESULTS))
+        if not measured and not asked.readme:
+            raise Mistake("; ".join(older) or "no benchmark in these files")
         code = 0
         if asked.output:
             write_report(asked.output, measured, older)

@@ -29,7 +29,7 @@ rm -f "$out/gpu_tests.xml" "$out/nt_xent.json" "$out/view_kernels.json"
 commit=${GPU_CHECK_COMMIT:-$(git describe --always --dirty --abbrev=40 2>/dev/null || echo unknown)}
 device=$(nvidia-smi --query-gpu=name,driver_version --format=csv,noheader 2>/dev/null | head -n 1)
 device=${device:-$("$python" -c 'import torch; print(torch.cuda.get_device_name())')}
-export PYTHONUNBUFFERED=1 PYTHONPATH=$PWD${PYTHONPATH:+:$PYTHONPATH}
+export BENCH_COMMIT=$commit PYTHONUNBUFFERED=1 PYTHONPATH=$PWD${PYTHONPATH:+:$PYTHONPATH}
 export MAX_JOBS=${MAX_JOBS:-$(nproc)}
 export PIP_DISABLE_PIP_VERSION_CHECK=1 PIP_NO_INDEX=1 PIP_ROOT_USER_ACTION=ignore
 for tools in "${CUDA_HOME:-/usr/local/cuda}" /usr/local/cuda; do PATH=$PATH:$tools/bin; done
