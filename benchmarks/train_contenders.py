@@ -1,0 +1,249 @@
+"""Who trains in bench_train.py: our loop, and lightly's example of SimCLR in plain PyTorch, on the same model.
+
+lightly's is examples/pytorch/simclr.py of lightly-ai/lightly as it is written: its transform in a DataLoader, one view
+after the other through the model, its loss, SGD of lr 0.06, float32. Its numbers are ours here, where it leaves them to
+the user (strengths of the colour changes, temperature), and so is the number of its workers: the machine's cores.
+"""
+
+import copy
+import os
+import resource
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import nullcontext
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from PIL import Image
+from torch import Tensor
+from torch.utils.data import DataLoader, Dataset
+
+from benchmarks.memory import peak_mib
+from benchmarks.nt_xent_contenders import dense
+from benchmarks.sizes import SMALL
+from fastsimclr import Views
+from fastsimclr.data import ViewLoader, open_source, open_views
+from fastsimclr.data.images import decode
+from fastsimclr.data.sources import ArraySource, EncodedSource, Source
+from fastsimclr.loss import NTXentLoss
+from fastsimclr.models import SimCLR, encoder, projector
+from fastsimclr.optim import build_optimizer
+from fastsimclr.precision import choose_precision
+from fastsimclr.step import Step
+
+LR = 0.06  # the example's
+DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+DEVICE_NAME = torch.cuda.get_device_name() if DEVICE.type == "cuda" else "cpu"
+CORES = len(os.sched_getaffinity(0))
+SHARED = Path(__file__).resolve().parents[2] / "shared" / "data"
+
+
+def small_images(count: int | None) -> tuple[ArraySource, str]:
+    """The first `count` images (None: all) of CIFAR-10 where it is in ../shared/data, else of the digits."""
+    found = (SHARED / "cifar10").is_dir() and not SMALL
+    source: Source = open_source(str(SHARED / "cifar10" / "train-{0..4}.tar") if found else "digits")
+    first = np.arange(min(count or len(source), len(source)))
+    if isinstance(source, EncodedSource):
+        images = torch.stack([decode(source.read(int(i)), source.name(int(i))) for i in first])
+        source = ArraySource("decoded", images.permute(0, 2, 3, 1).contiguous(), source.labels[first], source.classes)
+    assert isinstance(source, ArraySource)
+    return source.subset(first), "CIFAR-10" if found else "digits"
+
+
+def simclr(name: str, stem: str, image_size: int) -> SimCLR:
+    """The same weights each time."""
+    torch.manual_seed(0)
+    chosen = encoder(name, 1, stem, image_size=image_size)
+    return SimCLR(chosen, projector(chosen.out_features)).to(DEVICE)
+
+
+@dataclass
+class Contender:
+    """A loop around a model."""
+
+    model: SimCLR
+    optimizer: torch.optim.Optimizer
+    batches: Callable[[], Iterable[Sequence[Tensor]]]
+    """An epoch's, each of two views, (B, 3, H, W)."""
+    backward: Callable[[Sequence[Tensor]], Tensor]
+    """A batch's loss, detached; leaves its gradients in the model."""
+    dtype: torch.dtype = torch.float32
+    """Of the views, and of the model's products."""
+    together: bool = True
+    """Both views go through the model, and so through its batch normalisation, in one batch."""
+
+    def update(self, views: Sequence[Tensor]) -> Tensor:
+        loss = self.backward(views)
+        self.optimizer.step()
+        self.optimizer.zero_grad(set_to_none=True)
+        return loss
+
+    def epoch(self) -> None:
+        total = torch.zeros((), device=DEVICE)
+        steps = 0
+        for views in self.batches():
+            total += self.update(views)
+            steps += 1
+        self.mean_loss = float(total / steps)
+
+    def loss(self, views: Sequence[Tensor]) -> float:
+        """Of these views, in the precision that is timed."""
+        loss = self.backward([view.to(self.dtype) for view in views])
+        self.optimizer.zero_grad(set_to_none=True)
+        return float(loss)
+
+
+def ours(
+    model: SimCLR,
+    batches: Callable[[], Iterable[Sequence[Tensor]]],
+    temperature: float,
+    precision: str,
+    micro_batch_size: int | None = None,
+) -> Contender:
+    """What a step of fastsimclr.train is, with its defaults but for the optimizer, which is the example's."""
+    chosen = choose_precision(precision, DEVICE)
+    model = copy.deepcopy(model).to(memory_format=torch.channels_last)  # type: ignore[call-overload]
+    step = Step(model, NTXentLoss(temperature, precision="highest"), chosen.dtype, chosen.bf16, micro_batch_size)
+    return Contender(
+        model,
+        build_optimizer("sgd", model.parameters(), LR, momentum=0.0, weight_decay=0.0),
+        batches,
+        lambda views: step.backward(views, len(views[0])),
+        torch.bfloat16 if chosen.bf16 else torch.float32,
+    )
+
+
+def views_of(loader: ViewLoader) -> Callable[[], Iterator[Sequence[Tensor]]]:
+    return lambda: (batch.views for batch in loader)
+
+
+class PillowImages(Dataset[Any]):
+    """What torchvision.datasets.CIFAR10 does with its arrays."""
+
+    def __init__(self, images: NDArray[np.uint8], transform: Callable[[Image.Image], list[Tensor]]) -> None:
+        self.images, self.transform = images, transform
+
+    def __len__(self) -> int:
+        return len(self.images)
+
+    def __getitem__(self, index: int) -> tuple[list[Tensor], int]:
+        return self.transform(Image.fromarray(self.images[index])), 0
+
+
+def lightly_loader(source: ArraySource, views: Views, batch_size: int) -> "DataLoader[Any]":
+    """Raises ImportError where lightly is not installed."""
+    from lightly.transforms import SimCLRTransform
+
+    transform = SimCLRTransform(
+        input_size=views.image_size,
+        cj_prob=views.jitter,
+        cj_bright=views.brightness,
+        cj_contrast=views.contrast,
+        cj_sat=views.saturation,
+        cj_hue=views.hue,
+        min_scale=views.scale[0],
+        random_gray_scale=views.grey,
+        gaussian_blur=views.blur,
+        hf_prob=views.flip,
+        normalize={"mean": list(views.mean), "std": list(views.std)},
+    )
+    return DataLoader(
+        PillowImages(source.images.numpy(), transform),
+        batch_size=batch_size,
+        shuffle=True,
+        drop_last=True,
+        num_workers=CORES,
+        persistent_workers=True,  # else each epoch would begin with starting them
+        multiprocessing_context="forkserver",
+    )
+
+
+def lightly_loop(model: SimCLR, loader: "DataLoader[Any]", temperature: float, *, tuned: bool) -> Contender:
+    """tuned: under bf16 autocast and channels-last, as who knows PyTorch well would change two lines of it."""
+    from lightly.loss import NTXentLoss as LightlyLoss
+
+    model = copy.deepcopy(model)
+    layout = torch.channels_last if tuned else torch.preserve_format
+    model = model.to(memory_format=layout)  # type: ignore[call-overload]
+    criterion = LightlyLoss(temperature=temperature)
+
+    def backward(views: Sequence[Tensor]) -> Tensor:
+        x0, x1 = (view.to(DEVICE, torch.float32, memory_format=layout) for view in views)
+        with torch.autocast(DEVICE.type, torch.bfloat16) if tuned else nullcontext():
+            z0 = model(x0)
+            z1 = model(x1)
+            loss: Tensor = criterion(z0, z1)
+        loss.backward()
+        return loss.detach()
+
+    return Contender(
+        model,
+        torch.optim.SGD(model.parameters(), lr=LR),
+        lambda: (views for views, _ in loader),
+        backward,
+        torch.bfloat16 if tuned else torch.float32,
+        together=False,
+    )
+
+
+def small_views() -> Views:
+    """The preset cifar10, with the filter that lightly's transform has, which is torchvision's default."""
+    preset = Views.preset("cifar10")
+    return Views(**{**vars(preset), "interpolation": "bilinear"})
+
+
+def open_small_views(source: ArraySource, views: Views, batch_size: int, precision: str) -> ViewLoader:
+    bf16 = choose_precision(precision, DEVICE).bf16
+    dtype = torch.bfloat16 if bf16 else torch.float32
+    return open_views(source, views, batch_size, device=DEVICE, drop_last=True, dtype=dtype)
+
+
+def large_step(batch_size: int, micro_batch_size: int, name: str) -> Callable[[], object]:
+    """A step of ResNet-18 at 32² in micro-batches with the loss of that name: "ours" or "dense"."""
+    torch.manual_seed(0)
+    model = simclr("resnet18", "imagenet", 32).to(memory_format=torch.channels_last)  # type: ignore[call-overload]
+    chosen = choose_precision("auto", DEVICE)
+    loss = {"ours": NTXentLoss(0.1, precision="highest"), "dense": dense}[name]
+    step = Step(model, loss, chosen.dtype, chosen.bf16, micro_batch_size)
+    dtype = torch.bfloat16 if chosen.bf16 else torch.float32
+    views = [torch.randn(batch_size, 3, 32, 32, device=DEVICE).to(dtype) for _ in range(2)]
+
+    def run() -> float:
+        loss = float(step.backward(views, batch_size))
+        model.zero_grad(set_to_none=True)
+        return loss
+
+    # What is made once, as threads and their scratch, is not of the step.
+    step.backward([view[: 2 * micro_batch_size] for view in views], 2 * micro_batch_size)
+    model.zero_grad(set_to_none=True)
+    return run
+
+
+def large_step_peak_mib(batch_size: int, micro_batch_size: int, name: str) -> float:
+    return peak_mib(large_step(batch_size, micro_batch_size, name))
+
+
+def fits(batch_size: int, micro_batch_size: int, name: str, limit_mib: float) -> bool:
+    """Whether that step ends where it gets so much memory beyond what is held before it; for a process of its own,
+    which it limits for good."""
+    run = large_step(batch_size, micro_batch_size, name)
+    if DEVICE.type == "cuda":
+        total = torch.cuda.get_device_properties(DEVICE).total_memory
+        torch.cuda.empty_cache()
+        torch.cuda.set_per_process_memory_fraction((torch.cuda.memory_reserved() + limit_mib * 2**20) / total)
+    else:
+        status = Path("/proc/self/status").read_text()
+        held = next(int(line.split()[1]) for line in status.splitlines() if line.startswith("VmData:"))
+        resource.setrlimit(resource.RLIMIT_DATA, (int(held * 2**10 + limit_mib * 2**20),) * 2)
+    try:
+        run()
+    except torch.OutOfMemoryError:
+        return False
+    except RuntimeError as error:
+        if "can't allocate memory" not in str(error):  # so says torch's allocator for CPUs
+            raise
+        return False
+    return True
