@@ -16,6 +16,7 @@ from fastsimclr.views import Views
 Options = TypeVar("Options")
 
 DEMONSTRATION = "digits"  # the preset of a run without --data.train
+SWITCHES = ("--compile", "--force", "--profile")
 
 
 @dataclass(frozen=True)
@@ -129,6 +130,8 @@ class Config:
     """cuda, cpu or auto; under torchrun each rank takes its own GPU."""
     compile: bool = False
     """torch.compile the model."""
+    profile: bool = False
+    """Trace 20 steps by torch.profiler into output's trace.json.gz, for ui.perfetto.dev or chrome://tracing."""
     seed: int = 0
     """Of the weights, the order of images and every view."""
     resume: str = "auto"
@@ -213,14 +216,14 @@ def parse_as(
 
 
 def _as_yaml(arguments: Sequence[str]) -> list[str]:
-    """The arguments in jsonargparse's terms: "none" is YAML's null, --force its true, and a preset is its file."""
+    """The arguments in jsonargparse's terms: "none" is YAML's null, a switch alone true, and a preset its file."""
     arguments = list(arguments)
     for place, argument in enumerate(arguments):
         option, _, value = argument.partition("=")
         if argument == "none" or (option.startswith("--") and value == "none"):
             arguments[place] = argument.removesuffix("none") + "null"
-        if argument == "--force" and arguments[place + 1 : place + 2] not in (["true"], ["false"]):
-            arguments[place] = "--force=true"
+        if argument in SWITCHES and arguments[place + 1 : place + 2] not in (["true"], ["false"]):
+            arguments[place] = f"{argument}=true"
         if option == "--config" and value:
             arguments[place] = f"--config={_config_file(value)}"
         elif place > 0 and arguments[place - 1] == "--config":

@@ -11,6 +11,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from fastsimclr.errors import UserError
+from fastsimclr.stages import stage
 
 Result = TypeVar("Result")
 
@@ -102,10 +103,11 @@ def gather_sizes(size: int, group: dist.ProcessGroup, device: torch.device) -> l
     Goes through the CPU where the group has a backend for it (gloo): on a GPU-only group this waits for the GPU.
     """
     has_cpu_backend = "cpu" in {d.type for d in group._device_types}
-    mine = torch.tensor([size], device="cpu" if has_cpu_backend else device)
-    sizes = mine.new_empty(dist.get_world_size(group))
-    dist.all_gather_into_tensor(sizes, mine, group=group)
-    return [int(s) for s in sizes.tolist()]
+    with stage("gather"):
+        mine = torch.tensor([size], device="cpu" if has_cpu_backend else device)
+        sizes = mine.new_empty(dist.get_world_size(group))
+        dist.all_gather_into_tensor(sizes, mine, group=group)
+        return [int(s) for s in sizes.tolist()]
 
 
 def all_gather_rows(rows: Tensor, sizes: list[int], group: dist.ProcessGroup) -> Tensor:
@@ -121,20 +123,22 @@ def start_gather_rows(rows: Tensor, sizes: list[int], group: dist.ProcessGroup) 
     largest = max(sizes)
     rank = dist.get_rank(group)
     assert rows.shape[0] == sizes[rank], (rows.shape, sizes, rank)
-    rows = rows.detach()
-    padded = rows.contiguous()
-    if rows.shape[0] < largest:
-        padded = rows.new_zeros(largest, *rows.shape[1:])
-        padded[: rows.shape[0]] = rows
-    gathered = rows.new_empty(largest * len(sizes), *rows.shape[1:])
-    work = dist.all_gather_into_tensor(gathered, padded, group=group, async_op=True)
+    with stage("gather"):
+        rows = rows.detach()
+        padded = rows.contiguous()
+        if rows.shape[0] < largest:
+            padded = rows.new_zeros(largest, *rows.shape[1:])
+            padded[: rows.shape[0]] = rows
+        gathered = rows.new_empty(largest * len(sizes), *rows.shape[1:])
+        work = dist.all_gather_into_tensor(gathered, padded, group=group, async_op=True)
 
     def wait() -> Tensor:
         assert work is not None  # this process is of the group
-        work.wait()
-        if min(sizes) == largest:
-            return gathered
-        return torch.cat([chunk[:size] for chunk, size in zip(gathered.split(largest), sizes, strict=True)])
+        with stage("gather"):
+            work.wait()
+            if min(sizes) == largest:
+                return gathered
+            return torch.cat([chunk[:size] for chunk, size in zip(gathered.split(largest), sizes, strict=True)])
 
     return wait
 

@@ -5,6 +5,7 @@ import os
 import sys
 import time
 from collections import deque
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -62,7 +63,8 @@ class RunLog:
 
     def _write(self, record: dict[str, Any]) -> None:
         self._file.write(json.dumps(record) + "\n")
-        for name, value in record.items():
+        stages = {f"stages_ms/{name}": ms for name, ms in record.get("stages_ms", {}).items()}
+        for name, value in (record | stages).items():
             if name != "step" and isinstance(value, int | float):
                 self._board.add_scalar(name, value, record["step"])
 
@@ -80,28 +82,30 @@ class RunLog:
 
 
 class LaggedLoss:
-    """A step's loss, read one step later, so that nobody waits for the GPU. On a CPU it is there at once."""
+    """A step's loss and stages, read one step later: nobody waits for the GPU. On a CPU they are there at once."""
 
     def __init__(self) -> None:
-        self._pending: tuple[Tensor, torch.cuda.Event | None, dict[str, Any]] | None = None
+        self._pending: tuple[Tensor, torch.cuda.Event, Callable[[], dict[str, float]], dict[str, Any]] | None = None
 
-    def push(self, loss: Tensor, record: dict[str, Any]) -> dict[str, Any] | None:
-        """Take this step's loss and record; give the earlier record whose loss is known by now, if any."""
+    def push(
+        self, loss: Tensor, stages: Callable[[], dict[str, float]], record: dict[str, Any]
+    ) -> dict[str, Any] | None:
+        """Take this step's loss, stages (`StageClock.end_step` was before) and record; give the earlier record whose
+        loss is known by now, if any."""
         if loss.device.type == "cpu":
-            return record | {"loss": float(loss)}
+            return record | {"loss": float(loss), "stages_ms": stages()}
         host = torch.empty((), dtype=loss.dtype, pin_memory=True).copy_(loss, non_blocking=True)
         event = torch.cuda.Event()
         event.record()
         done = self.flush()
-        self._pending = host, event, record
+        self._pending = host, event, stages, record
         return done
 
     def flush(self) -> dict[str, Any] | None:
         """The record that is still out, if any."""
         if self._pending is None:
             return None
-        host, event, record = self._pending
-        assert event is not None
+        host, event, stages, record = self._pending
         event.synchronize()
         self._pending = None
-        return record | {"loss": float(host)}
+        return record | {"loss": float(host), "stages_ms": stages()}

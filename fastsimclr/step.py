@@ -10,6 +10,8 @@ import torch
 from torch import Tensor
 from torch.nn.parallel import DistributedDataParallel
 
+from fastsimclr.stages import stage
+
 
 @dataclass(frozen=True)
 class Step:
@@ -33,9 +35,11 @@ class Step:
         size = self.micro_batch_size or largest_local_batch
         if size < largest_local_batch:
             return self._in_micro_batches(views, -(-largest_local_batch // size))
-        loss = self._loss(self._project(views))
-        loss.backward()
-        return loss.detach()
+        z = self._project(views)
+        loss, gradients = self._loss(z)
+        with stage("backward"):
+            torch.autograd.backward(z, gradients)
+        return loss
 
     def _in_micro_batches(self, views: Sequence[Tensor], parts: int) -> Tensor:
         """The whole batch's loss and gradients with the activations of one part at a time (GradCache, Gao et al.,
@@ -43,29 +47,35 @@ class Step:
         pieces = list(zip(*(view.tensor_split(parts) for view in views), strict=True))
         with torch.no_grad():
             projected = [self._project(piece) for piece in pieces]
-        z = [torch.cat(parts_of_view).requires_grad_() for parts_of_view in zip(*projected, strict=True)]
-        loss = self._loss(z)
-        loss.backward()
-        gradients = zip(*(view.grad.tensor_split(parts) for view in z if view.grad is not None), strict=True)
+        loss, of_views = self._loss([torch.cat(parts_of_view) for parts_of_view in zip(*projected, strict=True)])
+        gradients = zip(*(of_view.tensor_split(parts) for of_view in of_views), strict=True)
         for number, (piece, gradient) in enumerate(zip(pieces, gradients, strict=True), start=1):
             waits = number < parts and isinstance(self.model, DistributedDataParallel)
             with self.model.no_sync() if waits else nullcontext():
-                torch.autograd.backward(self._project(piece), gradient)
-        return loss.detach()
+                z = self._project(piece)
+                with stage("backward"):
+                    torch.autograd.backward(z, gradient)
+        return loss
 
     def _project(self, views: Sequence[Tensor]) -> list[Tensor]:
         """Projections of each view, at least float32. Views of one size go through the model together."""
         z: list[Tensor] = [torch.empty(0)] * len(views)
-        for size in dict.fromkeys(view.shape[2:] for view in views):
-            numbers = [number for number, view in enumerate(views) if view.shape[2:] == size]
-            images = torch.cat([views[number] for number in numbers]).contiguous(memory_format=torch.channels_last)
-            with torch.autocast(images.device.type, torch.bfloat16, enabled=self.bf16):
-                projected: Tensor = self.model(images)
-            projected = projected.to(torch.promote_types(projected.dtype, torch.float32))
-            for number, of_view in zip(numbers, projected.chunk(len(numbers)), strict=True):
-                z[number] = of_view
+        with stage("forward"):
+            for size in dict.fromkeys(view.shape[2:] for view in views):
+                numbers = [number for number, view in enumerate(views) if view.shape[2:] == size]
+                images = torch.cat([views[number] for number in numbers]).contiguous(memory_format=torch.channels_last)
+                with torch.autocast(images.device.type, torch.bfloat16, enabled=self.bf16):
+                    projected: Tensor = self.model(images)
+                projected = projected.to(torch.promote_types(projected.dtype, torch.float32))
+                for number, of_view in zip(numbers, projected.chunk(len(numbers)), strict=True):
+                    z[number] = of_view
         return z
 
-    def _loss(self, z: Sequence[Tensor]) -> Tensor:
-        """Mean over the pairs of views."""
-        return torch.stack([self.loss(a, b) for a, b in itertools.combinations(z, 2)]).mean()
+    def _loss(self, projected: Sequence[Tensor]) -> tuple[Tensor, list[Tensor]]:
+        """The mean over the pairs of views, detached, and its gradient by each view's projections: by itself, so that
+        its time is told from the encoder's."""
+        with stage("loss"):
+            z = [of_view.detach().requires_grad_() for of_view in projected]
+            loss = torch.stack([self.loss(a, b) for a, b in itertools.combinations(z, 2)]).mean()
+            loss.backward()
+            return loss.detach(), [of_view.grad for of_view in z if of_view.grad is not None]

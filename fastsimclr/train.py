@@ -36,7 +36,9 @@ from fastsimclr.optim import build_optimizer, learning_rate, resolve_lr
 from fastsimclr.precision import choose_precision
 from fastsimclr.run_data import RunData
 from fastsimclr.run_log import LaggedLoss, RunLog
+from fastsimclr.stages import StageClock, stage
 from fastsimclr.step import Step
+from fastsimclr.trace import FIRST, Trace
 
 STOP_SIGNALS = (signal.SIGTERM, signal.SIGINT)
 
@@ -69,6 +71,8 @@ class Training:
         self.output = Path(distributed.share(config.output or _new_folder(config), world))
         self.untrained_knn: float | None = None
         self.losses = LaggedLoss()
+        self.clock = StageClock(world.device)
+        self.trace: Trace | None = None
         self.data_state: dict[str, Any] = {}
         self.failure: str | None = None  # of this rank: all ranks learn of it, and stop together
         self.stop_signal = 0
@@ -163,9 +167,14 @@ class Training:
         try:
             if self.data.measures_knn and self.untrained_knn is None:
                 self.untrained_knn = self._measure_knn()
-            finished = self._train()
+            if config.profile and world.is_first:
+                self.trace = Trace(self.output / "trace.json.gz", world.device)
+            with self.clock.running():
+                finished = self._train()
             knn = self._measure_knn() if self.data.measures_knn and finished else None
         finally:
+            if self.trace is not None:
+                self.trace.close()
             if self.log is not None:
                 self.log.close()
             self.loader.close()
@@ -187,10 +196,12 @@ class Training:
             epoch = self.data_state["epoch"]
             self.loader.set_epoch(epoch)
             batches = iter(self.loader)
-            mark = time.perf_counter()
+            self.clock.restart()
             while self.step < self.last_step:
-                batch = self._next(batches)
-                waited = time.perf_counter() - mark
+                asked = time.perf_counter()
+                with stage("data_wait"):
+                    batch = self._next(batches)
+                waited = time.perf_counter() - asked
                 local_sizes, stopped = self._exchange(0 if batch is None else len(batch.index))
                 if stopped:
                     self._checkpoint()
@@ -202,13 +213,16 @@ class Training:
                 loss = self._update(batch, max(local_sizes))
                 self.step += 1
                 self.data_state = self.loader.state_dict()
-                seconds = time.perf_counter() - mark
-                mark += seconds
+                seconds, stages = self.clock.end_step()
                 images = sum(local_sizes)
                 record |= {"images_per_second": images / seconds, "step_ms": 1000 * seconds, "images": images}
-                self._log(self.losses.push(loss, record))
+                self._log(self.losses.push(loss, stages, record))
+                if self.trace is not None:
+                    self.trace.end_step()
+                    self.clock.restart()  # its own time, which is no step's
                 if self.step % every == 0 or self.step == self.last_step:
                     self._checkpoint()
+                    self.clock.restart()
             if self.data_state["epoch"] > epoch:
                 self._end_epoch(epoch + 1)
         return True
@@ -216,10 +230,11 @@ class Training:
     def _update(self, batch: Batch, largest_local_batch: int) -> Tensor:
         """Train on a batch; returns the loss over all ranks."""
         loss = self.stepper.backward(batch.views, largest_local_batch)
-        if self.config.optim.clip_grad is not None:
-            nn.utils.clip_grad_norm_(self.model.parameters(), self.config.optim.clip_grad)
-        self.optimizer.step()
-        self.optimizer.zero_grad(set_to_none=True)
+        with stage("optimizer"):
+            if self.config.optim.clip_grad is not None:
+                nn.utils.clip_grad_norm_(self.model.parameters(), self.config.optim.clip_grad)
+            self.optimizer.step()
+            self.optimizer.zero_grad(set_to_none=True)
         if self.world.world_size > 1:
             dist.all_reduce(loss)
             loss /= self.world.world_size
@@ -247,8 +262,9 @@ class Training:
         mine = torch.tensor([local_batch_size, self.stop_signal, self.failure is not None])
         everyone = mine[None]
         if self.world.world_size > 1:
-            everyone = mine.new_empty(self.world.world_size, 3)
-            dist.all_gather_into_tensor(everyone, mine[None])
+            with stage("rank_wait"):
+                everyone = mine.new_empty(self.world.world_size, 3)
+                dist.all_gather_into_tensor(everyone, mine[None])
         sizes, stops, failures = everyone.T.tolist()
         if any(failures):
             distributed.fail_together(self.failure, self.world)
@@ -390,6 +406,10 @@ class Training:
             val = self.data.val
             where = f"{len(val)} held-out images" if val is not None else "the training images, leave-one-out"
             self._say(f"kNN accuracy on {where}: {knn:.1%} trained, {self.untrained_knn:.1%} untrained")
+        if self.trace is not None and not self.trace.is_written:
+            self._say(f"no trace: it begins at step {FIRST} of a start, and this one had fewer")
+        elif self.trace is not None:
+            self._say(f"trace: {self.trace.file}, for ui.perfetto.dev or chrome://tracing")
         self._say(f"files: {self.output}: checkpoints/last.pt, metrics.jsonl, config.yaml, tensorboard/")
 
     def _say(self, line: str) -> None:

@@ -98,6 +98,11 @@ def test_a_run_leaves_its_record_and_its_loss_falls(tmp_path: Path, capsys: pyte
     assert {line["images"] for line in lines} == {256, 153}
     for name in ("epoch", "lr", "images_per_second", "data_wait", "step_ms"):
         assert all(name in line for line in lines), name
+    for line in lines:
+        stages = line["stages_ms"]
+        assert list(stages) == ["data_wait", "views", "forward", "loss", "backward", "optimizer", "other"]
+        assert sum(stages.values()) == pytest.approx(line["step_ms"], rel=0.01)
+        assert min(stages.values()) > 0
     losses = [line["loss"] for line in lines]
     assert np.mean(losses[-6:]) < np.mean(losses[:6])
     knn = [line["knn_accuracy"] for line in metrics(tmp_path / "run") if "knn_accuracy" in line]
@@ -164,6 +169,7 @@ def test_two_ranks_compute_what_one_does(tmp_path: Path, views: list[str]) -> No
         assert process.returncode == 0, said
     losses = [[line["loss"] for line in steps(tmp_path / run)] for run in ("one", "two")]
     assert len(losses[0]) == 5
+    assert all({"gather", "rank_wait"} <= set(line["stages_ms"]) for line in steps(tmp_path / "two"))
     np.testing.assert_allclose(losses[0], losses[1], rtol=0, atol=1e-8)
     ours = weights(tmp_path / "one")
     for name, tensor in weights(tmp_path / "two").items():

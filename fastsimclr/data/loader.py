@@ -13,6 +13,7 @@ from fastsimclr.data.draws import Draws
 from fastsimclr.data.photometric import photometric
 from fastsimclr.data.sampler import Sampler
 from fastsimclr.data.sources import Source
+from fastsimclr.stages import stage
 from fastsimclr.views import Views
 
 
@@ -138,10 +139,11 @@ class ViewLoader:
     def _finish(self, index: NDArray[np.int64], made: Cropped) -> Batch:
         views = made.crops
         if made.draws is not None:
-            views = tuple(
-                photometric(crops, draws, recipe, self.dtype)
-                for crops, draws, recipe in zip(made.crops, made.draws, self.views.recipes, strict=True)
-            )
+            with stage("views"):
+                views = tuple(
+                    photometric(crops, draws, recipe, self.dtype)
+                    for crops, draws, recipe in zip(made.crops, made.draws, self.views.recipes, strict=True)
+                )
         return Batch(
             views=views,
             index=native.on_device(index, self.device),

@@ -13,6 +13,7 @@ from fastsimclr.data.images import decode
 from fastsimclr.data.loader import Cropped, Job
 from fastsimclr.data.sources import ArraySource, EncodedSource
 from fastsimclr.errors import UserError
+from fastsimclr.stages import stage
 from fastsimclr.views import Views
 
 _LARGEST_SIDE = 96  # STL-10's: of larger images crops are cheap beside decoding, and few sets of them fit
@@ -64,10 +65,12 @@ class MemoryFront:
 
     def crops(self, jobs: Iterator[Job]) -> Generator[Cropped, None, None]:
         for job in jobs:
-            sizes = np.tile(self.images.shape[1:3], (len(job.index), 1))
-            draws = draw_views(self.views, *job, sizes)
-            drawn = zip(draws, self.views.recipes, strict=True)
-            yield Cropped(tuple(crop(self.images, job.index, of_view, recipe) for of_view, recipe in drawn), draws)
+            with stage("views"):
+                sizes = np.tile(self.images.shape[1:3], (len(job.index), 1))
+                draws = draw_views(self.views, *job, sizes)
+                drawn = zip(draws, self.views.recipes, strict=True)
+                crops = tuple(crop(self.images, job.index, of_view, recipe) for of_view, recipe in drawn)
+            yield Cropped(crops, draws)
 
     def device_bytes(self) -> int:
         return self.images.nbytes

@@ -17,6 +17,7 @@ from fastsimclr.data.images import decode
 from fastsimclr.data.loader import Cropped, Job
 from fastsimclr.data.sources import ArraySource, EncodedSource, Source
 from fastsimclr.errors import UserError
+from fastsimclr.stages import stage
 from fastsimclr.views import Views
 
 
@@ -51,7 +52,12 @@ class TorchvisionFront:
         for made in self._loader:
             if isinstance(made, UserError):
                 raise made
-            yield Cropped(tuple(view.to(self.device, non_blocking=True) for view in made.crops), made.draws)
+            if self.device.type == "cpu":
+                yield made
+                continue
+            with stage("copy"):
+                crops = tuple(view.to(self.device, non_blocking=True) for view in made.crops)
+            yield Cropped(crops, made.draws)
 
     def device_bytes(self) -> int:
         return 0
