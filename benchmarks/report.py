@@ -23,10 +23,10 @@ BEGIN, END = "<!-- benchmarks: begin -->", "<!-- benchmarks: end -->"
 INTRODUCTION = f"""# Benchmarks
 
 The contenders of a table were timed in turn, one call of each a round. "Times ours": how many times as long one takes
-as ours (the first, in bold) in the same round, the median of the rounds and their quartiles; per image, where calls take
-different numbers of them. **Below 1 it is faster than ours.** The spread is the distance of these quartiles over the
-median. Above {TOO_WIDE:.0%} it is marked ⚠: the machine was not quiet, or the contender is not steady, and the ratio is
-worth no more than its quartiles say. "Check": that a contender computes the same function as the first, after it was
+as ours (the first, in bold) in the same round, the median of the rounds and their quartiles; per image, where calls
+take different numbers of them. **Below 1 it is faster than ours.** The spread is the distance of these quartiles over
+the median. Above {TOO_WIDE:.0%} it is marked ⚠: the machine was not quiet, or the contender is not steady, and its
+figure is worth no more than its quartiles say. "Check": that a contender computes the same function as the first, after it was
 timed; what was compared, the error and its bound. "On" says the device, and its number what else it was measured on.
 """
 

@@ -1,0 +1,304 @@
+"""python -m benchmarks.report: what it makes of the JSON of `pytest benchmarks`, and when it says we have regressed."""
+
+import json
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import pytest
+from pytest_benchmark.fixture import BenchmarkFixture
+
+from benchmarks.interleaved import Check, Spread, describe, interleave
+from benchmarks.measured import Kind, read
+from benchmarks.report import BEGIN, END, main
+
+ROOT = Path(__file__).resolve().parents[1]
+Ratio = tuple[float, float, float]  # lower quartile, median, upper quartile
+STEADY: Ratio = (2.95, 3.0, 3.05)
+
+
+def spread(lower: float, median: float, upper: float) -> dict[str, float]:
+    return {"median": median, "lower": lower, "upper": upper}
+
+
+def measured(
+    rivals: Mapping[str, Ratio], *, group: str = "loss", views: int = 512, device: str = "cpu", **more: Any
+) -> dict[str, Any]:
+    """A benchmark as its JSON has it: ours takes 10 ms. more: of extra_info."""
+    times = {"ours": spread(10, 10, 10)}
+    times |= {name: spread(*(10 * each for each in ratio)) for name, ratio in rivals.items()}
+    info: dict[str, Any] = {"rounds": 20, "milliseconds": times, "device": device, "sizes": {"views": views}}
+    info["speedup"] = {name: spread(*ratio) for name, ratio in rivals.items()}
+    return {"group": group, "name": f"test_{group}[{views}]", "extra_info": info | more}
+
+
+def results(path: Path, *benchmarks: dict[str, Any], commit: str = "c0ffee1" + 33 * "0", threads: int = 2) -> Path:
+    machine = {"cpu": "A CPU", "cores": 4, "torch_threads": threads, "gpu": None, "python": "3.11.7"}
+    page = {
+        "machine_info": machine | {"packages": {"torch": "2.15.0", "lightly": "not installed"}},
+        "commit_info": {"id": commit, "dirty": False},
+        "datetime": "2026-11-25T04:31:57+00:00",
+        "benchmarks": list(benchmarks),
+    }
+    path.write_text(json.dumps(page))
+    return path
+
+
+def report(tmp_path: Path, *files: Path) -> str:
+    assert main([*map(str, files), "--output", str(tmp_path / "made")]) == 0
+    return (tmp_path / "made" / "report.md").read_text()
+
+
+def row(text: str, contender: str) -> list[str]:
+    """The cells of the one row of a contender, by its name."""
+    (line,) = [line for line in text.splitlines() if line.startswith("| ") and f"| {contender} |" in line]
+    return [cell.strip() for cell in line.strip("|").split("|")]
+
+
+def test_the_report_reads_what_a_benchmark_leaves(benchmark: BenchmarkFixture, tmp_path: Path) -> None:
+    interleave(benchmark, {"ours": lambda: sum(range(10)), "theirs": lambda: sum(range(10_000))}, rounds=5)
+    check = Check("sum, relative", 1e-7, 1e-3)
+    describe(benchmark, device="cpu", sizes={"views": 8}, peak_mib={"ours": 2.5}, checks={"theirs": check})
+    page = {"group": None, "name": "test_sum", "extra_info": json.loads(json.dumps(benchmark.extra_info))}
+    (found,), older = read([results(tmp_path / "one.json", page)])
+    assert not older
+    assert (found.group, found.size, found.rounds, found.first.peak_mib) == ("test_sum", "views 8", 5, 2.5)
+    (theirs,) = found.rivals
+    assert theirs.check == check
+    assert theirs.ratio == Spread(**benchmark.extra_info["speedup"]["theirs"])
+    assert theirs.ratio.median > 1
+
+
+def test_another_function_is_no_result() -> None:
+    with pytest.raises(AssertionError, match=r"another function: loss 0.01, beyond 0.001"):
+        Check("loss", 1e-2, 1e-3)
+    with pytest.raises(AssertionError, match="another function"):
+        Check("loss", float("nan"), 1e-3)
+
+
+# The tables
+
+
+def test_a_row_says_all_that_is_known(tmp_path: Path) -> None:
+    more = {"peak_mib": {"ours": 12, "dense": 840}, "notes": {"dense": "as everyone writes it"}}
+    more |= {"checks": {"dense": {"what": "loss, relative", "error": 2e-7, "bound": 1e-3}}, "missing": {"x": "no GPU"}}
+    text = report(tmp_path, results(tmp_path / "cpu.json", measured({"dense": (2.8, 3.0, 3.2)}, **more)))
+    assert row(text, "**ours**")[2:6] == ["1", "", "10.0 (10.0 to 10.0)", "12.0"]
+    ratio, spread_of_it, time, peak, check = row(text, "dense")[2:]
+    assert (ratio, spread_of_it, time) == ("3.00 (2.80 to 3.20)", "13%", "30.0 (28.0 to 32.0)")
+    assert (peak, check) == ("840", "loss, relative: 2e-07 ≤ 0.001")
+    assert "### views 512" in text
+    assert "20 rounds" in text
+    assert "- dense: as everyone writes it" in text
+    assert "- not here: x: no GPU" in text
+    assert "1. A CPU; 4 cores, 2 threads; Python 3.11.7, torch 2.15.0; commit c0ffee1; 2026-11-25; cpu.json" in text
+    assert "No rival is faster" in text
+
+
+def test_a_wide_spread_cannot_be_missed(tmp_path: Path) -> None:
+    file = results(tmp_path / "a.json", measured({"steady": STEADY, "shaky": (0.9, 1.0, 1.24)}))
+    text = report(tmp_path, file)
+    assert row(text, "shaky")[3] == "**⚠ spread 34%**"
+    assert row(text, "steady")[3] == "3%"
+
+
+def test_ratios_are_per_image(tmp_path: Path) -> None:
+    # A call of theirs takes three times as long, for a quarter of the images.
+    file = results(tmp_path / "a.json", measured({"theirs": STEADY}, images={"ours": 256, "theirs": 64}))
+    text = report(tmp_path, file)
+    assert row(text, "theirs")[2] == "12.0 (11.8 to 12.2)"
+    assert row(text, "theirs")[5] == "2,133"  # 64 in 30 ms
+    assert row(text, "**ours**")[5] == "25,600"
+
+
+def test_losses_are_published_beside_wins(tmp_path: Path) -> None:
+    rivals = {"faster": (0.7, 0.8, 0.9), "about as fast": (0.9, 0.99, 1.1), "slower": STEADY}
+    # Neither another way of ours nor other work is a rival.
+    rivals |= {"ours, bf16": (0.4, 0.5, 0.6), "product": (0.1, 0.1, 0.1)}
+    file = results(tmp_path / "a.json", measured(rivals, ours=["ours, bf16"], yardsticks=["product"]))
+    (found,), _ = read([file])
+    assert [each.name for each in found.contenders] == [
+        "ours",
+        "product",
+        "ours, bf16",
+        "faster",
+        "about as fast",
+        "slower",
+    ]
+    assert [each.kind for each in found.contenders[:3]] == [Kind.FIRST, Kind.YARDSTICK, Kind.OURS]
+    text = report(tmp_path, file)
+    lost = [line for line in text.partition("## Where we lose")[2].partition("##")[0].splitlines() if line]
+    assert [line.split("**")[1] for line in lost] == ["faster", "about as fast"]
+    assert "0.800 (0.700 to 0.900) times as long as ours" in lost[0]
+    assert [line.endswith("within the noise") for line in lost] == [False, True]
+    assert row(text, "faster")[2].startswith("0.800")
+
+
+def test_devices_and_commits_of_a_benchmark_share_its_table(tmp_path: Path) -> None:
+    cpu = results(tmp_path / "cpu.json", measured({"dense": STEADY}))
+    later = results(tmp_path / "later.json", measured({"dense": STEADY}), commit="decade2" + 33 * "0")
+    gpu = results(tmp_path / "gpu.json", measured({"dense": STEADY}, device="NVIDIA H200"))
+    text = report(tmp_path, cpu, later, gpu)
+    assert text.count("### views 512") == 1
+    rows = [line.split(" | ") for line in text.splitlines() if " | dense | " in line]
+    assert [cells[0].split("]")[0] for cells in rows] == ["| CPU [[1", "| CPU [[2", "| H200 [[3"]
+    assert "commit decade2" in text
+    assert "3. NVIDIA H200, on A CPU;" in text
+
+
+def test_each_group_has_a_chart(tmp_path: Path) -> None:
+    # The last one's rival is beyond any axis, and nothing of memory is known.
+    benchmarks = [
+        measured({"dense": STEADY}, group="NT-Xent, forward", peak_mib={"ours": 1.0, "dense": 30.0}),
+        measured({"dense": STEADY, "none": (0.5, 0.6, 0.7)}, group="NT-Xent, forward", views=4096),
+        measured({"loop": (400, 500, 600)}, group="LARS"),
+    ]
+    text = report(tmp_path, results(tmp_path / "a.json", *benchmarks))
+    for name in ("nt-xent-forward.png", "lars.png"):
+        assert f"]({name})" in text
+        assert (tmp_path / "made" / name).read_bytes().startswith(b"\x89PNG")
+
+
+def test_an_older_form_is_named_and_left_out(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    older = measured({"dense": STEADY})
+    del older["extra_info"]["sizes"]
+    text = report(
+        tmp_path, results(tmp_path / "new.json", measured({"d": STEADY})), results(tmp_path / "old.json", older)
+    )
+    line = "old.json is of an older form, which does not say the sizes: 1 benchmark left out"
+    assert line in text
+    assert line in capsys.readouterr().out
+
+
+# The regression check
+
+
+@pytest.mark.parametrize(
+    ("base", "new", "verdict"),
+    [
+        (STEADY, (1.9, 2.0, 2.1), "REGRESSED"),
+        (STEADY, (2.65, 2.7, 2.75), "ok"),  # by a factor of 1.11
+        (STEADY, (3.9, 4.0, 4.1), "ok"),
+        (STEADY, (1.5, 2.4, 3.2), "within the noise"),
+        ((1.8, 3.0, 4.0), (1.9, 2.0, 2.1), "within the noise"),
+    ],
+)
+def test_we_have_regressed_where_a_rival_has_come_closer(
+    base: Ratio, new: Ratio, verdict: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    # The same to the other rival, of whom the base knows as well, and a third that only one of them has.
+    files = [
+        results(tmp_path / "base.json", measured({"dense": base, "loop": STEADY, "gone": STEADY})),
+        results(tmp_path / "new.json", measured({"dense": new, "loop": STEADY, "come": STEADY})),
+    ]
+    code = main([str(files[1]), "--compare", str(files[0])])
+    out = capsys.readouterr().out
+    assert code == (verdict == "REGRESSED")
+    (line,) = [line for line in out.splitlines() if "rival: dense" in line]
+    assert line.endswith(f"  {verdict}")
+    assert "gone" not in out
+    assert "come" not in out
+    assert f"{code} of 2 figures regressed by more than 1.15" in out
+
+
+def test_the_factor_is_the_callers(tmp_path: Path) -> None:
+    base = results(tmp_path / "base.json", measured({"dense": STEADY}))
+    new = results(tmp_path / "new.json", measured({"dense": (2.65, 2.7, 2.75)}))
+    assert main([str(new), "--compare", str(base), "--fail-above", "1.1"]) == 1
+    assert main([str(base), "--compare", str(base), "--fail-above", "1"]) == 0
+
+
+@pytest.mark.parametrize(
+    ("base", "new", "code"), [(100.0, 110.0, 0), (100.0, 120.0, 1), (0.1, 0.9, 0), (0.0, 0.0, 0), (0.0, 9.0, 1)]
+)
+def test_memory_is_not_noisy(base: float, new: float, code: int, tmp_path: Path) -> None:
+    files = [
+        results(tmp_path / name, measured({"dense": STEADY}, peak_mib={"ours": mib}))
+        for name, mib in (("base.json", base), ("new.json", new))
+    ]
+    assert main([str(files[1]), "--compare", str(files[0])]) == code
+
+
+def test_ratios_are_compared_per_image(tmp_path: Path) -> None:
+    base = results(tmp_path / "base.json", measured({"dense": STEADY}))
+    new = results(tmp_path / "new.json", measured({"dense": (1.47, 1.5, 1.53)}, images={"ours": 64, "dense": 32}))
+    assert main([str(new), "--compare", str(base)]) == 0
+
+
+def mistakes(folder: Path) -> dict[str, list[Path | str]]:
+    good = results(folder / "good.json", measured({"dense": STEADY}))
+    older = measured({"dense": STEADY})
+    del older["extra_info"]["sizes"]
+    old = results(folder / "old.json", older)
+    other = results(folder / "other.json", measured({"dense": STEADY}, device="NVIDIA H200"))
+    fewer = results(folder / "fewer.json", measured({"dense": STEADY}), threads=1)
+    sizes = results(folder / "sizes.json", measured({"dense": STEADY}, views=1024))
+    (folder / "list.json").write_text("[]")
+    (folder / "text.json").write_text("no JSON")
+    (folder / "plain.md").write_text("# No markers\n")
+    return {
+        "missing.json: No such file": [folder / "missing.json", "--output", folder / "out"],
+        "list.json: is not what pytest benchmarks": [folder / "list.json", "--output", folder / "out"],
+        "text.json: is no JSON": [good, "--compare", folder / "text.json"],
+        "old.json is of an older form": [old, "--output", folder / "out"],
+        "nothing to compare with: old.json is of": [good, "--compare", old],
+        "no benchmark in common: the base has test_loss[512] (NVIDIA H200, 2 threads); the new": [
+            good,
+            "--compare",
+            other,
+        ],
+        "in common: the base has test_loss[512] (A CPU, 1 thread); the new one test": [good, "--compare", fewer],
+        "in common: the base has test_loss[1024]": [good, "--compare", sizes],
+        "say what to make": [good],
+        "--check goes with --readme": [good, "--output", folder, "--check"],
+        "--fail-above is a factor": [good, "--compare", good, "--fail-above", "0.5"],
+        "invalid float value": [good, "--compare", good, "--fail-above", "much"],
+        "plain.md: has no lines <!--": [good, "--readme", folder / "plain.md"],
+        "none.md: No such file": [good, "--readme", folder / "none.md"],
+    }
+
+
+def test_a_mistake_is_one_line_and_exit_code_2(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    for message, arguments in mistakes(tmp_path).items():
+        with pytest.raises(SystemExit) as stopped:
+            main([str(each) for each in arguments])
+        assert stopped.value.code == 2
+        (line,) = capsys.readouterr().err.splitlines()
+        assert message in line
+
+
+# The README
+
+
+def test_the_readme_gets_a_row_of_each_headline(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    more = {"peak_mib": {"ours": 12, "dense": 840, "lightly": 1076}, "yardsticks": ["product"]}
+    rivals = {"lightly": (6.0, 8.0, 10.0), "product": STEADY, "dense": (0.9, 0.95, 0.97)}
+    file = results(
+        tmp_path / "a.json",
+        measured(rivals, **more),
+        measured({"dense": STEADY}, views=64, headline=False),
+        measured({"loop": STEADY}, group="views", images={"ours": 64, "loop": 64}),
+    )
+    readme = tmp_path / "README.md"
+    readme.write_text(f"before\n{BEGIN}\nolder figures\n{END}\nafter\n")
+    command = [str(file), "--readme", str(readme)]
+    assert main([*command, "--check"]) == 1
+    assert "older figures" in readme.read_text()
+    assert main(command) == 0
+    text = readme.read_text()
+    assert text.startswith(f"before\n{BEGIN}\n| ")
+    assert text.endswith(f"\n{END}\nafter\n")
+    rows = [line for line in text.splitlines() if line.startswith("| ") and "---" not in line][1:]
+    assert rows == [
+        "| loss; views 512 | CPU [1] | 10.0 ms | dense **0.950×**; lightly 8.00× ⚠ | 12.0, 840 |",
+        "| views; views 512 | CPU [1] | 6,400 images/s | loop 3.00× |  |",
+    ]
+    assert "⚠: the ratio's quartiles" in text
+    assert "[1] A CPU; 4 cores, 2 threads; Python 3.11.7, torch 2.15.0; commit c0ffee1; 2026-11-25; a.json" in text
+    capsys.readouterr()
+    assert main([*command, "--check"]) == 0
+    assert "as measured" in capsys.readouterr().out
+
+
+def test_our_readme_says_what_was_measured(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["--readme", str(ROOT / "README.md"), "--check"]) == 0, capsys.readouterr().out
