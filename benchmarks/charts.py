@@ -70,7 +70,7 @@ def ratios(axes: Axes, measured: Measured) -> None:
     for row, (ratio, out) in enumerate(zip(found, beyond, strict=True)):
         if row and not out:
             axes.plot([ratio.lower, ratio.upper], [row, row], color="black", linewidth=1.2, marker="|")
-    axes.axvline(1, color=COLOURS[Kind.FIRST], linewidth=1, linestyle=":")
+    axes.axvline(1, color=COLOURS[Kind.FIRST], linewidth=1, linestyle=":", zorder=0)
     axes.set_yticks(range(len(contenders)), [each.name for each in contenders], fontsize=9)
     axes.set_xlabel("times as long as ours takes; median, quartiles", fontsize=8)
     title = f"{measured.size}\n{measured.setup.short}, commit {measured.setup.commit}"

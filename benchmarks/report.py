@@ -26,8 +26,9 @@ The contenders of a table were timed in turn, one call of each a round. "Times o
 as ours (the first, in bold) in the same round, the median of the rounds and their quartiles; per image, where calls
 take different numbers of them. **Below 1 it is faster than ours.** The spread is the distance of these quartiles over
 the median. Above {TOO_WIDE:.0%} it is marked ⚠: the machine was not quiet, or the contender is not steady, and its
-figure is worth no more than its quartiles say. "Check": that a contender computes the same function as the first, after it was
-timed; what was compared, the error and its bound. "On" says the device, and its number what else it was measured on.
+figure is worth no more than its quartiles say. "Check": that a contender computes the same function as the first, after
+it was timed; what was compared, the error and its bound. "On" says the device, and its number what else it was measured
+on.
 """
 
 
@@ -95,7 +96,6 @@ def section(same: Sequence[Measured], numbers: dict[Setup, int]) -> list[str]:
         f"{rounds}.",
         "",
         *table(keep, rows),
-        "",
         *remarks(same, numbers),
     ]
 
@@ -121,7 +121,7 @@ def remarks(same: Sequence[Measured], numbers: dict[Setup, int]) -> list[str]:
         where = f" ({on(measured.setup, numbers)})" if len(same) > 1 else ""
         lines += [f"- {each.name}{where}: {each.note}" for each in measured.contenders if each.note]
         lines += [f"- not here: {name}{where}: {why}" for name, why in measured.missing.items()]
-    return lines
+    return ["", *lines] if lines else []
 
 
 def summary(measured: Sequence[Measured]) -> str:
@@ -135,12 +135,12 @@ def summary(measured: Sequence[Measured]) -> str:
             f"{each.group}; {each.size}",
             f"{each.setup.short} [{numbers[each.setup]}]",
             own_figure(each.first),
-            "; ".join(times(rival) for rival in each.contenders[1:] if rival.kind is not Kind.YARDSTICK),
+            others(each),
             memory(each),
         ]
         for each in measured
     ]
-    head = ["", "on", "ours", "times as long as ours, the fastest first", "peak MiB: ours, the fastest rival's"]
+    head = ["", "on", "ours", "times as long the others take, the fastest first", "peak MiB: ours, the fastest other's"]
     marked = any(each.spread > TOO_WIDE for one in measured for each in one.contenders)
     warning = [f"⚠: the ratio's quartiles lie more than {TOO_WIDE:.0%} apart.", ""] if marked else []
     return "\n".join([*table(head, rows), "", *warning, *(f"[{n}] {setup}  " for setup, n in numbers.items())])
@@ -148,13 +148,22 @@ def summary(measured: Sequence[Measured]) -> str:
 
 def own_figure(first: Contender) -> str:
     rate = first.images_per_second
-    return f"{number(first.time_ms.median)} ms" if rate is None else f"{rate:,.0f} images/s"
+    return f"{f'{number(first.time_ms.median)} ms' if rate is None else f'{rate:,.0f} images/s'} ({first.name})"
 
 
-def times(rival: Contender) -> str:
-    assert rival.ratio is not None
-    figure = f"{number(rival.ratio.median)}×{' ⚠' if rival.spread > TOO_WIDE else ''}"
-    return f"{rival.name} {f'**{figure}**' if rival.ratio.median < 1 else figure}"
+def others(measured: Measured) -> str:
+    def listed(kind: Kind) -> str:
+        return "; ".join(times(each) for each in measured.contenders if each.kind is kind)
+
+    variants = listed(Kind.OURS)
+    return listed(Kind.RIVAL) + (f"; ours, set up otherwise: {variants}" if variants else "")
+
+
+def times(other: Contender) -> str:
+    assert other.ratio is not None
+    figure = f"{number(other.ratio.median)}×{' ⚠' if other.spread > TOO_WIDE else ''}"
+    lost = other.kind is Kind.RIVAL and other.ratio.median < 1
+    return f"{other.name} {f'**{figure}**' if lost else figure}"
 
 
 def memory(measured: Measured) -> str:

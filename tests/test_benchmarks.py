@@ -271,8 +271,8 @@ def test_a_mistake_is_one_line_and_exit_code_2(tmp_path: Path, capsys: pytest.Ca
 
 
 def test_the_readme_gets_a_row_of_each_headline(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    more = {"peak_mib": {"ours": 12, "dense": 840, "lightly": 1076}, "yardsticks": ["product"]}
-    rivals = {"lightly": (6.0, 8.0, 10.0), "product": STEADY, "dense": (0.9, 0.95, 0.97)}
+    more = {"peak_mib": {"ours": 12, "dense": 840, "lightly": 1076}, "yardsticks": ["product"], "ours": ["bf16"]}
+    rivals = {"lightly": (6.0, 8.0, 10.0), "product": STEADY, "dense": (0.9, 0.95, 0.97), "bf16": (0.5, 0.5, 0.5)}
     file = results(
         tmp_path / "a.json",
         measured(rivals, **more),
@@ -290,8 +290,8 @@ def test_the_readme_gets_a_row_of_each_headline(tmp_path: Path, capsys: pytest.C
     assert text.endswith(f"\n{END}\nafter\n")
     rows = [line for line in text.splitlines() if line.startswith("| ") and "---" not in line][1:]
     assert rows == [
-        "| loss; views 512 | CPU [1] | 10.0 ms | dense **0.950×**; lightly 8.00× ⚠ | 12.0, 840 |",
-        "| views; views 512 | CPU [1] | 6,400 images/s | loop 3.00× |  |",
+        "| loss; views 512 | CPU [1] | 10.0 ms (ours) | dense **0.950×**; lightly 8.00× ⚠; ours, set up otherwise: bf16 0.500× | 12.0, 840 |",
+        "| views; views 512 | CPU [1] | 6,400 images/s (ours) | loop 3.00× |  |",
     ]
     assert "⚠: the ratio's quartiles" in text
     assert "[1] A CPU; 4 cores, 2 threads; Python 3.11.7, torch 2.15.0; commit c0ffee1; 2026-11-25; a.json" in text
