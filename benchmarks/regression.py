@@ -78,12 +78,28 @@ def table(comparisons: Sequence[Comparison]) -> str:
     )
 
 
+def in_one_only(base: Sequence[Measured], new: Sequence[Measured]) -> list[str]:
+    """What could not be compared, one line each."""
+    before, now = rivals(base), rivals(new)
+    lines = [f"only in the base: {each}" for each in before if each not in now]
+    return lines + [f"only in the new run: {each}" for each in now if each not in before]
+
+
+def rivals(run: Sequence[Measured]) -> dict[str, None]:
+    return {
+        f"{each.name} ({each.size}; {each.setup.device}, {counted(each.setup.threads, 'thread')}), {rival.name}": None
+        for each in run
+        for rival in each.contenders
+        if rival.kind not in (Kind.FIRST, Kind.OURS)
+    }
+
+
 def versions_changed(base: Sequence[Measured], new: Sequence[Measured]) -> list[str]:
-    """Rivals change with their versions, and a ratio with either side: what differs, one line each."""
+    """A ratio changes with the versions of either side: what differs, one line each."""
     before = {pair for each in base for pair in each.setup.packages}
     now = {pair for each in new for pair in each.setup.packages}
     names = sorted({name for name, _ in before ^ now})
-    return [f"{name}: {versions(before, name)} -> {versions(now, name)}" for name in names]
+    return [f"other versions of {name}: {versions(before, name)} -> {versions(now, name)}" for name in names]
 
 
 def versions(packages: set[tuple[str, str]], name: str) -> str:

@@ -140,7 +140,7 @@ def summary(measured: Sequence[Measured]) -> str:
         ]
         for each in measured
     ]
-    head = ["", "on", "ours", "times as long the others take, the fastest first", "peak MiB: ours, the fastest other's"]
+    head = ["", "on", "ours", "others' time over ours, the fastest first", "peak MiB: ours, the fastest other's"]
     marked = any(each.spread > TOO_WIDE for one in measured for each in one.contenders)
     warning = [f"⚠: the ratio's quartiles lie more than {TOO_WIDE:.0%} apart.", ""] if marked else []
     return "\n".join([*table(head, rows), "", *warning, *(f"[{n}] {setup}  " for setup, n in numbers.items())])
@@ -208,8 +208,8 @@ def judge(base_file: Path, new: Sequence[Measured], factor: float) -> int:
         raise Mistake(f"nothing to compare with: {'; '.join(older) or f'no benchmark in {base_file}'}")
     comparisons = regression.compare(base, new, factor)
     print(regression.table(comparisons))
-    for line in regression.versions_changed(base, new):
-        print(f"other versions: {line}")
+    for line in (*regression.in_one_only(base, new), *regression.versions_changed(base, new)):
+        print(line)
     regressed = sum(each.verdict == regression.REGRESSED for each in comparisons)
     print(f"{regressed} of {len(comparisons)} figures regressed by more than {factor:g}")
     return int(regressed > 0)

@@ -196,8 +196,8 @@ def test_we_have_regressed_where_a_rival_has_come_closer(
     assert code == (verdict == "REGRESSED")
     (line,) = [line for line in out.splitlines() if "rival: dense" in line]
     assert line.endswith(f"  {verdict}")
-    assert "gone" not in out
-    assert "come" not in out
+    assert "only in the base: test_loss[512] (views 512; A CPU, 2 threads), gone\n" in out
+    assert "only in the new run: test_loss[512] (views 512; A CPU, 2 threads), come\n" in out
     assert f"{code} of 2 figures regressed by more than 1.15" in out
 
 
@@ -290,7 +290,8 @@ def test_the_readme_gets_a_row_of_each_headline(tmp_path: Path, capsys: pytest.C
     assert text.endswith(f"\n{END}\nafter\n")
     rows = [line for line in text.splitlines() if line.startswith("| ") and "---" not in line][1:]
     assert rows == [
-        "| loss; views 512 | CPU [1] | 10.0 ms (ours) | dense **0.950×**; lightly 8.00× ⚠; ours, set up otherwise: bf16 0.500× | 12.0, 840 |",
+        "| loss; views 512 | CPU [1] | 10.0 ms (ours) | dense **0.950×**; lightly 8.00× ⚠; "
+        "ours, set up otherwise: bf16 0.500× | 12.0, 840 |",
         "| views; views 512 | CPU [1] | 6,400 images/s (ours) | loop 3.00× |  |",
     ]
     assert "⚠: the ratio's quartiles" in text
