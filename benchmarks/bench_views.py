@@ -2,18 +2,32 @@
 
     python -m pytest benchmarks/bench_views.py --benchmark-json=benchmarks/results/views-DEVICE.json
 
-A call is a whole epoch, so that no contender works ahead while another is timed; filling a pipeline is in it for
-everybody. All have the machine's cores: as many DataLoader workers, or DALI threads. Photographs are those of
-../shared/data/photos where they are, else synthetic ones of their size; small images are CIFAR-10's of ../shared/data,
-else the digits.
+Photographs at 224² in three stages (decoding alone, two crops of each, the whole recipe), small images at 32². A call
+is a whole epoch, so that no contender works ahead while another is timed; filling a pipeline is in it for everybody.
+All have the machine's cores: as many DataLoader workers, or DALI or torch threads. Photographs are those of
+../shared/data/photos where they are, else synthetic ones of their size, several copies of each; slow contenders get one
+copy. Small images are CIFAR-10's of ../shared/data, else the digits.
+
+After timing each contender's result is checked: see view_checks.py.
+
+Peak memory is that of an untimed epoch, beyond what this process held before the loader was opened: of this process and
+all its workers, sampled every 50 ms, what several share counted once (PSS). So packages that this process has imported
+are in nobody's figure, but a worker that imports them again pays for its own copy: ours do (spawned, they share no
+locks), and rivals' workers, forked from a server with its imports, do not.
 """
 
+import ctypes
+import functools
 import gc
+import importlib.util
+import io
 import os
 import tarfile
-from collections.abc import Callable, Iterable
-from importlib.metadata import version
+import threading
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -21,11 +35,16 @@ import torch
 from PIL import Image
 from pytest_benchmark.fixture import BenchmarkFixture
 
+from benchmarks import view_contenders as here
+from benchmarks import view_peers as peers
 from benchmarks.bench_optimizer import settle_heap
-from benchmarks.interleaved import interleave
-from benchmarks.view_contenders import DaliColorTwist, torchvision_loader, torchvision_pillow, torchvision_tensor
+from benchmarks.interleaved import Check, Timing, describe, interleave
+from benchmarks.memory import tree_mib
+from benchmarks.sizes import SMALL
+from benchmarks.view_checks import PIXELS_BOUND, Looks, pixels_apart, without_chance
+from benchmarks.view_contenders import GRID, Contender, Loader, OurCrops, OurViews, Photos, Setting
 from fastsimclr import Views
-from fastsimclr.data import ViewLoader, open_source, open_views
+from fastsimclr.data import open_source, open_views
 from fastsimclr.data.draws import draw_views
 from fastsimclr.data.images import decode
 from fastsimclr.data.memory import decode_all
@@ -34,10 +53,17 @@ from fastsimclr.data.sources import ArraySource, EncodedSource
 from fastsimclr.data.torchvision import crop as crop_by_torchvision
 
 SHARED = Path(__file__).resolve().parents[2] / "shared" / "data"
-PHOTOS, COPIES, BATCH, ROUNDS = 300, 2, 32, 5
+PHOTOS, COPIES, BATCH, ROUNDS = (24, 1, 8, 2) if SMALL else (128, 3, 32, 5)
+FEW = 16  # images whose pixels are compared
+LOOKED_AT = 192 if SMALL else 384  # images whose views' averages are compared
+BATCHES = (20, 100) if SMALL else (400, 2000)  # of test_memory_stays_flat
+RECIPE = Views(image_size=64) if SMALL else Views()
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
-CORES = len(os.sched_getaffinity(0))
+DEVICE_NAME = torch.cuda.get_device_name() if DEVICE == "cuda" else "cpu"
+CORES = 1 if SMALL else len(os.sched_getaffinity(0))
 WORKERS = min(16, CORES)
+# Other packages' warnings are shown, and no reason to stop; their workers end with this process.
+pytestmark = pytest.mark.filterwarnings("default")
 
 
 @pytest.fixture(autouse=True)
@@ -49,31 +75,76 @@ def threads() -> Iterable[None]:
     torch.set_num_threads(before)
 
 
-@pytest.fixture(scope="module")
-def photos(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, str]:
-    """A folder of JPEG files, and where they are from."""
-    folder = tmp_path_factory.mktemp("photos")
-    archive = SHARED / "photos" / "flowers_300.tar"
-    if archive.is_file():
-        with tarfile.open(archive) as tar:
-            files = [tar.extractfile(member) for member in tar if member.name.endswith(".jpg")]
-            data = [file.read() for file in files if file is not None][:PHOTOS]
-        for copy in range(COPIES):
-            for number, each in enumerate(data):
-                (folder / f"{copy}-{number:03}.jpg").write_bytes(each)
-        return folder, archive.name
+def put(folder: Path, files: Mapping[str, bytes]) -> Photos:
+    """Write the files, and the same in tar shards, one for each worker."""
+    (folder / "files").mkdir(parents=True)
+    paths = [folder / "files" / name for name in sorted(files)]
+    for path in paths:
+        path.write_bytes(files[path.name])
+    shards = []
+    for number, part in enumerate(np.array_split(np.array(paths), WORKERS)):
+        shards.append(str(folder / f"{number:02}.tar"))
+        with tarfile.open(shards[-1], "w") as tar:
+            for path in part:
+                tar.add(path, path.name)
+    return Photos(folder / "files", tuple(map(str, paths)), tuple(shards))
+
+
+def synthetic(number: int) -> list[bytes]:
+    """JPEG files of coarse blobs and fine noise: 500×400, about 110 KB."""
     rng = np.random.default_rng(0)
-    for number in range(PHOTOS):  # coarse blobs and fine noise: 500×400, about 110 KB
+    made = []
+    for _ in range(number):
         blobs = Image.fromarray(rng.integers(0, 256, (12, 15, 3), dtype=np.uint8))
         smooth = np.asarray(blobs.resize((500, 400), Image.Resampling.BICUBIC))
         noisy = np.clip(smooth + rng.normal(0, 8, smooth.shape), 0, 255).astype(np.uint8)
-        Image.fromarray(noisy).save(folder / f"{number:03}.jpg", quality=92)
-    return folder, "synthetic"
+        file = io.BytesIO()
+        Image.fromarray(noisy).save(file, "JPEG", quality=92)
+        made.append(file.getvalue())
+    return made
+
+
+def four_to_three(file: bytes) -> bytes:
+    """The middle of an image at a ratio of 4 to 3, of which a crop of the whole area is the whole image for everyone.
+
+    Where no such crop fits into an image, torchvision and we take its middle, DALI and Kornia any part.
+    """
+    with Image.open(io.BytesIO(file)) as opened:
+        image = opened.convert("RGB")
+    unit = min(image.width // 4, image.height // 3)
+    left, top = (image.width - 4 * unit) // 2, (image.height - 3 * unit) // 2
+    cut = io.BytesIO()
+    image.crop((left, top, left + 4 * unit, top + 3 * unit)).save(cut, "JPEG", quality=95)
+    return cut.getvalue()
+
+
+class Sets:
+    """Photographs: all copies, one of each, and a few of a ratio of 4 to 3; and where they are from."""
+
+    def __init__(self, folder: Path) -> None:
+        archive = SHARED / "photos" / "flowers_300.tar"
+        self.origin = archive.name if archive.is_file() else "synthetic"
+        if archive.is_file():
+            with tarfile.open(archive) as tar:
+                files = [tar.extractfile(member) for member in tar if member.name.endswith(".jpg")][:PHOTOS]
+                data = [file.read() for file in files if file is not None]
+        else:
+            data = synthetic(PHOTOS)
+        named = [{f"{copy}-{i:03}.jpg": each for i, each in enumerate(data)} for copy in range(COPIES)]
+        self.whole = put(folder / "whole", {name: each for copy in named for name, each in copy.items()})
+        self.once = put(folder / "once", named[0])
+        self.few = put(folder / "few", {name: four_to_three(file) for name, file in list(named[0].items())[:FEW]})
+
+
+@pytest.fixture(scope="module")
+def photos(tmp_path_factory: pytest.TempPathFactory) -> Sets:
+    peers.start_server()
+    return Sets(tmp_path_factory.mktemp("photos"))
 
 
 def small_images() -> tuple[ArraySource, str]:
     shards = str(SHARED / "cifar10" / "train-{0..4}.tar")
-    if (SHARED / "cifar10").is_dir():
+    if (SHARED / "cifar10").is_dir() and not SMALL:
         source = open_source(shards)
         assert isinstance(source, EncodedSource)
         return decode_all(source), "CIFAR-10"
@@ -82,116 +153,339 @@ def small_images() -> tuple[ArraySource, str]:
     return digits, "digits"
 
 
+def some_of(source: ArraySource, number: int) -> ArraySource:
+    return ArraySource(source.title, source.images[:number], source.labels[:number], source.classes)
+
+
+def close(loader: Loader) -> None:
+    if hasattr(loader, "close"):
+        loader.close()
+
+
+def most_mib(call: Callable[[], object]) -> float:
+    """The most memory that this process and its workers hold while `call` runs."""
+    seen, done = [0.0], threading.Event()
+
+    def sample() -> None:
+        while not done.wait(0.05):
+            seen.append(tree_mib())
+
+    sampler = threading.Thread(target=sample)
+    sampler.start()
+    try:
+        call()
+    finally:
+        done.set()
+        sampler.join()
+    return max(*seen, tree_mib())
+
+
+def trimmed_mib() -> float:
+    """Memory held now, less what the heap of this process keeps without need, so that nobody uses up another's."""
+    gc.collect()
+    getattr(ctypes.CDLL(None), "malloc_trim", lambda _: 0)(0)
+    return tree_mib()
+
+
+class Comparison:
+    """Contenders opened on the same data, timed in alternation, and checked. The first is ours.
+
+    whole, once, few: the data of an epoch, of a slow contender's, and of the comparison of pixels. form: of what each
+    batch has to be.
+    """
+
+    def __init__(
+        self, contenders: Mapping[str, Contender], setting: Setting, data: tuple[Any, Any, Any], form: tuple[int, Any]
+    ) -> None:
+        self.setting, self.form = setting, form
+        self.whole, self.once, self.few = data
+        self.contenders: dict[str, Contender] = {}
+        self.missing: dict[str, str] = {}
+        self.loaders: dict[str, Loader] = {}
+        self.images: dict[str, int] = {}
+        self.peak_mib: dict[str, float] = {}
+        self._looks: dict[tuple[tuple[str, Any], ...], Looks] = {}
+        for name, contender in contenders.items():
+            if contender.requires and importlib.util.find_spec(contender.requires) is None:
+                self.missing[name] = f"not installed (pip install {contender.requires})"
+                continue
+            data_ = self.once if contender.slow else self.whole
+            try:
+                if contender.requires:
+                    importlib.import_module(contender.requires)  # else its imports are in its memory
+                before = trimmed_mib()
+                self.images[name] = len(data_)
+                self.loaders[name] = contender.open(data_, replace(setting, batch_size=self._batch(data_)))
+                self.peak_mib[name] = most_mib(functools.partial(self.epoch, name)) - before
+            except Exception as error:
+                if not contender.requires:
+                    raise
+                self.missing[name] = f"it does not run here: {type(error).__name__}: {str(error)[:200]}"
+                self.loaders.pop(name, None)
+                continue
+            self.contenders[name] = contender
+        self.images = {name: self.images[name] for name in self.contenders}
+
+    def _batch(self, data: Any) -> int:
+        return min(self.setting.batch_size, len(data))
+
+    def epoch(self, name: str) -> None:
+        side, dtype = self.form
+        seen = 0
+        for batch in self.loaders[name]:
+            for view in batch:
+                assert view.shape[1:] == (3, side, side)
+                assert view.dtype == dtype
+                view.to(DEVICE, non_blocking=True)
+            seen += len(batch[0])
+        assert seen == self.images[name]
+
+    def run(self, benchmark: BenchmarkFixture) -> Timing:
+        settle_heap()
+        return interleave(
+            benchmark,
+            {name: functools.partial(self.epoch, name) for name in self.loaders},
+            rounds=ROUNDS,
+            warmup_rounds=1,
+            synchronize=torch.cuda.synchronize if DEVICE == "cuda" else lambda: None,
+        )
+
+    def check(self) -> tuple[dict[str, Check], dict[str, str]]:
+        """Of all but the first: pixels where nothing is random, and averages; and what else to know of them."""
+        first = next(iter(self.contenders))
+        checks: dict[str, Check] = {}
+        notes = {name: each.note for name, each in self.contenders.items() if each.note}
+        for name, contender in self.contenders.items():
+            if name == first or contender.differs:
+                continue
+            recipe = replace(self.setting.views, **contender.recipe)
+            what = "views of equal seeds, mean levels of 255"
+            if not contender.ours:
+                recipe, what = without_chance(recipe), "views with nothing random, mean levels of 255"
+            if self.form[0] == GRID:
+                what = "decoded pixels, mean levels of 255"
+            few = replace(self.setting, views=recipe, batch_size=self._batch(self.few), workers=0, shuffle=False)
+            pair = [each.open(self.few, few) for each in (contender, self.contenders[first])]
+            checks[name] = Check(what, pixels_apart(*pair, recipe), PIXELS_BOUND)
+            for loader in pair:
+                close(loader)
+            if not contender.ours and self.form[0] != GRID:
+                share, where = self.looks(name).apart(self.our_looks(first, contender.recipe))
+                Check(f"averages over the views, {where}, as a share of what chance allows", share, 1.0)
+                said = f"averages over {LOOKED_AT} images' views differ by {share:.2f} of what chance allows ({where})"
+                notes[name] = f"{notes[name]}; {said}" if name in notes else said
+        return checks, notes
+
+    def looks(self, name: str) -> Looks:
+        return Looks.of(self.loaders[name], self.setting.views, LOOKED_AT)
+
+    def our_looks(self, first: str, changes: Mapping[str, Any]) -> Looks:
+        """Ours at the recipe with a contender's changes; made once each."""
+        key = tuple(changes.items())
+        if key not in self._looks:
+            views = replace(self.setting.views, **changes)
+            loader = self.loaders[first]
+            if changes:
+                loader = self.contenders[first].open(self.once, replace(self.setting, views=views, workers=0))
+            self._looks[key] = Looks.of(loader, views, LOOKED_AT)
+            if changes:
+                close(loader)
+        return self._looks[key]
+
+    def close(self) -> None:
+        for loader in self.loaders.values():
+            close(loader)
+        self.loaders.clear()
+        gc.collect()  # rivals' workers end with their loaders
+
+
 def compare(
     benchmark: BenchmarkFixture,
     capsys: pytest.CaptureFixture[str],
     title: str,
-    loaders: dict[str, Iterable[object]],
-    images: dict[str, int],
-    views: Views,
+    comparison: Comparison,
+    images_from: str,
+    notes: Mapping[str, str] | None = None,
+    headline: bool = True,
 ) -> None:
-    """Time an epoch of each loader in alternation; print and record images a second. images: of each one's epoch."""
-    settle_heap()
-
-    def epoch(name: str) -> Callable[[], None]:
-        def run() -> None:
-            seen = 0
-            for batch in loaders[name]:
-                first = batch.views[0] if hasattr(batch, "views") else batch[0]  # type: ignore[index]
-                assert first.shape[1:] == (3, views.image_size, views.image_size)
-                assert first.dtype == torch.float32
-                first.to(DEVICE, non_blocking=True)
-                seen += len(first)
-            assert seen == images[name]
-
-        return run
-
-    timing = interleave(
+    """Time, check, record and print."""
+    setting, images = comparison.setting, comparison.images
+    timing = comparison.run(benchmark)
+    checks, known = comparison.check()
+    known |= notes or {}
+    first, *others = images
+    describe(
         benchmark,
-        {name: epoch(name) for name in loaders},
-        rounds=ROUNDS,
-        warmup_rounds=1,
-        synchronize=torch.cuda.synchronize if DEVICE == "cuda" else lambda: None,
-    )
-    ours = next(iter(loaders))
-    rates = {name: round(1e3 * images[name] / spread.median) for name, spread in timing.milliseconds.items()}
-    faster = {
-        name: {key: getattr(spread, key) * images[ours] / images[name] for key in ("lower", "median", "upper")}
-        for name, spread in timing.speedup.items()
-    }
-    benchmark.extra_info.update(
-        device=DEVICE,
-        usable_cores=CORES,
-        workers=WORKERS,
-        torch_threads=torch.get_num_threads(),
+        device=DEVICE_NAME,
+        sizes={
+            "image_size": setting.views.image_size,
+            "views": 2,
+            "batch_size": setting.batch_size,
+            "workers": WORKERS,
+            "cores": CORES,
+        },
         images=images,
-        views=views.views,
-        image_size=views.image_size,
-        images_per_second=rates,
-        times_faster=faster,
-        dali=version("nvidia-dali-cuda130"),
+        peak_mib=comparison.peak_mib,
+        checks=checks,
+        missing=comparison.missing,
+        notes=known,
+        ours=[name for name in others if comparison.contenders[name].ours],
+        headline=headline,
     )
+    benchmark.extra_info.update(images_from=images_from, torch_threads=torch.get_num_threads())
+    lines = [f"{title} ({images_from}), {DEVICE_NAME}, {CORES} cores; medians of {timing.rounds} interleaved rounds"]
+    for name, spread in timing.milliseconds.items():
+        scale = images[first] / images[name]
+        by = timing.speedup.get(name)
+        ratio = f"{scale * by.median:6.2f} ({scale * by.lower:.2f} to {scale * by.upper:.2f}) times ours" if by else ""
+        rate = 1e3 * images[name] / spread.median
+        lines.append(f"  {name:44} {rate:9,.0f} images/s {comparison.peak_mib[name]:6.0f} MiB {ratio}")
+    lines += [f"  {name:44} {check.what}: {check.error:.2f}" for name, check in checks.items()]
+    lines += [f"  {name:44} {note}" for name, note in known.items()]
+    lines += [f"  {name:44} not here: {why}" for name, why in comparison.missing.items()]
     with capsys.disabled():
-        print(f"\n{title}, {DEVICE}, {CORES} cores; medians of {ROUNDS} interleaved rounds")
-        for name, rate in rates.items():
-            ratio = faster.get(name)
-            by = f"{ratio['median']:6.2f} ({ratio['lower']:.2f} to {ratio['upper']:.2f}) times slower" if ratio else ""
-            print(f"  {name:42} {rate:7,} images/s {by}")
-    for loader in loaders.values():
-        if isinstance(loader, ViewLoader):
-            loader.close()
+        print("\n" + "\n".join(lines))
+    comparison.close()
+
+
+def fastest_first(ours: dict[str, Contender], best: str) -> dict[str, Contender]:
+    """The one that the others are compared with first: on a GPU DALI's, for it is what `auto` takes there."""
+    return dict(sorted(ours.items(), key=lambda item: item[0] != best)) if DEVICE == "cuda" else ours
+
+
+def our(kind: Callable[..., Loader], *arguments: str) -> Contender:
+    return Contender(lambda data, setting: kind(data, setting, *arguments), ours=True)
+
+
+KORNIA = "colours in whole batches, after torchvision's crops; one order of the jitter's changes for a whole batch"
+
+
+@pytest.mark.benchmark(group="decoding photographs")
+def test_decode(benchmark: BenchmarkFixture, capsys: pytest.CaptureFixture[str], photos: Sets) -> None:
+    """Read and decode alone; of each image a grid of pixels is handed on."""
+    contenders = {
+        "fastsimclr's decoder, DataLoader": Contender(peers.our_decode, ours=True),
+        "DALI's reader and decoder": Contender(here.dali_decode, note="also the decoder of our DALI loader"),
+        "Pillow, DataLoader": Contender(peers.pillow_decode),
+        "torchvision's decode_image, DataLoader": Contender(peers.torchvision_decode),
+        "WebDataset, its Pillow decoder": Contender(peers.webdataset_decode, requires="webdataset"),
+    }
+    setting = Setting(RECIPE, BATCH, WORKERS, DEVICE, CORES)
+    comparison = Comparison(contenders, setting, (photos.whole, photos.once, photos.few), (GRID, torch.uint8))
+    compare(benchmark, capsys, "Decoding photographs", comparison, photos.origin, headline=False)
+
+
+@pytest.mark.benchmark(group="two crops of photographs")
+def test_crops(benchmark: BenchmarkFixture, capsys: pytest.CaptureFixture[str], photos: Sets) -> None:
+    """Read, decode, and crop, resize and flip twice: uint8, before any colour changes."""
+    ours = {f"fastsimclr, {name}": our(OurCrops, name.lower()) for name in ("torchvision", "DALI")}
+    contenders = {
+        **fastest_first(ours, "fastsimclr, DALI"),
+        "DALI's reader and random_resized_crop": Contender(here.dali_crops),
+        "torchvision on Pillow": Contender(peers.pillow_crops),
+        "torchvision v2 on tensors": Contender(peers.tensor_crops),
+        "WebDataset, torchvision on Pillow": Contender(peers.webdataset_crops, requires="webdataset"),
+    }
+    views = replace(RECIPE, jitter=0.0, grey=0.0, blur=0.0)
+    setting = Setting(views, BATCH, WORKERS, DEVICE, CORES)
+    form = (views.image_size, torch.uint8)
+    comparison = Comparison(contenders, setting, (photos.whole, photos.once, photos.few), form)
+    compare(benchmark, capsys, "Two crops of photographs", comparison, photos.origin, headline=False)
 
 
 @pytest.mark.benchmark(group="views of photographs")
-def test_photographs(benchmark: BenchmarkFixture, capsys: pytest.CaptureFixture[str], photos: tuple[Path, str]) -> None:
-    views, (folder, images_from) = Views(), photos
-    files: list[object] = sorted(str(path) for path in folder.glob("*.jpg"))
-    benchmark.extra_info["images_from"] = images_from
+def test_photographs(benchmark: BenchmarkFixture, capsys: pytest.CaptureFixture[str], photos: Sets) -> None:
     ours = {
-        f"fastsimclr, {name}": open_views(
-            str(folder), views, BATCH, backend=backend, device=DEVICE, workers=WORKERS, photometric=colours
-        )
-        for name, backend, colours in (
-            ("torchvision", "torchvision", "native"),
-            ("DALI", "dali", "native"),
-            ("DALI, colours too", "dali", "dali"),
-        )
+        "fastsimclr, torchvision": our(OurViews, "torchvision"),
+        "fastsimclr, DALI": our(OurViews, "dali"),
+        "fastsimclr, DALI, colours too": replace(our(OurViews, "dali", "dali"), slow=True),
     }
-    if DEVICE == "cuda":  # first is the one that the others are compared with
-        ours = dict(sorted(ours.items(), key=lambda item: item[0] != "fastsimclr, DALI"))
-    loaders: dict[str, Iterable[object]] = {
-        **ours,
-        "DALI's reader and color_twist": DaliColorTwist([str(file) for file in files], views, BATCH, WORKERS, DEVICE),
-        "torchvision on Pillow, ImageFilter blur": torchvision_loader(torchvision_pillow(views), files, BATCH, WORKERS),
-        "torchvision v2 on tensors, GaussianBlur(23)": torchvision_loader(
-            torchvision_tensor(views), files, BATCH, WORKERS
+    contenders = {
+        **fastest_first(ours, "fastsimclr, DALI"),
+        "DALI's reader and color_twist": Contender(here.dali_color_twist, differs="color_twist"),
+        "torchvision on Pillow, ImageFilter blur": Contender(peers.pillow_views),
+        f"torchvision v2 on tensors, GaussianBlur({peers.window(RECIPE)})": Contender(peers.tensor_views, slow=True),
+        "lightly's SimCLRTransform": Contender(
+            peers.Lightly, requires="lightly", recipe={"interpolation": "bilinear"}, note="bilinear, as it has fixed it"
         ),
+        "Kornia on batches": Contender(peers.Kornia, requires="kornia", slow=True, note=KORNIA),
+        "WebDataset, torchvision on Pillow": Contender(peers.webdataset_views, requires="webdataset"),
     }
-    title = f"Two views of 224² of photographs ({images_from})"
-    compare(benchmark, capsys, title, loaders, dict.fromkeys(loaders, len(files)), views)
+    setting = Setting(RECIPE, BATCH, WORKERS, DEVICE, CORES)
+    form = (RECIPE.image_size, torch.float32)
+    comparison = Comparison(contenders, setting, (photos.whole, photos.once, photos.few), form)
+    few = replace(setting, batch_size=FEW, workers=0, shuffle=False)
+    pair = [OurViews(photos.few, few, "dali", colours) for colours in ("color_twist", "native")]
+    twisted = f"another function: at equal draws color_twist is {pixels_apart(*pair, RECIPE):.1f} levels of 255 off"
+    for loader in pair:
+        loader.close()
+    title = f"Two views of {RECIPE.image_size}² of photographs"
+    notes = {"DALI's reader and color_twist": twisted}
+    compare(benchmark, capsys, title, comparison, photos.origin, notes)
 
 
 @pytest.mark.benchmark(group="views of small images")
-def test_small_images(benchmark: BenchmarkFixture, capsys: pytest.CaptureFixture[str]) -> None:
-    source, images_from = small_images()
-    views = Views.preset("cifar10")
-    torch.set_num_threads(CORES)  # there are no workers
-    few = source.images[:1000].numpy()  # for a loader that would take minutes
-    loaders: dict[str, Iterable[object]] = {
-        "fastsimclr, memory": open_views(source, views, 512, backend="memory", device=DEVICE),
-        "torchvision on Pillow, no workers": torchvision_loader(torchvision_pillow(views), list(few), 500, 0),
+def test_small_images(benchmark: BenchmarkFixture, capsys: pytest.CaptureFixture[str], photos: Sets) -> None:
+    """CIFAR-10's recipe. Rivals get the first 1,000 images: all would take minutes."""
+    whole, images_from = small_images()
+    torch.set_num_threads(CORES)  # ours has no workers
+    bilinear = (
+        "its RandomResizedCrop on whole batches, without antialias; one order of the jitter's changes for a batch"
+    )
+    contenders = {
+        "fastsimclr, memory": our(OurViews, "memory"),
+        "torchvision on Pillow": Contender(peers.pillow_views, slow=True),
+        "lightly's SimCLRTransform": Contender(
+            peers.Lightly,
+            requires="lightly",
+            slow=True,
+            recipe={"interpolation": "bilinear"},
+            note="bilinear, as it has fixed it",
+        ),
+        "Kornia on batches": Contender(peers.Kornia, requires="kornia", slow=True, note=bilinear),
     }
-    images = dict(zip(loaders, (len(source), len(few)), strict=True))
-    benchmark.extra_info["images_from"] = images_from
-    compare(benchmark, capsys, f"Two views of 32² ({images_from})", loaders, images, views)
+    setting = Setting(Views.preset("cifar10"), 64 if SMALL else 500, WORKERS, DEVICE, CORES)
+    data = (whole, some_of(whole, 128 if SMALL else 1000), some_of(whole, FEW))
+    comparison = Comparison(contenders, setting, data, (32, torch.float32))
+    compare(benchmark, capsys, "Two views of 32²", comparison, images_from)
+
+
+LESS_WORK = {
+    "no blur": {"blur": 0.0},
+    "no jitter": {"jitter": 0.0},
+    "half the jitter": {"brightness": 0.4, "contrast": 0.4, "saturation": 0.4, "hue": 0.1},
+    "no grey views": {"grey": 0.0},
+    "no turn of the hue": {"hue": 0.0},
+    "whole images": {"scale": (0.9, 1.0)},
+}
+
+
+def test_the_checks_notice_less_work(photos: Sets) -> None:
+    """A loader that leaves out a step of the recipe is told from ours by averages over its views; ours again is not."""
+    torch.set_num_threads(CORES)
+    setting = Setting(RECIPE, BATCH, 0, DEVICE, CORES)
+
+    def looks(**changes: Any) -> Looks:
+        return Looks.of(loaders(**changes), replace(RECIPE, **changes), LOOKED_AT)
+
+    def loaders(**changes: Any) -> Loader:
+        return OurViews(photos.once, replace(setting, views=replace(RECIPE, **changes)), "torchvision")
+
+    again = loaders()
+    ours, other_draws = (Looks.of(again, RECIPE, LOOKED_AT) for _ in range(2))  # a second time: later epochs
+    share, where = other_draws.apart(ours)
+    assert share <= 1, f"{where}: {share}"
+    noticed = {name: looks(**changes).apart(ours) for name, changes in LESS_WORK.items()}
+    print({name: (round(share, 2), where) for name, (share, where) in noticed.items()})
+    assert SMALL or all(share > 1 for share, _ in noticed.values()), noticed
 
 
 @pytest.mark.benchmark(group="stages of a photograph's views")
-def test_stages(benchmark: BenchmarkFixture, capsys: pytest.CaptureFixture[str], photos: tuple[Path, str]) -> None:
+def test_stages(benchmark: BenchmarkFixture, capsys: pytest.CaptureFixture[str], photos: Sets) -> None:
     """What each stage of the CPU's way costs on one thread."""
     torch.set_num_threads(1)
     settle_heap()
-    views, source = Views(), open_source(str(photos[0]))
+    views, source = RECIPE, open_source(str(photos.whole.folder))
     assert isinstance(source, EncodedSource)
     index = np.arange(BATCH)
     files = [source.read(int(i)) for i in index]
@@ -220,26 +514,35 @@ def test_stages(benchmark: BenchmarkFixture, capsys: pytest.CaptureFixture[str],
         "draw": lambda: draw_views(views, 0, 0, index, sizes),
         "crop, resize, flip": cropped,
     }
-    timing = interleave(benchmark, stages, rounds=10, warmup_rounds=1)
+    timing = interleave(benchmark, stages, rounds=ROUNDS if SMALL else 10, warmup_rounds=1)
     milliseconds = {name: spread.median / BATCH for name, spread in timing.milliseconds.items()}
-    benchmark.extra_info.update(milliseconds_per_image=milliseconds, torch_threads=1, views=2)
+    describe(
+        benchmark,
+        device="cpu",
+        sizes={"image_size": views.image_size, "views": 2, "batch_size": BATCH, "threads": 1},
+        images=dict.fromkeys(stages, BATCH),
+        ours=list(stages)[1:],
+        headline=False,
+    )
+    benchmark.extra_info.update(images_from=photos.origin, torch_threads=1)
     used = ("read", "decode", "draw", "crop, resize, flip", "photometry, float32")
     whole = sum(milliseconds[name] for name in used)
     with capsys.disabled():
-        print("\nTwo views of 224² of a photograph, one thread")
+        print(f"\nTwo views of {views.image_size}² of a photograph, one thread")
         for name, each in milliseconds.items():
             share = f"{each / whole:4.0%}" if name in used else ""
             print(f"  {name:34} {each:6.3f} ms  {share}")
 
 
 @pytest.mark.parametrize("backend", ["torchvision", "dali", "memory"])
-@pytest.mark.benchmark(group="memory over 2,000 batches")
+@pytest.mark.benchmark(group=f"memory over {BATCHES[1]:,} batches")
 def test_memory_stays_flat(
-    benchmark: BenchmarkFixture, capsys: pytest.CaptureFixture[str], photos: tuple[Path, str], backend: str
+    benchmark: BenchmarkFixture, capsys: pytest.CaptureFixture[str], photos: Sets, backend: str
 ) -> None:
-    """Resident memory after 400 batches, which fill what is ever kept, and after 2,000."""
+    """Resident memory after the batches that fill what is ever kept, and after five times as many."""
+    few, many = BATCHES
     views = Views(image_size=64)
-    source = open_source("digits") if backend == "memory" else open_source(str(photos[0]))
+    source = open_source("digits") if backend == "memory" else open_source(str(photos.whole.folder))
     loader = open_views(source, views, 4, backend=backend, device=DEVICE, workers=WORKERS)
 
     def resident_mib() -> float:
@@ -249,12 +552,12 @@ def test_memory_stays_flat(
 
     def run() -> dict[int, float]:
         at, done = {}, 0
-        while done < 2000:
+        while done < many:
             for _ in loader:
                 done += 1
-                if done in (400, 2000):
+                if done in BATCHES:
                     at[done] = resident_mib()
-                if done == 2000:
+                if done == many:
                     break
         return at
 
@@ -262,5 +565,5 @@ def test_memory_stays_flat(
     benchmark.extra_info.update(backend=backend, resident_mib=at, device_bytes=loader.device_bytes(), device=DEVICE)
     loader.close()
     with capsys.disabled():
-        print(f"\n{backend}: {at[400]:.0f} MiB resident after 400 batches, {at[2000]:.0f} after 2,000")
-    assert at[2000] - at[400] < 32
+        print(f"\n{backend}: {at[few]:.0f} MiB resident after {few} batches, {at[many]:.0f} after {many:,}")
+    assert SMALL or at[many] - at[few] < 32
