@@ -69,7 +69,9 @@ OURS, OURS_FP32, CEILING = "fastsimclr", "fastsimclr, float32", "fastsimclr, no 
 LIGHTLY, LIGHTLY_TUNED = "lightly's loop", "lightly's loop, bf16, channels-last"
 LARGE_OURS, LARGE_DENSE = "fastsimclr", "fastsimclr, dense loss"
 FP32_BOUND = 1e-3
-BF16_BOUND = 1e-1 if SMALL else 1e-2
+# bf16 rounds each projection by some 2 %, and the mean over 512 views averages most of it: measured 4e-5. Over the 8
+# views of a small batch it does not: 0.008.
+BF16_BOUND = 1e-1 if SMALL else 5e-3
 BATCH = 4 if SMALL else 256
 # Steps of a call, rounds and untimed rounds: of the small stem a step takes seconds on a CPU.
 CASES = {"imagenet": (1, 2, 0) if SMALL else (4, 5, 1), "small": (1, 2, 0) if SMALL else (2, 3, 0)}
