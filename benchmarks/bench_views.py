@@ -55,7 +55,7 @@ from fastsimclr.data.torchvision import crop as crop_by_torchvision
 SHARED = Path(__file__).resolve().parents[2] / "shared" / "data"
 PHOTOS, COPIES, BATCH, ROUNDS = (24, 1, 8, 2) if SMALL else (128, 3, 32, 5)
 FEW = 16  # images whose pixels are compared
-LOOKED_AT = 192 if SMALL else 384  # images whose views' averages are compared
+LOOKED_AT = 96 if SMALL else 512  # images whose views' averages are compared
 BATCHES = (20, 100) if SMALL else (400, 2000)  # of test_memory_stays_flat
 RECIPE = Views(image_size=64) if SMALL else Views()
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
@@ -280,16 +280,14 @@ class Comparison:
         return Looks.of(self.loaders[name], self.setting.views, LOOKED_AT)
 
     def our_looks(self, first: str, changes: Mapping[str, Any]) -> Looks:
-        """Ours at the recipe with a contender's changes; made once each."""
+        """Ours at the recipe with a contender's changes, of the images that all have; made once each."""
         key = tuple(changes.items())
         if key not in self._looks:
             views = replace(self.setting.views, **changes)
-            loader = self.loaders[first]
-            if changes:
-                loader = self.contenders[first].open(self.once, replace(self.setting, views=views, workers=0))
+            setting = replace(self.setting, views=views, batch_size=self._batch(self.once), workers=0)
+            loader = self.contenders[first].open(self.once, setting)
             self._looks[key] = Looks.of(loader, views, LOOKED_AT)
-            if changes:
-                close(loader)
+            close(loader)
         return self._looks[key]
 
     def close(self) -> None:
