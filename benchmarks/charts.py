@@ -80,7 +80,7 @@ def ratios(axes: Axes, measured: Measured) -> None:
 def figure_of(each: Contender) -> str:
     if each.ratio is None:
         rate = each.images_per_second
-        return f"{number(each.time_ms.median)} ms" if rate is None else f"{rate:,.0f} images/s"
+        return f"{number(each.time_ms.median)} ms" if rate is None else f"{number(rate)} images/s"
     return f"{number(each.ratio.median)}×" + (f", spread {each.spread:.0%}" if each.spread > TOO_WIDE else "")
 
 

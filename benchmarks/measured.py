@@ -1,6 +1,6 @@
 """What `pytest benchmarks --benchmark-json=FILE` has written, as benchmarks.report needs it.
 
-measured, older = read(["cpu.json", "h200.json"])
+measured, left_out = read(["cpu.json", "h200.json"])
 measured[0].first.time_ms.median, measured[0].rivals[0].ratio.median
 """
 
@@ -117,21 +117,20 @@ class Measured:
 
 
 def read(files: Iterable[str | Path]) -> tuple[list[Measured], list[str]]:
-    """All that is measured in these files; and a line of each that has benchmarks of an older form, left out."""
+    """All that is measured in these files; and of each file that has others, which are left out, why."""
     measured: list[Measured] = []
-    older: list[str] = []
+    left_out: list[str] = []
     for file in map(Path, files):
         page = load(file)
-        left_out = 0
-        for benchmark in page["benchmarks"]:
-            if {"sizes", "milliseconds"} <= benchmark["extra_info"].keys():
-                measured.append(of_benchmark(benchmark, page, file.name))
-            else:
-                left_out += 1
-        if left_out:
-            benchmarks = counted(left_out, "benchmark")
-            older.append(f"{file.name} is of an older form, which does not say the sizes: {benchmarks} left out")
-    return measured, older
+        compared = [each for each in page["benchmarks"] if "milliseconds" in each["extra_info"]]
+        sized = [each for each in compared if "sizes" in each["extra_info"]]
+        measured += [of_benchmark(each, page, file.name) for each in sized]
+        if lacking := len(compared) - len(sized):
+            benchmarks = counted(lacking, "benchmark")
+            left_out.append(f"{file.name} is of an older form, which does not say the sizes: {benchmarks} left out")
+        if alone := len(page["benchmarks"]) - len(compared):
+            left_out.append(f"{file.name}: left out {counted(alone, 'benchmark')} without contenders")
+    return measured, left_out
 
 
 def counted(number: int | None, thing: str) -> str:
@@ -163,9 +162,9 @@ def is_of_pytest_benchmark(page: object) -> bool:
     return isinstance(page, dict) and {"machine_info", "commit_info", "datetime", "benchmarks"} <= page.keys()
 
 
-def committed(folder: Path) -> list[Path]:
-    """The files in a folder that pytest-benchmark has written: other measurements lie beside them."""
-    return [file for file in sorted(folder.glob("*.json")) if is_of_pytest_benchmark(json.loads(file.read_text()))]
+def committed(fleft_out: Path) -> list[Path]:
+    """The files in a fleft_out that pytest-benchmark has written: other measurements lie beside them."""
+    return [file for file in sorted(fleft_out.glob("*.json")) if is_of_pytest_benchmark(json.loads(file.read_text()))]
 
 
 def of_benchmark(benchmark: dict[str, Any], page: dict[str, Any], source: str) -> Measured:

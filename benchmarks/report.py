@@ -15,7 +15,19 @@ from pathlib import Path
 from typing import NoReturn
 
 from benchmarks import charts, regression
-from benchmarks.measured import TOO_WIDE, Contender, Kind, Measured, Mistake, Setup, committed, number, quartiles, read
+from benchmarks.measured import (
+    TOO_WIDE,
+    Contender,
+    Kind,
+    Measured,
+    Mistake,
+    Setup,
+    committed,
+    counted,
+    number,
+    quartiles,
+    read,
+)
 
 RESULTS = Path(__file__).parent / "results"
 BEGIN, END = "<!-- benchmarks: begin -->", "<!-- benchmarks: end -->"
@@ -50,9 +62,9 @@ def together(measured: Sequence[Measured], key: Callable[[Measured], object]) ->
     return list(found.values())
 
 
-def report(measured: Sequence[Measured], older: Sequence[str]) -> str:
+def report(measured: Sequence[Measured], left_out: Sequence[str]) -> str:
     numbers = footnotes(measured)
-    lines = [INTRODUCTION, *(f"{line}.\n" for line in older), "## Where we lose", "", *losses(measured, numbers), ""]
+    lines = [INTRODUCTION, *(f"{line}.\n" for line in left_out), "## Where we lose", "", *losses(measured, numbers), ""]
     lines += ["## Measured on", "", *(f"{n}. {setup}" for setup, n in numbers.items())]
     for group in together(measured, lambda each: each.group):
         lines += ["", f"## {group[0].group}", "", f"![{group[0].group}]({charts.file_name(group[0].group)})"]
@@ -89,7 +101,7 @@ def section(same: Sequence[Measured], numbers: dict[Setup, int]) -> list[str]:
         for measured in same
         for each in measured.contenders
     ]
-    rounds = ", ".join(f"{each.rounds} rounds on {on(each.setup, numbers)}" for each in same)
+    rounds = ", ".join(f"{counted(each.rounds, 'round')} on {on(each.setup, numbers)}" for each in same)
     return [
         f"### {same[0].size or same[0].name}",
         "",
@@ -109,7 +121,7 @@ def row(each: Contender, measured: Measured, numbers: dict[Setup, int]) -> list[
         quartiles(each.ratio) if each.ratio else "1",
         f"**⚠ spread {each.spread:.0%}**" if each.spread > TOO_WIDE else f"{each.spread:.0%}" if each.ratio else "",
         quartiles(each.time_ms),
-        "" if rate is None else f"{rate:,.0f}",
+        "" if rate is None else number(rate),
         "" if each.peak_mib is None else number(each.peak_mib),
         f"{check.what}: {check.error:.1g} ≤ {check.bound:g}" if check else unchecked.get(each.kind, "not checked"),
     ]
@@ -148,7 +160,7 @@ def summary(measured: Sequence[Measured]) -> str:
 
 def own_figure(first: Contender) -> str:
     rate = first.images_per_second
-    return f"{f'{number(first.time_ms.median)} ms' if rate is None else f'{rate:,.0f} images/s'} ({first.name})"
+    return f"{f'{number(first.time_ms.median)} ms' if rate is None else f'{number(rate)} images/s'} ({first.name})"
 
 
 def others(measured: Measured) -> str:
@@ -194,18 +206,18 @@ def update_readme(path: Path, measured: Sequence[Measured], *, check: bool) -> i
     return 0
 
 
-def write_report(folder: Path, measured: Sequence[Measured], older: Sequence[str]) -> None:
-    folder.mkdir(parents=True, exist_ok=True)
+def write_report(fleft_out: Path, measured: Sequence[Measured], left_out: Sequence[str]) -> None:
+    fleft_out.mkdir(parents=True, exist_ok=True)
     for group in together(measured, lambda each: each.group):
-        charts.draw(group, folder / charts.file_name(group[0].group))
-    (folder / "report.md").write_text(report(measured, older))
-    print(folder / "report.md")
+        charts.draw(group, fleft_out / charts.file_name(group[0].group))
+    (fleft_out / "report.md").write_text(report(measured, left_out))
+    print(fleft_out / "report.md")
 
 
 def judge(base_file: Path, new: Sequence[Measured], factor: float) -> int:
-    base, older = read([base_file])
+    base, left_out = read([base_file])
     if not base:
-        raise Mistake(f"nothing to compare with: {'; '.join(older) or f'no benchmark in {base_file}'}")
+        raise Mistake(f"nothing to compare with: {'; '.join(left_out) or f'no benchmark in {base_file}'}")
     comparisons = regression.compare(base, new, factor)
     print(regression.table(comparisons))
     for line in (*regression.in_one_only(base, new), *regression.versions_changed(base, new)):
@@ -241,17 +253,17 @@ def main(arguments: Sequence[str] | None = None) -> int:
     if asked.fail_above < 1:
         parser.error("--fail-above is a factor, 1 or more")
     try:
-        measured, older = read(asked.files or committed(RESULTS))
+        measured, left_out = read(asked.files or committed(RESULTS))
         if not measured and not asked.readme:
-            raise Mistake("; ".join(older) or "no benchmark in these files")
+            raise Mistake("; ".join(left_out) or "no benchmark in these files")
         code = 0
         if asked.output:
-            write_report(asked.output, measured, older)
+            write_report(asked.output, measured, left_out)
         if asked.readme:
             code = max(code, update_readme(asked.readme, measured, check=asked.check))
         if asked.compare:
             code = max(code, judge(asked.compare, measured, asked.fail_above))
-        for line in older:
+        for line in left_out:
             print(line)
         return code
     except Mistake as mistake:

@@ -162,11 +162,12 @@ def test_each_group_has_a_chart(tmp_path: Path) -> None:
 def test_an_older_form_is_named_and_left_out(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     older = measured({"dense": STEADY})
     del older["extra_info"]["sizes"]
-    text = report(
-        tmp_path, results(tmp_path / "new.json", measured({"d": STEADY})), results(tmp_path / "old.json", older)
-    )
+    alone = {"group": None, "name": "test_memory", "extra_info": {"mib": 3}}
+    files = [results(tmp_path / "new.json", measured({"d": STEADY})), results(tmp_path / "old.json", older, alone)]
+    text = report(tmp_path, *files)
     line = "old.json is of an older form, which does not say the sizes: 1 benchmark left out"
     assert line in text
+    assert "old.json: left out 1 benchmark without contenders" in text
     assert line in capsys.readouterr().out
 
 
