@@ -7,6 +7,7 @@ from torch import Tensor, nn
 
 from fastsimclr import SimCLR, encoder, projector
 from fastsimclr.models import synchronise_batch_norm
+from fastsimclr.models.resnet import OnePixelConv2d
 from tests.ranks import run_ranks
 
 
@@ -41,6 +42,42 @@ def test_the_small_stem_keeps_the_resolution_of_small_images() -> None:
     assert shapes["imagenet"] == (2, 64, 8, 8)
     assert isinstance(encoder("resnet18", image_size=32).maxpool, nn.Identity)
     assert isinstance(encoder("resnet18", image_size=224).maxpool, nn.MaxPool2d)
+
+
+@pytest.mark.parametrize(
+    ("shape", "stride"),
+    # Maps that become one pixel, also where a side has one and the other two; and the smallest that do not.
+    [((1, 1), 1), ((1, 1), 2), ((2, 2), 2), ((1, 2), 2), ((2, 1), 2), ((2, 1), 1), ((3, 3), 2)],
+)
+def test_a_convolution_of_one_pixel_is_the_convolution(shape: tuple[int, int], stride: int) -> None:
+    generator = torch.Generator().manual_seed(0)
+    layer = nn.Conv2d(6, 5, 3, stride, padding=1, bias=False).double()
+    x = torch.randn(4, 6, *shape, dtype=torch.float64, generator=generator).requires_grad_()
+    dy = torch.randn(layer(x).shape, dtype=torch.float64, generator=generator)
+    results = []
+    for kind in (nn.Conv2d, OnePixelConv2d):
+        layer.__class__ = kind
+        y = layer(x)
+        results.append((y, *torch.autograd.grad(y, (x, layer.weight), dy)))
+    for expected, got in zip(*results, strict=True):
+        torch.testing.assert_close(got, expected, rtol=1e-13, atol=1e-14)
+
+
+def test_the_smallest_images_have_the_gradient_of_float32_in_bf16() -> None:
+    """16 pixels: the last stage begins with a stride of 2 over one pixel, whose gradient in bf16 oneDNN computes from
+    memory that is not its input's (torch 2.14, CPUs with AMX)."""
+    torch.manual_seed(0)
+    model = encoder("resnet18", stem="imagenet")
+    images = torch.randn(64, 3, 16, 16).contiguous(memory_format=torch.channels_last)
+    nn.init.ones_(model.layer4[0].bn2.weight)  # else the block is the identity, and has no gradient
+    weight = model.layer4[0].conv1.weight
+    gradients = []
+    for bf16 in (False, True):
+        with torch.autocast("cpu", torch.bfloat16, enabled=bf16):
+            h = model(images)
+        gradients.append(torch.autograd.grad(h.float().square().sum(), weight)[0])
+    float32, bfloat16 = gradients
+    assert (bfloat16 - float32).norm() < 0.1 * float32.norm()  # 0.02 seen; 1.4 by oneDNN
 
 
 def test_blocks_begin_as_the_identity() -> None:

@@ -1,6 +1,8 @@
 """torchvision's ResNets as encoders: any width, and a stem for small images."""
 
-from torch import nn
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
 from torchvision.models.resnet import BasicBlock, Bottleneck, ResNet
 
 from fastsimclr.errors import UserError
@@ -15,6 +17,25 @@ _BLOCKS: dict[str, tuple[type[BasicBlock | Bottleneck], list[int]]] = {
 ENCODERS = tuple(_BLOCKS)
 STEMS = ("auto", "imagenet", "small")
 SMALL_IMAGE = 64  # pixels: up to this side, "auto" takes the small stem
+
+
+class OnePixelConv2d(nn.Conv2d):
+    """A 3x3 convolution, padded by 1, that is a matrix product where its output is one pixel.
+
+    Of the kernel only the taps then count that meet no padding: 1 of 9 on a map of 1x1, 4 on one of 2x2. The last stage
+    of a ResNet with ImageNet's stem sees such maps in images of 32 pixels, and on a CPU their convolutions took half of
+    a step (benchmarks/NOTES.md). Nor is oneDNN's bf16 gradient of a stride of 2 over one pixel met, which in torch 2.14
+    reads behind its input on CPUs with AMX.
+    """
+
+    def forward(self, input: Tensor) -> Tensor:
+        height, width = input.shape[2:]
+        # An exported graph is to take images of any size, so it must not depend on this one's.
+        if torch.compiler.is_exporting() or height > self.stride[0] or width > self.stride[1]:
+            return super().forward(input)
+        taps = self.weight[:, :, 1 : 1 + height, 1 : 1 + width]
+        # Pixel by pixel, which of a channels-last map needs no copy.
+        return F.linear(input.permute(0, 2, 3, 1).flatten(1), taps.permute(0, 2, 3, 1).flatten(1))[:, :, None, None]
 
 
 class Encoder(ResNet):
@@ -48,6 +69,8 @@ class Encoder(ResNet):
 
         for module in self.modules():
             if isinstance(module, nn.Conv2d):
+                if (module.kernel_size, module.padding) == ((3, 3), (1, 1)):
+                    module.__class__ = OnePixelConv2d  # another forward, all else as torchvision made it
                 nn.init.kaiming_normal_(module.weight, mode="fan_out", nonlinearity="relu")
             elif isinstance(module, BasicBlock):  # each block begins as the identity
                 nn.init.zeros_(module.bn2.weight)
