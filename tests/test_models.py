@@ -65,10 +65,10 @@ def test_a_convolution_of_one_pixel_is_the_convolution(shape: tuple[int, int], s
 
 def test_a_stride_of_two_over_one_pixel_has_its_gradient_in_bf16() -> None:
     """Which torch 2.14's oneDNN computes from what lies around the input, on CPUs with AMX; images of 16 pixels have
-    it in their last stage."""
-    images, features = 64, 256
+    such a layer in their last stage."""
+    images, features = 256, 64
     torch.manual_seed(0)
-    layer = encoder("resnet18", stem="imagenet").layer4[0].conv1
+    layer = encoder("resnet18", stem="imagenet").layer2[0].conv1
     around = torch.full((3, images, features, 1, 1), torch.nan, dtype=torch.bfloat16)
     x = around[1].copy_(torch.randn(images, features, 1, 1))
     dy = torch.randn(images, 2 * features, 1, 1)
