@@ -20,11 +20,11 @@ import torch.nn.functional as F
 from pytest_benchmark.fixture import BenchmarkFixture
 from torch import Tensor, nn
 
-from benchmarks.bench_optimizer import settle_heap
 from benchmarks.interleaved import Check, describe, interleave
 from benchmarks.memory import peak_mib
 from benchmarks.sizes import SMALL
 from benchmarks.train_contenders import DEVICE, DEVICE_NAME, simclr
+from fastsimclr.heap import keep_freed_memory
 from fastsimclr.precision import choose_precision
 
 ON_GPU = DEVICE.type == "cuda"
@@ -115,7 +115,7 @@ def relative_errors(got: tuple[Tensor, ...], expected: tuple[Tensor, ...]) -> tu
 @pytest.mark.benchmark(group="encoder, forward + backward")
 def test_encoder(benchmark: BenchmarkFixture, capsys: pytest.CaptureFixture[str], case: Case) -> None:
     gc.collect()
-    settle_heap()
+    keep_freed_memory()  # as fastsimclr.train does; so the rivals have that advantage, too
     torch.compiler.reset()
     torch.backends.cudnn.benchmark = True  # as fastsimclr.train sets it
     passes: dict[str, Pass] = {}

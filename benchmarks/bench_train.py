@@ -37,7 +37,6 @@ from PIL import Image
 from pytest_benchmark.fixture import BenchmarkFixture
 from torch import Tensor
 
-from benchmarks.bench_optimizer import settle_heap
 from benchmarks.interleaved import Check, Timing, describe, interleave
 from benchmarks.memory import peak_mib
 from benchmarks.sizes import SMALL
@@ -60,6 +59,7 @@ from benchmarks.train_contenders import (
 )
 from fastsimclr import Views
 from fastsimclr.data import open_views
+from fastsimclr.heap import keep_freed_memory
 from fastsimclr.loss import nt_xent
 from fastsimclr.precision import choose_precision
 
@@ -91,7 +91,7 @@ def time_epochs(
     benchmark: BenchmarkFixture, contenders: Mapping[str, Contender], rounds: int, warmup_rounds: int
 ) -> Timing:
     gc.collect()
-    settle_heap()
+    keep_freed_memory()  # as fastsimclr.train does; so the rivals have that advantage, too
     timing = interleave(
         benchmark,
         {name: contender.epoch for name, contender in contenders.items()},

@@ -6,7 +6,7 @@ _M_TRIM_THRESHOLD, _M_MMAP_MAX = -1, -4  # of malloc.h
 
 
 def keep_freed_memory() -> bool:
-    """Have malloc serve large blocks from the heap and keep them when they are freed; for a process that trains on a CPU.
+    """Have malloc serve large blocks from the heap, and keep them when they are freed: for training on a CPU.
 
     By default glibc maps each block of 32 MiB or more by itself and unmaps it when it is freed. Activations are such
     blocks, so every step has the system map, and clear, all of them again (measured: benchmarks/NOTES.md). The price is
