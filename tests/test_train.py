@@ -64,13 +64,21 @@ def start(*options: str, ranks: int = 1, **environment: str) -> subprocess.Popen
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
         text=True,
-        env=os.environ | {"OMP_NUM_THREADS": "1"} | environment,
+        # Whatever ends a process by a signal is to leave the stack that it came from.
+        env=os.environ | {"OMP_NUM_THREADS": "1", "PYTHONFAULTHANDLER": "1"} | environment,
     )
+
+
+def end(process: subprocess.Popen[str], timeout: float = 240) -> str:
+    """Wait for a process that must succeed: what it said."""
+    said, complaints = process.communicate(timeout=timeout)
+    assert process.returncode == 0, complaints
+    return said
 
 
 def wait_for_step(process: subprocess.Popen[str], run: Path, step: int) -> None:
     deadline = time.monotonic() + 120
-    while not ((run / "metrics.jsonl").exists() and (run / "metrics.jsonl").read_text().count('"loss"') >= step):
+    while not ((run / "metrics.jsonl").exists() and len(steps_if_whole(run)) >= step):
         assert process.poll() is None, process.communicate()
         assert time.monotonic() < deadline, "no step was done in two minutes"
         time.sleep(0.01)
@@ -135,8 +143,8 @@ def test_a_killed_run_resumes_to_the_same_bits(tmp_path: Path, photos: Path, bac
 
     resumed = start(*options, f"--output={tmp_path / 'killed'}")
     whole = start(*options, f"--output={tmp_path / 'whole'}")
-    outputs = [resumed.communicate(timeout=240), whole.communicate(timeout=240)]
-    assert [resumed.returncode, whole.returncode] == [0, 0], outputs
+    end(resumed)
+    end(whole)
 
     assert [line["step"] for line in steps(tmp_path / "killed")] == list(range(1, 19))
     assert [line["loss"] for line in steps(tmp_path / "killed")] == [line["loss"] for line in steps(tmp_path / "whole")]
@@ -164,9 +172,7 @@ def test_two_ranks_compute_what_one_does(tmp_path: Path, views: list[str]) -> No
         "--optim.lr=0.5",
     ]
     for run, ranks in (("one", 1), ("two", 2)):
-        process = start(*options, f"--output={tmp_path / run}", ranks=ranks)
-        said = process.communicate(timeout=240)
-        assert process.returncode == 0, said
+        end(start(*options, f"--output={tmp_path / run}", ranks=ranks))
     losses = [[line["loss"] for line in steps(tmp_path / run)] for run in ("one", "two")]
     assert len(losses[0]) == 5
     assert all({"gather", "rank_wait"} <= set(line["stages_ms"]) for line in steps(tmp_path / "two"))
@@ -201,8 +207,7 @@ def test_a_signal_stops_with_a_checkpoint_that_goes_on(tmp_path: Path, photos: P
     process = start(*options)
     wait_for_step(process, run, step=2)
     process.send_signal(number)
-    said, complaints = process.communicate(timeout=60)
-    assert process.returncode == 0, complaints
+    said = end(process, timeout=60)
     assert f"stopped by {number.name} at step" in said
     stopped_at = checkpoint.load(run / "checkpoints" / "last.pt")["step"]
     assert stopped_at == steps(run)[-1]["step"] >= 2
@@ -338,8 +343,7 @@ def test_a_signal_in_the_scan_stops_it(tmp_path: Path) -> None:
         time.sleep(0.01)
     time.sleep(1)
     process.send_signal(signal.SIGINT)
-    said, complaints = process.communicate(timeout=60)
-    assert process.returncode == 0, complaints
+    said = end(process, timeout=60)
     assert f"stopped in the scan for bad images; the same command with --output {tmp_path / 'run'} goes on" in said
     with np.load(tmp_path / "run" / "image_scan.npz") as saved:
         assert 0 < len(saved["entries"]) < 500
