@@ -12,8 +12,8 @@ After timing each contender's result is checked: see view_checks.py.
 
 Peak memory is that of an untimed epoch, beyond what this process held before the loader was opened: of this process and
 all its workers, sampled every 50 ms, what several share counted once (PSS). So packages that this process has imported
-are in nobody's figure, but a worker that imports them again pays for its own copy: ours do (spawned, they share no
-locks), and rivals' workers, forked from a server with its imports, do not.
+are in nobody's figure. Everybody's workers, ours and rivals', are forked from one server, which has imported what they
+need before: what it takes is in nobody's figure either.
 """
 
 import ctypes

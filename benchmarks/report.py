@@ -77,14 +77,24 @@ def losses(measured: Sequence[Measured], numbers: dict[Setup, int]) -> list[str]
     lines = []
     for each in measured:
         for rival in each.rivals:
-            if rival.ratio and rival.ratio.median < 1:
-                unsure = ", within the noise" if rival.ratio.upper >= 1 else ""
+            lost = [*slower(rival), *larger(rival, each.first)]
+            if lost:
+                where = f"{each.group}, {each.size}, {on(each.setup, numbers)}"
                 note = f"; {rival.note}" if rival.note else ""
-                lines.append(
-                    f"- {each.group}, {each.size}, {on(each.setup, numbers)}: **{rival.name}** takes "
-                    f"{quartiles(rival.ratio)} times as long as ours{unsure}{note}"
-                )
-    return lines or ["No rival is faster than ours in anything measured here."]
+                lines.append(f"- {where}: **{rival.name}** {', and '.join(lost)}{note}")
+    return lines or ["No rival is faster than ours, or smaller, in anything measured here."]
+
+
+def slower(rival: Contender) -> Iterable[str]:
+    """In what words we are slower, if we are."""
+    if rival.ratio and rival.ratio.median < 1:
+        unsure = ", within the noise" if rival.ratio.upper >= 1 else ""
+        yield f"takes {quartiles(rival.ratio)} times as long as ours{unsure}"
+
+
+def larger(rival: Contender, first: Contender) -> Iterable[str]:
+    if rival.peak_mib is not None and first.peak_mib is not None and rival.peak_mib < first.peak_mib:
+        yield f"holds {number(rival.peak_mib)} MiB at most, ours {number(first.peak_mib)}"
 
 
 def on(setup: Setup, numbers: dict[Setup, int]) -> str:
@@ -206,12 +216,12 @@ def update_readme(path: Path, measured: Sequence[Measured], *, check: bool) -> i
     return 0
 
 
-def write_report(fleft_out: Path, measured: Sequence[Measured], left_out: Sequence[str]) -> None:
-    fleft_out.mkdir(parents=True, exist_ok=True)
+def write_report(folder: Path, measured: Sequence[Measured], left_out: Sequence[str]) -> None:
+    folder.mkdir(parents=True, exist_ok=True)
     for group in together(measured, lambda each: each.group):
-        charts.draw(group, fleft_out / charts.file_name(group[0].group))
-    (fleft_out / "report.md").write_text(report(measured, left_out))
-    print(fleft_out / "report.md")
+        charts.draw(group, folder / charts.file_name(group[0].group))
+    (folder / "report.md").write_text(report(measured, left_out))
+    print(folder / "report.md")
 
 
 def judge(base_file: Path, new: Sequence[Measured], factor: float) -> int:

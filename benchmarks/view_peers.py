@@ -28,7 +28,7 @@ if TYPE_CHECKING:
 GRID = 8  # pixels a side that the decoding stage hands on: view_contenders.GRID
 Images = tuple[Any, ...]  # names of files, or arrays (H, W, 3) uint8
 PRELOADED = ("benchmarks.view_peers", "torch.utils.data._utils.worker", "lightly.transforms", "lightly.data")
-PRELOADED += ("webdataset",)  # what is not there is passed over
+PRELOADED += ("webdataset", "fastsimclr.data.torchvision")  # what is not there is passed over
 
 
 def start_server() -> None:

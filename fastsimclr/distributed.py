@@ -68,6 +68,7 @@ def start(device: str) -> World:
 
 def stop() -> None:
     """Leave the process group, if there is one."""
+    _groups.clear()  # a group that is held has threads until the interpreter has gone
     if dist.is_initialized():
         dist.destroy_process_group()
 

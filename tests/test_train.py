@@ -65,6 +65,7 @@ def start(*options: str, ranks: int = 1, **environment: str) -> subprocess.Popen
         stderr=subprocess.PIPE,
         text=True,
         # Whatever ends a process by a signal is to leave the stack that it came from.
+        start_new_session=True,  # a process group of its own
         env=os.environ | {"OMP_NUM_THREADS": "1", "PYTHONFAULTHANDLER": "1"} | environment,
     )
 
@@ -137,6 +138,11 @@ def test_a_killed_run_resumes_to_the_same_bits(tmp_path: Path, photos: Path, bac
     process = start(*options, f"--output={tmp_path / 'killed'}")
     wait_for_step(process, tmp_path / "killed", step=int(np.random.default_rng().integers(2, 12)))
     process.kill()
+    process.wait()
+    deadline = time.monotonic() + 60
+    while left := alive_in_group(process.pid):
+        assert time.monotonic() < deadline, f"its workers live on: {left}"
+        time.sleep(0.1)
     process.communicate()
     killed_at = len(steps_if_whole(tmp_path / "killed"))
     assert killed_at < 18
@@ -150,6 +156,20 @@ def test_a_killed_run_resumes_to_the_same_bits(tmp_path: Path, photos: Path, bac
     assert [line["loss"] for line in steps(tmp_path / "killed")] == [line["loss"] for line in steps(tmp_path / "whole")]
     for name, tensor in weights(tmp_path / "whole").items():
         assert torch.equal(tensor, weights(tmp_path / "killed")[name]), (name, killed_at)
+
+
+def alive_in_group(group: int) -> list[str]:
+    """Its processes that have not ended."""
+    found = []
+    for file in Path("/proc").glob("[0-9]*/stat"):
+        try:
+            stat = file.read_text()
+        except (FileNotFoundError, ProcessLookupError):
+            continue
+        state, _, of_group = stat.rpartition(")")[2].split()[:3]
+        if int(of_group) == group and state not in "ZX":
+            found.append(stat)
+    return found
 
 
 def steps_if_whole(run: Path) -> list[str]:
@@ -203,10 +223,10 @@ def test_loaders_train_alike(tmp_path: Path) -> None:
 def test_a_signal_stops_with_a_checkpoint_that_goes_on(tmp_path: Path, photos: Path, number: signal.Signals) -> None:
     run = tmp_path / "run"
     options = [f"--data.train={photos}", "--epochs=500", "--checkpoint_every=1000", f"--output={run}"]
-    options += ["--data.backend=torchvision"]  # with a worker process, which the signal must not end
+    options += ["--data.backend=torchvision"]  # with processes of its own, which the signal must not end
     process = start(*options)
     wait_for_step(process, run, step=2)
-    process.send_signal(number)
+    os.killpg(process.pid, number)
     said = end(process, timeout=60)
     assert f"stopped by {number.name} at step" in said
     stopped_at = checkpoint.load(run / "checkpoints" / "last.pt")["step"]

@@ -2,8 +2,11 @@
 
 import os
 import signal
+import threading
 import weakref
 from collections.abc import Generator, Iterator
+from multiprocessing import forkserver, get_context, parent_process, resource_tracker
+from multiprocessing.context import BaseContext
 
 import numpy as np
 import torch
@@ -35,10 +38,8 @@ class TorchvisionFront:
             num_workers=workers,
             persistent_workers=workers > 0,
             pin_memory=device.type == "cuda",
-            # Not fork: it copies locked locks of the threads of torch and of DALI. Not forkserver: its workers do not
-            # notice that the process they work for was killed, and live on.
-            multiprocessing_context="spawn" if workers else None,
-            worker_init_fn=_leave_signals_to_the_parent,
+            multiprocessing_context=_forkserver() if workers else None,
+            worker_init_fn=_live_as_long_as_the_parent,
         )
         # At exit, too, and before multiprocessing's own way, which is to wait for what it has sent SIGTERM.
         self._stop_workers = weakref.finalize(self, _stop_workers, self._loader)
@@ -64,6 +65,41 @@ class TorchvisionFront:
 
     def close(self) -> None:
         self._stop_workers()
+
+
+_SIGNALS = (signal.SIGINT, signal.SIGTERM)
+"""A terminal or a scheduler sends them to the whole group; the parent wants batches until it has stopped."""
+
+
+def _forkserver() -> BaseContext:
+    """Workers as forks of a process that has done this file's imports, and nothing else.
+
+    Forks of this one would copy locked locks of the threads of torch and of DALI. Spawned ones take 370 MiB each, and
+    seconds, for imports; those of one forkserver share them.
+    """
+    context = get_context("forkserver")
+    context.set_forkserver_preload([__name__])
+    resource_tracker.ensure_running()  # before, as it unblocks them
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, _SIGNALS)  # which the forkserver inherits
+    try:
+        forkserver.ensure_running()
+    finally:
+        signal.pthread_sigmask(signal.SIG_SETMASK, before)
+    return context
+
+
+def _live_as_long_as_the_parent(_: int) -> None:
+    for number in _SIGNALS:
+        signal.signal(number, signal.SIG_IGN)
+
+    def end_with_it() -> None:
+        """DataLoader's own watch is on the forkserver, which lives as long as there are workers."""
+        parent = parent_process()
+        assert parent is not None
+        parent.join()
+        os._exit(1)
+
+    threading.Thread(target=end_with_it, daemon=True).start()
 
 
 def _stop_workers(loader: "DataLoader[Cropped | UserError]") -> None:
@@ -120,12 +156,6 @@ def crop(image: Tensor, recipe: Views, draws: Draws) -> Tensor:
 
 def _as_it_is(batch: Cropped | UserError) -> Cropped | UserError:
     return batch
-
-
-def _leave_signals_to_the_parent(_: int) -> None:
-    """A terminal or a scheduler signals the whole group; the parent still wants batches until it has stopped."""
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
-    signal.signal(signal.SIGTERM, signal.SIG_IGN)
 
 
 def default_workers(source: Source, device: torch.device) -> int:
