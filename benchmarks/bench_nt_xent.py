@@ -1,6 +1,6 @@
 """The NT-Xent loss, forward and backward: ours, the dense loss as everyone writes it, and other packages'.
 
-    python -m pytest benchmarks/bench_nt_xent.py --benchmark-json=benchmarks/results/nt_xent_cpu.json
+    python -m pytest benchmarks/bench_nt_xent.py --benchmark-json=benchmarks/results/nt_xent-DEVICE.json
 
 BENCH_M and BENCH_D choose the sizes (views, and numbers a projection): BENCH_M=4096 BENCH_D=64,128,256. BENCH_SECONDS:
 sizes whose turn comes later than that are skipped; on a GPU those with a target come first. BENCH_SMALL=1: 256 views,

@@ -58,7 +58,6 @@ class Contender:
 class Setup:
     """What it was measured on; equal ones are one footnote. device: the GPU's name, or the CPU's."""
 
-    source: str
     device: str
     on_gpu: bool
     processor: str
@@ -80,19 +79,19 @@ class Setup:
             ", ".join(f"{name} {version}" for name, version in (("Python", self.python), *self.packages)),
             f"commit {self.commit}",
             self.date,
-            self.source,
         ]
         return "; ".join(parts)
 
 
 @dataclass(frozen=True)
 class Measured:
-    """One benchmark on one device. contenders: the first, then the fastest first."""
+    """One benchmark on one device. contenders: the first, then the fastest first. source: the file's name."""
 
     group: str
     name: str
     sizes: tuple[tuple[str, str], ...]
     setup: Setup
+    source: str
     rounds: int
     contenders: tuple[Contender, ...]
     missing: Mapping[str, str]
@@ -162,9 +161,9 @@ def is_of_pytest_benchmark(page: object) -> bool:
     return isinstance(page, dict) and {"machine_info", "commit_info", "datetime", "benchmarks"} <= page.keys()
 
 
-def committed(fleft_out: Path) -> list[Path]:
-    """The files in a fleft_out that pytest-benchmark has written: other measurements lie beside them."""
-    return [file for file in sorted(fleft_out.glob("*.json")) if is_of_pytest_benchmark(json.loads(file.read_text()))]
+def committed(folder: Path) -> list[Path]:
+    """The files in a folder that pytest-benchmark has written: other measurements lie beside them."""
+    return [file for file in sorted(folder.glob("*.json")) if is_of_pytest_benchmark(json.loads(file.read_text()))]
 
 
 def of_benchmark(benchmark: dict[str, Any], page: dict[str, Any], source: str) -> Measured:
@@ -174,7 +173,8 @@ def of_benchmark(benchmark: dict[str, Any], page: dict[str, Any], source: str) -
         group=benchmark["group"] or benchmark["name"],
         name=benchmark["name"],
         sizes=tuple((name, str(value)) for name, value in info["sizes"].items()),
-        setup=setup(page, info["device"], source),
+        setup=setup(page, info["device"]),
+        source=source,
         rounds=info["rounds"],
         contenders=(first, *sorted(others, key=lambda each: each.ratio.median if each.ratio else 0.0)),
         missing=info.get("missing", {}),
@@ -206,12 +206,11 @@ def contender(name: str, info: dict[str, Any]) -> Contender:
     )
 
 
-def setup(page: dict[str, Any], device: str, source: str) -> Setup:
+def setup(page: dict[str, Any], device: str) -> Setup:
     machine, commit = page["machine_info"], page["commit_info"]
     known = commit.get("id") not in (None, "", "unknown", "unversioned")
     packages = machine.get("packages", {}).items()
     return Setup(
-        source=source,
         device=machine.get("cpu", "unknown CPU") if device == "cpu" else device,
         on_gpu=device != "cpu",
         processor=machine.get("cpu", "unknown CPU"),

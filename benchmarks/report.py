@@ -111,7 +111,7 @@ def section(same: Sequence[Measured], numbers: dict[Setup, int]) -> list[str]:
         for measured in same
         for each in measured.contenders
     ]
-    rounds = ", ".join(f"{counted(each.rounds, 'round')} on {on(each.setup, numbers)}" for each in same)
+    rounds = ", ".join(f"{counted(each.rounds, 'round')} on {on(each.setup, numbers)} ({each.source})" for each in same)
     return [
         f"### {same[0].size or same[0].name}",
         "",
@@ -147,8 +147,8 @@ def remarks(same: Sequence[Measured], numbers: dict[Setup, int]) -> list[str]:
 
 
 def summary(measured: Sequence[Measured]) -> str:
-    """The README's table: a row a benchmark that is its headline, and what it was measured on."""
-    measured = [each for each in measured if each.headline]
+    """The README's table: a row a benchmark that is its headline and has rivals, and what it was measured on."""
+    measured = [each for each in measured if each.headline and each.rivals]
     if not measured:
         return "(Nothing is measured yet that `benchmarks.report` can read.)"
     numbers = footnotes(measured)

@@ -23,6 +23,7 @@ from torch.utils.data import DataLoader, Dataset
 
 from benchmarks.nt_xent_contenders import dense
 from benchmarks.sizes import SMALL
+from benchmarks.view_peers import lightly_transform
 from fastsimclr import Views
 from fastsimclr.data import ViewLoader, open_source, open_views
 from fastsimclr.data.images import decode
@@ -134,23 +135,8 @@ class PillowImages(Dataset[Any]):
 
 def lightly_loader(source: ArraySource, views: Views, batch_size: int) -> "DataLoader[Any]":
     """Raises ImportError where lightly is not installed."""
-    from lightly.transforms import SimCLRTransform
-
-    transform = SimCLRTransform(
-        input_size=views.image_size,
-        cj_prob=views.jitter,
-        cj_bright=views.brightness,
-        cj_contrast=views.contrast,
-        cj_sat=views.saturation,
-        cj_hue=views.hue,
-        min_scale=views.scale[0],
-        random_gray_scale=views.grey,
-        gaussian_blur=views.blur,
-        hf_prob=views.flip,
-        normalize={"mean": list(views.mean), "std": list(views.std)},
-    )
     return DataLoader(
-        PillowImages(source.images.numpy(), transform),
+        PillowImages(source.images.numpy(), lightly_transform(views)),
         batch_size=batch_size,
         shuffle=True,
         drop_last=True,

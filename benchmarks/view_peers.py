@@ -193,29 +193,34 @@ def tensor_views(photos: "Photos", setting: "Setting") -> "Loader":
 # lightly
 
 
+def lightly_transform(views: Views) -> Any:
+    """lightly's SimCLRTransform, set to our recipe. Raises ImportError where lightly is not installed."""
+    from lightly.transforms import SimCLRTransform
+
+    return SimCLRTransform(
+        input_size=views.image_size,
+        cj_prob=views.jitter,
+        cj_strength=1.0,
+        cj_bright=views.brightness,
+        cj_contrast=views.contrast,
+        cj_sat=views.saturation,
+        cj_hue=views.hue,
+        min_scale=views.scale[0],
+        random_gray_scale=views.grey,
+        gaussian_blur=views.blur,
+        sigmas=views.blur_sigma,
+        hf_prob=views.flip,
+        normalize={"mean": list(views.mean), "std": list(views.std)},
+    )
+
+
 class Lightly:
     """lightly's SimCLRTransform in its dataset and a DataLoader, as in its SimCLR example."""
 
     def __init__(self, data: Any, setting: "Setting") -> None:
         from lightly.data import LightlyDataset
-        from lightly.transforms import SimCLRTransform
 
-        views = setting.views
-        transform = SimCLRTransform(
-            input_size=views.image_size,
-            cj_prob=views.jitter,
-            cj_strength=1.0,
-            cj_bright=views.brightness,
-            cj_contrast=views.contrast,
-            cj_sat=views.saturation,
-            cj_hue=views.hue,
-            min_scale=views.scale[0],
-            random_gray_scale=views.grey,
-            gaussian_blur=views.blur,
-            sigmas=views.blur_sigma,
-            hf_prob=views.flip,
-            normalize={"mean": list(views.mean), "std": list(views.std)},
-        )
+        transform = lightly_transform(setting.views)
         if hasattr(data, "folder"):
             dataset = LightlyDataset(str(data.folder), transform)
         else:

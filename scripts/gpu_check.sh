@@ -1,30 +1,38 @@
 #!/usr/bin/env bash
 # On a machine with an NVIDIA GPU and nvcc: builds, tests and measures the fused loss and the views there, without a
 # network.
-#   scripts/gpu_check.sh OUT_DIR
-# OUT_DIR gets log.txt, summary.json, gpu_tests.xml (JUnit), nt_xent.json and view_kernels.json (pytest-benchmark). Exit
-# code 0: all went well; 1: some stage failed (the later ones ran nevertheless); 2: there is no GPU here, or a mistake
-# in the call.
+#   scripts/gpu_check.sh OUT_DIR [STAGE...]
+# Without a STAGE those that take eight minutes in all: build doctor tests memcheck racecheck view_kernels nt_xent. Only
+# by name: encoder training (fifteen more; they need nvidia-dali, and lightly to have a rival).
+# OUT_DIR gets log.txt, summary.json, gpu_tests.xml (JUnit) and what the benchmarks write (view_kernels.json,
+# nt_xent.json, encoder.json, train.json), for `python -m benchmarks.report`. Exit code 0: all went well; 1: some stage
+# failed (the later ones ran nevertheless); 2: there is no GPU here, or a mistake in the call.
 #
 # PYTHON            the Python with torch, pybind11, cmake, ninja, setuptools, pytest and pytest-benchmark (python3)
 # GPU_CHECK_COMMIT  what to record where there is no git checkout
-# BUILD_SECONDS, TEST_SECONDS, SANITIZER_SECONDS (each tool), BENCH_SECONDS: the stages' limits; together 8 minutes
+# BUILD_SECONDS, TEST_SECONDS, SANITIZER_SECONDS (each tool), BENCH_SECONDS (nt_xent), ENCODER_SECONDS,
+# TRAINING_SECONDS: the stages' limits
 # BENCH_M, BENCH_D  the benchmark's sizes; without them, those of the targets and then what fits into the time
 set -uo pipefail
 
-if [ $# -ne 1 ]; then
-  echo "usage: $0 OUT_DIR" >&2
+known=" build doctor tests memcheck racecheck view_kernels nt_xent encoder training "
+usage() {
+  echo "usage: $0 OUT_DIR [STAGE...]; stages:$known" >&2
   exit 2
-fi
+}
+if [ $# -eq 0 ]; then usage; fi
+folder=$1
+shift
+for name in "$@"; do [[ $known == *" $name "* ]] || usage; done
+wanted=" ${*:-build doctor tests memcheck racecheck view_kernels nt_xent} "
 python=${PYTHON:-python3}
 if ! why=$("$python" -c 'import torch; assert torch.cuda.is_available(), "torch sees no GPU"' 2>&1); then
   echo "$0: there is no GPU to check: $(tail -n 1 <<<"$why")" >&2
   exit 2
 fi
-mkdir -p "$1" || exit 2
-out=$(cd "$1" && pwd) || exit 2
+mkdir -p "$folder" || exit 2
+out=$(cd "$folder" && pwd) || exit 2
 cd "$(dirname "$0")/.." || exit 2
-rm -f "$out/gpu_tests.xml" "$out/nt_xent.json" "$out/view_kernels.json"
 
 commit=${GPU_CHECK_COMMIT:-$(git describe --always --dirty --abbrev=40 2>/dev/null || echo unknown)}
 device=$(nvidia-smi --query-gpu=name,driver_version --format=csv,noheader 2>/dev/null | head -n 1)
@@ -37,6 +45,7 @@ for tools in "${CUDA_HOME:-/usr/local/cuda}" /usr/local/cuda; do PATH=$PATH:$too
 stage() {  # stage NAME SECONDS COMMAND...: 77 is its exit code where it can't be done here, which is no failure
   local name=$1 limit=$2 start=$SECONDS code outcome
   shift 2
+  [[ $wanted == *" $name "* ]] || return 0
   printf '\n=== %s (at most %d s)\n' "$name" "$limit"
   # INT first: pytest then still writes what it has.
   timeout --signal=INT --kill-after=5 "$limit" "$@" </dev/null
@@ -73,6 +82,7 @@ build_by_hand() {
 
 gpu_tests() {  # only files that hold such a test: others may import what this machine lacks
   local files
+  rm -f "$out/gpu_tests.xml"
   mapfile -t files < <(grep -lE 'mark\.gpu\b' tests/test_*.py)
   if [ ${#files[@]} -eq 0 ]; then
     echo "no file in tests/ has a test that is marked gpu"
@@ -118,13 +128,9 @@ for n, d in ((65, 30), (131, 128), (67, 264)):
         print(n, d, precision, loss.item(), flush=True)
 '
 
-benchmark() {  # a size is not begun in the last quarter of the time
-  BENCH_SECONDS=$((${BENCH_SECONDS:-160} * 3 / 4)) "$python" -m pytest benchmarks/bench_nt_xent.py \
-    --benchmark-json="$out/nt_xent.json" --benchmark-columns=median,iqr,rounds -p no:cacheprovider
-}
-
-view_kernels() {
-  "$python" -m pytest benchmarks/bench_view_kernels.py --benchmark-json="$out/view_kernels.json" -p no:cacheprovider
+benchmark() {  # benchmark FILE RESULT
+  rm -f "$out/$2"
+  "$python" -m pytest "benchmarks/$1" --benchmark-json="$out/$2" --benchmark-columns=median,iqr,rounds -p no:cacheprovider
 }
 
 all_stages() {
@@ -135,12 +141,18 @@ all_stages() {
   stage tests "${TEST_SECONDS:-110}" bash -c gpu_tests
   stage memcheck "${SANITIZER_SECONDS:-30}" bash -c 'sanitizer memcheck'
   stage racecheck "${SANITIZER_SECONDS:-30}" bash -c 'sanitizer racecheck'
-  stage views 30 bash -c view_kernels
-  stage benchmark "${BENCH_SECONDS:-160}" bash -c benchmark
+  stage view_kernels 30 bash -c 'benchmark bench_view_kernels.py view_kernels.json'
+  # A size of the loss is not begun in the last quarter of the time.
+  stage nt_xent "${BENCH_SECONDS:-160}" \
+    bash -c "BENCH_SECONDS=$((${BENCH_SECONDS:-160} * 3 / 4)) benchmark bench_nt_xent.py nt_xent.json"
+  stage encoder "${ENCODER_SECONDS:-400}" bash -c 'benchmark bench_encoder.py encoder.json'
+  stage training "${TRAINING_SECONDS:-500}" bash -c 'benchmark bench_train.py train.json'
 
   printf '\n=== summary: fastsimclr %s on %s\n' "$commit" "$device"
   printf '%s\n' "${summary[@]}"
-  if [ -s "$out/nt_xent.json" ]; then "$python" -c "$targets" "$out/nt_xent.json"; fi
+  for name in nt_xent train; do
+    if [ -s "$out/$name.json" ]; then "$python" -c "$targets" "$out/$name.json"; fi
+  done
   if [ "$failed" -ne 0 ]; then echo "FAILED"; else echo "all went well"; fi
   cat >"$out/summary.json" <<END
 {"commit": "$commit", "device": "$device", "ok": $([ "$failed" -eq 0 ] && echo true || echo false),
@@ -152,12 +164,12 @@ targets='
 import json, sys
 for measured in json.load(open(sys.argv[1]))["benchmarks"]:
     info = measured["extra_info"]
-    for verdict in info["targets"]:
-        print(info["sizes"]["views"], "x", info["sizes"]["width"], "target,", verdict)
+    for verdict in info.get("targets", []):
+        print(measured["name"], "target,", verdict)
 '
 
 # timeout starts programs, not functions.
 export python out small_loss
-export -f build build_by_hand gpu_tests sanitizer view_kernels benchmark
+export -f build build_by_hand gpu_tests sanitizer benchmark
 all_stages 2>&1 | tee "$out/log.txt"
 exit "${PIPESTATUS[0]}"
