@@ -88,10 +88,10 @@ def test_a_row_says_all_that_is_known(tmp_path: Path) -> None:
     assert (ratio, spread_of_it, time) == ("3.00 (2.80 to 3.20)", "13%", "30.0 (28.0 to 32.0)")
     assert (peak, check) == ("840", "loss, relative: 2e-07 ≤ 0.001")
     assert "### views 512" in text
-    assert "20 rounds" in text
+    assert "20 rounds on CPU [[1]](#measured-on) (cpu.json)" in text
     assert "- dense: as everyone writes it" in text
     assert "- not here: x: no GPU" in text
-    assert "1. A CPU; 4 cores, 2 threads; Python 3.11.7, torch 2.15.0; commit c0ffee1; 2026-11-25; cpu.json" in text
+    assert "1. A CPU; 4 cores, 2 threads; Python 3.11.7, torch 2.15.0; commit c0ffee1; 2026-11-25\n" in text
     assert "No rival is faster" in text
 
 
@@ -132,6 +132,17 @@ def test_losses_are_published_beside_wins(tmp_path: Path) -> None:
     assert "0.800 (0.700 to 0.900) times as long as ours" in lost[0]
     assert [line.endswith("within the noise") for line in lost] == [False, True]
     assert row(text, "faster")[2].startswith("0.800")
+
+
+def test_a_rival_that_holds_less_is_a_loss_too(tmp_path: Path) -> None:
+    peaks = {"ours": 12.0, "smaller": 8.0, "larger": 16.0, "unknown": None}
+    file = results(
+        tmp_path / "a.json", measured(dict.fromkeys(["smaller", "larger", "unknown"], STEADY), peak_mib=peaks)
+    )
+    lost = report(tmp_path, file).partition("## Where we lose")[2].partition("##")[0]
+    assert [line.partition("**")[2] for line in lost.splitlines() if line] == [
+        "smaller** holds 8.00 MiB at most, ours 12.0"
+    ]
 
 
 def test_devices_and_commits_of_a_benchmark_share_its_table(tmp_path: Path) -> None:
@@ -296,7 +307,7 @@ def test_the_readme_gets_a_row_of_each_headline(tmp_path: Path, capsys: pytest.C
         "| views; views 512 | CPU [1] | 6,400 images/s (ours) | loop 3.00× |  |",
     ]
     assert "⚠: the ratio's quartiles" in text
-    assert "[1] A CPU; 4 cores, 2 threads; Python 3.11.7, torch 2.15.0; commit c0ffee1; 2026-11-25; a.json" in text
+    assert "[1] A CPU; 4 cores, 2 threads; Python 3.11.7, torch 2.15.0; commit c0ffee1; 2026-11-25" in text
     capsys.readouterr()
     assert main([*command, "--check"]) == 0
     assert "as measured" in capsys.readouterr().out

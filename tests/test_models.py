@@ -1,5 +1,8 @@
 """Encoders, the projection head, and batch normalisation over ranks."""
 
+import functools
+from collections.abc import Callable
+
 import pytest
 import torch
 import torchvision
@@ -7,7 +10,7 @@ from torch import Tensor, nn
 
 from fastsimclr import SimCLR, encoder, projector
 from fastsimclr.models import synchronise_batch_norm
-from fastsimclr.models.resnet import OnePixelConv2d
+from fastsimclr.models.resnet import SmallMapConv2d
 from tests.ranks import run_ranks
 
 
@@ -44,23 +47,47 @@ def test_the_small_stem_keeps_the_resolution_of_small_images() -> None:
     assert isinstance(encoder("resnet18", image_size=224).maxpool, nn.MaxPool2d)
 
 
+def results_and_gradients(layer: nn.Module, forward: Callable[[Tensor], Tensor], *shape: int) -> list[Tensor]:
+    """y, dx and dw of equal draws, in float64."""
+    generator = torch.Generator().manual_seed(0)
+    x = torch.randn(*shape, dtype=torch.float64, generator=generator).requires_grad_()
+    y = forward(x)
+    dy = torch.randn(y.shape, dtype=torch.float64, generator=generator)
+    return [y, *torch.autograd.grad(y, (x, layer.weight), dy)]
+
+
 @pytest.mark.parametrize(
     ("shape", "stride"),
     # Maps that become one pixel, also where a side has one and the other two; and the smallest that do not.
     [((1, 1), 1), ((1, 1), 2), ((2, 2), 2), ((1, 2), 2), ((2, 1), 2), ((2, 1), 1), ((3, 3), 2)],
 )
 def test_a_convolution_of_one_pixel_is_the_convolution(shape: tuple[int, int], stride: int) -> None:
-    generator = torch.Generator().manual_seed(0)
-    layer = nn.Conv2d(6, 5, 3, stride, padding=1, bias=False).double()
-    x = torch.randn(4, 6, *shape, dtype=torch.float64, generator=generator).requires_grad_()
-    dy = torch.randn(layer(x).shape, dtype=torch.float64, generator=generator)
-    results = []
-    for kind in (nn.Conv2d, OnePixelConv2d):
-        layer.__class__ = kind
+    layer = SmallMapConv2d(6, 5, 3, stride, padding=1, bias=False).double()
+    expected = results_and_gradients(layer, functools.partial(nn.Conv2d.forward, layer), 4, 6, *shape)
+    torch.testing.assert_close(results_and_gradients(layer, layer, 4, 6, *shape), expected, rtol=1e-13, atol=1e-14)
+
+
+@pytest.mark.parametrize("images_a_row", [1, 2, 6])
+@pytest.mark.parametrize(("shape", "stride"), [((2, 2), 1), ((4, 4), 1), ((8, 8), 2), ((7, 7), 2), ((5, 3), 1)])
+def test_a_convolution_of_images_in_rows_is_the_convolution(
+    shape: tuple[int, int], stride: int, images_a_row: int
+) -> None:
+    layer = SmallMapConv2d(6, 5, 3, stride, padding=1, bias=False).double()
+    expected = results_and_gradients(layer, functools.partial(nn.Conv2d.forward, layer), 12, 6, *shape)
+    in_rows = results_and_gradients(layer, lambda x: layer._in_rows(x, images_a_row), 12, 6, *shape)
+    torch.testing.assert_close(in_rows, expected, rtol=1e-13, atol=1e-14)
+
+
+@pytest.mark.parametrize("images", [32, 3])  # in two rows; in none, as they are too few
+def test_a_convolution_in_bf16_is_the_convolution(images: int) -> None:
+    torch.manual_seed(0)
+    layer = SmallMapConv2d(64, 64, 3, padding=1, bias=False)
+    x = torch.randn(images, 64, 4, 4, dtype=torch.bfloat16)
+    with torch.autocast("cpu", torch.bfloat16):
         y = layer(x)
-        results.append((y, *torch.autograd.grad(y, (x, layer.weight), dy)))
-    for expected, got in zip(*results, strict=True):
-        torch.testing.assert_close(got, expected, rtol=1e-13, atol=1e-14)
+    expected = nn.Conv2d.forward(layer, x.float())
+    assert y.dtype == torch.bfloat16
+    assert (y - expected).norm() < 0.01 * expected.norm()
 
 
 def test_a_stride_of_two_over_one_pixel_has_its_gradient_in_bf16() -> None:

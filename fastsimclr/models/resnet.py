@@ -1,5 +1,7 @@
 """torchvision's ResNets as encoders: any width, and a stem for small images."""
 
+import math
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -17,25 +19,48 @@ _BLOCKS: dict[str, tuple[type[BasicBlock | Bottleneck], list[int]]] = {
 ENCODERS = tuple(_BLOCKS)
 STEMS = ("auto", "imagenet", "small")
 SMALL_IMAGE = 64  # pixels: up to this side, "auto" takes the small stem
+# What pays, as measured: of outputs that are wider, oneDNN computes single images as fast.
+IMAGES_A_ROW, FEWEST_A_ROW, WIDEST_IN_ROWS = 16, 4, 7
 
 
-class OnePixelConv2d(nn.Conv2d):
-    """A 3x3 convolution, padded by 1, that is a matrix product where its output is one pixel.
+class SmallMapConv2d(nn.Conv2d):
+    """A 3x3 convolution, padded by 1, that a CPU computes in other forms where maps are small: there oneDNN is slow.
 
-    Of the kernel only the taps then count that meet no padding: 1 of 9 on a map of 1x1, 4 on one of 2x2. The last stage
-    of a ResNet with ImageNet's stem sees such maps in images of 32 pixels, and on a CPU their convolutions took half of
-    a step (benchmarks/NOTES.md). Nor is oneDNN's bf16 gradient of a stride of 2 over one pixel met, which in torch 2.14
-    reads behind its input on CPUs with AMX.
+    ResNet's last stages have such maps, and took most of a step at 32 pixels (benchmarks/NOTES.md).
     """
 
     def forward(self, input: Tensor) -> Tensor:
+        images, _, height, width = input.shape
+        if torch.compiler.is_exporting():
+            return super().forward(input)  # a graph is to take images of any size, so it must not depend on this one's
+        if height <= self.stride[0] and width <= self.stride[1]:
+            return self._one_pixel(input)
+        images_a_row = math.gcd(images, IMAGES_A_ROW)
+        in_bf16 = input.dtype == torch.bfloat16 and input.device.type == "cpu"
+        if in_bf16 and width <= self.stride[1] * WIDEST_IN_ROWS and images_a_row >= FEWEST_A_ROW:
+            return self._in_rows(input, images_a_row)
+        return super().forward(input)
+
+    def _one_pixel(self, input: Tensor) -> Tensor:
+        """As a matrix product of the taps that meet no padding: 1 of 9 on a map of 1x1, 4 on one of 2x2.
+
+        So oneDNN's bf16 gradient of a stride of 2 over one pixel is not met, which in torch 2.14 reads behind its input
+        on CPUs with AMX.
+        """
         height, width = input.shape[2:]
-        # An exported graph is to take images of any size, so it must not depend on this one's.
-        if torch.compiler.is_exporting() or height > self.stride[0] or width > self.stride[1]:
-            return super().forward(input)
         taps = self.weight[:, :, 1 : 1 + height, 1 : 1 + width]
         # Pixel by pixel, which of a channels-last map needs no copy.
         return F.linear(input.permute(0, 2, 3, 1).flatten(1), taps.permute(0, 2, 3, 1).flatten(1))[:, :, None, None]
+
+    def _in_rows(self, input: Tensor, images_a_row: int) -> Tensor:
+        """On rows of images side by side, the padding between them: on wide maps oneDNN's kernels are fast."""
+        width, stride = input.shape[3], self.stride[1]
+        period = stride * -(-(width + 1) // stride)  # from image to image; in outputs, period / stride
+        images = input.permute(0, 2, 3, 1).unflatten(0, (-1, images_a_row))  # (rows, in a row, H, W, C)
+        rows = F.pad(images.transpose(1, 2), (0, 0, 0, period - width)).flatten(2, 3)
+        outputs = super().forward(rows.permute(0, 3, 1, 2)).permute(0, 2, 3, 1)
+        maps = outputs.unflatten(2, (images_a_row, -1))[:, :, :, : -(-width // stride)]
+        return maps.transpose(1, 2).flatten(0, 1).permute(0, 3, 1, 2)
 
 
 class Encoder(ResNet):
@@ -70,7 +95,7 @@ class Encoder(ResNet):
         for module in self.modules():
             if isinstance(module, nn.Conv2d):
                 if (module.kernel_size, module.padding) == ((3, 3), (1, 1)):
-                    module.__class__ = OnePixelConv2d  # another forward, all else as torchvision made it
+                    module.__class__ = SmallMapConv2d  # another forward, all else as torchvision made it
                 nn.init.kaiming_normal_(module.weight, mode="fan_out", nonlinearity="relu")
             elif isinstance(module, BasicBlock):  # each block begins as the identity
                 nn.init.zeros_(module.bn2.weight)
