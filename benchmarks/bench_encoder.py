@@ -5,8 +5,9 @@
 A fixed batch of views in memory, and a fixed gradient of the projections: no loader, no loss, no optimizer. The first
 contender is what fastsimclr.train takes by itself where the hardware has bf16; on a CPU without it bf16 is emulated,
 and slow. The model is compiled as `--compile true` does it; what that takes is not timed, and its warm-up is a call.
+"torchvision's" is the same with plain nn.Conv2d everywhere, as torchvision's ResNet has it.
 
-After timing, projections and gradients are compared with those of float32, not channels-last, by the norm of their
+After timing, projections and gradients are compared with those of torchvision's in float32, by the norm of their
 difference. The last scale of each residual branch, zero at first, is 0.2 here: else most layers would have no gradient
 to compare. (At 1 a ResNet that is not trained is chaotic: bf16 then changes its gradients as much as other views do.)
 """
@@ -23,7 +24,7 @@ from torch import Tensor, nn
 from benchmarks.interleaved import Check, describe, interleave
 from benchmarks.memory import peak_mib
 from benchmarks.sizes import SMALL
-from benchmarks.train_contenders import DEVICE, DEVICE_NAME, simclr
+from benchmarks.train_contenders import DEVICE, DEVICE_NAME, simclr, with_plain_convolutions
 from fastsimclr.heap import keep_freed_memory
 from fastsimclr.precision import choose_precision
 
@@ -55,7 +56,7 @@ CASES = (
     )
     if SMALL
     else (
-        Case("resnet18", "small", 32, 1024 if ON_GPU else 64, 10, RESNET18_BF16),
+        Case("resnet18", "small", 32, 1024 if ON_GPU else 256, 10, RESNET18_BF16),
         Case("resnet50", "imagenet", 224, 256 if ON_GPU else 8, 7, RESNET50_BF16),
     )
 )
@@ -67,7 +68,11 @@ SETUPS = {  # bf16, channels-last, compiled
     "bf16, channels-last, torch.compile": (True, True, True),
     "float32, channels-last, torch.compile": (False, True, True),
 }
-PLAIN = "float32"
+RIVALS = {
+    "torchvision's, bf16, channels-last": (True, True, False),
+    "torchvision's, float32": (False, False, False),
+}
+PLAIN = "torchvision's, float32"
 OURS = next(iter(SETUPS))
 
 
@@ -79,9 +84,11 @@ class Pass:
     """A contender: called, it puts the views through the model forward and backward. All have the same weights, views
     and gradient of the projections."""
 
-    def __init__(self, case: Case, bf16: bool, channels_last: bool, compiled: bool) -> None:
+    def __init__(self, case: Case, bf16: bool, channels_last: bool, compiled: bool, *, torchvisions: bool) -> None:
         self.bf16 = bf16
         self.model = simclr(case.encoder, case.stem, case.image_size)  # seeds what is drawn below, too
+        if torchvisions:
+            with_plain_convolutions(self.model)
         for module in self.model.modules():
             if isinstance(module, nn.BatchNorm2d) and not module.weight.any():
                 nn.init.constant_(module.weight, BRANCH_SCALE)
@@ -120,12 +127,12 @@ def test_encoder(benchmark: BenchmarkFixture, capsys: pytest.CaptureFixture[str]
     torch.backends.cudnn.benchmark = True  # as fastsimclr.train sets it
     passes: dict[str, Pass] = {}
     missing: dict[str, str] = {}
-    for name, setup in SETUPS.items():
+    for name, setup in {**SETUPS, **RIVALS}.items():
         if SMALL and name.endswith("torch.compile"):
             missing[name] = "takes a minute to compile: not at small sizes"
             continue
         try:
-            passes[name] = Pass(case, *setup)
+            passes[name] = Pass(case, *setup, torchvisions=name in RIVALS)
             passes[name]()
         except Exception as error:
             if not name.endswith("torch.compile"):
@@ -162,7 +169,7 @@ def test_encoder(benchmark: BenchmarkFixture, capsys: pytest.CaptureFixture[str]
         checks=checks,
         missing=missing,
         notes=notes,
-        ours=[name for name in passes if name != OURS],
+        ours=[name for name in passes if name in SETUPS and name != OURS],
     )
     benchmark.extra_info["precision_of_a_run"] = choose_precision("auto", DEVICE).why
     with capsys.disabled():

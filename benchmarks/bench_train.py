@@ -1,4 +1,4 @@
-"""Whole training steps: ours, lightly's example loop on the same model and recipe, and ours without a loader.
+"""Whole training steps: ours, lightly's example loop on torchvision's model and the same recipe, ours without a loader.
 
     python -m pytest benchmarks/bench_train.py --benchmark-json=benchmarks/results/train-DEVICE.json
 
@@ -12,10 +12,10 @@ A call is a whole epoch of a few steps, so that no worker makes views for one co
 are of a call. lightly's workers stay from one epoch to the next.
 
 After timing all get the weights that ours ended with and the same views, and their losses are compared with the dense
-loss of the model in float32. Batch normalisation is over both views of a batch in ours, and over each by itself in
-lightly's loop: so it is in the loss that each is compared with. Peak memory is what torch's allocator holds at most in
-a step, without the loader; lightly's workers hold more in processes of their own. On a GPU further: ResNet-50 at 224²
-against its ceiling, CIFAR-10's epoch, and the loss's part of a step at batch 4096.
+loss of torchvision's model in float32. Batch normalisation is over both views of a batch in ours, and over each by
+itself in lightly's loop: so it is in the loss that each is compared with. Peak memory is what torch's allocator holds
+at most in a step, without the loader; lightly's workers hold more in processes of their own. On a GPU further:
+ResNet-50 at 224² against its ceiling, CIFAR-10's epoch, and the loss's part of a step at batch 4096.
 
 test_large_batch: a step of batch 4096 in micro-batches of 256, with our loss and with the dense one. Each runs again in
 a process that may take no more than the mean of the two peaks: ours has to end there, the other must not.
@@ -56,6 +56,7 @@ from benchmarks.train_contenders import (
     small_images,
     small_views,
     views_of,
+    with_plain_convolutions,
 )
 from fastsimclr import Views
 from fastsimclr.data import open_views
@@ -107,7 +108,7 @@ def time_epochs(
 def loss_checks(contenders: Mapping[str, Contender], stem: str, views: Sequence[Tensor]) -> dict[str, Check]:
     """Every contender's loss of the same views and weights, against the dense loss of the model in float32."""
     state = {name: each.clone() for name, each in next(iter(contenders.values())).model.state_dict().items()}
-    plain = simclr("resnet18", stem, views[0].shape[-1])
+    plain = with_plain_convolutions(simclr("resnet18", stem, views[0].shape[-1]))
     plain.load_state_dict(state)
     with torch.no_grad():
         apart = [plain(view) for view in views]

@@ -1,4 +1,5 @@
-"""Who trains in bench_train.py: our loop, and lightly's example of SimCLR in plain PyTorch, on the same model.
+"""Who trains in bench_train.py: our loop, and lightly's example of SimCLR in plain PyTorch. The latter's model is
+torchvision's, of the same layers and weights as ours.
 
 lightly's is examples/pytorch/simclr.py of lightly-ai/lightly as it is written: its transform in a DataLoader, one view
 after the other through the model, its loss, SGD of lr 0.06, float32. Its numbers are ours here, where it leaves them to
@@ -18,7 +19,7 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 from PIL import Image
-from torch import Tensor
+from torch import Tensor, nn
 from torch.utils.data import DataLoader, Dataset
 
 from benchmarks.nt_xent_contenders import dense
@@ -30,6 +31,7 @@ from fastsimclr.data.images import decode
 from fastsimclr.data.sources import ArraySource, EncodedSource, Source
 from fastsimclr.loss import NTXentLoss
 from fastsimclr.models import SimCLR, encoder, projector
+from fastsimclr.models.resnet import SmallMapConv2d
 from fastsimclr.optim import build_optimizer
 from fastsimclr.precision import choose_precision
 from fastsimclr.step import Step
@@ -58,6 +60,14 @@ def simclr(name: str, stem: str, image_size: int) -> SimCLR:
     torch.manual_seed(0)
     chosen = encoder(name, 1, stem, image_size=image_size)
     return SimCLR(chosen, projector(chosen.out_features)).to(DEVICE)
+
+
+def with_plain_convolutions(model: SimCLR) -> SimCLR:
+    """The model, changed to compute as torchvision's: our encoder has other forms of convolutions of small maps."""
+    for module in model.modules():
+        if isinstance(module, SmallMapConv2d):
+            module.__class__ = nn.Conv2d
+    return model
 
 
 @dataclass
@@ -150,7 +160,7 @@ def lightly_loop(model: SimCLR, loader: "DataLoader[Any]", temperature: float, *
     """tuned: under bf16 autocast and channels-last, as who knows PyTorch well would change two lines of it."""
     from lightly.loss import NTXentLoss as LightlyLoss
 
-    model = copy.deepcopy(model)
+    model = with_plain_convolutions(copy.deepcopy(model))
     layout = torch.channels_last if tuned else torch.preserve_format
     model = model.to(memory_format=layout)  # type: ignore[call-overload]
     criterion = LightlyLoss(temperature=temperature)
