@@ -1,10 +1,13 @@
 """torchvision's ResNets as encoders: any width, and a stem for small images."""
 
 import math
+from collections.abc import Callable
+from contextlib import nullcontext
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.autograd.graph import saved_tensors_hooks
 from torchvision.models.resnet import BasicBlock, Bottleneck, ResNet
 
 from fastsimclr.errors import UserError
@@ -56,11 +59,32 @@ class SmallMapConv2d(nn.Conv2d):
         """On rows of images side by side, the padding between them: on wide maps oneDNN's kernels are fast."""
         width, stride = input.shape[3], self.stride[1]
         period = stride * -(-(width + 1) // stride)  # from image to image; in outputs, period / stride
-        images = input.permute(0, 2, 3, 1).unflatten(0, (-1, images_a_row))  # (rows, in a row, H, W, C)
-        rows = F.pad(images.transpose(1, 2), (0, 0, 0, period - width)).flatten(2, 3)
-        outputs = super().forward(rows.permute(0, 3, 1, 2)).permute(0, 2, 3, 1)
+
+        def in_rows(maps: Tensor) -> Tensor:
+            images = maps.permute(0, 2, 3, 1).unflatten(0, (-1, images_a_row))  # (rows, in a row, H, W, C)
+            rows = F.pad(images.transpose(1, 2), (0, 0, 0, period - width)).flatten(2, 3)
+            return rows.permute(0, 3, 1, 2)
+
+        rows = in_rows(input)
+        with nullcontext() if torch.compiler.is_compiling() else _made_again_in_backward(rows, in_rows, input):
+            outputs = super().forward(rows).permute(0, 2, 3, 1)
         maps = outputs.unflatten(2, (images_a_row, -1))[:, :, :, : -(-width // stride)]
         return maps.transpose(1, 2).flatten(0, 1).permute(0, 3, 1, 2)
+
+
+def _made_again_in_backward(made: Tensor, make: Callable[[Tensor], Tensor], source: Tensor) -> saved_tensors_hooks:
+    """Here autograd does not keep `made`, which is make(source): a source that is kept anyway is then kept alone."""
+    source, version = source.detach(), source._version
+    address = made.data_ptr()  # not `made` itself: with the hooks autograd would keep it after all
+
+    def unpack(saved: Tensor) -> Tensor:
+        if saved is not source:
+            return saved
+        if source._version != version:  # as autograd itself would find
+            raise RuntimeError("a convolution's input was changed in place, and its gradient needs what it was")
+        return make(source)
+
+    return saved_tensors_hooks(lambda saved: source if saved.data_ptr() == address else saved, unpack)
 
 
 class Encoder(ResNet):
