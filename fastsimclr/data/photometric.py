@@ -64,8 +64,8 @@ def photometric(
 def _empty(images: int, height: int, width: int, dtype: torch.dtype, device: torch.device) -> Tensor:
     """Memory for views, (images, 3, height, width), channels-last."""
     if device.type == "cpu":
-        # NumPy's, as PyTorch's is aligned: glibc before 2.38 hardly uses such a block again once it is freed, and of
-        # batches of 37 MB, two of them in use, the process held seven.
+        # NumPy's is malloc's, PyTorch's posix_memalign's, which in glibc before 2.38 hardly uses a block again that was
+        # freed: of batches of 37 MB, two of them in use, the process held seven.
         out = torch.from_numpy(np.empty((images, height, width, 3), f"i{dtype.itemsize}")).view(dtype)
     else:
         out = torch.empty((images, height, width, 3), dtype=dtype, device=device)
