@@ -1,10 +1,13 @@
 """Encoders, the projection head, and batch normalisation over ranks."""
 
 import functools
+import weakref
 from collections.abc import Callable
+from typing import Any
 
 import pytest
 import torch
+import torch.nn.functional as F
 import torchvision
 from torch import Tensor, nn
 
@@ -76,6 +79,32 @@ def test_a_convolution_of_images_in_rows_is_the_convolution(
     expected = results_and_gradients(layer, functools.partial(nn.Conv2d.forward, layer), 12, 6, *shape)
     in_rows = results_and_gradients(layer, lambda x: layer._in_rows(x, images_a_row), 12, 6, *shape)
     torch.testing.assert_close(in_rows, expected, rtol=1e-13, atol=1e-14)
+
+
+def test_rows_are_made_again_in_the_backward_and_not_kept(monkeypatch: pytest.MonkeyPatch) -> None:
+    original, padded = F.pad, list[weakref.ref[Tensor]]()
+
+    def pad(*args: Any) -> Tensor:
+        padded.append(weakref.ref(made := original(*args)))
+        return made
+
+    monkeypatch.setattr(F, "pad", pad)
+    layer = SmallMapConv2d(6, 5, 3, padding=1, bias=False).double()
+    x = torch.randn(12, 6, 4, 4, dtype=torch.float64, requires_grad=True)
+    y = layer._in_rows(x, 4)
+    assert [made() for made in padded] == [None]
+    y.sum().backward()
+    assert [made() for made in padded] == [None, None]
+    assert torch.autograd.gradgradcheck(lambda x: layer._in_rows(x, 4), x)
+
+
+def test_rows_are_not_made_of_an_input_that_has_changed() -> None:
+    layer = SmallMapConv2d(6, 5, 3, padding=1, bias=False).double()
+    x = torch.randn(12, 6, 4, 4, dtype=torch.float64)
+    y = layer._in_rows(x, 4)
+    x.mul_(2)
+    with pytest.raises(RuntimeError, match="changed in place"):
+        y.sum().backward()
 
 
 @pytest.mark.parametrize("images", [32, 3])  # in two rows; in none, as they are too few
