@@ -1,13 +1,12 @@
 """torchvision's ResNets as encoders: any width, and a stem for small images."""
 
 import math
-from collections.abc import Callable
-from contextlib import nullcontext
+from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from torch.autograd.graph import saved_tensors_hooks
+from torch.nn.grad import conv2d_input, conv2d_weight
 from torchvision.models.resnet import BasicBlock, Bottleneck, ResNet
 
 from fastsimclr.errors import UserError
@@ -57,34 +56,58 @@ class SmallMapConv2d(nn.Conv2d):
 
     def _in_rows(self, input: Tensor, images_a_row: int) -> Tensor:
         """On rows of images side by side, the padding between them: on wide maps oneDNN's kernels are fast."""
-        width, stride = input.shape[3], self.stride[1]
-        period = stride * -(-(width + 1) // stride)  # from image to image; in outputs, period / stride
-
-        def in_rows(maps: Tensor) -> Tensor:
-            images = maps.permute(0, 2, 3, 1).unflatten(0, (-1, images_a_row))  # (rows, in a row, H, W, C)
-            rows = F.pad(images.transpose(1, 2), (0, 0, 0, period - width)).flatten(2, 3)
-            return rows.permute(0, 3, 1, 2)
-
-        rows = in_rows(input)
-        with nullcontext() if torch.compiler.is_compiling() else _made_again_in_backward(rows, in_rows, input):
-            outputs = super().forward(rows).permute(0, 2, 3, 1)
-        maps = outputs.unflatten(2, (images_a_row, -1))[:, :, :, : -(-width // stride)]
-        return maps.transpose(1, 2).flatten(0, 1).permute(0, 3, 1, 2)
+        # Cast here, as autocast does not reach into a Function.
+        maps: Tensor = _ConvolutionInRows.apply(input, self.weight.to(input.dtype), self.stride[1], images_a_row)
+        return maps
 
 
-def _made_again_in_backward(made: Tensor, make: Callable[[Tensor], Tensor], source: Tensor) -> saved_tensors_hooks:
-    """Here autograd does not keep `made`, which is make(source): a source that is kept anyway is then kept alone."""
-    source, version = source.detach(), source._version
-    address = made.data_ptr()  # not `made` itself: with the hooks autograd would keep it after all
+class _ConvolutionInRows(torch.autograd.Function):
+    """Keeps maps for its backward, which the network keeps anyway, and makes their rows again there."""
 
-    def unpack(saved: Tensor) -> Tensor:
-        if saved is not source:
-            return saved
-        if source._version != version:  # as autograd itself would find
-            raise RuntimeError("a convolution's input was changed in place, and its gradient needs what it was")
-        return make(source)
+    @staticmethod
+    def forward(maps: Tensor, weight: Tensor, stride: int, images_a_row: int) -> Tensor:
+        width = maps.shape[3]
+        rows = _side_by_side(maps, images_a_row, stride * _period(width, stride))
+        outputs = F.conv2d(rows, weight, stride=stride, padding=1)
+        return _apart(outputs, images_a_row, -(-width // stride))
 
-    return saved_tensors_hooks(lambda saved: source if saved.data_ptr() == address else saved, unpack)
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Tensor, Tensor, int, int], output: Tensor) -> None:
+        maps, weight, ctx.stride, ctx.images_a_row = inputs
+        ctx.save_for_backward(maps, weight)
+
+    @staticmethod
+    def backward(ctx: Any, dmaps: Tensor) -> tuple[Tensor | None, Tensor | None, None, None]:
+        maps, weight = ctx.saved_tensors
+        stride, width = ctx.stride, maps.shape[3]
+        period = _period(width, stride)
+        rows = _side_by_side(maps, ctx.images_a_row, stride * period)
+        doutputs = _side_by_side(dmaps, ctx.images_a_row, period)
+        dinput = dweight = None
+        if ctx.needs_input_grad[0]:
+            dinput = _apart(conv2d_input(rows.shape, weight, doutputs, stride, 1), ctx.images_a_row, width)
+        if ctx.needs_input_grad[1]:
+            dweight = conv2d_weight(rows, weight.shape, doutputs, stride, 1)
+        return dinput, dweight, None, None
+
+
+def _period(width: int, stride: int) -> int:
+    """From image to image in a row of outputs; in one of inputs it is so many strides, at least one pixel more than an
+    image."""
+    return -(-(width + 1) // stride)
+
+
+def _side_by_side(maps: Tensor, images_a_row: int, period: int) -> Tensor:
+    """(N, C, H, W) to rows (N / images_a_row, C, H, images_a_row * period), zeros behind each image."""
+    images = maps.permute(0, 2, 3, 1).unflatten(0, (-1, images_a_row))  # (rows, in a row, H, W, C)
+    rows = F.pad(images.transpose(1, 2), (0, 0, 0, period - maps.shape[3])).flatten(2, 3)
+    return rows.permute(0, 3, 1, 2)
+
+
+def _apart(rows: Tensor, images_a_row: int, width: int) -> Tensor:
+    """The reverse, of images of that width."""
+    images = rows.permute(0, 2, 3, 1).unflatten(2, (images_a_row, -1))[:, :, :, :width]
+    return images.transpose(1, 2).flatten(0, 1).permute(0, 3, 1, 2)
 
 
 class Encoder(ResNet):
