@@ -101,8 +101,13 @@ def test_a_convolution_of_images_in_rows_has_second_derivatives_and_those_of_tor
     layer = SmallMapConv2d(6, 5, 3, padding=1, bias=False).double()
     x = torch.randn(4, 6, 2, 2, dtype=torch.float64, requires_grad=True)
     assert torch.autograd.gradgradcheck(lambda x: layer._in_rows(x, 4), x)
-    dx = torch.func.grad(lambda x: layer._in_rows(x, 4).square().sum())(x)
-    torch.testing.assert_close(dx, torch.autograd.grad(layer._in_rows(x, 4).square().sum(), x)[0])
+
+    def loss(x: Tensor) -> Tensor:
+        return layer._in_rows(x, 4).square().sum()
+
+    batches = torch.stack([x, 2 * x])
+    expected = torch.stack([torch.autograd.grad(loss(batch), batch)[0] for batch in batches])
+    torch.testing.assert_close(torch.func.vmap(torch.func.grad(loss))(batches), expected)
 
 
 @pytest.mark.parametrize("images", [32, 3])  # in two rows; in none, as they are too few

@@ -64,6 +64,8 @@ class SmallMapConv2d(nn.Conv2d):
 class _ConvolutionInRows(torch.autograd.Function):
     """Keeps maps for its backward, which the network keeps anyway, and makes their rows again there."""
 
+    generate_vmap_rule = True
+
     @staticmethod
     def forward(maps: Tensor, weight: Tensor, stride: int, images_a_row: int) -> Tensor:
         width = maps.shape[3]
