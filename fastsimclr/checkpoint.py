@@ -183,4 +183,5 @@ def _names_in_pickle(file: Any) -> set[str]:
                 names.add(".".join(texts))
             elif isinstance(argument, str):
                 texts = [texts[1], argument]
-    return names
+    # Bytes that are no pickle may look like imports, of what cannot be a name.
+    return {name for name in names if all(part.isidentifier() for part in name.split("."))}

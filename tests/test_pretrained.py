@@ -5,6 +5,7 @@ import importlib.util
 import json
 import os
 import pickle
+import random
 import sys
 import types
 import warnings
@@ -185,7 +186,9 @@ BUILT = {
         (lambda: Path("f.pt").write_bytes(b""), "f.pt", "damaged or no checkpoint"),
         (lambda: Path("f.pt").write_text("weights"), "f.pt", "damaged or no checkpoint"),
         (lambda: Path("f.pt").write_bytes(b"PK\x03\x04"), "f.pt", "damaged or no checkpoint"),
-        (lambda: Path("f.pt").write_bytes(os.urandom(999)), "f.pt", "damaged or no checkpoint"),
+        (lambda: Path("f.pt").write_bytes(random.Random(0).randbytes(999)), "f.pt", "damaged or no checkpoint"),
+        (lambda: Path("f.pt").write_bytes(b"\x93"), "f.pt", "damaged or no checkpoint"),  # STACK_GLOBAL
+        (lambda: Path("f.pt").write_bytes(b"c(Y\n$ \n"), "f.pt", "damaged or no checkpoint"),  # GLOBAL
         (lambda: np.savez("f.npz", a=np.zeros(3)), "f.npz", "damaged or no checkpoint"),
         (lambda: Path("f.onnx").write_bytes(b"\x08"), "f.onnx", "onnxruntime"),
         (lambda: Path("f.safetensors").write_bytes(b""), "f.safetensors", "no safetensors file"),
