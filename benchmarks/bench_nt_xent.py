@@ -343,6 +343,7 @@ def test_nt_xent(
         notes=remarks(size, refused),
         ours=[name for name in others if size.found[name].ours],
         yardsticks=[MATMUL],
+        differing=[name for name in others if size.found[name].bound is None],
         headline=any(target.views for target in targets),
     )
     benchmark.extra_info.update(

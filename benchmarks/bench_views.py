@@ -328,6 +328,7 @@ def compare(
         missing=comparison.missing,
         notes=known,
         ours=[name for name in others if comparison.contenders[name].ours],
+        differing=[name for name in others if comparison.contenders[name].differs],
         headline=headline,
     )
     benchmark.extra_info.update(images_from=images_from, torch_threads=torch.get_num_threads())
@@ -499,27 +500,41 @@ def test_stages(benchmark: BenchmarkFixture, capsys: pytest.CaptureFixture[str],
         ]
 
     crops = cropped()
-    stages: dict[str, Callable[[], object]] = {
-        "photometry, float32": lambda: [photometric(c, d, recipe) for c, d in zip(crops, draws, strict=True)],
-        "photometry, bfloat16": lambda: [
+    photometry: dict[str, Callable[[], tuple[torch.Tensor, ...]]] = {
+        "photometry, float32": lambda: tuple(photometric(c, d, recipe) for c, d in zip(crops, draws, strict=True)),
+        "photometry, bfloat16": lambda: tuple(
             photometric(c, d, recipe, torch.bfloat16) for c, d in zip(crops, draws, strict=True)
-        ],
-        "photometry, PyTorch's operations": lambda: [
+        ),
+        "photometry, PyTorch's operations": lambda: tuple(
             photometric(c, d, recipe, backend="pytorch") for c, d in zip(crops, draws, strict=True)
-        ],
+        ),
+    }
+    stages: dict[str, Callable[[], object]] = {
+        **photometry,
         "read": lambda: [source.read(int(i)) for i in index],
         "decode": lambda: [decode(file, "photo") for file in files],
         "draw": lambda: draw_views(views, 0, 0, index, sizes),
         "crop, resize, flip": cropped,
     }
     timing = interleave(benchmark, stages, rounds=ROUNDS if SMALL else 10, warmup_rounds=1)
+    ours, *variants = photometry
+    checks = {
+        name: Check(
+            "views of equal draws, mean levels of 255",
+            pixels_apart([photometry[name]()], [photometry[ours]()], views),
+            PIXELS_BOUND,
+        )
+        for name in variants
+    }
     milliseconds = {name: spread.median / BATCH for name, spread in timing.milliseconds.items()}
     describe(
         benchmark,
         device="cpu",
         sizes={"image_size": views.image_size, "views": 2, "batch_size": BATCH, "threads": 1},
         images=dict.fromkeys(stages, BATCH),
-        ours=list(stages)[1:],
+        checks=checks,
+        ours=variants,
+        yardsticks=[name for name in stages if name not in photometry],
         headline=False,
     )
     benchmark.extra_info.update(images_from=photos.origin, torch_threads=1)

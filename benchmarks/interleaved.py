@@ -129,6 +129,7 @@ def describe(
     notes: Mapping[str, str] | None = None,
     ours: Collection[str] = (),
     yardsticks: Collection[str] = (),
+    differing: Collection[str] = (),
     headline: bool = True,
 ) -> None:
     """What `benchmarks.report` needs to know of an interleaved benchmark beside its times, into benchmark.extra_info.
@@ -136,8 +137,15 @@ def describe(
     device: "cpu", or the GPU's name. sizes: what was computed, e.g. {"batch_size": 256}. images: source images a call
     of each contender, where a rate says more than a time. peak_mib, checks, notes: by contender. missing: contenders
     that are not here, and why. ours: contenders beside the first that are ours, too. yardsticks: those that do other
-    work, e.g. a plain matrix product; neither is a rival. headline: whether it gets a row in README.md.
+    work, e.g. a plain matrix product; neither is a rival. differing: rivals that compute another function, or in less
+    precision, and how far off they are is in their notes. All others but the first have to be checked. headline:
+    whether it gets a row in README.md.
     """
+    compared = set(benchmark.extra_info["speedup"])
+    unchecked = compared - {*(checks or {}), *yardsticks, *differing}
+    assert not unchecked, f"not checked, and not said to differ: {', '.join(sorted(unchecked))}"
+    unsaid = set(differing) - set(notes or {})
+    assert not unsaid, f"how far off they are is not in the notes: {', '.join(sorted(unsaid))}"
     benchmark.extra_info.update(
         device=device,
         sizes=dict(sizes),
@@ -148,5 +156,6 @@ def describe(
         notes=dict(notes or {}),
         ours=list(ours),
         yardsticks=list(yardsticks),
+        differing=list(differing),
         headline=headline,
     )

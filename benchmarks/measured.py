@@ -32,7 +32,8 @@ class Contender:
     """One of those that were timed in turn.
 
     time_ms: of a call. ratio: its time over the first's of the same round, per image where both say how many they take;
-    of the first None. images: of a call. peak_mib, check: None where it was not measured.
+    of the first None. images: of a call. peak_mib, check: None where it was not measured. differs: it computes
+    another function, or in less precision, as its note says.
     """
 
     name: str
@@ -42,6 +43,7 @@ class Contender:
     images: int | None
     peak_mib: float | None
     check: Check | None
+    differs: bool
     note: str
 
     @property
@@ -202,6 +204,7 @@ def contender(name: str, info: dict[str, Any]) -> Contender:
         images=images.get(name),
         peak_mib=info.get("peak_mib", {}).get(name),
         check=Check(**check) if check else None,
+        differs=name in info.get("differing", ()),
         note=info.get("notes", {}).get(name, ""),
     )
 

@@ -124,7 +124,11 @@ def section(same: Sequence[Measured], numbers: dict[Setup, int]) -> list[str]:
 
 def row(each: Contender, measured: Measured, numbers: dict[Setup, int]) -> list[str]:
     rate, check = each.images_per_second, each.check
-    unchecked = {Kind.FIRST: "the others are compared with it", Kind.YARDSTICK: "other work"}
+    unchecked = {Kind.FIRST: "the others are compared with it", Kind.YARDSTICK: "other work"}.get(
+        each.kind, "not checked"
+    )
+    if each.differs:
+        unchecked = "**differs**, see below"
     return [
         on(measured.setup, numbers),
         f"**{each.name}**" if each.kind is Kind.FIRST else each.name,
@@ -133,7 +137,7 @@ def row(each: Contender, measured: Measured, numbers: dict[Setup, int]) -> list[
         quartiles(each.time_ms),
         "" if rate is None else number(rate),
         "" if each.peak_mib is None else number(each.peak_mib),
-        f"{check.what}: {check.error:.1g} ≤ {check.bound:g}" if check else unchecked.get(each.kind, "not checked"),
+        f"{check.what}: {check.error:.1g} ≤ {check.bound:g}" if check else unchecked,
     ]
 
 

@@ -69,6 +69,28 @@ def test_the_report_reads_what_a_benchmark_leaves(benchmark: BenchmarkFixture, t
     assert theirs.ratio.median > 1
 
 
+def test_whoever_is_compared_is_checked_or_said_to_differ(benchmark: BenchmarkFixture, tmp_path: Path) -> None:
+    work = {"ours": lambda: 1, "theirs": lambda: 1, "rough": lambda: 1, "product": lambda: 1}
+    interleave(benchmark, work, rounds=2)
+    said: dict[str, Any] = {"device": "cpu", "sizes": {}, "yardsticks": ["product"], "notes": {"rough": "0.01 off"}}
+    with pytest.raises(AssertionError, match="not checked, and not said to differ: rough, theirs"):
+        describe(benchmark, **said)
+    said |= {"checks": {"theirs": Check("sum", 0.0, 1e-3)}, "differing": ["rough"]}
+    with pytest.raises(AssertionError, match="how far off they are is not in the notes: rough"):
+        describe(benchmark, **said | {"notes": {}})
+    describe(benchmark, **said)
+    page = {"group": None, "name": "test_sum", "extra_info": json.loads(json.dumps(benchmark.extra_info))}
+    text = report(tmp_path, results(tmp_path / "one.json", page))
+    checks = {name: row(text, name)[-1] for name in ("**ours**", "theirs", "rough", "product")}
+    assert checks == {
+        "**ours**": "the others are compared with it",
+        "theirs": "sum: 0 ≤ 0.001",
+        "rough": "**differs**, see below",
+        "product": "other work",
+    }
+    assert "- rough: 0.01 off" in text
+
+
 def test_another_function_is_no_result() -> None:
     with pytest.raises(AssertionError, match=r"another function: loss 0.01, beyond 0.001"):
         Check("loss", 1e-2, 1e-3)
