@@ -40,7 +40,7 @@ from pytest_benchmark.fixture import BenchmarkFixture
 from torch import Tensor
 
 from benchmarks.interleaved import Check, Spread, Timing, describe, interleave
-from benchmarks.memory import peak_mib
+from benchmarks.memory import peak_mib, settle_heap
 from benchmarks.nt_xent_contenders import Contender, contenders
 from benchmarks.sizes import SMALL
 
@@ -154,7 +154,7 @@ def relative_errors(got: tuple[Tensor, ...], expected: tuple[Tensor, ...]) -> tu
 def prepare(views: int, width: int) -> Size:
     free_memory()
     torch.manual_seed(0)
-    torch.ones(31 * 2**18)  # settles glibc's heap as a training run would: see bench_optimizer.py
+    settle_heap()
     x = torch.randn(views // 2, width, device=DEVICE)
     # A loss of about 0.1 to 1, as in training: views that have much in common.
     z1, z2 = ((x + 0.5 * torch.randn_like(x)).requires_grad_() for _ in range(2))

@@ -19,7 +19,7 @@ from torch.optim.optimizer import Optimizer
 from torchvision.models import resnet18, resnet50
 
 from benchmarks.interleaved import Check, describe, interleave
-from benchmarks.memory import peak_mib
+from benchmarks.memory import peak_mib, settle_heap
 from benchmarks.sizes import SMALL
 from fastsimclr.optim import LARS, is_norm_or_bias
 
@@ -47,11 +47,6 @@ class LoopLARS(Optimizer):
                 state["velocity"] = torch.zeros_like(p)
             state["velocity"].mul_(0.9).add_(g, alpha=LR)
             p.sub_(state["velocity"])
-
-
-def settle_heap() -> None:
-    """Free a block just under glibc's largest threshold (32 MiB), as training does: glibc keeps 64 MiB from then on."""
-    torch.ones(31 * 2**18)
 
 
 def decay_groups(params: list[Tensor]) -> list[dict[str, object]]:

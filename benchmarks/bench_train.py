@@ -24,7 +24,6 @@ a process that may take no more than the mean of the two peaks: ours has to end 
 import gc
 import itertools
 import os
-import tarfile
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from multiprocessing import get_context
@@ -33,10 +32,10 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from PIL import Image
 from pytest_benchmark.fixture import BenchmarkFixture
 from torch import Tensor
 
+from benchmarks.images import photographs, small_images
 from benchmarks.interleaved import Check, Timing, describe, interleave
 from benchmarks.memory import peak_mib
 from benchmarks.sizes import SMALL
@@ -44,7 +43,6 @@ from benchmarks.train_contenders import (
     CORES,
     DEVICE,
     DEVICE_NAME,
-    SHARED,
     Contender,
     fits,
     large_step,
@@ -53,7 +51,6 @@ from benchmarks.train_contenders import (
     open_small_views,
     ours,
     simclr,
-    small_images,
     small_views,
     views_of,
     with_plain_convolutions,
@@ -237,24 +234,12 @@ def test_large_batch(benchmark: BenchmarkFixture, capsys: pytest.CaptureFixture[
     assert not fitting.get(LARGE_DENSE, False)
 
 
-def photographs(folder: Path, count: int) -> tuple[int, str]:
-    """`count` JPEG files in `folder`, those of ../shared/data/photos again and again where they are, else noise."""
-    archive = SHARED / "photos" / "flowers_300.tar"
-    if archive.is_file():
-        with tarfile.open(archive) as tar:
-            files = [tar.extractfile(member) for member in tar if member.name.endswith(".jpg")]
-            data = [file.read() for file in files if file is not None]
-    else:
-        rng = np.random.default_rng(0)
-        data = []
-        for _ in range(100):  # coarse blobs: 500×400
-            blobs = Image.fromarray(rng.integers(0, 256, (12, 15, 3), dtype=np.uint8))
-            blobs.resize((500, 400), Image.Resampling.BICUBIC).save(folder / "one.jpg", quality=92)
-            data.append((folder / "one.jpg").read_bytes())
-            (folder / "one.jpg").unlink()
-    for number, each in zip(range(count), itertools.cycle(data), strict=False):
-        (folder / f"{number:05}.jpg").write_bytes(each)
-    return count, archive.name if archive.is_file() else "synthetic"
+def write_photographs(folder: Path, count: int) -> str:
+    """`count` files, few photographs again and again; says which."""
+    files, images_from = photographs(300)
+    for number, file in zip(range(count), itertools.cycle(files), strict=False):
+        (folder / f"{number:05}.jpg").write_bytes(file)
+    return images_from
 
 
 def against_ceiling(
@@ -287,7 +272,8 @@ def against_ceiling(
 def test_photographs(benchmark: BenchmarkFixture, capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
     """ResNet-50 on photographs that DALI decodes, against the same loop without a loader."""
     batch, steps = (32, 2) if SMALL else (512, 8)
-    images, images_from = photographs(tmp_path, batch * steps)
+    images = batch * steps
+    images_from = write_photographs(tmp_path, images)
     bf16 = choose_precision("auto", DEVICE).bf16
     loader = open_views(
         str(tmp_path),

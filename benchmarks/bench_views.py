@@ -16,14 +16,9 @@ are in nobody's figure. Everybody's workers, ours and rivals', are forked from o
 need before: what it takes is in nobody's figure either.
 """
 
-import ctypes
-import functools
 import gc
-import importlib.util
-import io
 import os
 import tarfile
-import threading
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import replace
 from pathlib import Path
@@ -32,36 +27,29 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from PIL import Image
 from pytest_benchmark.fixture import BenchmarkFixture
 
 from benchmarks import view_contenders as here
 from benchmarks import view_peers as peers
-from benchmarks.bench_optimizer import settle_heap
-from benchmarks.interleaved import Check, Timing, describe, interleave
-from benchmarks.memory import tree_mib
+from benchmarks.images import four_to_three, photographs, small_images
+from benchmarks.interleaved import Check, describe, interleave
+from benchmarks.memory import settle_heap
 from benchmarks.sizes import SMALL
-from benchmarks.view_checks import PIXELS_BOUND, Looks, pixels_apart, without_chance
+from benchmarks.view_checks import PIXELS_BOUND, Looks, pixels_apart
+from benchmarks.view_comparison import CORES, DEVICE, LOOKED_AT, ROUNDS, WORKERS, Comparison, compare
 from benchmarks.view_contenders import GRID, Contender, Loader, OurCrops, OurViews, Photos, Setting
 from fastsimclr import Views
 from fastsimclr.data import open_source, open_views
 from fastsimclr.data.draws import draw_views
 from fastsimclr.data.images import decode
-from fastsimclr.data.memory import decode_all
 from fastsimclr.data.photometric import photometric
-from fastsimclr.data.sources import ArraySource, EncodedSource
+from fastsimclr.data.sources import EncodedSource
 from fastsimclr.data.torchvision import crop as crop_by_torchvision
 
-SHARED = Path(__file__).resolve().parents[2] / "shared" / "data"
-PHOTOS, COPIES, BATCH, ROUNDS = (24, 1, 8, 2) if SMALL else (128, 3, 32, 5)
+PHOTOS, COPIES, BATCH = (24, 1, 8) if SMALL else (128, 3, 32)
 FEW = 16  # images whose pixels are compared
-LOOKED_AT = 96 if SMALL else 512  # images whose views' averages are compared
 BATCHES = (20, 100) if SMALL else (400, 2000)  # of test_memory_stays_flat
 RECIPE = Views(image_size=64) if SMALL else Views()
-DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
-DEVICE_NAME = torch.cuda.get_device_name() if DEVICE == "cuda" else "cpu"
-CORES = 1 if SMALL else len(os.sched_getaffinity(0))
-WORKERS = min(16, CORES)
 # Other packages' warnings are shown, and no reason to stop; their workers end with this process.
 pytestmark = pytest.mark.filterwarnings("default")
 
@@ -90,46 +78,11 @@ def put(folder: Path, files: Mapping[str, bytes]) -> Photos:
     return Photos(folder / "files", tuple(map(str, paths)), tuple(shards))
 
 
-def synthetic(number: int) -> list[bytes]:
-    """JPEG files of coarse blobs and fine noise: 500×400, about 110 KB."""
-    rng = np.random.default_rng(0)
-    made = []
-    for _ in range(number):
-        blobs = Image.fromarray(rng.integers(0, 256, (12, 15, 3), dtype=np.uint8))
-        smooth = np.asarray(blobs.resize((500, 400), Image.Resampling.BICUBIC))
-        noisy = np.clip(smooth + rng.normal(0, 8, smooth.shape), 0, 255).astype(np.uint8)
-        file = io.BytesIO()
-        Image.fromarray(noisy).save(file, "JPEG", quality=92)
-        made.append(file.getvalue())
-    return made
-
-
-def four_to_three(file: bytes) -> bytes:
-    """The middle of an image at a ratio of 4 to 3, of which a crop of the whole area is the whole image for everyone.
-
-    Where no such crop fits into an image, torchvision and we take its middle, DALI and Kornia any part.
-    """
-    with Image.open(io.BytesIO(file)) as opened:
-        image = opened.convert("RGB")
-    unit = min(image.width // 4, image.height // 3)
-    left, top = (image.width - 4 * unit) // 2, (image.height - 3 * unit) // 2
-    cut = io.BytesIO()
-    image.crop((left, top, left + 4 * unit, top + 3 * unit)).save(cut, "JPEG", quality=95)
-    return cut.getvalue()
-
-
 class Sets:
     """Photographs: all copies, one of each, and a few of a ratio of 4 to 3; and where they are from."""
 
     def __init__(self, folder: Path) -> None:
-        archive = SHARED / "photos" / "flowers_300.tar"
-        self.origin = archive.name if archive.is_file() else "synthetic"
-        if archive.is_file():
-            with tarfile.open(archive) as tar:
-                files = [tar.extractfile(member) for member in tar if member.name.endswith(".jpg")][:PHOTOS]
-                data = [file.read() for file in files if file is not None]
-        else:
-            data = synthetic(PHOTOS)
+        data, self.origin = photographs(PHOTOS)
         named = [{f"{copy}-{i:03}.jpg": each for i, each in enumerate(data)} for copy in range(COPIES)]
         self.whole = put(folder / "whole", {name: each for copy in named for name, each in copy.items()})
         self.once = put(folder / "once", named[0])
@@ -140,211 +93,6 @@ class Sets:
 def photos(tmp_path_factory: pytest.TempPathFactory) -> Sets:
     peers.start_server()
     return Sets(tmp_path_factory.mktemp("photos"))
-
-
-def small_images() -> tuple[ArraySource, str]:
-    shards = str(SHARED / "cifar10" / "train-{0..4}.tar")
-    if (SHARED / "cifar10").is_dir() and not SMALL:
-        source = open_source(shards)
-        assert isinstance(source, EncodedSource)
-        return decode_all(source), "CIFAR-10"
-    digits = open_source("digits")
-    assert isinstance(digits, ArraySource)
-    return digits, "digits"
-
-
-def some_of(source: ArraySource, number: int) -> ArraySource:
-    return ArraySource(source.title, source.images[:number], source.labels[:number], source.classes)
-
-
-def close(loader: Loader) -> None:
-    if hasattr(loader, "close"):
-        loader.close()
-
-
-def most_mib(call: Callable[[], object]) -> float:
-    """The most memory that this process and its workers hold while `call` runs."""
-    seen, done = [0.0], threading.Event()
-
-    def sample() -> None:
-        while not done.wait(0.05):
-            seen.append(tree_mib())
-
-    sampler = threading.Thread(target=sample)
-    sampler.start()
-    try:
-        call()
-    finally:
-        done.set()
-        sampler.join()
-    return max(*seen, tree_mib())
-
-
-def trimmed_mib() -> float:
-    """Memory held now, less what the heap of this process keeps without need, so that nobody uses up another's."""
-    gc.collect()
-    getattr(ctypes.CDLL(None), "malloc_trim", lambda _: 0)(0)
-    return tree_mib()
-
-
-class Comparison:
-    """Contenders opened on the same data, timed in alternation, and checked. The first is ours.
-
-    whole, once, few: the data of an epoch, of a slow contender's, and of the comparison of pixels. form: of what each
-    batch has to be.
-    """
-
-    def __init__(
-        self, contenders: Mapping[str, Contender], setting: Setting, data: tuple[Any, Any, Any], form: tuple[int, Any]
-    ) -> None:
-        self.setting, self.form = setting, form
-        self.whole, self.once, self.few = data
-        self.contenders: dict[str, Contender] = {}
-        self.missing: dict[str, str] = {}
-        self.loaders: dict[str, Loader] = {}
-        self.images: dict[str, int] = {}
-        self.peak_mib: dict[str, float] = {}
-        self._looks: dict[tuple[tuple[str, Any], ...], Looks] = {}
-        for name, contender in contenders.items():
-            if contender.requires and importlib.util.find_spec(contender.requires) is None:
-                self.missing[name] = f"not installed (pip install {contender.requires})"
-                continue
-            data_ = self.once if contender.slow else self.whole
-            try:
-                if contender.requires:
-                    importlib.import_module(contender.requires)  # else its imports are in its memory
-                before = trimmed_mib()
-                self.images[name] = len(data_)
-                self.loaders[name] = contender.open(data_, replace(setting, batch_size=self._batch(data_)))
-                self.peak_mib[name] = most_mib(functools.partial(self.epoch, name)) - before
-            except Exception as error:
-                if not contender.requires:
-                    raise
-                self.missing[name] = f"it does not run here: {type(error).__name__}: {str(error)[:200]}"
-                self.loaders.pop(name, None)
-                continue
-            self.contenders[name] = contender
-        self.images = {name: self.images[name] for name in self.contenders}
-
-    def _batch(self, data: Any) -> int:
-        return min(self.setting.batch_size, len(data))
-
-    def epoch(self, name: str) -> None:
-        side, dtype = self.form
-        seen = 0
-        for batch in self.loaders[name]:
-            for view in batch:
-                assert view.shape[1:] == (3, side, side)
-                assert view.dtype == dtype
-                view.to(DEVICE, non_blocking=True)
-            seen += len(batch[0])
-        assert seen == self.images[name]
-
-    def run(self, benchmark: BenchmarkFixture) -> Timing:
-        settle_heap()
-        return interleave(
-            benchmark,
-            {name: functools.partial(self.epoch, name) for name in self.loaders},
-            rounds=ROUNDS,
-            warmup_rounds=1,
-            synchronize=torch.cuda.synchronize if DEVICE == "cuda" else lambda: None,
-        )
-
-    def check(self) -> tuple[dict[str, Check], dict[str, str]]:
-        """Of all but the first: pixels where nothing is random, and averages; and what else to know of them."""
-        first = next(iter(self.contenders))
-        checks: dict[str, Check] = {}
-        notes = {name: each.note for name, each in self.contenders.items() if each.note}
-        for name, contender in self.contenders.items():
-            if name == first or contender.differs:
-                continue
-            recipe = replace(self.setting.views, **contender.recipe)
-            what = "views of equal seeds, mean levels of 255"
-            if not contender.ours:
-                recipe, what = without_chance(recipe), "views with nothing random, mean levels of 255"
-            if self.form[0] == GRID:
-                what = "decoded pixels, mean levels of 255"
-            few = replace(self.setting, views=recipe, batch_size=self._batch(self.few), workers=0, shuffle=False)
-            pair = [each.open(self.few, few) for each in (contender, self.contenders[first])]
-            checks[name] = Check(what, pixels_apart(*pair, recipe), PIXELS_BOUND)
-            for loader in pair:
-                close(loader)
-            if not contender.ours and self.form[0] != GRID:
-                share, where = self.looks(name).apart(self.our_looks(first, contender.recipe))
-                Check(f"averages over the views, {where}, as a share of what chance allows", share, 1.0)
-                said = f"averages over {LOOKED_AT} images' views differ by {share:.2f} of what chance allows ({where})"
-                notes[name] = f"{notes[name]}; {said}" if name in notes else said
-        return checks, notes
-
-    def looks(self, name: str) -> Looks:
-        return Looks.of(self.loaders[name], self.setting.views, LOOKED_AT)
-
-    def our_looks(self, first: str, changes: Mapping[str, Any]) -> Looks:
-        """Ours at the recipe with a contender's changes, of the images that all have; made once each."""
-        key = tuple(changes.items())
-        if key not in self._looks:
-            views = replace(self.setting.views, **changes)
-            setting = replace(self.setting, views=views, batch_size=self._batch(self.once), workers=0)
-            loader = self.contenders[first].open(self.once, setting)
-            self._looks[key] = Looks.of(loader, views, LOOKED_AT)
-            close(loader)
-        return self._looks[key]
-
-    def close(self) -> None:
-        for loader in self.loaders.values():
-            close(loader)
-        self.loaders.clear()
-        gc.collect()  # rivals' workers end with their loaders
-
-
-def compare(
-    benchmark: BenchmarkFixture,
-    capsys: pytest.CaptureFixture[str],
-    title: str,
-    comparison: Comparison,
-    images_from: str,
-    notes: Mapping[str, str] | None = None,
-    headline: bool = True,
-) -> None:
-    """Time, check, record and print."""
-    setting, images = comparison.setting, comparison.images
-    timing = comparison.run(benchmark)
-    checks, known = comparison.check()
-    known |= notes or {}
-    first, *others = images
-    describe(
-        benchmark,
-        device=DEVICE_NAME,
-        sizes={
-            "image_size": setting.views.image_size,
-            "views": 2,
-            "batch_size": setting.batch_size,
-            "workers": WORKERS,
-            "cores": CORES,
-        },
-        images=images,
-        peak_mib=comparison.peak_mib,
-        checks=checks,
-        missing=comparison.missing,
-        notes=known,
-        ours=[name for name in others if comparison.contenders[name].ours],
-        differing=[name for name in others if comparison.contenders[name].differs],
-        headline=headline,
-    )
-    benchmark.extra_info.update(images_from=images_from, torch_threads=torch.get_num_threads())
-    lines = [f"{title} ({images_from}), {DEVICE_NAME}, {CORES} cores; medians of {timing.rounds} interleaved rounds"]
-    for name, spread in timing.milliseconds.items():
-        scale = images[first] / images[name]
-        by = timing.speedup.get(name)
-        ratio = f"{scale * by.median:6.2f} ({scale * by.lower:.2f} to {scale * by.upper:.2f}) times ours" if by else ""
-        rate = 1e3 * images[name] / spread.median
-        lines.append(f"  {name:44} {rate:9,.0f} images/s {comparison.peak_mib[name]:6.0f} MiB {ratio}")
-    lines += [f"  {name:44} {check.what}: {check.error:.2f}" for name, check in checks.items()]
-    lines += [f"  {name:44} {note}" for name, note in known.items()]
-    lines += [f"  {name:44} not here: {why}" for name, why in comparison.missing.items()]
-    with capsys.disabled():
-        print("\n" + "\n".join(lines))
-    comparison.close()
 
 
 def fastest_first(ours: dict[str, Contender], best: str) -> dict[str, Contender]:
@@ -444,7 +192,7 @@ def test_small_images(benchmark: BenchmarkFixture, capsys: pytest.CaptureFixture
         "Kornia on batches": Contender(peers.Kornia, requires="kornia", slow=True, note=bilinear),
     }
     setting = Setting(Views.preset("cifar10"), 64 if SMALL else 500, WORKERS, DEVICE, CORES)
-    data = (whole, some_of(whole, 128 if SMALL else 1000), some_of(whole, FEW))
+    data = (whole, *(whole.subset(np.arange(some)) for some in (128 if SMALL else 1000, FEW)))
     comparison = Comparison(contenders, setting, data, (32, torch.float32))
     compare(benchmark, capsys, "Two views of 32²", comparison, images_from)
 

@@ -1,8 +1,11 @@
 """What a call holds at most: by torch's allocator, and by the system for what has processes of its own."""
 
+import ctypes
+import gc
 import json
 import os
 import tempfile
+import threading
 from collections.abc import Callable
 from pathlib import Path
 
@@ -48,3 +51,33 @@ def tree_mib(process: int | None = None) -> float:
             continue
         total += sum(int(line.split()[1]) for line in rollup.splitlines() if line.startswith("Pss:")) / 1024
     return total
+
+
+def most_mib(call: Callable[[], object]) -> float:
+    """The most memory that this process and its workers hold while `call` runs."""
+    seen, done = [0.0], threading.Event()
+
+    def sample() -> None:
+        while not done.wait(0.05):
+            seen.append(tree_mib())
+
+    sampler = threading.Thread(target=sample)
+    sampler.start()
+    try:
+        call()
+    finally:
+        done.set()
+        sampler.join()
+    return max(*seen, tree_mib())
+
+
+def trimmed_mib() -> float:
+    """Memory held now, less what the heap of this process keeps without need, so that nobody uses up another's."""
+    gc.collect()
+    getattr(ctypes.CDLL(None), "malloc_trim", lambda _: 0)(0)
+    return tree_mib()
+
+
+def settle_heap() -> None:
+    """Free a block just under glibc's largest threshold (32 MiB), as training does: glibc keeps 64 MiB from then on."""
+    torch.ones(31 * 2**18)

@@ -23,12 +23,10 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader, Dataset
 
 from benchmarks.nt_xent_contenders import dense
-from benchmarks.sizes import SMALL
 from benchmarks.view_peers import lightly_transform
 from fastsimclr import Views
-from fastsimclr.data import ViewLoader, open_source, open_views
-from fastsimclr.data.images import decode
-from fastsimclr.data.sources import ArraySource, EncodedSource, Source
+from fastsimclr.data import ViewLoader, open_views
+from fastsimclr.data.sources import ArraySource
 from fastsimclr.loss import NTXentLoss
 from fastsimclr.models import SimCLR, encoder, projector
 from fastsimclr.models.resnet import SmallMapConv2d
@@ -40,19 +38,6 @@ LR = 0.06  # the example's
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
 DEVICE_NAME = torch.cuda.get_device_name() if DEVICE.type == "cuda" else "cpu"
 CORES = len(os.sched_getaffinity(0))
-SHARED = Path(__file__).resolve().parents[2] / "shared" / "data"
-
-
-def small_images(count: int | None) -> tuple[ArraySource, str]:
-    """The first `count` images (None: all) of CIFAR-10 where it is in ../shared/data, else of the digits."""
-    found = (SHARED / "cifar10").is_dir() and not SMALL
-    source: Source = open_source(str(SHARED / "cifar10" / "train-{0..4}.tar") if found else "digits")
-    first = np.arange(min(count or len(source), len(source)))
-    if isinstance(source, EncodedSource):
-        images = torch.stack([decode(source.read(int(i)), source.name(int(i))) for i in first])
-        source = ArraySource("decoded", images.permute(0, 2, 3, 1).contiguous(), source.labels[first], source.classes)
-    assert isinstance(source, ArraySource)
-    return source.subset(first), "CIFAR-10" if found else "digits"
 
 
 def simclr(name: str, stem: str, image_size: int) -> SimCLR:

@@ -1,0 +1,64 @@
+"""The images that benchmarks read: those of ../shared/data where they are, else built in or made here."""
+
+import io
+import tarfile
+from pathlib import Path
+
+import numpy as np
+from PIL import Image
+
+from benchmarks.sizes import SMALL
+from fastsimclr.data import open_source
+from fastsimclr.data.memory import decode_all
+from fastsimclr.data.sources import ArraySource, EncodedSource
+
+SHARED = Path(__file__).resolve().parents[2] / "shared" / "data"
+
+
+def small_images(count: int | None = None) -> tuple[ArraySource, str]:
+    """The first `count` images (None: all), decoded, of CIFAR-10 or else of the digits; and which."""
+    found = (SHARED / "cifar10").is_dir() and not SMALL
+    source = open_source(str(SHARED / "cifar10" / "train-{0..4}.tar") if found else "digits")
+    source = source.subset(np.arange(min(count or len(source), len(source))))
+    if isinstance(source, EncodedSource):
+        source = decode_all(source)
+    assert isinstance(source, ArraySource)
+    return source, "CIFAR-10" if found else "digits"
+
+
+def photographs(count: int) -> tuple[list[bytes], str]:
+    """At most `count` JPEG files: the first of the archive, or else synthetic ones; and which."""
+    archive = SHARED / "photos" / "flowers_300.tar"
+    if not archive.is_file():
+        return synthetic(count), "synthetic"
+    with tarfile.open(archive) as tar:
+        files = [tar.extractfile(member) for member in tar if member.name.endswith(".jpg")][:count]
+        return [file.read() for file in files if file is not None], archive.name
+
+
+def synthetic(number: int) -> list[bytes]:
+    """JPEG files of coarse blobs and fine noise: 500×400, about 110 KB."""
+    rng = np.random.default_rng(0)
+    made = []
+    for _ in range(number):
+        blobs = Image.fromarray(rng.integers(0, 256, (12, 15, 3), dtype=np.uint8))
+        smooth = np.asarray(blobs.resize((500, 400), Image.Resampling.BICUBIC))
+        noisy = np.clip(smooth + rng.normal(0, 8, smooth.shape), 0, 255).astype(np.uint8)
+        file = io.BytesIO()
+        Image.fromarray(noisy).save(file, "JPEG", quality=92)
+        made.append(file.getvalue())
+    return made
+
+
+def four_to_three(file: bytes) -> bytes:
+    """The middle of an image at a ratio of 4 to 3, of which a crop of the whole area is the whole image for everyone.
+
+    Where no such crop fits into an image, torchvision and we take its middle, DALI and Kornia any part.
+    """
+    with Image.open(io.BytesIO(file)) as opened:
+        image = opened.convert("RGB")
+    unit = min(image.width // 4, image.height // 3)
+    left, top = (image.width - 4 * unit) // 2, (image.height - 3 * unit) // 2
+    cut = io.BytesIO()
+    image.crop((left, top, left + 4 * unit, top + 3 * unit)).save(cut, "JPEG", quality=95)
+    return cut.getvalue()
