@@ -123,12 +123,7 @@ def section(same: Sequence[Measured], numbers: dict[Setup, int]) -> list[str]:
 
 
 def row(each: Contender, measured: Measured, numbers: dict[Setup, int]) -> list[str]:
-    rate, check = each.images_per_second, each.check
-    unchecked = {Kind.FIRST: "the others are compared with it", Kind.YARDSTICK: "other work"}.get(
-        each.kind, "not checked"
-    )
-    if each.differs:
-        unchecked = "**differs**, see below"
+    rate = each.images_per_second
     return [
         on(measured.setup, numbers),
         f"**{each.name}**" if each.kind is Kind.FIRST else each.name,
@@ -137,8 +132,18 @@ def row(each: Contender, measured: Measured, numbers: dict[Setup, int]) -> list[
         quartiles(each.time_ms),
         "" if rate is None else number(rate),
         "" if each.peak_mib is None else number(each.peak_mib),
-        f"{check.what}: {check.error:.1g} ≤ {check.bound:g}" if check else unchecked,
+        same_function(each),
     ]
+
+
+def same_function(each: Contender) -> str:
+    """The cell that says by what a contender was found to compute the same function as the first, or why not."""
+    if each.check:
+        return f"{each.check.what}: {each.check.error:.1g} ≤ {each.check.bound:g}"
+    if each.differs:
+        return "**differs**, see below"
+    unchecked = {Kind.FIRST: "the others are compared with it", Kind.YARDSTICK: "other work"}
+    return unchecked.get(each.kind, "not checked")  # of an older form
 
 
 def remarks(same: Sequence[Measured], numbers: dict[Setup, int]) -> list[str]:

@@ -163,16 +163,25 @@ def test_implementations_equal_each_other_change_by_change(change: dict[str, obj
     expect_within_a_level(levels(draws), oracle.round())
 
 
-@pytest.mark.parametrize(("size", "fraction", "window"), [(224, 0.1, 23), (32, 0.1, 3), (96, 0.1, 9), (64, 1.0, 65)])
-def test_the_blurs_window_is_the_recipes_fraction_made_odd(size: int, fraction: float, window: int) -> None:
-    # Of an impulse a narrower window leaves a brighter rest.
+@pytest.mark.parametrize(
+    ("size", "fraction", "window", "sigma"),
+    [
+        (224, 0.1, 23, 40.0),
+        (32, 0.1, 3, 40.0),
+        (96, 0.1, 9, 40.0),
+        (64, 1.0, 65, 40.0),  # further than the CUDA kernel reaches
+        (64, 1.0, 65, 2.0),  # which it does where the Gaussian ends before the window
+    ],
+)
+def test_the_blurs_window_is_the_recipes_fraction_made_odd(
+    size: int, fraction: float, window: int, sigma: float
+) -> None:
+    # So wide a blur spreads a line evenly over the window, where two more taps are a level or more beyond its ends.
     views = replace(LEVELS, image_size=size, blur_kernel=fraction)
-    impulse = torch.zeros(1, size, size, 3, dtype=torch.uint8)
-    impulse[:, size // 2, size // 2] = 255
-    got = levels(nothing(1, sigma=2.0), impulse, views)
-    expect_within_a_level(
-        got, by_torchvision(lambda image: TF.gaussian_blur(image, [min(window, 2 * size - 1)] * 2, [2.0, 2.0]), impulse)
-    )
+    lines = torch.zeros(2, size, size, 3, dtype=torch.uint8)
+    lines[0, size // 2, :] = lines[1, :, size // 2] = 255
+    got = levels(nothing(2, sigma=sigma), lines, views)
+    expect_within_a_level(got, by_torchvision(lambda image: TF.gaussian_blur(image, [window] * 2, [sigma] * 2), lines))
 
 
 def test_views_smaller_than_the_window() -> None:
