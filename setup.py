@@ -1,7 +1,8 @@
 """Builds the extension fastsimclr._C with CMake and Ninja, as far as this machine's tools go:
 
 with nvcc and a C++ compiler the CUDA build, without nvcc the CPU build, without a C++ compiler no extension at all.
-pip hides what a build prints, so the outcome and its reason are kept beside the extension (read by loss/fused.py).
+pip hides what a build prints, so the outcome and its reason are kept beside the extension, for
+fastsimclr/_extension.py to read.
 
 FASTSIMCLR_CUDA=1        what is missing for the CUDA build is an error
 FASTSIMCLR_CUDA=0        the CPU build, even where there is an nvcc
@@ -146,7 +147,7 @@ class BuildExtension(build_ext):
         if compiler:
             run_cmake(Path(self.build_temp).resolve(), library.parents[1], options)
 
-        # One record for each Python, as there is one library for each. fastsimclr/loss/fused.py knows this name.
+        # One record for each Python, as there is one library for each. fastsimclr/_extension.py knows this name.
         record = library.with_name(f"_build.{sys.implementation.cache_tag}.json")
         outcome = "cuda" if nvcc else "cpu" if compiler else "none"
         record.write_text(json.dumps({"extension": outcome, "reason": reason}) + "\n")

@@ -9,7 +9,8 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from benchmarks.sizes import SMALL
-from fastsimclr.loss import fused, nt_xent
+from fastsimclr._extension import why_unavailable
+from fastsimclr.loss import nt_xent
 
 TEMPERATURE = 0.1
 BF16_LARGEST_ON_CPU = 1024  # without bf16 units autocast is 20 times slower than float32 there
@@ -113,7 +114,7 @@ def our_losses(device: torch.device) -> tuple[dict[str, Contender], dict[str, st
     found: dict[str, Contender] = {}
     missing: dict[str, str] = {}
     # On a CPU its sources can run in emulation, which is for tests.
-    if why := "it is a CUDA kernel" if device.type == "cpu" else fused.unavailable(device):
+    if why := "it is a CUDA kernel" if device.type == "cpu" else why_unavailable(device):
         missing["fused"] = why
     else:
         found["fused, medium"] = ours("fused", "medium", (1e-3, 2e-2))

@@ -194,15 +194,12 @@ int backward_splits(int rows, int columns, int planes, int width) {
     const int64_t at_once =
         int64_t(multiprocessors()) * blocks_per_multiprocessor(backward_kernel<S, true>, kThreads, kSharedBytes<S>);
     const int64_t blocks = divide_up(rows, S::kRows) * TileStream<S>::k_blocks(width);
-    const int64_t tiles = divide_up(columns, S::kColumns);
-    // The split of the shortest way: rounds of blocks on the GPU, each of 1/splits of the columns.
     constexpr int kMostSplits = 8;  // each is another (2n, width) of memory
-    int best = 1;
-    for (int splits = 2; splits <= kMostSplits && splits <= tiles; splits++)
-      if (divide_up(blocks * splits, at_once) * best < divide_up(blocks * best, at_once) * splits) best = splits;
-    return best;
+    return choose_splits(blocks, at_once, divide_up(columns, S::kColumns), kMostSplits);
   });
 }
+
+cudaError_t load_nt_xent() { return load(backward_kernel<Shape<64, 1>, true>); }
 
 cudaError_t backward(const BackwardParams& params, cudaStream_t stream) {
   return with_shape(params.planes, params.width, [&](auto shape) {

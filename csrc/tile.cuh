@@ -264,6 +264,19 @@ struct TileProducts {
   }
 };
 
+// How many parts to split a walk over `steps` into that is made by `blocks` blocks of threads, `at_once` of which the
+// GPU runs at a time: the number with the fewest rounds times steps of a part. Parts cost memory, so more of them have
+// to save a tenth of the time. None is empty.
+inline int choose_splits(int64_t blocks, int64_t at_once, int steps, int most) {
+  const auto cost = [&](int splits) { return (blocks * splits + at_once - 1) / at_once * divide_up(steps, splits); };
+  int best = 1;
+  for (int splits = 2; splits <= most && splits <= steps; splits++) {
+    const bool last_is_empty = int64_t(splits - 1) * divide_up(steps, splits) >= steps;
+    if (!last_is_empty && 10 * cost(splits) <= 9 * cost(best)) best = splits;
+  }
+  return best;
+}
+
 // Calls f(Shape) with the shape for these numbers of planes and this width: one binary for every size.
 template <class F>
 auto with_shape(int planes, int width, F f) {

@@ -21,6 +21,7 @@ from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
 from fastsimclr import checkpoint, distributed
+from fastsimclr._extension import describe_build
 from fastsimclr.config import Config, parse
 from fastsimclr.data import Batch, choose_backend, open_views, prepare
 from fastsimclr.data.scan import SKIPPED_FILE, ScanStopped, list_skipped
@@ -30,7 +31,6 @@ from fastsimclr.errors import UserError
 from fastsimclr.evaluation.knn import measure
 from fastsimclr.loss import BackendError, NTXentLoss
 from fastsimclr.loss import choose_backend as loss_backend
-from fastsimclr.loss.fused import describe_build
 from fastsimclr.models import SimCLR, encoder, projector, synchronise_batch_norm
 from fastsimclr.optim import build_optimizer, learning_rate, resolve_lr
 from fastsimclr.precision import choose_precision
