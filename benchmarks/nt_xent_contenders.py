@@ -29,6 +29,7 @@ class Contender:
     not_captured: why no CUDA graph of it is tried; "" where it is.
     ours: whether an error of it is one of the benchmark; others are left out, with the reason.
     compiled: by torch.compile at its first call, which takes longer than all else in a small run.
+    other_work: what it computes instead of NT-Xent, "" for NT-Xent. It is a yardstick then, not a rival, and unchecked.
     """
 
     loss: Loss
@@ -36,6 +37,7 @@ class Contender:
     not_captured: str = ""
     ours: bool = False
     compiled: bool = False
+    other_work: str = ""
 
 
 def dense(z1: Tensor, z2: Tensor) -> Tensor:
@@ -102,6 +104,24 @@ def inf_cl_loss(z1: Tensor, z2: Tensor) -> Tensor:
     e = cal_flash_loss(z, z, itself, scale=1 / TEMPERATURE, head_dim=z.shape[1])
     positive = (z * z.roll(len(z1), 0)).sum(1) / TEMPERATURE
     return (1 / TEMPERATURE + torch.expm1(e).log() - positive).mean()
+
+
+def siglip_kernel_loss(device: torch.device) -> Loss:
+    """siglip-kernel's sigmoid loss of as many pairs: 2N rows against their positives, in bf16, its fastest path.
+
+    Raises ImportError where siglip_kernel is not installed.
+    """
+    from siglip_kernel import fused_siglip_loss  # type: ignore[import-not-found]
+
+    log_temperature = torch.tensor(1 / TEMPERATURE, device=device).log()
+    bias = torch.tensor(-10.0, device=device)
+
+    def loss(z1: Tensor, z2: Tensor) -> Tensor:
+        z = F.normalize(torch.cat([z1, z2]), dim=1).bfloat16()
+        result: Tensor = fused_siglip_loss(z, z.roll(len(z1), 0), log_temperature, bias)
+        return result
+
+    return loss
 
 
 def our_losses(device: torch.device) -> tuple[dict[str, Contender], dict[str, str]]:
@@ -176,6 +196,15 @@ def contenders(views: int, width: int, device: torch.device) -> tuple[dict[str, 
         missing["Inf-CL, TF32"] = "for widths of 16, 32, 64, 128 and 256 only"
     else:
         found["Inf-CL, TF32"] = Contender(inf_cl_loss)
+    if not on_gpu:
+        missing["siglip-kernel, bf16"] = "is made of kernels in Triton, for GPUs"
+    else:
+        try:
+            found["siglip-kernel, bf16"] = Contender(
+                siglip_kernel_loss(device), other_work="other work: the sigmoid loss of as many pairs"
+            )
+        except ImportError as error:
+            missing["siglip-kernel, bf16"] = str(error)
     if SMALL:
         missing |= {name: "is compiled: not in a small run" for name, each in found.items() if each.compiled}
         found = {name: each for name, each in found.items() if not each.compiled}
