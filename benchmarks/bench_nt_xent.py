@@ -264,7 +264,15 @@ def product_of_pairs(size: Size) -> tuple[Callable[[], object] | None, str]:
     def product() -> Tensor:
         return torch.mm(rows, rows.T, out=pairs)
 
-    return capture(product)[0].replay if ON_GPU else product, ""
+    if not ON_GPU:
+        return product, ""
+    graph, _ = capture(product)
+
+    def replay() -> tuple[Tensor, Tensor]:
+        graph.replay()
+        return rows, pairs  # which live as long as the graph that uses them
+
+    return replay, ""
 
 
 def repeated(step: Callable[[], object], times: int) -> Callable[[], None]:

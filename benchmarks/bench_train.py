@@ -271,6 +271,7 @@ def against_ceiling(
 @pytest.mark.benchmark(group="training, ResNet-50 at 224²")
 def test_photographs(benchmark: BenchmarkFixture, capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
     """ResNet-50 on photographs that DALI decodes, against the same loop without a loader."""
+    pytest.importorskip("nvidia.dali")
     batch, steps = (32, 2) if SMALL else (512, 8)
     images = batch * steps
     images_from = write_photographs(tmp_path, images)
