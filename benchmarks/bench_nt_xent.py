@@ -36,21 +36,20 @@ import os
 import time
 import warnings
 from collections.abc import Callable
-from dataclasses import asdict, dataclass, field, replace
-from typing import TypeVar
+from dataclasses import asdict, dataclass, field
 
 import pytest
 import torch
 from pytest_benchmark.fixture import BenchmarkFixture
 from torch import Tensor
 
-from benchmarks.interleaved import Check, Spread, Timing, describe, interleave
+from benchmarks.interleaved import Check, describe, interleave
 from benchmarks.memory import peak_mib, settle_heap
 from benchmarks.nt_xent_contenders import Contender, contenders
 from benchmarks.nt_xent_targets import FASTER_THAN, TARGETS
+from benchmarks.replays import capture, per_call, repeated
 from benchmarks.sizes import SMALL
 
-T = TypeVar("T")
 ON_GPU = torch.cuda.is_available()
 DEVICE = torch.device("cuda" if ON_GPU else "cpu")
 DEVICE_NAME = torch.cuda.get_device_name() if ON_GPU else "cpu"
@@ -207,20 +206,6 @@ def remarks(size: Size, refused: dict[str, str]) -> dict[str, str]:
     return {name: "; ".join(of_one) for name, of_one in notes.items() if of_one}
 
 
-def capture(call: Callable[[], T]) -> tuple[torch.cuda.CUDAGraph, T]:
-    """A CUDA graph of the call, and the tensors that a replay writes."""
-    side = torch.cuda.Stream()
-    side.wait_stream(torch.cuda.current_stream())
-    with torch.cuda.stream(side):
-        for _ in range(3):
-            call()
-    torch.cuda.current_stream().wait_stream(side)
-    graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
-        result = call()
-    return graph, result
-
-
 def capture_step(size: Size, name: str, part: str) -> Callable[[], tuple[Tensor, ...]]:
     """A replay of the step from a CUDA graph."""
     graph, result = capture(lambda: size.run(name, part))
@@ -273,21 +258,6 @@ def product_of_pairs(size: Size) -> tuple[Callable[[], object] | None, str]:
         return rows, pairs  # which live as long as the graph that uses them
 
     return replay, ""
-
-
-def repeated(step: Callable[[], object], times: int) -> Callable[[], None]:
-    def steps() -> None:
-        for _ in range(times):
-            step()
-
-    return steps
-
-
-def per_call(timing: Timing, repeats: int) -> Timing:
-    def divided(spread: Spread) -> Spread:
-        return Spread(*(each / repeats for each in (spread.median, spread.lower, spread.upper)))
-
-    return replace(timing, milliseconds={name: divided(spread) for name, spread in timing.milliseconds.items()})
 
 
 @pytest.mark.filterwarnings("default")  # shown: other packages' are no reason to stop

@@ -26,6 +26,7 @@ import shlex
 import shutil
 import subprocess
 import sys
+import sysconfig
 import time
 from collections.abc import Sequence
 from pathlib import Path
@@ -79,16 +80,16 @@ class Runner:
             return self.record(stage, "not begun: the time is over")
         command = [part.format_map(self.values(limit)) for part in (*stage.command, *self.files(stage))]
         started = time.monotonic()
-        code, proven, refused = self.execute(command, limit, stage)
+        code, unproven, refused = self.execute(command, limit, stage)
         outcome, failed = "ok", False
         if code in (124, 137):  # timeout's
             outcome, failed = f"cut off after {limit} s", limit == whole
-        elif refused and (code != 0 or not proven):
+        elif refused and (code != 0 or unproven):
             outcome = "not done here: the machine does not allow it"
         elif code != 0:
             outcome, failed = f"failed ({code})", True
-        elif not proven:
-            outcome, failed = f"failed: nothing in its output matches {stage.proof!r}", True
+        elif unproven:
+            outcome, failed = f"failed: nothing in its output matches {', '.join(unproven)}", True
         return self.record(stage, outcome, failed, code, time.monotonic() - started, command)
 
     def values(self, limit: int) -> dict[str, str]:
@@ -112,9 +113,9 @@ class Runner:
                 files.append(file)
         return files
 
-    def execute(self, command: list[str], limit: int, stage: Stage) -> tuple[int, bool, bool]:
-        """Exit code, whether a line matched the stage's proof, and whether one matched its refusal."""
-        proven, refused = not stage.proof, False
+    def execute(self, command: list[str], limit: int, stage: Stage) -> tuple[int, list[str], bool]:
+        """Exit code, the stage's proofs that no line matched, and whether one matched its refusal."""
+        unproven, refused = list(stage.proofs), False
         environment = {name: value.format_map(self.values(limit)) for name, value in stage.environment.items()}
         # INT first: pytest then still writes what it has.
         with subprocess.Popen(
@@ -131,14 +132,14 @@ class Runner:
             try:
                 for line in process.stdout:
                     self.say(line.removesuffix("\n"))
-                    proven = proven or bool(re.search(stage.proof, line))
+                    unproven = [proof for proof in unproven if not re.search(proof, line)]
                     refused = refused or bool(stage.refusal and re.search(stage.refusal, line))
                     if re.search(r": (met|MISSED)\b", line):
                         self.verdicts.append(f"{stage.name}: {line.strip()}")
             except KeyboardInterrupt:
                 process.terminate()  # timeout passes it on to what it started
                 raise
-        return process.returncode, proven, refused
+        return process.returncode, unproven, refused
 
     def record(
         self,
@@ -255,9 +256,9 @@ def prepare_environment() -> None:
     """What all stages have in common."""
     os.environ["PYTHONPATH"] = os.pathsep.join(filter(None, [str(ROOT), os.environ.get("PYTHONPATH")]))
     os.environ.update(PYTHONUNBUFFERED="1", PYTEST_DISABLE_PLUGIN_AUTOLOAD="1")
-    cuda = [os.environ.get("CUDA_HOME", ""), "/usr/local/cuda"]
-    tools = [os.path.dirname(sys.executable), *(os.path.join(each, "bin") for each in cuda if each)]
-    os.environ["PATH"] = os.pathsep.join([os.environ["PATH"], *tools])
+    cuda = [os.path.join(home, "bin") for home in (os.environ.get("CUDA_HOME"), "/usr/local/cuda") if home]
+    # This Python's cmake and ninja come before older ones of the system.
+    os.environ["PATH"] = os.pathsep.join([sysconfig.get_path("scripts"), os.environ["PATH"], *cuda])
 
 
 def main(arguments: Sequence[str] | None = None) -> int:

@@ -6,6 +6,7 @@ fast they are, and why; then everything else.
 
 import importlib.util
 import os
+import re
 import shutil
 from collections.abc import Sequence
 from dataclasses import dataclass, field
@@ -14,6 +15,7 @@ from typing import Any
 # Named, not found by pytest itself: other plugins of the machine stay out, and with them their warnings.
 PYTEST = ("{python}", "-m", "pytest", "-p", "pytest_benchmark.plugin", "-p", "no:cacheprovider")
 GPU_TESTS = (*PYTEST, "-m", "gpu", "--durations=5")
+LOSS_AND_VIEWS = ("tests/test_fused.py", "tests/test_crop.py", "tests/test_photometric.py")
 OFFSETS = "tests/test_fused.py::test_offsets_past_2_31_elements"
 BUILD = """
 set -e
@@ -41,8 +43,8 @@ class Stage:
     folders: tuple[str, ...] = ()
     """Environment variables that name a folder."""
     environment: dict[str, str] = field(default_factory=dict)
-    proof: str = ""
-    """A pattern. Without a line that matches, exit code 0 proves nothing."""
+    proofs: tuple[str, ...] = ()
+    """Patterns. Unless a line matches each of them, exit code 0 proves nothing."""
     refusal: str = ""
     """A pattern. A failure with a line that matches means that the machine does not allow it."""
     default: bool = True
@@ -66,9 +68,14 @@ def missing(modules: Sequence[str]) -> list[str]:
     return [module for module in modules if not is_installed(module)]
 
 
+def passed(*files: str) -> tuple[str, ...]:
+    """Proofs that tests passed, in each of the files: pytest is content if all of them are skipped."""
+    return (r"\d+ passed", *(rf"^{re.escape(file)} .*\." for file in files))
+
+
 def benchmark(name: str, seconds: int, file: str, result: str, **more: Any) -> Stage:
     command = (*PYTEST, f"--benchmark-json={{out}}/{result}", "--benchmark-columns=median,iqr,rounds")
-    return Stage(name, seconds, command, (f"benchmarks/{file}",), proof=r"\d+ passed", **more)
+    return Stage(name, seconds, command, (f"benchmarks/{file}",), proofs=passed(), **more)
 
 
 def sanitizer(tool: str) -> Stage:
@@ -80,7 +87,7 @@ def sanitizer(tool: str) -> Stage:
         programs=("compute-sanitizer",),
         # Each tensor is an allocation of its own: within the caching allocator's blocks no access is out of bounds.
         environment={"PYTORCH_NO_CUDA_MEMORY_CACHING": "1"},
-        proof=r"SUMMARY: 0 (errors|hazards)",
+        proofs=(r"SUMMARY: 0 (errors|hazards)",),
         refusal=r"Device not supported|Unable to find injection|not supported on this",
     )
 
@@ -92,8 +99,8 @@ STAGES = (
         "tests",
         90,
         (*GPU_TESTS, "--junitxml={out}/gpu_tests.xml", "--continue-on-collection-errors", f"--deselect={OFFSETS}"),
-        ("tests/test_fused.py", "tests/test_crop.py", "tests/test_photometric.py"),
-        proof=r"\d+ passed",
+        LOSS_AND_VIEWS,
+        proofs=passed(*LOSS_AND_VIEWS),
     ),
     sanitizer("memcheck"),
     sanitizer("racecheck"),
@@ -114,7 +121,7 @@ STAGES = (
         refusal="ERR_NVGPUCTRPERM|LibraryNotLoaded|Failed to initialize the profiler",
     ),
     benchmark("view_kernels", 40, "bench_view_kernels.py", "view_kernels.json", modules=("yaml",)),
-    Stage("offsets", 60, GPU_TESTS, (OFFSETS,), proof=r"\d+ passed", refusal=r"needs \d+ GiB"),
+    Stage("offsets", 60, GPU_TESTS, (OFFSETS,), proofs=passed(), refusal=r"needs \d+ GiB"),
     Stage(
         "other_tests",
         60,
@@ -124,7 +131,7 @@ STAGES = (
             "tests/test_dali_colours.py": ("nvidia.dali",),
             "tests/test_stages.py": ("jsonargparse", "yaml", "tqdm", "tensorboard", "sklearn"),
         },
-        proof=r"\d+ passed",
+        proofs=passed(),
     ),
     benchmark("rivals", 200, "bench_nt_xent.py", "nt_xent_rivals.json", environment={"BENCH_SECONDS": "{begin}"}),
     benchmark("encoder", 400, "bench_encoder.py", "encoder.json", default=False),
