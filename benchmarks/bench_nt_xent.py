@@ -45,7 +45,7 @@ from torch import Tensor
 
 from benchmarks.interleaved import Check, describe, interleave
 from benchmarks.memory import peak_mib, settle_heap
-from benchmarks.nt_xent_contenders import Contender, contenders
+from benchmarks.nt_xent_contenders import Contender, contenders, our_losses
 from benchmarks.nt_xent_targets import FASTER_THAN, TARGETS
 from benchmarks.replays import capture, per_call, repeated
 from benchmarks.sizes import SMALL
@@ -140,12 +140,11 @@ def prepare(views: int, width: int) -> Size:
     z1, z2 = ((x + 0.5 * torch.randn_like(x)).requires_grad_() for _ in range(2))
     with warnings.catch_warnings():  # other packages' imports, and what the compiler has to say
         warnings.simplefilter("ignore")
-        size = Size(z1, z2, *contenders(views, width, DEVICE))
+        size = Size(z1, z2, *(contenders(views, width, DEVICE) if WITH_RIVALS else our_losses(DEVICE)))
         kind = next(iter(size.found)).partition(",")[0]
         timed = [name for name in size.found if WITH_RIVALS or name.partition(",")[0] == kind]
         if not WITH_RIVALS:
             size.found = {name: each for name, each in size.found.items() if name in timed or name == "tiled"}
-            size.missing = {name: why for name, why in size.missing.items() if name.startswith("fused")}
         results: dict[str, tuple[Tensor, ...]] = {}
         for name, contender in list(size.found.items()):
             try:

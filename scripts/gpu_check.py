@@ -5,13 +5,13 @@
     scripts/gpu_check.sh --dry-run [STAGE...]  # no GPU needed: list the commands, check that they could start
 
 The machine needs Python with torch, torchvision, triton, pytest, pytest-benchmark and pybind11, and the programs cmake,
-ninja and nvcc. A stage whose other needs are not met is reported as "not done here", which is no failure. Stages run in
-the order of gpu_stages.py. Results are written as they come, so that a run cut short is worth what it has done:
-log.txt, summary.json (after every stage), gpu_tests.xml (JUnit), and a JSON file per measurement; those of pytest
-benchmarks are for `python -m benchmarks.report`.
+ninja and nvcc. A stage that needs something else that is missing is reported as "not done here", which is not a failure.
+Stages run in the order of gpu_stages.py, and results are written as they come, so an interrupted run keeps what it has:
+log.txt, summary.json (updated after every stage), gpu_tests.xml (JUnit), and one JSON file per measurement. Those of
+pytest-benchmark are input for `python -m benchmarks.report`.
 
-Exit code 0: all went well; 1: a stage failed (the later ones ran nevertheless, except after `build`); 2: there is no
-GPU, or the call is wrong.
+Exit code 0: no stage failed; 1: a stage failed (later stages still ran, except after `build`); 2: there is no GPU, or
+the call is wrong.
 
 NAME_SECONDS       the limit of stage NAME, such as RIVALS_SECONDS=300
 GPU_CHECK_COMMIT   what to record where there is no git checkout
@@ -39,7 +39,7 @@ DEFAULT_SECONDS = 570
 
 
 class Runner:
-    """Runs stages, one after the other, and keeps the record of them in OUT_DIR."""
+    """Runs stages one after the other and records them in OUT_DIR."""
 
     def __init__(self, out: Path, machine: dict[str, str], budget: float) -> None:
         """machine: commit, device, driver and arch. budget: seconds for all stages together."""
@@ -55,19 +55,19 @@ class Runner:
         return not any(stage["failed"] for stage in self.stages)
 
     def run(self, stages: Sequence[Stage]) -> bool:
-        """Returns whether no stage failed."""
+        """Run the stages; returns whether none failed."""
         for stage in stages:
             self.stages.append(self.run_stage(stage))
             self.write_summary()
             if self.stages[-1]["failed"] and stage.fatal:
-                self.say(f"\n{stage.name} failed: the other stages would measure nothing")
+                self.say(f"\n{stage.name} failed: the remaining stages need it")
                 break
         self.say("\n=== summary: fastsimclr {commit} on {device}".format_map(self.machine))
         for done in self.stages:
             self.say(f"{done['name']:12} {done['seconds']:6.1f} s  {done['outcome']}")
         for verdict in self.verdicts:
             self.say(verdict)
-        self.say("all went well" if self.ok else "FAILED")
+        self.say("no stage failed" if self.ok else "FAILED")
         return self.ok
 
     def run_stage(self, stage: Stage) -> dict[str, Any]:
@@ -77,7 +77,7 @@ class Runner:
         if reason := stage.lacking():
             return self.record(stage, f"not done here: {reason}", failed=stage.fatal)
         if limit < min(10, whole):
-            return self.record(stage, "not begun: the time is over")
+            return self.record(stage, "not started: no time left")
         command = [part.format_map(self.values(limit)) for part in (*stage.command, *self.files(stage))]
         started = time.monotonic()
         code, unproven, refused = self.execute(command, limit, stage)
@@ -93,7 +93,7 @@ class Runner:
         return self.record(stage, outcome, failed, code, time.monotonic() - started, command)
 
     def values(self, limit: int) -> dict[str, str]:
-        """What stands in a stage's command and environment for {names}. begin: when the last part may still begin."""
+        """Values of the {names} in a stage's command and environment. begin: seconds after which no new size starts."""
         return {
             **self.machine,
             "python": sys.executable,
@@ -160,7 +160,7 @@ class Runner:
 
     def say(self, line: str) -> None:
         print(line, flush=True)
-        with open(self.out / "log.txt", "a") as log:  # each time, so that it is never behind
+        with open(self.out / "log.txt", "a") as log:  # opened each time: it is complete even if this process is killed
             print(line, file=log)
 
 

@@ -1,7 +1,7 @@
 """The stages of gpu_check.py in their order: what each one runs, and what it needs.
 
-Ordered by worth, so that any prefix of the list is useful: whether the kernels are right, then how accurate and how
-fast they are, and why; then everything else.
+The most important come first, so that any prefix of the list is useful: whether the kernels are correct, then how
+accurate and how fast they are and why, then everything else.
 """
 
 import importlib.util
@@ -12,7 +12,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-# Named, not found by pytest itself: other plugins of the machine stay out, and with them their warnings.
+# The plugin is named because autoload is off (see gpu_check.py): other plugins' warnings would be errors.
 PYTEST = ("{python}", "-m", "pytest", "-p", "pytest_benchmark.plugin", "-p", "no:cacheprovider")
 GPU_TESTS = (*PYTEST, "-m", "gpu", "--durations=5")
 LOSS_AND_VIEWS = ("tests/test_fused.py", "tests/test_crop.py", "tests/test_photometric.py")
@@ -69,7 +69,7 @@ def missing(modules: Sequence[str]) -> list[str]:
 
 
 def passed(*files: str) -> tuple[str, ...]:
-    """Proofs that tests passed, in each of the files: pytest is content if all of them are skipped."""
+    """Proofs that tests passed, in each of the files: if all tests are skipped, pytest exits with 0."""
     return (r"\d+ passed", *(rf"^{re.escape(file)} .*\." for file in files))
 
 

@@ -151,7 +151,7 @@ def test_the_budget_cuts_stages_off_and_that_is_no_failure(check: ModuleType, tm
     stages = [shell(check, "a", "sleep 60", seconds=60), shell(check, "b", "true", seconds=60)]
     ok, done = run(check, tmp_path, *stages, budget=12)
     assert ok
-    assert [stage["outcome"] for stage in done] == ["cut off after 11 s", "not begun: the time is over"]
+    assert [stage["outcome"] for stage in done] == ["cut off after 11 s", "not started: no time left"]
     assert time.monotonic() - started < 30
 
 
