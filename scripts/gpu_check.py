@@ -5,7 +5,7 @@
     scripts/gpu_check.sh --dry-run [STAGE...]  # no GPU needed: list the commands, check that they could start
 
 The machine needs Python with torch, torchvision, triton, pytest, pytest-benchmark and pybind11, and the programs cmake,
-ninja and nvcc. A stage that needs something else that is missing is reported as "not done here", which is not a failure.
+ninja and nvcc. A stage that lacks anything else is reported as "not done here", which is not a failure.
 Stages run in the order of gpu_stages.py, and results are written as they come, so an interrupted run keeps what it has:
 log.txt, summary.json (updated after every stage), gpu_tests.xml (JUnit), and one JSON file per measurement. Those of
 pytest-benchmark are input for `python -m benchmarks.report`.
