@@ -18,7 +18,7 @@ import torch
 from pictures import jpeg, photo, write_tar
 
 from benchmarks import kernel_counters, learning, nt_xent_accuracy
-from fastsimclr.loss import fused
+from fastsimclr._extension import why_unavailable
 
 ROOT = Path(__file__).resolve().parents[1]
 without_gpu = pytest.mark.skipif(torch.cuda.is_available(), reason="for machines without a GPU")
@@ -172,7 +172,7 @@ def test_verdicts_are_repeated_at_the_end(check: ModuleType, tmp_path: Path) -> 
 # What it starts
 
 
-@pytest.mark.skipif(bool(fused.unavailable(torch.device("cpu"))), reason=fused.unavailable(torch.device("cpu")) or "-")
+@pytest.mark.skipif(bool(why_unavailable(torch.device("cpu"))), reason=why_unavailable(torch.device("cpu")) or "-")
 def test_the_small_kernels_are_right_in_emulation() -> None:
     command = [sys.executable, ROOT / "scripts" / "small_kernels.py", "--emulated"]
     done = subprocess.run(command, env={**os.environ, "PYTHONPATH": str(ROOT)}, capture_output=True, text=True)
