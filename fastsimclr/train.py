@@ -99,8 +99,8 @@ class Training:
         torch.manual_seed(config.seed)
         chosen = encoder(config.model.encoder, config.model.width, config.model.stem, image_size=self.views.image_size)
         head = projector(chosen.out_features, config.model.hidden, config.model.out, config.model.layers)
-        model: nn.Module = SimCLR(chosen, head).to(world.device, self.precision.dtype)
-        model = model.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
+        model: nn.Module = SimCLR(chosen, head)
+        model.to(world.device, self.precision.dtype, memory_format=torch.channels_last)  # type: ignore[call-overload]
         if world.world_size > 1 and config.model.sync_bn:
             model = synchronise_batch_norm(model, world.device)
         self.model = model
