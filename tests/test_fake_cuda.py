@@ -1,8 +1,11 @@
-"""A dress rehearsal without a GPU: the host code of training and evaluation on a fake one, which finds tensors that are on
-the wrong device."""
+"""A dress rehearsal without a GPU: the host code of training and evaluation on a fake one.
+
+It finds tensors on the wrong device. Not those that PyTorch accepts there: 0-dim tensors, and indices.
+"""
 
 import functools
 import importlib
+import warnings
 from collections.abc import Callable
 from pathlib import Path
 from pkgutil import resolve_name
@@ -17,6 +20,7 @@ from torch import Tensor
 from fastsimclr import nt_xent
 from fastsimclr.config import parse
 from fastsimclr.data import open_source, open_views
+from fastsimclr.data.torchvision import _Crops
 from fastsimclr.distributed import World
 from fastsimclr.evaluation import linear
 from fastsimclr.evaluation.classifier import Classifier, Schedule, train_classifier
@@ -50,7 +54,7 @@ def small_encoder() -> Encoder:
 # Each is run in `fake_cuda`.
 
 
-def train(folder: Path, *more: str) -> None:
+def open_training(folder: Path, *more: str) -> Training:
     options = ["--data.train=digits", "--data.image_size=16", "--model.encoder=resnet18", "--model.hidden=32"]
     options += ["--model.out=16", "--batch_size=8", "--optim.clip_grad=1.0", f"--output={folder}", *more]
     with pytest.MonkeyPatch.context() as patch:
@@ -59,6 +63,11 @@ def train(folder: Path, *more: str) -> None:
             patch.setattr(f"fastsimclr.train.{name}", functools.partial(real, original))
         training = Training(*parse(options), WORLD, [])
     training.stepper = training._stepper()
+    return training
+
+
+def train(folder: Path, *more: str) -> None:
+    training = open_training(folder, *more)
     batches = iter(training.loader)
     with training.clock.running():
         for _ in range(2):
@@ -117,11 +126,16 @@ def alike(outputs: tuple[Tensor, ...], fakes: tuple[Tensor, ...]) -> tuple[Tenso
     return outputs
 
 
-def views(dtype: torch.dtype) -> None:
-    loader = open_views(
-        real(open_source, "digits"), COLORFUL, 8, backend="memory", device=GPU, dtype=dtype, drop_last=True
-    )
-    batch = next(iter(loader))
+def views(backend: str, dtype: torch.dtype) -> None:
+    source = real(open_source, "digits")
+    with pytest.MonkeyPatch.context() as patch:
+        for name in ("__init__", "__getitem__"):  # work for processes that have no GPU
+            method = getattr(_Crops, name)
+            patch.setattr(
+                _Crops, name, functools.partialmethod(lambda self, *a, method: real(method, self, *a), method=method)
+            )
+        loader = open_views(source, COLORFUL, 8, backend=backend, device=GPU, dtype=dtype, drop_last=True, workers=0)
+        batch = next(iter(loader))
     for view in batch.views:
         on_gpu(view, 8, 3, 16, 16, dtype=dtype)
         assert view.is_contiguous(memory_format=torch.channels_last)
@@ -180,8 +194,9 @@ CASES = [
     *(case(loss, backend, *options) for backend in ("auto", "tiled", "reference") for options in LOSSES),
     *(case(operators_of_the_loss, module, name, *options) for module, name in ((fused, "fused"), (tiled, "tiled"))
       for options in LOSSES),
-    case(views, torch.bfloat16),
-    case(views, torch.float16, capability=TURING),
+    case(views, "memory", torch.bfloat16),
+    case(views, "memory", torch.float16, capability=TURING),
+    case(views, "torchvision", torch.bfloat16),
     case(knn),
     case(logistic_regression),
     case(classifier, True),
@@ -195,6 +210,22 @@ def test_host_code_keeps_its_tensors_on_the_gpu(
 ) -> None:
     with fake_cuda(capability):
         function(*((tmp_path, *arguments) if function is train else arguments))
+
+
+def test_an_old_gpu_takes_fp16_and_the_tiled_loss_and_says_why_once(tmp_path: Path) -> None:
+    z1, z2 = torch.randn(2, 6, 16)
+    with fake_cuda(TURING), warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("default")
+        training = open_training(tmp_path)
+        batch = next(iter(training.loader))
+        training._update(batch, 8)
+        assert not caught, "the log says it"
+        for _ in range(2):
+            nt_xent(z1.to(GPU), z2.to(GPU))
+    assert training.precision.why.startswith("fp16 autocast with scaled gradients (auto: this GPU has ")
+    assert training.loss_backend.startswith("tiled (auto: a fake GPU has compute capability 7.5; ")
+    (warning,) = caught
+    assert training.loss_backend.removeprefix("tiled ") in str(warning.message)
 
 
 def left_on_the_cpu(function: Callable[..., Any]) -> Callable[..., Any]:
@@ -213,9 +244,9 @@ def left_on_the_cpu(function: Callable[..., Any]) -> Callable[..., Any]:
         ("fastsimclr.loss.tiled._negative_sums", HOPPER, operators_of_the_loss, (tiled, "tiled", *LOSSES[0])),
         ("fastsimclr.loss.tiled._negatives_gradient", HOPPER, operators_of_the_loss, (tiled, "tiled", *LOSSES[0])),
         ("fastsimclr.loss.fused._Kernels.floats", HOPPER, operators_of_the_loss, (fused, "fused", *LOSSES[0])),
-        ("fastsimclr.data.native.on_device", HOPPER, views, (torch.bfloat16,)),
-        ("fastsimclr.data.photometric._luma", TURING, views, (torch.float16,)),
-        ("fastsimclr.data.crop._weights", TURING, views, (torch.float16,)),
+        ("fastsimclr.data.native.on_device", HOPPER, views, ("memory", torch.bfloat16)),
+        ("fastsimclr.data.photometric._luma", TURING, views, ("memory", torch.float16)),
+        ("fastsimclr.data.crop._weights", TURING, views, ("memory", torch.float16)),
         ("fastsimclr.evaluation.knn.F.normalize", HOPPER, knn, ()),
         ("fastsimclr.evaluation.linear._standardised", HOPPER, logistic_regression, ()),
     ],

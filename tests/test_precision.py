@@ -21,7 +21,6 @@ from fastsimclr.data import open_source
 from fastsimclr.distributed import World
 from fastsimclr.evaluation.classifier import Classifier, Schedule, train_classifier
 from fastsimclr.evaluation.features import embed
-from fastsimclr.loss import choose_backend, fused
 from fastsimclr.precision import choose_precision
 from fastsimclr.step import Step
 from fastsimclr.train import Training, main
@@ -112,12 +111,6 @@ def test_auto_takes_what_the_gpu_is_fast_at(
 def test_a_precision_asked_for_by_name_is_taken(wanted: str, dtype: torch.dtype | None, weights: torch.dtype) -> None:
     assert choose_precision(wanted, CPU) == (dtype, weights, wanted)
     assert choose_precision(wanted, CPU).grad_scaler(CPU).is_enabled() == (wanted == "fp16")
-
-
-def test_a_gpu_without_bf16_gets_the_tiled_loss_and_the_reason(monkeypatch: pytest.MonkeyPatch) -> None:
-    reason = "Tesla T4 has compute capability 7.5; expected 8.0 or later"
-    monkeypatch.setattr(fused, "unavailable", lambda device: reason)
-    assert choose_backend("auto", GPU) == ("tiled", f"auto: {reason}")
 
 
 # A step
