@@ -3,8 +3,6 @@
 It finds tensors on the wrong device. Not those that PyTorch accepts there: 0-dim tensors, and indices.
 """
 
-import functools
-import importlib
 import warnings
 from collections.abc import Callable
 from pathlib import Path
@@ -51,6 +49,10 @@ def small_encoder() -> Encoder:
     return encoder("resnet18", stem="imagenet")
 
 
+def in_real(function: Callable[..., Any]) -> Callable[..., Any]:
+    return lambda *arguments, **options: real(function, *arguments, **options)
+
+
 # Each is run in `fake_cuda`.
 
 
@@ -59,8 +61,7 @@ def open_training(folder: Path, *more: str) -> Training:
     options += ["--model.out=16", "--batch_size=8", "--optim.clip_grad=1.0", f"--output={folder}", *more]
     with pytest.MonkeyPatch.context() as patch:
         for name in ("RunData", "encoder", "projector"):
-            original = getattr(importlib.import_module("fastsimclr.train"), name)
-            patch.setattr(f"fastsimclr.train.{name}", functools.partial(real, original))
+            patch.setattr(f"fastsimclr.train.{name}", in_real(resolve_name(f"fastsimclr.train.{name}")))
         training = Training(*parse(options), WORLD, [])
     training.stepper = training._stepper()
     return training
@@ -129,11 +130,8 @@ def alike(outputs: tuple[Tensor, ...], fakes: tuple[Tensor, ...]) -> tuple[Tenso
 def views(backend: str, dtype: torch.dtype) -> None:
     source = real(open_source, "digits")
     with pytest.MonkeyPatch.context() as patch:
-        for name in ("__init__", "__getitem__"):  # work for processes that have no GPU
-            method = getattr(_Crops, name)
-            patch.setattr(
-                _Crops, name, functools.partialmethod(lambda self, *a, method: real(method, self, *a), method=method)
-            )
+        for name in ("__init__", "__getitem__"):  # of worker processes, which do not use the GPU
+            patch.setattr(_Crops, name, in_real(getattr(_Crops, name)))
         loader = open_views(source, COLORFUL, 8, backend=backend, device=GPU, dtype=dtype, drop_last=True, workers=0)
         batch = next(iter(loader))
     for view in batch.views:

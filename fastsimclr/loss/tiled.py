@@ -289,11 +289,13 @@ def _exp_is_safe(temperature: Tensor, value: float | None, rows: int, dtype: tor
 @contextmanager
 def _matmul_precision(precision: str, device: torch.device) -> Iterator[None]:
     """Full float32 products for "highest", whatever the caller's setting; bf16 (CPU) or TF32 (GPU) for "medium"."""
-    backends = torch.backends
+    matmul: Any
+    every_operator: Any
     if device.type == "cuda":  # PyTorch keeps the setting of all of CUDA's operators under cudnn
-        matmul, every_operator, medium = backends.cuda.matmul, backends.cudnn, "tf32"
+        matmul, every_operator, medium = torch.backends.cuda.matmul, torch.backends.cudnn, "tf32"
     else:
-        matmul, every_operator, medium = backends.mkldnn.matmul, backends.mkldnn, "bf16"
+        mkldnn: Any = torch.backends.mkldnn  # whose `matmul` the type checker does not know
+        matmul, every_operator, medium = mkldnn.matmul, mkldnn, "bf16"
     before = matmul.fp32_precision
     # matmul's value may be its own or inherited ("none": that of every operator). If the two agree, inherit afterwards.
     inherited = before == every_operator.fp32_precision
