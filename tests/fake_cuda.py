@@ -20,8 +20,8 @@ from torch._subclasses.fake_tensor import DataDependentOutputException, FakeTens
 from torch.amp import GradScaler
 from torch.autograd.graph import get_gradient_edge
 
+from fastsimclr import _extension
 from fastsimclr.data import native
-from fastsimclr.loss import fused
 
 GPU = torch.device("cuda", 0)
 
@@ -62,9 +62,7 @@ def fake_cuda(capability: tuple[int, int] = (9, 0)) -> Iterator[torch.device]:
             patch.setattr(Tensor, name, _reader(getattr(Tensor, name), number))
         patch.setattr(torch.autograd, "backward", backward)
         patch.setattr(GradScaler, "get_scale", lambda self: 2.0**16)
-        kernels = _Kernels()
-        for module in (native, fused):
-            patch.setattr(module, "_C", kernels)
+        patch.setattr(_extension, "compiled", _Kernels())
         _forget_the_gpus()
         try:
             with _Mode(allow_non_fake_inputs=True):  # what NumPy gives is real
@@ -84,8 +82,8 @@ def _reader(original: Callable[[Tensor], Any], number: float) -> Callable[[Tenso
 
 
 def _forget_the_gpus() -> None:
-    fused.unavailable.cache_clear()
-    native.is_compiled.cache_clear()
+    _extension.why_unavailable.cache_clear()
+    native.warn_once.cache_clear()
 
 
 def backward(
@@ -158,13 +156,19 @@ class _Pointer(int):
 
 
 class _Kernels:
-    """In place of fastsimclr._C. Functions for the CPU are the real ones; kernels check where their pointers lead."""
+    """In place of fastsimclr._C, of any build. What is for the CPU is real; kernels check where their pointers lead."""
 
-    _real = native._C
+    DataType = PixelType = types.SimpleNamespace(float32=0, bfloat16=1, float16=2)
+    MAX_BLUR_RADIUS = LUMA_PARTS = 64
+    draw = staticmethod(_extension.compiled.draw) if _extension.compiled else None
+
+    def probe(self, device: int) -> str:
+        return ""
+
+    def build_info(self) -> dict[str, Any]:
+        return {"cuda": "13.0", "architectures": ["sm_90"], "compiler": "none"}
 
     def __getattr__(self, name: str) -> Any:
-        if name in ("draw", "build_info") or name.isupper() or name in ("DataType", "PixelType"):
-            return getattr(self._real, name)
         if name.startswith("nt_xent_") or name.endswith("_cuda"):
             return lambda **arguments: self._launch(name, arguments)
         raise AttributeError(name)
