@@ -23,10 +23,9 @@ from torch.autograd.graph import get_gradient_edge
 from fastsimclr import _extension
 from fastsimclr.data import native
 
-GPU = torch.device("cuda", 0)
-
-
 Result = TypeVar("Result")
+
+GPU = torch.device("cuda", 0)
 
 
 def real(make: Callable[..., Result], *arguments: Any, **options: Any) -> Result:
@@ -37,9 +36,9 @@ def real(make: Callable[..., Result], *arguments: Any, **options: Any) -> Result
 
 @contextmanager
 def fake_cuda(capability: tuple[int, int] = (9, 0)) -> Iterator[torch.device]:
-    """A GPU of that compute capability, of which PyTorch and fastsimclr find one; gives its device."""
+    """Make PyTorch and fastsimclr find one GPU of that compute capability; yields its device."""
     with pytest.MonkeyPatch.context() as patch:
-        # Else PyTorch takes what is said below for a real GPU, and initializes it.
+        # Otherwise PyTorch would believe the answers below and initialize CUDA.
         patch.setattr(FakeTensorMode, "avoid_device_init", True)
         stream = types.SimpleNamespace(cuda_stream=0)
         for name, answer in {
