@@ -10,17 +10,6 @@ namespace [[gnu::visibility("hidden")]] emulation {
 
 constexpr int kLanes = 32;
 
-// x cut off to float: rounded toward zero.
-inline float truncate(double x) {
-  const float nearest = float(x);
-  uint32_t bits;
-  std::memcpy(&bits, &nearest, sizeof(bits));
-  bits -= __builtin_fabs(double(nearest)) > __builtin_fabs(x);  // of an infinity: the largest float; not of NaN
-  float result;
-  std::memcpy(&result, &bits, sizeof(result));
-  return result;
-}
-
 inline float float_of_bf16(uint32_t bits) {
   bits <<= 16;
   float x;
@@ -29,13 +18,13 @@ inline float float_of_bf16(uint32_t bits) {
 }
 
 struct WarpMemory {
-  using FloatRow = float __attribute__((vector_size(32)));  // vectors even at -O1
-  using Row = double __attribute__((vector_size(64)));
+  using Pair = double __attribute__((vector_size(16)));  // vectors even at -O1, and no wider than any CPU has
+  using Bits = int64_t __attribute__((vector_size(16)));
 
-  // mma: C (16 x 8) += A (16 x 16) B (16 x 8), all as float
-  FloatRow c[16];
-  FloatRow b[16];
-  float a[16][16];
+  // mma: C (16 x 8) += A (16 x 16) B (16 x 8); C's numbers are floats
+  Pair c[16][4];
+  Pair b[16][4];
+  double a[16][16];
   // shuffles: what a lane offers and whose offer it takes
   uint32_t offered[kLanes];
   int source[kLanes];
@@ -47,30 +36,35 @@ struct WarpMemory {
   void put_fragments(int lane, const float (&c_in)[4], const uint32_t (&a_in)[4], uint32_t b0, uint32_t b1) {
     const unsigned g = unsigned(lane) / 4, t = unsigned(lane) % 4;
     for (unsigned i = 0; i < 4; i++) {
-      float* pair = &a[g + i % 2 * 8][2 * t + i / 2 * 8];
+      double* pair = &a[g + i % 2 * 8][2 * t + i / 2 * 8];
       pair[0] = float_of_bf16(a_in[i] & 0xffff);
       pair[1] = float_of_bf16(a_in[i] >> 16);
-      c[g + i / 2 * 8][2 * t + i % 2] = c_in[i];
+      at(c, g + i / 2 * 8, 2 * t + i % 2) = c_in[i];
     }
-    b[2 * t][g] = float_of_bf16(b0 & 0xffff);
-    b[2 * t + 1][g] = float_of_bf16(b0 >> 16);
-    b[2 * t + 8][g] = float_of_bf16(b1 & 0xffff);
-    b[2 * t + 9][g] = float_of_bf16(b1 >> 16);
+    at(b, 2 * t, g) = float_of_bf16(b0 & 0xffff);
+    at(b, 2 * t + 1, g) = float_of_bf16(b0 >> 16);
+    at(b, 2 * t + 8, g) = float_of_bf16(b1 & 0xffff);
+    at(b, 2 * t + 9, g) = float_of_bf16(b1 >> 16);
   }
 
-  // As tensor cores accumulate: C and the 16 products of an element are added exactly, or nearly so, and the sum is cut
-  // off to float, not rounded (Fasi et al., PeerJ Computer Science 7:e330). Over many steps these errors add up.
+  // As tensor cores accumulate: C and the 16 products of an element are added exactly, or nearly so, and the sum is
+  // truncated to a float, not rounded (Fasi et al., PeerJ Computer Science 7:e330). Over many steps, errors add up.
   __attribute__((no_sanitize("address", "undefined"))) void multiply() {
+    constexpr int64_t kBitsOfFloat = -1 - ((int64_t(1) << 29) - 1);  // a double's mantissa has 29 bits more
     for (int i = 0; i < 16; i++) {
-      Row sum = __builtin_convertvector(c[i], Row);
-      for (int k = 0; k < 16; k++) sum += double(a[i][k]) * __builtin_convertvector(b[k], Row);
-      for (int j = 0; j < 8; j++) c[i][j] = truncate(sum[j]);
+      Pair sum[4] = {c[i][0], c[i][1], c[i][2], c[i][3]};
+      for (int k = 0; k < 16; k++) {
+#pragma GCC unroll 4
+        for (int j = 0; j < 4; j++) sum[j] += a[i][k] * b[k][j];
+      }
+#pragma GCC unroll 4
+      for (int j = 0; j < 4; j++) c[i][j] = Pair(Bits(sum[j]) & kBitsOfFloat);
     }
   }
 
   void take_fragment(int lane, float (&c_out)[4]) {
     const unsigned g = unsigned(lane) / 4, t = unsigned(lane) % 4;
-    for (unsigned i = 0; i < 4; i++) c_out[i] = c[g + i / 2 * 8][2 * t + i % 2];
+    for (unsigned i = 0; i < 4; i++) c_out[i] = float(at(c, g + i / 2 * 8, 2 * t + i % 2));
   }
 
   void load_matrices() {
@@ -91,6 +85,11 @@ struct WarpMemory {
 
   void shuffle() {
     for (int lane = 0; lane < kLanes; lane++) result[lane][0] = offered[source[lane]];
+  }
+
+ private:
+  static double& at(Pair (&rows)[16][4], unsigned row, unsigned column) {
+    return reinterpret_cast<double*>(&rows[row])[column];  // GCC's vectors may alias their elements
   }
 };
 
