@@ -1,8 +1,8 @@
-"""Builds the emulated kernels again, changed or with sanitizers, and checks what they compute, in a process of its own.
+"""Builds the emulated kernels again, changed or with a checker, and checks what they compute in a process of its own.
 
-library = build(folder, sanitize=True)
+library = build(folder, checker="sanitizers")    # or "races": the emulation's own race detector
 library = build(folder, fault=("tile.cuh", "right", "wrong"))      # with one shape of tiles, to be quick
-outcome = check(library, sanitize=True)          # its exit code is 0 if all results are right, 1 if one is wrong
+outcome = check(library, checker="sanitizers")   # its exit code is 0 if all results are right, 1 if one is wrong
 outcome = check(library, "views")                # the kernels of views alone; "loss": those of the loss
 """
 
@@ -17,6 +17,7 @@ import sys
 import sysconfig
 import tempfile
 from pathlib import Path
+from typing import Literal
 
 import pybind11
 import torch
@@ -24,12 +25,20 @@ import torch
 CSRC = Path(__file__).parents[1] / "csrc"
 COMPILER = os.environ.get("CXX") or shutil.which("g++")
 LOSS, VIEWS = ("normalize.cu", "forward.cu", "backward.cu"), ("crop.cu", "photometric.cu")
+BINDING = ("bindings.cpp", "bindings_views.cpp")  # does nothing of its own, and takes the longest to compile
+RACE_DETECTOR = ("emulation/race_detector.cc",)
 SANITIZER_EXIT_CODE = 99
+Checker = Literal["", "races", "sanitizers"]
+COMPILER_FLAGS: dict[Checker, list[str]] = {
+    "": [],
+    "races": ["-g1", "-fsanitize=thread"],
+    "sanitizers": ["-g", "-fsanitize=address,undefined", "-fno-sanitize-recover=undefined"],
+}
 # (M, D, temperature): rows around a tile's edge, one block of the width, a part of one, several; both sets of formulas.
 CASES = [(6, 7, 0.1), (130, 64, 0.1), (130, 60, 0.005), (258, 130, 0.1), (70, 300, 0.005), (70, 300, 0.1)]
 
 
-def build(folder: Path, *, fault: tuple[str, str, str] | None = None, sanitize: bool = False) -> Path:
+def build(folder: Path, *, fault: tuple[str, str, str] | None = None, checker: Checker = "") -> Path:
     """The emulated module; with a fault (file, right, wrong): that text changed, and only for D <= 64 in one plane."""
     assert COMPILER is not None
     sources = folder / "csrc"
@@ -48,36 +57,27 @@ def build(folder: Path, *, fault: tuple[str, str, str] | None = None, sanitize: 
         changed = VIEWS if name in VIEWS else LOSS
 
     others = tuple(name for name in LOSS + VIEWS if name not in changed)
-    objects = [*_compile_all(sources, folder, changed, sanitize), *_as_they_are(others, sanitize), *_binding()]
+    objects = [*_compile_all(sources, folder, changed, checker), *_unchanged(others, checker), *_unchanged(BINDING)]
+    if checker == "races":  # in place of libtsan
+        objects += _unchanged(RACE_DETECTOR)
+    linker_flags = COMPILER_FLAGS[checker] if checker == "sanitizers" else []
     library = folder / "_emulated.so"
-    subprocess.run([str(COMPILER), "-shared", *_sanitizers(sanitize), *objects, "-o", library], check=True)
+    subprocess.run([str(COMPILER), "-shared", *linker_flags, *objects, "-o", library], check=True)
     return library
 
 
 @functools.cache
-def _as_they_are(names: tuple[str, ...], sanitize: bool) -> list[Path]:
-    """Object files of these kernels without a fault."""
+def _unchanged(names: tuple[str, ...], checker: Checker = "") -> list[Path]:
+    """Object files of these sources without a fault."""
     folder = Path(tempfile.mkdtemp())
     atexit.register(shutil.rmtree, folder)
-    return _compile_all(CSRC, folder, names, sanitize)
+    return _compile_all(CSRC, folder, names, checker)
 
 
-@functools.cache
-def _binding() -> list[Path]:
-    """The binding's object files: it does nothing of its own, and takes the longest to compile."""
-    folder = Path(tempfile.mkdtemp())
-    atexit.register(shutil.rmtree, folder)
-    return _compile_all(CSRC, folder, ("bindings.cpp", "bindings_views.cpp"), sanitize=False)
-
-
-def _sanitizers(sanitize: bool) -> list[str]:
-    return ["-g", "-fsanitize=address,undefined", "-fno-sanitize-recover=undefined"] if sanitize else []
-
-
-def _compile_all(sources: Path, folder: Path, names: tuple[str, ...], sanitize: bool) -> list[Path]:
-    objects = [folder / f"{name}.o" for name in names]
+def _compile_all(sources: Path, folder: Path, names: tuple[str, ...], checker: Checker) -> list[Path]:
+    objects = [folder / f"{Path(name).name}.o" for name in names]
     running = [
-        subprocess.Popen([*_compile(sources), *_sanitizers(sanitize), "-c", sources / name, "-o", target])
+        subprocess.Popen([*_compile(sources), *COMPILER_FLAGS[checker], "-c", sources / name, "-o", target])
         for name, target in zip(names, objects, strict=True)
     ]
     assert [process.wait() for process in running] == [0] * len(running)
@@ -91,10 +91,10 @@ def _compile(sources: Path) -> list[str]:
 
 
 def check(
-    library: Path, kernels: str = "all", *, one_shape: bool = False, sanitize: bool = False
+    library: Path, kernels: str = "all", *, one_shape: bool = False, checker: Checker = ""
 ) -> "subprocess.CompletedProcess[str]":
     environment = dict(os.environ)
-    if sanitize:  # Python is built without: they must be loaded before it
+    if checker == "sanitizers":  # Python is built without: they must be loaded before it
         found = [
             subprocess.run([str(COMPILER), f"-print-file-name={name}"], capture_output=True, text=True).stdout.strip()
             for name in ("libasan.so", "libubsan.so")

@@ -46,7 +46,7 @@ struct WarpMemory {
     at(b, 2 * t + 9, g) = float_of_bf16(b1 >> 16);
   }
 
-  __attribute__((no_sanitize("address", "undefined"))) void multiply() {
+  __attribute__((no_sanitize("address", "undefined", "thread"))) void multiply() {
     for (int i = 0; i < 16; i++) {
       Half left{}, right{};           // as in the tensor cores, a step's products are added up before they meet C
       for (int k = 0; k < 16; k++) {  // the products of bf16 are exact
@@ -61,6 +61,17 @@ struct WarpMemory {
   void take_fragment(int lane, float (&c_out)[4]) {
     const unsigned g = unsigned(lane) / 4, t = unsigned(lane) % 4;
     for (unsigned i = 0; i < 4; i++) c_out[i] = at(c, g + i / 2 * 8, 2 * t + i % 2);
+  }
+
+  // Of the four 8x8 matrices one whose rows are not in eight different groups of four banks: the hardware would read
+  // them one after the other. -1: none.
+  int matrix_with_bank_conflict() const {
+    for (int m = 0; m < 4; m++) {
+      unsigned groups = 0;
+      for (int r = 0; r < 8; r++) groups |= 1u << uintptr_t(row[8 * m + r]) / 16 % 8;
+      if (groups != 0xff) return m;
+    }
+    return -1;
   }
 
   void load_matrices() {
