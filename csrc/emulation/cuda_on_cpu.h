@@ -1,11 +1,17 @@
-// The CUDA of this project's kernels for g++: they run on a CPU, for tests. What mma.cuh takes from PTX has the same
-// names here; what CUDA leaves to the hardware's timing is random here, by FASTSIMCLR_EMULATION_SEED (machine.h).
+// The subset of CUDA that this project's kernels use, for g++: tests run them on a CPU. What mma.cuh takes from PTX has
+// the same names here. What the hardware's timing decides is random, by FASTSIMCLR_EMULATION_SEED (machine.h).
 //
-// Found: a missing barrier (wrong results), a missing or early cp.async wait (wrong results), a deadlock or a barrier
-// in divergent code (cudaErrorLaunchFailure, and which thread waits where), shared memory read before it is written
-// (NaN), misaligned addresses of ldmatrix and cp.async; with -fsanitize=address,undefined every access out of bounds.
-// Not found: races between two barriers that need a switch in the middle of plain code, as of two threads that add to a
-// number without an atomic. Floating point is the host's: expf and its like are not the GPU's to the last bit.
+// Always found:
+//   - a deadlock, or a barrier in divergent code: cudaErrorLaunchFailure, and which thread waits where
+//   - misaligned addresses of ldmatrix and cp.async, bank conflicts of ldmatrix, copies that are never waited for
+//   - shared memory that is read before it is written: it holds NaN
+//   - most missing barriers and cp.async waits: wrong results with some seeds
+// With -fsanitize=thread and race_detector.cpp: every data race, in shared and in global memory, whatever the seed and
+// even where the result is right. Not the accesses of memcpy calls.
+// With -fsanitize=address,undefined: every access out of bounds.
+//
+// Floating point is the host's, but for mma (mma_on_cpu.h) and exp2_approx: expf and its like are not the GPU's to the
+// last bit.
 #pragma once
 
 #include <cmath>
@@ -66,8 +72,8 @@ void load_matrices(const char* operation, uint32_t (&r)[4], const void* shared_r
   memory.row[lane] = static_cast<const char*>(shared_row);
   machine.meet_warp({operation, place}, [&](WarpMemory& all) {
     if (const int m = all.matrix_with_bank_conflict(); m >= 0)
-      machine.fail("%s, %s:%d: bank conflict: the rows of matrix %d (lanes %d-%d) share a group of four banks", operation,
-                   place.file, place.line, m, 8 * m, 8 * m + 7);
+      machine.fail("%s, %s:%d: bank conflict: the rows of matrix %d (lanes %d-%d) share a group of four banks",
+                   operation, place.file, place.line, m, 8 * m, 8 * m + 7);
     load(all);
   });
   std::memcpy(r, memory.result[lane], sizeof(r));
@@ -102,7 +108,8 @@ inline void __syncthreads(emulation::Place place = emulation::Place::here()) {
 
 inline void __syncwarp(unsigned mask = ~0u, emulation::Place place = emulation::Place::here()) {
   emulation::check_mask(mask, "__syncwarp", place);
-  emulation::machine.meet_warp({"__syncwarp", place}, [](emulation::WarpMemory&) { emulation::races::at_warp_barrier(); });
+  emulation::machine.meet_warp({"__syncwarp", place},
+                               [](emulation::WarpMemory&) { emulation::races::at_warp_barrier(); });
 }
 
 template <class T>
@@ -174,8 +181,8 @@ inline uint32_t pack_bf16(float low, float high) {
   return emulation::round_to_bf16(low) | emulation::round_to_bf16(high) << 16;
 }
 
-// Off by -2 to 2 units in the last place, which is what PTX allows ex2.approx: by how much is a hash of x, so the same x
-// always gives the same result. Whole numbers are exact, and subnormal inputs and results are 0.
+// Off by -2 to 2 units in the last place, which is what PTX allows ex2.approx: by how much is a hash of x, so the same
+// x always gives the same result. Whole numbers are exact, and subnormal inputs and results are 0.
 inline float exp2_approx(float x) {
   float y = std::exp2(x);
   if (std::isnormal(x) && std::isnormal(y) && x != std::trunc(x)) {

@@ -1,5 +1,5 @@
 // Finds data races exactly, whatever the schedule: kernels compiled with -fsanitize=thread call a hook before each
-// memory access, and race_detector.cc, linked instead of libtsan, keeps who accessed each word. In any other build
+// memory access, and race_detector.cpp, linked instead of libtsan, keeps who accessed each word. In any other build
 // everything here is empty.
 //
 // A race: two threads access the same byte, at least one writes, not both atomically, and nothing orders the two:
@@ -9,7 +9,8 @@
 //                  Programming Guide, "Warp Shuffle Functions")
 //   blocks         of one launch are never ordered; launches always are
 //   cp.async       writes its target from its issue until its thread waits for it: until then nobody may touch it,
-//                  afterwards it is a write by that thread at the wait. Its source is read at the issue and at the wait.
+//                  afterwards it is a write by that thread at the wait. Its source is read at the issue and at the
+//                  wait.
 // ldmatrix reads each row as all lanes of the warp.
 #pragma once
 

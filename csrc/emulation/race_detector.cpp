@@ -246,18 +246,18 @@ Unwatched::~Unwatched() { watching = was_watching_; }
 
 extern "C" {
 #pragma GCC visibility push(hidden)
-#define FASTSIMCLR_HOOKS(bytes)                                                                                   \
-  void __tsan_read##bytes(void* address) {                                                                        \
-    emulation::races::on_access(emulation::races::Access::kRead, address, bytes, __builtin_return_address(0));    \
-  }                                                                                                               \
-  void __tsan_write##bytes(void* address) {                                                                       \
-    emulation::races::on_access(emulation::races::Access::kWrite, address, bytes, __builtin_return_address(0));   \
-  }                                                                                                               \
-  void __tsan_unaligned_read##bytes(void* address) {                                                              \
-    emulation::races::on_access(emulation::races::Access::kRead, address, bytes, __builtin_return_address(0));    \
-  }                                                                                                               \
-  void __tsan_unaligned_write##bytes(void* address) {                                                             \
-    emulation::races::on_access(emulation::races::Access::kWrite, address, bytes, __builtin_return_address(0));   \
+#define FASTSIMCLR_HOOKS(bytes)                                                                                 \
+  void __tsan_read##bytes(void* address) {                                                                      \
+    emulation::races::on_access(emulation::races::Access::kRead, address, bytes, __builtin_return_address(0));  \
+  }                                                                                                             \
+  void __tsan_write##bytes(void* address) {                                                                     \
+    emulation::races::on_access(emulation::races::Access::kWrite, address, bytes, __builtin_return_address(0)); \
+  }                                                                                                             \
+  void __tsan_unaligned_read##bytes(void* address) {                                                            \
+    emulation::races::on_access(emulation::races::Access::kRead, address, bytes, __builtin_return_address(0));  \
+  }                                                                                                             \
+  void __tsan_unaligned_write##bytes(void* address) {                                                           \
+    emulation::races::on_access(emulation::races::Access::kWrite, address, bytes, __builtin_return_address(0)); \
   }
 FASTSIMCLR_HOOKS(1)
 FASTSIMCLR_HOOKS(2)
