@@ -241,40 +241,34 @@ void end_copy(const Copy& copy) {
 Unwatched::Unwatched() : was_watching_(watching) { watching = false; }
 Unwatched::~Unwatched() { watching = was_watching_; }
 
-}  // namespace races
-}  // namespace emulation
-
+// What g++ calls. A range is an access of more than 16 bytes, or of another number than a power of two.
 extern "C" {
-#pragma GCC visibility push(hidden)
-#define FASTSIMCLR_HOOKS(bytes)                                                                                 \
-  void __tsan_read##bytes(void* address) {                                                                      \
-    emulation::races::on_access(emulation::races::Access::kRead, address, bytes, __builtin_return_address(0));  \
-  }                                                                                                             \
-  void __tsan_write##bytes(void* address) {                                                                     \
-    emulation::races::on_access(emulation::races::Access::kWrite, address, bytes, __builtin_return_address(0)); \
-  }                                                                                                             \
-  void __tsan_unaligned_read##bytes(void* address) {                                                            \
-    emulation::races::on_access(emulation::races::Access::kRead, address, bytes, __builtin_return_address(0));  \
-  }                                                                                                             \
-  void __tsan_unaligned_write##bytes(void* address) {                                                           \
-    emulation::races::on_access(emulation::races::Access::kWrite, address, bytes, __builtin_return_address(0)); \
-  }
+#define FASTSIMCLR_HOOK(kind, name, bytes) \
+  void __tsan_##name(void* address) { on_access(Access::kind, address, bytes, __builtin_return_address(0)); }
+#define FASTSIMCLR_HOOKS(bytes)                        \
+  FASTSIMCLR_HOOK(kRead, read##bytes, bytes)           \
+  FASTSIMCLR_HOOK(kWrite, write##bytes, bytes)         \
+  FASTSIMCLR_HOOK(kRead, unaligned_read##bytes, bytes) \
+  FASTSIMCLR_HOOK(kWrite, unaligned_write##bytes, bytes)
 FASTSIMCLR_HOOKS(1)
 FASTSIMCLR_HOOKS(2)
 FASTSIMCLR_HOOKS(4)
 FASTSIMCLR_HOOKS(8)
 FASTSIMCLR_HOOKS(16)
 #undef FASTSIMCLR_HOOKS
+#undef FASTSIMCLR_HOOK
 void __tsan_read_range(void* address, size_t bytes) {
-  emulation::races::on_access(emulation::races::Access::kRead, address, bytes, __builtin_return_address(0));
+  on_access(Access::kRead, address, bytes, __builtin_return_address(0));
 }
 void __tsan_write_range(void* address, size_t bytes) {
-  emulation::races::on_access(emulation::races::Access::kWrite, address, bytes, __builtin_return_address(0));
+  on_access(Access::kWrite, address, bytes, __builtin_return_address(0));
 }
 void __tsan_vptr_update(void**, void*) {}
 void __tsan_vptr_read(void**) {}
 void __tsan_func_entry(void*) {}
 void __tsan_func_exit(void*) {}
 void __tsan_init() {}
-#pragma GCC visibility pop
 }
+
+}  // namespace races
+}  // namespace emulation
