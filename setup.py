@@ -1,11 +1,13 @@
 """Builds the extension fastsimclr._C with CMake and Ninja, as far as this machine's tools go:
 
 with nvcc and a C++ compiler the CUDA build, without nvcc the CPU build, without a C++ compiler no extension at all.
-pip hides what a build prints, so the outcome and its reason are kept beside the extension (read by loss/fused.py).
+pip hides what a build prints, so the outcome and its reason are kept beside the extension, for
+fastsimclr/_extension.py to read.
 
 FASTSIMCLR_CUDA=1        what is missing for the CUDA build is an error
 FASTSIMCLR_CUDA=0        the CPU build, even where there is an nvcc
 FASTSIMCLR_CUDA_ARCHS    what to compile for: "80;90"
+FASTSIMCLR_WERROR=1      compiler warnings are errors
 CUDA_HOME, CXX           obeyed: where they are set, no other nvcc or C++ compiler is looked for
 CMAKE_BUILD_PARALLEL_LEVEL   how many compilers run at once
 """
@@ -61,12 +63,12 @@ def find_nvcc() -> tuple[Path | None, str]:
     return nvcc, "" if nvcc else f"no nvcc was found ({looked})"
 
 
-def wanted_cuda() -> str | None:
-    """FASTSIMCLR_CUDA: "1", "0" or None."""
-    wanted = os.environ.get("FASTSIMCLR_CUDA") or None
-    if wanted not in (None, "0", "1"):
-        raise SystemExit(f"FASTSIMCLR_CUDA is {wanted!r}; expected 1 (needed), 0 (unwanted) or no such variable")
-    return wanted
+def read_switch(name: str) -> str | None:
+    """The environment variable's value, "1" or "0"; None if it is unset or empty."""
+    value = os.environ.get(name) or None
+    if value not in (None, "0", "1"):
+        raise SystemExit(f"{name} is {value!r}; expected 1 or 0, or leave it unset")
+    return value
 
 
 def choose_architectures(nvcc: Path, editable: bool) -> list[str]:
@@ -80,6 +82,18 @@ def choose_architectures(nvcc: Path, editable: bool) -> list[str]:
         wanted = present_architectures() or EDITABLE_ARCHITECTURES
     known = subprocess.run([nvcc, "--list-gpu-code"], check=True, capture_output=True, text=True).stdout.split()
     return [arch for arch in wanted if f"sm_{arch}" in known] or default
+
+
+def cmake_architectures(architectures: list[str]) -> str:
+    """CMAKE_CUDA_ARCHITECTURES: machine code for each architecture, and PTX of the lowest and the highest.
+
+    A GPU that has no machine code in the library compiles the newest PTX that is not newer than itself: the highest
+    serves later GPUs, the lowest those in between. Code for 90a or 100f runs on that GPU or family only, so its PTX
+    would serve no other.
+    """
+    portable = sorted((arch for arch in architectures if arch.isdigit()), key=int)
+    with_ptx = {*portable[:1], *portable[-1:]}
+    return ";".join(arch if arch in with_ptx else f"{arch}-real" for arch in architectures)
 
 
 def present_architectures() -> list[str]:
@@ -113,7 +127,7 @@ def run_cmake(build: Path, prefix: Path, options: list[str]) -> None:
 
 class BuildExtension(build_ext):
     def run(self) -> None:
-        wanted = wanted_cuda()
+        wanted = read_switch("FASTSIMCLR_CUDA")
         compiler, reason = find_compiler()
         nvcc = None
         if compiler:
@@ -131,8 +145,7 @@ class BuildExtension(build_ext):
 
         options = ["-DFASTSIMCLR_CUDA=OFF"]
         if nvcc:
-            *others, last = choose_architectures(nvcc, editable=bool(self.inplace))
-            architectures = ";".join([*(f"{arch}-real" for arch in others), last])  # last: with PTX, for later GPUs
+            architectures = cmake_architectures(choose_architectures(nvcc, editable=bool(self.inplace)))
             options = ["-DFASTSIMCLR_CUDA=ON", f"-DCMAKE_CUDA_COMPILER={nvcc}"]
             options += [f"-DCMAKE_CUDA_ARCHITECTURES={architectures}"]
             print(f"fastsimclr: building for CUDA with {nvcc}, architectures {architectures}", flush=True)
@@ -143,10 +156,12 @@ class BuildExtension(build_ext):
             self.extensions = []
         if self.inplace:  # a developer's build: the kernels for the CPU, too, for the tests
             options += ["-DFASTSIMCLR_EMULATION=ON"]
+        if read_switch("FASTSIMCLR_WERROR") == "1":
+            options += ["-DFASTSIMCLR_WERROR=ON"]
         if compiler:
             run_cmake(Path(self.build_temp).resolve(), library.parents[1], options)
 
-        # One record for each Python, as there is one library for each. fastsimclr/loss/fused.py knows this name.
+        # One record for each Python, as there is one library for each. fastsimclr/_extension.py knows this name.
         record = library.with_name(f"_build.{sys.implementation.cache_tag}.json")
         outcome = "cuda" if nvcc else "cpu" if compiler else "none"
         record.write_text(json.dumps({"extension": outcome, "reason": reason}) + "\n")

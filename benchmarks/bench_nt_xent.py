@@ -2,18 +2,22 @@
 
     python -m pytest benchmarks/bench_nt_xent.py --benchmark-json=benchmarks/results/nt_xent-DEVICE.json
 
-BENCH_M and BENCH_D choose the sizes (views, and numbers a projection): BENCH_M=4096 BENCH_D=64,128,256. BENCH_SECONDS:
-sizes whose turn comes later than that are skipped; on a GPU those with a target come first. BENCH_SMALL=1: 256 views,
-two rounds, nothing compiled.
+BENCH_SIZES=8192x128,32768x128 selects the sizes (views x width of a projection). BENCH_SECONDS skips the sizes that
+would start later than that; on a GPU those with a target come first. BENCH_RIVALS=0 times only our fastest
+implementation in both precisions, on a GPU as CUDA-graph replays, and checks them against one call of the tiled loss.
+BENCH_SMALL=1: 256 views, two rounds, nothing compiled.
 
 Each size is timed as a whole step (forward and backward) and as the forward of one, and on a GPU both again, replayed
 from a CUDA graph, where a call from Python costs more than the kernels. Who can't be captured is timed as called there,
 and the table says so. On a GPU a call's time is that of several in a row, then one wait for the device.
 
-Beside them runs a plain matrix product: bf16 of 8192 on a GPU, float32 of 2048 on a CPU. TFLOP/s count 5 M^2 D, what
-the fused kernel does (M^2 D in the forward, of which it computes the upper triangle; 4 M^2 D in the backward), for
-whoever it is; so they compare like the times do. The tiled loss itself needs 4 M^2 D (both its passes use that the
-similarities are symmetric); what these take at the product's rate is the least that it could take.
+Beside them runs a plain matrix product: bf16 of 8192 on a GPU, float32 of 2048 on a CPU. Without rivals a second one
+multiplies all pairs of rows (views x width by width x views) and writes the result, which the loss never does.
+
+TFLOP/s count 5 M^2 D for every contender, which is what the fused kernel computes (the upper triangle of M^2 D in the
+forward, 4 M^2 D in the backward); so they compare as the times do. The tiled loss itself needs 4 M^2 D, as both its
+passes use that the similarities are symmetric; the time of these at the product's rate is its lower bound.
+
 Peak memory is what torch's allocator holds at most beyond the inputs, gradients included (on a CPU torch.profiler sees
 it; scratch that a matrix library takes by itself is not in it). Who runs out of memory is recorded as missing.
 
@@ -32,16 +36,18 @@ import os
 import time
 import warnings
 from collections.abc import Callable
-from dataclasses import asdict, dataclass, field, replace
+from dataclasses import asdict, dataclass, field
 
 import pytest
 import torch
 from pytest_benchmark.fixture import BenchmarkFixture
 from torch import Tensor
 
-from benchmarks.interleaved import Check, Spread, Timing, describe, interleave
+from benchmarks.interleaved import Check, describe, interleave
 from benchmarks.memory import peak_mib, settle_heap
-from benchmarks.nt_xent_contenders import Contender, contenders
+from benchmarks.nt_xent_contenders import Contender, contenders, our_losses
+from benchmarks.nt_xent_targets import FASTER_THAN, TARGETS
+from benchmarks.replays import capture, per_call, repeated
 from benchmarks.sizes import SMALL
 
 ON_GPU = torch.cuda.is_available()
@@ -50,63 +56,35 @@ DEVICE_NAME = torch.cuda.get_device_name() if ON_GPU else "cpu"
 STEP, FORWARD = "forward + backward", "forward"
 MATMUL = "matrix product"
 MATRIX, MATRIX_DTYPE = (8192, torch.bfloat16) if ON_GPU else (512 if SMALL else 2048, torch.float32)
+PAIRS = "matrix product of all pairs"
+WITH_RIVALS = os.environ.get("BENCH_RIVALS") != "0"
 LARGEST_REPLAYED = 32768  # above, a call from Python is lost in the kernels' time
 
 
-@dataclass(frozen=True)
-class Target:
-    """What we mean to reach in a step. device: part of its name; views, width: the size, None for any from 2048 on."""
-
-    device: str
-    views: int | None
-    width: int | None
-    figure: str
-    at_most: float | None = None
-    at_least: float | None = None
-
-    def applies(self, views: int, width: int) -> bool:
-        right_views = views >= 2048 if self.views is None else views == self.views
-        return self.device in DEVICE_NAME and right_views and self.width in (None, width)
-
-    def verdict(self, got: float) -> str:
-        if self.at_most is not None:
-            return f"{self.figure} at most {self.at_most}: {'met' if got <= self.at_most else 'MISSED'} ({got:.3g})"
-        assert self.at_least is not None
-        return f"{self.figure} at least {self.at_least}: {'met' if got >= self.at_least else 'MISSED'} ({got:.3g})"
-
-
-FASTER_THAN = "times faster than "
-TARGETS = (
-    Target("H200", 8192, 128, "ms", at_most=0.095),
-    Target("H200", 32768, 128, "ms", at_most=1.35),
-    Target("H200", 131072, 256, "ms", at_most=43.0),
-    Target("H200", 8192, 128, FASTER_THAN + "dense", at_least=10.0),
-    Target("H200", None, None, FASTER_THAN + "anyone else", at_least=1.0),
-    Target("cpu", 4096, 128, FASTER_THAN + "dense", at_least=3.0),
-    Target("cpu", 4096, 128, FASTER_THAN + "dense, torch.compile", at_least=1.4),
-    Target("cpu", 4096, 128, FASTER_THAN + "lightly", at_least=3.0),
-    Target("cpu", 8192, 128, "peak MiB", at_most=64.0),
-    Target("cpu", 8192, 128, "times its products at sgemm's rate", at_most=1.6),
-)
-
-
-def numbers(variable: str, default: str) -> list[int]:
-    return [int(number) for number in os.environ.get(variable, default).split(",")]
-
-
 def sizes() -> list[tuple[int, int]]:
-    """(views, width); those with a target of their own first, then those of width 128: time may be short."""
-    views = numbers("BENCH_M", "256" if SMALL else "512,2048,8192,32768,131072" if ON_GPU else "512,2048,4096,8192")
-    widths = numbers("BENCH_D", "64,128,256" if ON_GPU and not SMALL else "128")
+    """(views, width). On a GPU sizes with a target come first, then those of width 128: time may run out."""
+    if named := os.environ.get("BENCH_SIZES"):
+        return [(int(views), int(width)) for views, width in (size.split("x") for size in named.split(","))]
+    if SMALL or not ON_GPU:
+        return [(views, 128) for views in ((256,) if SMALL else (512, 2048, 4096, 8192))]
     targeted = {(target.views, target.width) for target in TARGETS}
-    pairs = list(itertools.product(views, widths))
-    return sorted(pairs, key=lambda size: (size not in targeted, size[1] != 128)) if ON_GPU else pairs
+    pairs = itertools.product((512, 2048, 8192, 32768, 131072), (64, 128, 256))
+    return sorted(pairs, key=lambda size: (size not in targeted, size[1] != 128))
+
+
+def is_replayed(views: int) -> tuple[bool, ...]:
+    """Whether a size is timed as called, as replayed, or as both."""
+    if not ON_GPU:
+        return (False,)
+    if not WITH_RIVALS:
+        return (True,)
+    return (False, True) if views <= LARGEST_REPLAYED else (False,)
 
 
 CASES = [
     (views, width, replayed, part)
     for views, width in sizes()
-    for replayed in ((False, True) if ON_GPU and views <= LARGEST_REPLAYED else (False,))
+    for replayed in is_replayed(views)
     for part in (STEP, FORWARD)
 ]
 STARTED = time.monotonic()
@@ -123,6 +101,8 @@ class Size:
     losses: dict[str, float] = field(default_factory=dict)
     errors: dict[str, tuple[float, float]] = field(default_factory=dict)  # relative, of the loss and of the gradients
     reference: str = ""
+    expected: tuple[Tensor, ...] = ()
+    """The loss and the gradients by `reference`."""
     peak_mib: dict[str, float] = field(default_factory=dict)
 
     def run(self, name: str, part: str) -> tuple[Tensor, ...]:
@@ -160,12 +140,17 @@ def prepare(views: int, width: int) -> Size:
     z1, z2 = ((x + 0.5 * torch.randn_like(x)).requires_grad_() for _ in range(2))
     with warnings.catch_warnings():  # other packages' imports, and what the compiler has to say
         warnings.simplefilter("ignore")
-        size = Size(z1, z2, *contenders(views, width, DEVICE))
+        size = Size(z1, z2, *(contenders(views, width, DEVICE) if WITH_RIVALS else our_losses(DEVICE)))
+        kind = next(iter(size.found)).partition(",")[0]
+        timed = [name for name in size.found if WITH_RIVALS or name.partition(",")[0] == kind]
+        if not WITH_RIVALS:
+            size.found = {name: each for name, each in size.found.items() if name in timed or name == "tiled"}
         results: dict[str, tuple[Tensor, ...]] = {}
         for name, contender in list(size.found.items()):
             try:
                 results[name] = size.run(name, STEP)
-                size.peak_mib[name] = peak_mib(lambda name=name: size.run(name, STEP))  # type: ignore[misc]
+                if name in timed:
+                    size.peak_mib[name] = peak_mib(lambda name=name: size.run(name, STEP))  # type: ignore[misc]
             except torch.OutOfMemoryError:
                 size.missing[name] = "out of memory"
             except Exception as error:
@@ -177,9 +162,14 @@ def prepare(views: int, width: int) -> Size:
                 results.pop(name, None)
                 free_memory()
     size.reference = "dense" if "dense" in results else "tiled"
+    size.expected = results[size.reference]
     size.losses = {name: float(result[0]) for name, result in results.items()}
-    size.errors = {name: relative_errors(result, results[size.reference]) for name, result in results.items()}
+    size.found = {name: each for name, each in size.found.items() if name in timed}
+    same_work = {name for name, each in size.found.items() if not each.other_work}
+    size.errors = {name: relative_errors(results[name], size.expected) for name in results if name in same_work}
     for name, contender in list(size.found.items()):
+        if contender.other_work:
+            continue
         bounds = contender.bound or (float("inf"), float("inf"))
         if not all(error <= bound for error, bound in zip(size.errors[name], bounds, strict=True)):
             problem = f"another function: relative errors of loss and gradients {size.errors[name]}, beyond {bounds}"
@@ -190,20 +180,23 @@ def prepare(views: int, width: int) -> Size:
 
 
 def checked_again(size: Size, steps: dict[str, Callable[[], tuple[Tensor, ...]]]) -> dict[str, Check]:
-    """After timing, what was timed computes the same function still, in the precision that it claims."""
-    expected = tuple(each.clone() for each in steps[size.reference]())
+    """After timing, check that what was timed still computes the same function, in the precision that it claims."""
     checks = {}
     for name, step in steps.items():
-        loss, gradients = relative_errors(step(), expected)
         if bound := size.found[name].bound:
+            result = step()
+            loss, gradients = relative_errors(result, size.expected[: len(result)])
             Check("gradients, relative", gradients, bound[1])
             checks[name] = Check("loss, relative", loss, bound[0])
     return checks
 
 
 def remarks(size: Size, refused: dict[str, str]) -> dict[str, str]:
-    """Of each contender, what its figures don't say."""
+    """By contender: what its figures don't say."""
     notes: dict[str, list[str]] = {name: [] for name in size.found}
+    for name, contender in size.found.items():
+        if contender.other_work:
+            notes[name] += [contender.other_work]
     for name, (loss, gradients) in size.errors.items():
         if name in size.found and size.found[name].bound is None:
             notes[name] += [f"of less precision: loss {loss:.1g}, gradients {gradients:.1g} off {size.reference}"]
@@ -212,17 +205,9 @@ def remarks(size: Size, refused: dict[str, str]) -> dict[str, str]:
     return {name: "; ".join(of_one) for name, of_one in notes.items() if of_one}
 
 
-def capture(size: Size, name: str, part: str) -> Callable[[], tuple[Tensor, ...]]:
+def capture_step(size: Size, name: str, part: str) -> Callable[[], tuple[Tensor, ...]]:
     """A replay of the step from a CUDA graph."""
-    side = torch.cuda.Stream()
-    side.wait_stream(torch.cuda.current_stream())
-    with torch.cuda.stream(side):
-        for _ in range(3):
-            size.run(name, part)
-    torch.cuda.current_stream().wait_stream(side)
-    graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
-        result = size.run(name, part)
+    graph, result = capture(lambda: size.run(name, part))
     loss = result[0]
     loss.fill_(torch.nan)  # the replay has to write it
 
@@ -245,26 +230,33 @@ def capture_all(size: Size, part: str) -> tuple[dict[str, Callable[[], tuple[Ten
         refused[name] = contender.not_captured
         if not contender.not_captured:
             try:
-                replays[name] = capture(size, name, part)
+                replays[name] = capture_step(size, name, part)
                 del refused[name]
             except Exception as error:  # out of memory, too: each graph has memory of its own
                 refused[name] = one_line(error)
     return replays, refused
 
 
-def repeated(step: Callable[[], object], times: int) -> Callable[[], None]:
-    def steps() -> None:
-        for _ in range(times):
-            step()
+def product_of_pairs(size: Size) -> tuple[Callable[[], object] | None, str]:
+    """A product of the loss's own size, in bf16 and with its result in memory; or None and the reason."""
+    rows = torch.cat([size.z1, size.z2]).detach().to(MATRIX_DTYPE)
+    try:
+        pairs = torch.empty(len(rows), len(rows), dtype=MATRIX_DTYPE, device=DEVICE)
+    except torch.OutOfMemoryError:
+        return None, "out of memory"
 
-    return steps
+    def product() -> Tensor:
+        return torch.mm(rows, rows.T, out=pairs)
 
+    if not ON_GPU:
+        return product, ""
+    graph, _ = capture(product)
 
-def per_call(timing: Timing, repeats: int) -> Timing:
-    def divided(spread: Spread) -> Spread:
-        return Spread(*(each / repeats for each in (spread.median, spread.lower, spread.upper)))
+    def replay() -> tuple[Tensor, Tensor]:
+        graph.replay()
+        return rows, pairs  # which live as long as the graph that uses them
 
-    return replace(timing, milliseconds={name: divided(spread) for name, spread in timing.milliseconds.items()})
+    return replay, ""
 
 
 @pytest.mark.filterwarnings("default")  # shown: other packages' are no reason to stop
@@ -293,6 +285,12 @@ def test_nt_xent(
     steps = {name: replays.get(name) or functools.partial(size.run, name, part) for name in size.found}
     calls = {name: repeated(step, repeats) for name, step in steps.items()}
     calls[MATMUL] = repeated(lambda: torch.mm(a, b, out=product), repeats)
+    missing = dict(size.missing)
+    if not WITH_RIVALS:
+        product_of_its_size, missing[PAIRS] = product_of_pairs(size)
+        if product_of_its_size:
+            calls[PAIRS] = repeated(product_of_its_size, repeats)
+            del missing[PAIRS]
     slow = views >= (131072 if ON_GPU else 8192)
     rounds = 2 if SMALL else (5 if ON_GPU else 7) if slow else 15
     warmup_rounds = 1 if slow or SMALL else 3
@@ -306,14 +304,20 @@ def test_nt_xent(
     tflops = {name: flop / timing.milliseconds[name].median / 1e9 for name in size.found}
     figures = {"ms": timing.milliseconds[ours].median, "peak MiB": size.peak_mib[ours]}
     figures |= {FASTER_THAN + name: ratio.median for name, ratio in timing.speedup.items()}
-    rivals = [ratio.median for name, ratio in timing.speedup.items() if name != MATMUL and not name.startswith("fused")]
-    figures[FASTER_THAN + "anyone else"] = min(rivals)
+    yardsticks = [name for name in calls if name not in size.found or size.found[name].other_work]
+    rivals = [
+        ratio.median
+        for name, ratio in timing.speedup.items()
+        if name not in yardsticks and not name.startswith("fused")
+    ]
+    if rivals:
+        figures[FASTER_THAN + "anyone else"] = min(rivals)
     # From the ratios of the rounds, so that a slow second does not count.
     figures["times its products at sgemm's rate"] = (
         2 * MATRIX**3 / (4 * views**2 * width) / timing.speedup[MATMUL].median
     )
-    judged = part == STEP and replayed == (ON_GPU and views <= LARGEST_REPLAYED)
-    targets = [target for target in TARGETS if judged and target.applies(views, width)]
+    judged = part == STEP and replayed == is_replayed(views)[-1]
+    targets = [target for target in TARGETS if judged and target.applies(DEVICE_NAME, views, width)]
     verdicts = [target.verdict(figures[target.figure]) for target in targets if target.figure in figures]
 
     lines = [
@@ -328,7 +332,9 @@ def test_nt_xent(
             + (" as called" if name in refused else "")
         )
     lines.append(f"  {MATMUL:26} {timing.milliseconds[MATMUL]!s:>28} ms {'':9} {matmul_tflops:8.3g} TFLOP/s")
-    lines += [f"  {name:26} not here: {why}" for name, why in size.missing.items()]
+    if PAIRS in calls:
+        lines.append(f"  {PAIRS:26} {timing.milliseconds[PAIRS]!s:>28} ms")
+    lines += [f"  {name:26} not here: {why}" for name, why in missing.items()]
     lines += [f"  {name:26} not captured: {why}" for name, why in refused.items()]
     lines += [f"  target, {verdict}" for verdict in verdicts]
     with capsys.disabled():
@@ -339,11 +345,11 @@ def test_nt_xent(
         sizes={"views": views, "width": width},
         peak_mib={name: size.peak_mib[name] for name in size.found} if part == STEP else {},
         checks=checks,
-        missing=size.missing,
+        missing=missing,
         notes=remarks(size, refused),
         ours=[name for name in others if size.found[name].ours],
-        yardsticks=[MATMUL],
-        differing=[name for name in others if size.found[name].bound is None],
+        yardsticks=yardsticks,
+        differing=[name for name in others if size.found[name].bound is None and name not in yardsticks],
         headline=any(target.views for target in targets),
     )
     benchmark.extra_info.update(

@@ -119,9 +119,9 @@ def loss_checks(contenders: Mapping[str, Contender], stem: str, views: Sequence[
         contender.model.load_state_dict(state)
         reference = expected[contender.together]
         error = abs(contender.loss(views) - reference) / reference
-        bf16 = contender.dtype == torch.bfloat16
-        what = "loss, relative, bf16 to float32" if bf16 else "loss, relative"
-        checks[name] = Check(what, error, BF16_BOUND if bf16 else FP32_BOUND)
+        half = {torch.bfloat16: "bf16", torch.float16: "fp16"}.get(contender.dtype)
+        what = f"loss, relative, {half} to float32" if half else "loss, relative"
+        checks[name] = Check(what, error, BF16_BOUND if half else FP32_BOUND)
     return checks
 
 
@@ -141,17 +141,17 @@ def test_step(benchmark: BenchmarkFixture, capsys: pytest.CaptureFixture[str], s
     recipe = small_views()
     source, images_from = small_images(steps * BATCH)
     start = simclr("resnet18", stem, recipe.image_size)
-    auto, why = choose_precision("auto", DEVICE).bf16, choose_precision("auto", DEVICE).why
+    auto = choose_precision("auto", DEVICE)
 
     loaders = {precision: open_small_views(source, recipe, BATCH, precision) for precision in ("auto", "fp32")}
     made = [view.clone() for view in next(iter(loaders["fp32"])).views]  # (BATCH, 3, 32, 32) float32
-    in_our_dtype = [view.bfloat16() if auto else view for view in made]
+    in_our_dtype = [view.to(auto.view_dtype) for view in made]
     missing: dict[str, str] = {}
     contenders = {OURS: ours(start, views_of(loaders["auto"]), TEMPERATURE, "auto")}
-    if auto:
+    if auto.autocast:
         contenders[OURS_FP32] = ours(start, views_of(loaders["fp32"]), TEMPERATURE, "fp32")
     else:
-        missing[OURS_FP32] = f"it is what ours is here: {why}"
+        missing[OURS_FP32] = f"it is what ours is here: {auto.why}"
     contenders[CEILING] = ours(start, lambda: itertools.repeat(in_our_dtype, steps), TEMPERATURE, "auto")
     try:
         loader = lightly_loader(source, recipe, BATCH)
@@ -172,7 +172,7 @@ def test_step(benchmark: BenchmarkFixture, capsys: pytest.CaptureFixture[str], s
         if not ON_GPU:
             targets.append(target("times faster than lightly's loop", timing.speedup[LIGHTLY].median, at_least=1.5))
         targets.append(target("peak over that of lightly's loop", peaks[OURS] / peaks[LIGHTLY], at_most=1))
-    notes = dict.fromkeys((OURS, CEILING), why)
+    notes = dict.fromkeys((OURS, CEILING), auto.why)
     notes |= {name: f"{CORES} workers" for name in (LIGHTLY, LIGHTLY_TUNED) if name in contenders}
     describe(
         benchmark,
@@ -271,10 +271,10 @@ def against_ceiling(
 @pytest.mark.benchmark(group="training, ResNet-50 at 224²")
 def test_photographs(benchmark: BenchmarkFixture, capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
     """ResNet-50 on photographs that DALI decodes, against the same loop without a loader."""
+    pytest.importorskip("nvidia.dali")
     batch, steps = (32, 2) if SMALL else (512, 8)
     images = batch * steps
     images_from = write_photographs(tmp_path, images)
-    bf16 = choose_precision("auto", DEVICE).bf16
     loader = open_views(
         str(tmp_path),
         Views(),
@@ -282,7 +282,7 @@ def test_photographs(benchmark: BenchmarkFixture, capsys: pytest.CaptureFixture[
         backend="dali",
         device=DEVICE,
         drop_last=True,
-        dtype=torch.bfloat16 if bf16 else torch.float32,
+        dtype=choose_precision("auto", DEVICE).view_dtype,
     )
     start = simclr("resnet50", "imagenet", 224)
     torch.backends.cudnn.benchmark = True  # as fastsimclr.train sets it
@@ -344,7 +344,7 @@ def test_loss_share(benchmark: BenchmarkFixture, capsys: pytest.CaptureFixture[s
     batch, micro, image_size = (64, 16, 64) if SMALL else (4096, 256, 224)
     start = simclr("resnet50", "imagenet", image_size)
     torch.backends.cudnn.benchmark = True
-    dtype = torch.bfloat16 if choose_precision("auto", DEVICE).bf16 else torch.float32
+    dtype = choose_precision("auto", DEVICE).view_dtype
     views = [torch.randn(batch, 3, image_size, image_size, device=DEVICE, dtype=dtype) for _ in range(2)]
     step = ours(start, lambda: [views], 0.1, "auto", micro)
     z = [torch.randn(batch, 128, device=DEVICE, requires_grad=True) for _ in range(2)]

@@ -9,7 +9,8 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from benchmarks.sizes import SMALL
-from fastsimclr.loss import fused, nt_xent
+from fastsimclr._extension import why_unavailable
+from fastsimclr.loss import nt_xent
 
 TEMPERATURE = 0.1
 BF16_LARGEST_ON_CPU = 1024  # without bf16 units autocast is 20 times slower than float32 there
@@ -28,6 +29,7 @@ class Contender:
     not_captured: why no CUDA graph of it is tried; "" where it is.
     ours: whether an error of it is one of the benchmark; others are left out, with the reason.
     compiled: by torch.compile at its first call, which takes longer than all else in a small run.
+    other_work: what it computes instead of NT-Xent, "" for NT-Xent. It is a yardstick then, not a rival, and unchecked.
     """
 
     loss: Loss
@@ -35,6 +37,7 @@ class Contender:
     not_captured: str = ""
     ours: bool = False
     compiled: bool = False
+    other_work: str = ""
 
 
 def dense(z1: Tensor, z2: Tensor) -> Tensor:
@@ -103,6 +106,24 @@ def inf_cl_loss(z1: Tensor, z2: Tensor) -> Tensor:
     return (1 / TEMPERATURE + torch.expm1(e).log() - positive).mean()
 
 
+def siglip_kernel_loss(device: torch.device) -> Loss:
+    """siglip-kernel's sigmoid loss of as many pairs: 2N rows against their positives, in bf16, its fastest path.
+
+    Raises ImportError where siglip_kernel is not installed.
+    """
+    from siglip_kernel import fused_siglip_loss  # type: ignore[import-not-found]
+
+    log_temperature = torch.tensor(1 / TEMPERATURE, device=device).log()
+    bias = torch.tensor(-10.0, device=device)
+
+    def loss(z1: Tensor, z2: Tensor) -> Tensor:
+        z = F.normalize(torch.cat([z1, z2]), dim=1).bfloat16()
+        result: Tensor = fused_siglip_loss(z, z.roll(len(z1), 0), log_temperature, bias)
+        return result
+
+    return loss
+
+
 def our_losses(device: torch.device) -> tuple[dict[str, Contender], dict[str, str]]:
     def ours(backend: str, precision: str, bound: tuple[float, float]) -> Contender:
         def loss(z1: Tensor, z2: Tensor) -> Tensor:
@@ -113,7 +134,7 @@ def our_losses(device: torch.device) -> tuple[dict[str, Contender], dict[str, st
     found: dict[str, Contender] = {}
     missing: dict[str, str] = {}
     # On a CPU its sources can run in emulation, which is for tests.
-    if why := "it is a CUDA kernel" if device.type == "cpu" else fused.unavailable(device):
+    if why := "it is a CUDA kernel" if device.type == "cpu" else why_unavailable(device):
         missing["fused"] = why
     else:
         found["fused, medium"] = ours("fused", "medium", (1e-3, 2e-2))
@@ -175,6 +196,15 @@ def contenders(views: int, width: int, device: torch.device) -> tuple[dict[str, 
         missing["Inf-CL, TF32"] = "for widths of 16, 32, 64, 128 and 256 only"
     else:
         found["Inf-CL, TF32"] = Contender(inf_cl_loss)
+    if not on_gpu:
+        missing["siglip-kernel, bf16"] = "is made of kernels in Triton, for GPUs"
+    else:
+        try:
+            found["siglip-kernel, bf16"] = Contender(
+                siglip_kernel_loss(device), other_work="other work: the sigmoid loss of as many pairs"
+            )
+        except ImportError as error:
+            missing["siglip-kernel, bf16"] = str(error)
     if SMALL:
         missing |= {name: "is compiled: not in a small run" for name, each in found.items() if each.compiled}
         found = {name: each for name, each in found.items() if not each.compiled}

@@ -11,7 +11,7 @@ import os
 import resource
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import nullcontext
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +20,7 @@ import torch
 from numpy.typing import NDArray
 from PIL import Image
 from torch import Tensor, nn
+from torch.amp import GradScaler
 from torch.utils.data import DataLoader, Dataset
 
 from benchmarks.nt_xent_contenders import dense
@@ -69,10 +70,13 @@ class Contender:
     """Of the views, and of the model's products."""
     together: bool = True
     """Both views go through the model, and so through its batch normalisation, in one batch."""
+    scaler: GradScaler = field(default_factory=lambda: GradScaler(DEVICE.type, enabled=False))
+    """Of the gradients that `backward` leaves; enabled under fp16 alone."""
 
     def update(self, views: Sequence[Tensor]) -> Tensor:
         loss = self.backward(views)
-        self.optimizer.step()
+        self.scaler.step(self.optimizer)
+        self.scaler.update()
         self.optimizer.zero_grad(set_to_none=True)
         return loss
 
@@ -101,13 +105,15 @@ def ours(
     """What a step of fastsimclr.train is, with its defaults but for the optimizer, which is the example's."""
     chosen = choose_precision(precision, DEVICE)
     model = copy.deepcopy(model).to(memory_format=torch.channels_last)  # type: ignore[call-overload]
-    step = Step(model, NTXentLoss(temperature, precision="highest"), chosen.dtype, chosen.bf16, micro_batch_size)
+    scaler = chosen.grad_scaler(DEVICE)
+    step = Step(model, NTXentLoss(temperature, precision="highest"), chosen, micro_batch_size, scaler)
     return Contender(
         model,
         build_optimizer("sgd", model.parameters(), LR, momentum=0.0, weight_decay=0.0),
         batches,
         lambda views: step.backward(views, len(views[0])),
-        torch.bfloat16 if chosen.bf16 else torch.float32,
+        chosen.view_dtype,
+        scaler=scaler,
     )
 
 
@@ -176,8 +182,7 @@ def small_views() -> Views:
 
 
 def open_small_views(source: ArraySource, views: Views, batch_size: int, precision: str) -> ViewLoader:
-    bf16 = choose_precision(precision, DEVICE).bf16
-    dtype = torch.bfloat16 if bf16 else torch.float32
+    dtype = choose_precision(precision, DEVICE).view_dtype
     return open_views(source, views, batch_size, device=DEVICE, drop_last=True, dtype=dtype)
 
 
@@ -188,9 +193,8 @@ def large_step(batch_size: int, micro_batch_size: int, name: str) -> Callable[[]
     model = simclr("resnet18", "imagenet", 32).to(memory_format=torch.channels_last)  # type: ignore[call-overload]
     chosen = choose_precision("auto", DEVICE)
     loss = {"ours": NTXentLoss(0.1, precision="highest"), "dense": dense}[name]
-    step = Step(model, loss, chosen.dtype, chosen.bf16, micro_batch_size)
-    dtype = torch.bfloat16 if chosen.bf16 else torch.float32
-    views = [torch.randn(batch_size, 3, 32, 32, device=DEVICE).to(dtype) for _ in range(2)]
+    step = Step(model, loss, chosen, micro_batch_size, chosen.grad_scaler(DEVICE))
+    views = [torch.randn(batch_size, 3, 32, 32, device=DEVICE).to(chosen.view_dtype) for _ in range(2)]
 
     def run() -> float:
         loss = float(step.backward(views, batch_size))

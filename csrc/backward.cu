@@ -58,35 +58,51 @@ struct Accumulators {
         for (int e = 0; e < 4; e++) value[i][j][e] = 0;
   }
 
-  // += G B for 16 columns of the tile: `gradients` are their C fragments, whose layout is that of an A fragment.
-  __device__ void add(const TileProducts<S>& gradients, const uint16_t* b_shared, int j16) {
-    uint32_t a[S::kPlanes][S::kRowTiles][4];
+  // += G B over the tile's columns: `gradients` are C fragments, whose layout is that of A fragments.
+  __device__ void add(const TileProducts<S>& gradients, const uint16_t* b_shared) {
+    constexpr int kSteps = S::kColumns / 16;
+    uint32_t a[kSteps][S::kPlanes][S::kRowTiles][4];
 #pragma unroll
-    for (int i = 0; i < S::kRowTiles; i++)
-#pragma unroll
-      for (int r = 0; r < 4; r++) {
-        const float* pair = &gradients.value[i][2 * j16 + r / 2][2 * (r % 2)];
-        const float low = pair[0], high = pair[1];
-        a[0][i][r] = pack_bf16(low, high);
-        if constexpr (S::kPlanes == 2) {
-          const float rounded_low = __uint_as_float(a[0][i][r] << 16);
-          const float rounded_high = __uint_as_float(a[0][i][r] & 0xffff0000u);
-          a[1][i][r] = pack_bf16(low - rounded_low, high - rounded_high);
-        }
-      }
-    const int lane = threadIdx.x % 32;
-    const int row = 16 * j16 + lane % 16, chunk = lane / 16;
-#pragma unroll
-    for (int k16 = 0; k16 < S::kBlockK / 16; k16++) {
-      uint32_t b[S::kPlanes][4];
-#pragma unroll
-      for (int plane = 0; plane < S::kPlanes; plane++)
-        ldmatrix_x4_trans(b[plane],
-                          b_shared + (plane * S::kColumns + row) * S::kBlockK + 8 * ((2 * k16 + chunk) ^ (row % 8)));
+    for (int j16 = 0; j16 < kSteps; j16++)
 #pragma unroll
       for (int i = 0; i < S::kRowTiles; i++)
 #pragma unroll
-        for (int half = 0; half < 2; half++) multiply_add<S::kPlanes>(value[i][2 * k16 + half], a, i, b, half);
+        for (int r = 0; r < 4; r++) {
+          const float* pair = &gradients.value[i][2 * j16 + r / 2][2 * (r % 2)];
+          const float low = pair[0], high = pair[1];
+          a[j16][0][i][r] = pack_bf16(low, high);
+          if constexpr (S::kPlanes == 2) {
+            const float rounded_low = __uint_as_float(a[j16][0][i][r] << 16);
+            const float rounded_high = __uint_as_float(a[j16][0][i][r] & 0xffff0000u);
+            a[j16][1][i][r] = pack_bf16(low - rounded_low, high - rounded_high);
+          }
+        }
+    const int lane = threadIdx.x % 32;
+    const int row = lane % 16, chunk = lane / 16;
+#pragma unroll
+    for (int k16 = 0; k16 < S::kBlockK / 16; k16++) {
+      float product[S::kRowTiles][2][4] = {};  // of two planes: a short sum for each tile, see multiply_add
+#pragma unroll
+      for (int j16 = 0; j16 < kSteps; j16++) {
+        uint32_t b[S::kPlanes][4];
+#pragma unroll
+        for (int plane = 0; plane < S::kPlanes; plane++)
+          ldmatrix_x4_trans(b[plane], b_shared + (plane * S::kColumns + 16 * j16 + row) * S::kBlockK +
+                                          8 * ((2 * k16 + chunk) ^ (row % 8)));
+#pragma unroll
+        for (int i = 0; i < S::kRowTiles; i++)
+#pragma unroll
+          for (int half = 0; half < 2; half++)
+            multiply_add<S::kPlanes>(S::kPlanes == 2 ? product[i][half] : value[i][2 * k16 + half], a[j16], i, b, half);
+      }
+      if constexpr (S::kPlanes == 2) {
+#pragma unroll
+        for (int i = 0; i < S::kRowTiles; i++)
+#pragma unroll
+          for (int half = 0; half < 2; half++)
+#pragma unroll
+            for (int e = 0; e < 4; e++) value[i][2 * k16 + half][e] += product[i][half][e];
+      }
     }
   }
 };
@@ -149,8 +165,7 @@ __global__ void __launch_bounds__(kThreads, 2) backward_kernel(BackwardParams p)
             x = pair_gradient(x * to_bits, row_weights[i][below], column);
           }
       }
-#pragma unroll
-    for (int j16 = 0; j16 < S::kColumns / 16; j16++) sums.add(products, stream.b(), j16);
+    sums.add(products, stream.b());
   }
 
   float* out = p.sums + int64_t(blockIdx.z) * p.rows.count * p.width + k_block * S::kBlockK;
@@ -179,15 +194,12 @@ int backward_splits(int rows, int columns, int planes, int width) {
     const int64_t at_once =
         int64_t(multiprocessors()) * blocks_per_multiprocessor(backward_kernel<S, true>, kThreads, kSharedBytes<S>);
     const int64_t blocks = divide_up(rows, S::kRows) * TileStream<S>::k_blocks(width);
-    const int64_t tiles = divide_up(columns, S::kColumns);
-    // The split of the shortest way: rounds of blocks on the GPU, each of 1/splits of the columns.
     constexpr int kMostSplits = 8;  // each is another (2n, width) of memory
-    int best = 1;
-    for (int splits = 2; splits <= kMostSplits && splits <= tiles; splits++)
-      if (divide_up(blocks * splits, at_once) * best < divide_up(blocks * best, at_once) * splits) best = splits;
-    return best;
+    return choose_splits(blocks, at_once, divide_up(columns, S::kColumns), kMostSplits);
   });
 }
+
+cudaError_t load_nt_xent() { return load(backward_kernel<Shape<64, 1>, true>); }
 
 cudaError_t backward(const BackwardParams& params, cudaStream_t stream) {
   return with_shape(params.planes, params.width, [&](auto shape) {

@@ -11,6 +11,7 @@
 #include "build_info.h"
 #ifdef FASTSIMCLR_KERNELS
 #include "nt_xent.h"
+#include "photometric.h"
 #endif
 
 namespace py = pybind11;
@@ -46,6 +47,14 @@ py::dict build_info() {
 }
 
 #ifdef FASTSIMCLR_KERNELS
+
+// Why the kernels cannot run on this device; "" if they can.
+std::string probe(int device) {
+  std::string reason = describe(cudaSetDevice(device), "cudaSetDevice");
+  if (reason.empty()) reason = describe(load_nt_xent(), "loading the kernels of the loss");
+  if (reason.empty()) reason = describe(load_views(), "loading the kernels of the views");
+  return reason;
+}
 
 Temperature temperature(Address address, float value, int columns) {
   return {pointer<const float>(address), value, smallest_temperature(columns)};
@@ -101,11 +110,11 @@ void define_nt_xent(py::module_& module) {
 
   module.def(
       "nt_xent_forward_column_unit",
-      [](int rows, int columns, bool symmetric, int device) {
+      [](int rows, int columns, int planes, int width, bool symmetric, int device) {
         use_device(device);
-        return forward_column_unit(rows, columns, symmetric);
+        return forward_column_unit(rows, columns, planes, width, symmetric);
       },
-      py::kw_only(), "rows"_a, "columns"_a, "symmetric"_a, "device"_a, release);
+      py::kw_only(), "rows"_a, "columns"_a, "planes"_a, "width"_a, "symmetric"_a, "device"_a, release);
 
   module.def(
       "nt_xent_forward",
@@ -217,6 +226,10 @@ PYBIND11_MODULE(FASTSIMCLR_MODULE, module, py::mod_gil_not_used()) {
              "What this library was built from: version, compiler, cuda, cuda_runtime, architectures.");
   fastsimclr::define_views(module);
 #ifdef FASTSIMCLR_KERNELS
+  module.def("probe", &fastsimclr::probe, pybind11::kw_only(), pybind11::arg("device"),
+             pybind11::call_guard<pybind11::gil_scoped_release>(),
+             "Why the kernels cannot run on this device: the driver is too old, there is no image for it, ...; \"\" if "
+             "they can. Loads a kernel of the loss and one of the views.");
   fastsimclr::define_nt_xent(module);
 #endif
 }

@@ -29,11 +29,15 @@ T* pointer(Address address) {
 
 #ifdef FASTSIMCLR_KERNELS
 
+// "cudaSetDevice failed: cudaErrorInvalidDevice, invalid device ordinal", or "" without an error.
+inline std::string describe(cudaError_t error, const char* call) {
+  if (error == cudaSuccess) return "";
+  cudaGetLastError();  // reported here, so the next call must not report it again
+  return std::string(call) + " failed: " + cudaGetErrorName(error) + ", " + cudaGetErrorString(error);
+}
+
 inline void check(cudaError_t error, const char* call) {
-  if (error == cudaSuccess) return;
-  cudaGetLastError();  // the error is told here; the next call's must not be this one's
-  throw std::runtime_error(std::string("fastsimclr: ") + call + " failed: " + cudaGetErrorName(error) + ", " +
-                           cudaGetErrorString(error));
+  if (error != cudaSuccess) throw std::runtime_error("fastsimclr: " + describe(error, call));
 }
 
 // A launch goes to the thread's current device. The caller has made the pointers' device current for its own CUDA

@@ -22,7 +22,7 @@
 namespace fastsimclr {
 namespace {
 
-constexpr int kUnits = 32;         // along each side: 528 units on and above the diagonal are two rounds on 132 SMs
+constexpr int kMostUnits = 32;     // along a side: each is a slot, another (2n,) of memory
 constexpr float kLowest = -1e30f;  // below any exponent, and finite: -inf minus -inf would be NaN
 
 // A lane's share of the sums of its warp's rows; `maximum` only where exponentials may overflow.
@@ -193,6 +193,9 @@ __global__ void __launch_bounds__(kThreads) losses_kernel(LossParams p) {
   p.q[row] = p.decoupled ? 1.0f : 1.0f / (1.0f + expf(-x));
 }
 
+template <class S>
+constexpr size_t kSharedBytes = TileStream<S>::kSharedBytes + sizeof(float) * kWarps * S::kColumns;
+
 }  // namespace
 
 float smallest_temperature(int columns) {
@@ -200,11 +203,26 @@ float smallest_temperature(int columns) {
   return float(1.01 / (kLogOfLargestInverse - std::log(double(columns))));  // 1.01: unit rows are rounded to bf16
 }
 
-int forward_column_unit(int rows, int columns, bool symmetric) {
-  const int row_blocks = divide_up(rows, kBlockRows), column_blocks = divide_up(columns, kBlockRows);
-  if (symmetric) return divide_up(column_blocks, kUnits) * kBlockRows;
-  const int wanted = divide_up(4 * multiprocessors(), row_blocks);  // two rounds of two blocks on each SM
-  return divide_up(column_blocks, wanted < kUnits ? wanted : kUnits) * kBlockRows;
+int forward_column_unit(int rows, int columns, int planes, int width, bool symmetric) {
+  return with_shape(planes, width, [&](auto shape) {
+    using S = decltype(shape);
+    const int64_t at_once =
+        int64_t(multiprocessors()) * blocks_per_multiprocessor(forward_kernel<S, true>, kThreads, kSharedBytes<S>);
+    const int row_blocks = divide_up(rows, kBlockRows), column_blocks = divide_up(columns, kBlockRows);
+    if (!symmetric)
+      return kBlockRows * divide_up(column_blocks, choose_splits(row_blocks, at_once, column_blocks, kMostUnits));
+    // As choose_splits, for a triangle of units of size x size blocks: units * (units + 1) / 2 of them.
+    const auto cost = [&](int64_t size) {
+      const int64_t units = divide_up(row_blocks, int(size));
+      return (units * (units + 1) / 2 + at_once - 1) / at_once * size * size;
+    };
+    int best = row_blocks;
+    for (int units = 2; units <= kMostUnits && units <= row_blocks; units++) {
+      const int size = divide_up(row_blocks, units);
+      if (10 * cost(size) <= 9 * cost(best)) best = size;
+    }
+    return kBlockRows * best;
+  });
 }
 
 cudaError_t forward(const ForwardParams& params, cudaStream_t stream) {
@@ -213,9 +231,8 @@ cudaError_t forward(const ForwardParams& params, cudaStream_t stream) {
     const int row_unit = params.symmetric ? params.column_unit : kBlockRows;
     const dim3 grid(unsigned(divide_up(params.rows.count, row_unit)),
                     unsigned(divide_up(params.columns.count, params.column_unit)));
-    constexpr size_t kSharedBytes = TileStream<S>::kSharedBytes + sizeof(float) * kWarps * S::kColumns;
     return for_temperature(params.temperature, [&](auto fits) {
-      return launch(forward_kernel<S, fits.value>, grid, kThreads, kSharedBytes, stream, params);
+      return launch(forward_kernel<S, fits.value>, grid, kThreads, kSharedBytes<S>, stream, params);
     });
   });
 }

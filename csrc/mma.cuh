@@ -125,6 +125,13 @@ inline int multiprocessors() {
   return count;
 }
 
+// Whether the driver has an image of this kernel for the current device; loads it.
+template <class Params>
+cudaError_t load(void (*kernel)(Params)) {
+  cudaFuncAttributes attributes;
+  return cudaFuncGetAttributes(&attributes, reinterpret_cast<const void*>(kernel));
+}
+
 template <class Params>
 int blocks_per_multiprocessor(void (*kernel)(Params), int threads, size_t shared_bytes) {
   int blocks = 0;

@@ -66,13 +66,14 @@ __global__ void __launch_bounds__(32 * kWarpsPerBlock) normalize_kernel(Normaliz
   }
   const float norm_1 = clamped_norm(warp_sum(squares_1)), norm_2 = clamped_norm(warp_sum(squares_2));
 
+  const float inverse_1 = 1 / norm_1, inverse_2 = 1 / norm_2;  // dividing each element spills registers on sm_120
   uint16_t* row_1 = p.unit + image * p.planes * p.width;
   uint16_t* row_2 = row_1 + int64_t(p.z.n) * p.planes * p.width;
   float cosine = 0;
   for (int k = lane; k < p.width; k += 32) {
     const bool inside = k < p.z.d;
-    const float u1 = store_unit(row_1, p.planes, p.width, k, inside ? z.first(k) / norm_1 : 0.0f);
-    const float u2 = store_unit(row_2, p.planes, p.width, k, inside ? z.second(k) / norm_2 : 0.0f);
+    const float u1 = store_unit(row_1, p.planes, p.width, k, inside ? z.first(k) * inverse_1 : 0.0f);
+    const float u2 = store_unit(row_2, p.planes, p.width, k, inside ? z.second(k) * inverse_2 : 0.0f);
     cosine += u1 * u2;
   }
   cosine = warp_sum(cosine);

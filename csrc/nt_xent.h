@@ -115,8 +115,11 @@ struct ProjectParams {
 };
 
 // How the work is cut: what `sums` of the forward and of the backward are sized by.
-int forward_column_unit(int rows, int columns, bool symmetric);
+int forward_column_unit(int rows, int columns, int planes, int width, bool symmetric);
 int backward_splits(int rows, int columns, int planes, int width);
+
+// Loads one of the kernels: an error means that none of them can run on the current device.
+cudaError_t load_nt_xent();
 
 cudaError_t normalize(const NormalizeParams& params, cudaStream_t stream);
 cudaError_t forward(const ForwardParams& params, cudaStream_t stream);

@@ -189,6 +189,8 @@ int max_blur_radius() {
   return radius;
 }
 
+cudaError_t load_views() { return load(luma_kernel); }
+
 cudaError_t photometric(const PhotometricParams& params, float* parts, float max_sigma, cudaStream_t stream) {
   if (params.images == 0) return cudaSuccess;
   const int smaller = params.height < params.width ? params.height : params.width;

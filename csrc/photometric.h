@@ -34,6 +34,9 @@ void photometric_on_cpu(const PhotometricParams& params, int threads);
 #if defined(FASTSIMCLR_CUDA) || defined(FASTSIMCLR_EMULATION) || defined(__CUDACC__)
 constexpr int kLumaParts = 32;  // of an image, which are summed by a block each
 
+// Loads one of the kernels: an error means that none of the views' kernels can run on the current device.
+cudaError_t load_views();
+
 // How far a blur can reach on the GPU, in pixels to each side.
 int max_blur_radius();
 

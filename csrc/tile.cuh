@@ -173,6 +173,10 @@ class TileStream {
 };
 
 // c += a b for fragments of one or two planes; the small terms first.
+//
+// Tensor cores truncate each sum, always toward zero, so a long sum drifts: where features share a mean, by 3e-5 over
+// 8192 columns. One plane is rounded more coarsely than that. With two, sums are kept short: they start from zero and
+// are added in float32, which rounds to nearest.
 template <int kPlanes, int kTiles>
 __device__ __forceinline__ void multiply_add(float (&c)[4], const uint32_t (&a)[kPlanes][kTiles][4], int tile,
                                              const uint32_t (&b)[kPlanes][4], int half) {
@@ -197,8 +201,25 @@ struct TileProducts {
         for (int e = 0; e < 4; e++) value[i][j][e] = 0;
   }
 
-  // += A Bᵀ over the kBlockK numbers that lie in shared memory.
+  // += A Bᵀ over the kBlockK numbers in shared memory.
   __device__ void add(const uint16_t* a_shared, const uint16_t* b_shared) {
+    if constexpr (S::kWide && S::kPlanes == 2) {  // a short sum for each block of the width: see multiply_add
+      TileProducts block;
+      block.clear();
+      block.accumulate(a_shared, b_shared);
+#pragma unroll
+      for (int i = 0; i < S::kRowTiles; i++)
+#pragma unroll
+        for (int j = 0; j < S::kColumnTiles; j++)
+#pragma unroll
+          for (int e = 0; e < 4; e++) value[i][j][e] += block.value[i][j][e];
+    } else {
+      accumulate(a_shared, b_shared);
+    }
+  }
+
+  // The same, all in the tensor cores.
+  __device__ void accumulate(const uint16_t* a_shared, const uint16_t* b_shared) {
     const int warp = threadIdx.x / 32, lane = threadIdx.x % 32;
     const int a_row = warp * S::kRowsPerWarp + lane % 16, a_chunk = lane / 16;
     const int b_row = lane / 16 * 8 + lane % 8, b_chunk = lane / 8 % 2;
@@ -242,6 +263,19 @@ struct TileProducts {
         }
   }
 };
+
+// How many parts to split a walk over `steps` into that is made by `blocks` blocks of threads, `at_once` of which the
+// GPU runs at a time: the number with the fewest rounds times steps of a part. Parts cost memory, so more of them have
+// to save a tenth of the time. None is empty.
+inline int choose_splits(int64_t blocks, int64_t at_once, int steps, int most) {
+  const auto cost = [&](int splits) { return (blocks * splits + at_once - 1) / at_once * divide_up(steps, splits); };
+  int best = 1;
+  for (int splits = 2; splits <= most && splits <= steps; splits++) {
+    const bool last_is_empty = int64_t(splits - 1) * divide_up(steps, splits) >= steps;
+    if (!last_is_empty && 10 * cost(splits) <= 9 * cost(best)) best = splits;
+  }
+  return best;
+}
 
 // Calls f(Shape) with the shape for these numbers of planes and this width: one binary for every size.
 template <class F>

@@ -124,8 +124,9 @@ class Config:
     """Passes over the data; the learning rate's schedule spans them."""
     max_steps: int | None = None
     """Stop after this many steps, wherever the schedule is; null runs all epochs."""
-    precision: Literal["auto", "bf16", "fp32", "fp64"] = "auto"
-    """Of the encoder: bf16 autocast, float32 or float64; auto takes bf16 where the hardware has it."""
+    precision: Literal["auto", "bf16", "fp16", "fp32", "fp64"] = "auto"
+    """Of the encoder: bf16 or fp16 autocast, float32 or float64. auto: bf16 where the hardware has it, else fp16 on a
+    GPU with tensor cores (V100, T4), else float32. fp16 scales the gradients, and skips a step if they overflow."""
     device: str = "auto"
     """cuda, cpu or auto; under torchrun each rank takes its own GPU."""
     compile: bool = False

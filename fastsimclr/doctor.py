@@ -20,7 +20,7 @@ def describe(found: dict[str, Any]) -> str:
     rows += [("gpu", f"{gpu['name']}, compute capability {gpu['capability']}") for gpu in found["gpus"]]
     rows += [] if found["gpus"] else [("gpu", "none that torch can use")]
     rows.append(("extension", found["extension"]["description"]))
-    for name in ("loss", "views_of_a_folder"):
+    for name in ("loss", "crops_and_colors", "views_of_a_folder"):
         rows.append((name.replace("_", " "), f"{found[name]['backend']}: {found[name]['why']}"))
     rows.append(("precision", found["precision"]))
     rows += [(name, version or f"not installed (for {OPTIONAL[name]})") for name, version in found["optional"].items()]

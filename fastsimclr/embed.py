@@ -125,7 +125,7 @@ def _options(arguments: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--workers", type=int, metavar="N", help="that read and decode; default: by the machine")
     parser.add_argument("--backend", choices=BACKENDS, default="auto", help="who decodes; default: auto")
     parser.add_argument("--device", default="auto", help="cuda, cpu or auto")
-    parser.add_argument("--precision", choices=("auto", "bf16", "fp32"), default="auto", help="of the encoder")
+    parser.add_argument("--precision", choices=("auto", "bf16", "fp16", "fp32"), default="auto", help="of the encoder")
     parser.add_argument("--max_bad", type=float, default=0.01, metavar="F", help="as train's; default: 0.01")
     parser.add_argument("--seed", type=int, default=0, metavar="N", help="of --images, the map and the gallery")
     parser.add_argument("--force", action="store_true", help="overwrite what the folder holds")
@@ -217,7 +217,7 @@ def _batches(job: Embedding, options: argparse.Namespace, world: World) -> Itera
         world,
         backend=options.backend,
         workers=options.workers,
-        bf16=job.precision.bf16,
+        autocast=job.precision.autocast,
         title="embedding",
     )
 

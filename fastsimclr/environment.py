@@ -12,9 +12,9 @@ import numpy as np
 import torch
 
 import fastsimclr
-from fastsimclr import data, loss
+from fastsimclr import _extension, data, loss
+from fastsimclr.data import native
 from fastsimclr.data.sources import FolderSource
-from fastsimclr.loss import fused
 from fastsimclr.precision import choose_precision
 
 OPTIONAL = {"umap-learn": "maps by UMAP instead of t-SNE", "onnxruntime": "export to ONNX", "timm": "use in timm"}
@@ -63,6 +63,13 @@ def choice(choose: Callable[[], tuple[str, str]]) -> dict[str, str]:
     return {"backend": backend, "why": why.removeprefix("auto: ")}
 
 
+def crops_and_colors(device: torch.device) -> tuple[str, str]:
+    """The implementation of the views' operations on `device`, and why."""
+    if native.is_compiled(device):
+        return "compiled", "the extension has them for this device"
+    return "pytorch", _extension.describe_build() if device.type == "cpu" else _extension.why_unavailable(device)
+
+
 def advice(found: dict[str, Any], complaint: str) -> list[str]:
     """What to install to be faster, most effective first. complaint: torch's, of the GPU that it can't use."""
     if not found["gpus"] and not found["driver"]:
@@ -72,8 +79,13 @@ def advice(found: dict[str, Any], complaint: str) -> list[str]:
             return ["there is a GPU, but this torch is for the CPU: install a CUDA build of it, see pytorch.org"]
         return [f"torch can't use the GPU: {complaint or 'it does not say why; is CUDA_VISIBLE_DEVICES empty?'}"]
     lines = []
-    if found["extension"]["extension"] != "cuda" and float(found["gpus"][0]["capability"]) >= 8:
-        lines.append("for the fused loss: g++ and CUDA's nvcc, then install fastsimclr again, with FASTSIMCLR_CUDA=1")
+    if float(found["gpus"][0]["capability"]) >= 8:
+        if found["extension"]["extension"] != "cuda":
+            lines.append(
+                "for the fused loss: g++ and CUDA's nvcc, then install fastsimclr again, with FASTSIMCLR_CUDA=1"
+            )
+        elif reason := _extension.why_unavailable(torch.device("cuda")):
+            lines.append(f"for the fused loss: {reason}")
     if found["dali"] is None:
         cuda = (found["cuda_of_torch"] or "13").split(".")[0]
         lines.append(f"to decode images on the GPU: pip install nvidia-dali-cuda{cuda}0")
@@ -94,8 +106,12 @@ def examine() -> dict[str, Any]:
         "cuda_of_torch": torch.version.cuda,
         "driver": driver[0][1] if driver else None,
         "gpus": gpus,
-        "extension": {**fused.build_info(), "description": fused.describe_build().removeprefix("extension: ")},
+        "extension": {
+            **_extension.build_info(),
+            "description": _extension.describe_build().removeprefix("extension: "),
+        },
         "loss": choice(lambda: loss.choose_backend("auto", device)),
+        "crops_and_colors": choice(lambda: crops_and_colors(device)),
         "views_of_a_folder": choice(lambda: data.choose_backend(folder, device)),
         "precision": choose_precision("auto", device).why,
         "optional": {name: installed(name) for name in OPTIONAL},

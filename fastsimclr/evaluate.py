@@ -242,7 +242,7 @@ class Evaluation:
             self.world,
             backend=self.config.data.backend,
             workers=self.config.data.workers,
-            bf16=self.precision.bf16,
+            autocast=self.precision.autocast,
             title=title,
         )
 

@@ -1,25 +1,58 @@
-"""What the encoder computes in: chosen once, with the reason."""
+"""Select the precision that an encoder computes in, and record why."""
 
 from typing import NamedTuple
 
 import torch
+from torch.amp import GradScaler
+
+_AUTOCAST = {"bf16": torch.bfloat16, "fp16": torch.float16}
+_TENSOR_CORES = (7, 0)  # the oldest compute capability with fp16 tensor cores (V100)
 
 
 class Precision(NamedTuple):
-    """Autocast to bfloat16 or not, the dtype of the weights, and what was chosen and why."""
+    """The dtypes that an encoder computes in."""
 
-    bf16: bool
+    autocast: torch.dtype | None
+    """The dtype of autocast; None: no autocast."""
     dtype: torch.dtype
+    """The dtype of the weights."""
     why: str
+    """The choice and its reason, for logs."""
+
+    @property
+    def view_dtype(self) -> torch.dtype:
+        """The dtype that a loader should deliver views in: autocast's, so that nothing is left to convert."""
+        return self.autocast or torch.float32
+
+    def grad_scaler(self, device: torch.device) -> GradScaler:
+        """A scaler that keeps small gradients from vanishing in float16. Disabled for all other precisions."""
+        return GradScaler(device.type, enabled=self.autocast == torch.float16)
 
 
 def choose_precision(wanted: str, device: torch.device) -> Precision:
-    """wanted: "bf16", "fp32", "fp64", or "auto", which takes bf16 where the hardware has it."""
+    """The precision called `wanted`: "bf16", "fp16", "fp32", "fp64" or "auto".
+
+    auto: bf16 autocast where the hardware has it, else fp16 autocast on a GPU with tensor cores, else fp32.
+    """
     if wanted == "auto":
-        if device.type == "cuda":
-            bf16, why = torch.cuda.is_bf16_supported(including_emulation=False), "this GPU"
-        else:
-            bf16, why = torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported(), "this CPU"
-        chosen = f"bf16 autocast (auto: {why} has it)" if bf16 else f"fp32 (auto: {why} has no bf16)"
-        return Precision(bf16, torch.float32, chosen)
-    return Precision(wanted == "bf16", torch.float64 if wanted == "fp64" else torch.float32, wanted)
+        wanted, why = _fastest(device)
+    else:
+        why = wanted
+    return Precision(_AUTOCAST.get(wanted), torch.float64 if wanted == "fp64" else torch.float32, why)
+
+
+def autocast_to(device: torch.device, dtype: torch.dtype | None) -> torch.autocast:
+    """Autocast to `dtype`, or no autocast at all if that is None."""
+    return torch.autocast(device.type, dtype, enabled=dtype is not None)
+
+
+def _fastest(device: torch.device) -> tuple[str, str]:
+    if device.type != "cuda":
+        if torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported():
+            return "bf16", "bf16 autocast (auto: this CPU has it)"
+        return "fp32", "fp32 (auto: this CPU has no bf16)"
+    if torch.cuda.is_bf16_supported(including_emulation=False):
+        return "bf16", "bf16 autocast (auto: this GPU has it)"
+    if torch.cuda.get_device_capability(device) >= _TENSOR_CORES:
+        return "fp16", "fp16 autocast with scaled gradients (auto: this GPU has fp16 tensor cores, but no bf16)"
+    return "fp32", "fp32 (auto: this GPU has neither bf16 nor fp16 tensor cores)"

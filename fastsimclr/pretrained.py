@@ -6,8 +6,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-import yaml
-from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
 
 from fastsimclr import checkpoint
@@ -63,6 +61,8 @@ def open_pretrained(path: str | Path, name: str | None = None) -> Pretrained:
     """The encoder in `path`, with what the file says of it. As of load_encoder."""
     if name is not None and name not in ENCODERS:
         raise UserError(f"name: got {name!r}, expected one of {', '.join(ENCODERS)}")
+    import yaml  # here, as safetensors below, so that `import fastsimclr` needs only PyTorch and torchvision
+
     path = Path(path)
     try:
         opened = _open(path)
@@ -105,6 +105,8 @@ def _open(path: Path) -> Pretrained:
 
 
 def _from_run(path: Path, state: dict[str, Any]) -> Pretrained:
+    import yaml
+
     built, prefix = state["architecture"], "encoder."
     tensors = {k.removeprefix(prefix): v for k, v in state["model"].items() if k.startswith(prefix)}
     config = yaml.safe_load(state["config"])
@@ -157,6 +159,8 @@ def _from_timm(folder: Path) -> Pretrained:
 
 def _read_safetensors(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
     """The tensors, and the header's texts."""
+    from safetensors import SafetensorError, safe_open
+
     try:
         with safe_open(path, "pt") as file:
             return {name: file.get_tensor(name) for name in file.keys()}, file.metadata() or {}  # noqa: SIM118

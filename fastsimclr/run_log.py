@@ -5,7 +5,7 @@ import os
 import sys
 import time
 from collections import deque
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -81,31 +81,40 @@ class RunLog:
         os.replace(partial, self._path)
 
 
-class LaggedLoss:
-    """A step's loss and stages, read one step later: nobody waits for the GPU. On a CPU they are there at once."""
+class LaggedRecord:
+    """Completes each step's record one step later, so that the host never waits for the GPU. On a CPU at once."""
 
     def __init__(self) -> None:
-        self._pending: tuple[Tensor, torch.cuda.Event, Callable[[], dict[str, float]], dict[str, Any]] | None = None
+        self._pending: (
+            tuple[Sequence[str], Tensor, torch.cuda.Event, Callable[[], dict[str, float]], dict[str, Any]] | None
+        ) = None
 
     def push(
-        self, loss: Tensor, stages: Callable[[], dict[str, float]], record: dict[str, Any]
+        self, measured: dict[str, Tensor], stages: Callable[[], dict[str, float]], record: dict[str, Any]
     ) -> dict[str, Any] | None:
-        """Take this step's loss, stages (`StageClock.end_step` was before) and record; give the earlier record whose
-        loss is known by now, if any."""
-        if loss.device.type == "cpu":
-            return record | {"loss": float(loss), "stages_ms": stages()}
-        host = torch.empty((), dtype=loss.dtype, pin_memory=True).copy_(loss, non_blocking=True)
+        """Take what this step measured (0-dim tensors of one dtype and device), its stages (call
+        `StageClock.end_step` before) and its record; return the earlier record that is now complete, if any."""
+        names, values = tuple(measured), torch.stack(list(measured.values()))
+        if values.device.type == "cpu":
+            return _completed(names, values, stages, record)
+        host = torch.empty_like(values, device="cpu", pin_memory=True).copy_(values, non_blocking=True)
         event = torch.cuda.Event()
         event.record()
         done = self.flush()
-        self._pending = host, event, stages, record
+        self._pending = names, host, event, stages, record
         return done
 
     def flush(self) -> dict[str, Any] | None:
-        """The record that is still out, if any."""
+        """Return the record that is still incomplete, if any, once the GPU has done its step."""
         if self._pending is None:
             return None
-        host, event, stages, record = self._pending
+        names, host, event, stages, record = self._pending
         event.synchronize()
         self._pending = None
-        return record | {"loss": float(host), "stages_ms": stages()}
+        return _completed(names, host, stages, record)
+
+
+def _completed(
+    names: Sequence[str], values: Tensor, stages: Callable[[], dict[str, float]], record: dict[str, Any]
+) -> dict[str, Any]:
+    return record | dict(zip(names, values.tolist(), strict=True)) | {"stages_ms": stages()}

@@ -8,37 +8,41 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.amp import GradScaler
 from torch.nn.parallel import DistributedDataParallel
 
+from fastsimclr.precision import Precision, autocast_to
 from fastsimclr.stages import stage
 
 
 @dataclass(frozen=True)
 class Step:
-    """Leaves the gradients of one batch in the model's parameters."""
+    """Accumulates the gradients of one batch in the model's parameters."""
 
     model: Any
     """(N, 3, H, W) -> (N, D), perhaps compiled, perhaps in DistributedDataParallel."""
     loss: Callable[[Tensor, Tensor], Tensor]
-    dtype: torch.dtype
-    """Of the parameters."""
-    bf16: bool
-    """Autocast to bfloat16."""
+    precision: Precision
+    """The model's."""
     micro_batch_size: int | None
     """Images that go through the model at a time; None: all."""
+    scaler: GradScaler
+    """Multiplies the gradients of the projections, so that the encoder's do not vanish in float16. The parameters'
+    gradients are left scaled: `scaler.step` or `scaler.unscale_` divides them. The loss is never scaled: it is computed
+    in float32, and its value is what is logged."""
 
     def backward(self, views: Sequence[Tensor], largest_local_batch: int) -> Tensor:
         """This rank's loss, detached. views: (B, 3, H, W) each; largest_local_batch: of all ranks in this step, so that
         each takes as many micro-batches, and enters as many collectives, as the others."""
-        if not self.bf16:  # which takes the views as they are
-            views = [view.to(self.dtype) for view in views]
+        if self.precision.autocast is None:  # autocast converts the views itself
+            views = [view.to(self.precision.dtype) for view in views]
         size = self.micro_batch_size or largest_local_batch
         if size < largest_local_batch:
             return self._in_micro_batches(views, -(-largest_local_batch // size))
         z = self._project(views)
         loss, gradients = self._loss(z)
         with stage("backward"):
-            torch.autograd.backward(z, gradients)
+            torch.autograd.backward(z, self.scaler.scale(gradients))
         return loss
 
     def _in_micro_batches(self, views: Sequence[Tensor], parts: int) -> Tensor:
@@ -54,7 +58,7 @@ class Step:
             with self.model.no_sync() if waits else nullcontext():
                 z = self._project(piece)
                 with stage("backward"):
-                    torch.autograd.backward(z, gradient)
+                    torch.autograd.backward(z, self.scaler.scale(gradient))
         return loss
 
     def _project(self, views: Sequence[Tensor]) -> list[Tensor]:
@@ -64,7 +68,7 @@ class Step:
             for size in dict.fromkeys(view.shape[2:] for view in views):
                 numbers = [number for number, view in enumerate(views) if view.shape[2:] == size]
                 images = torch.cat([views[number] for number in numbers]).contiguous(memory_format=torch.channels_last)
-                with torch.autocast(images.device.type, torch.bfloat16, enabled=self.bf16):
+                with autocast_to(images.device, self.precision.autocast):
                     projected: Tensor = self.model(images)
                 projected = projected.to(torch.promote_types(projected.dtype, torch.float32))
                 for number, of_view in zip(numbers, projected.chunk(len(numbers)), strict=True):

@@ -21,6 +21,7 @@ from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
 from fastsimclr import checkpoint, distributed
+from fastsimclr._extension import describe_build
 from fastsimclr.config import Config, parse
 from fastsimclr.data import Batch, choose_backend, open_views, prepare
 from fastsimclr.data.scan import SKIPPED_FILE, ScanStopped, list_skipped
@@ -30,12 +31,11 @@ from fastsimclr.errors import UserError
 from fastsimclr.evaluation.knn import measure
 from fastsimclr.loss import BackendError, NTXentLoss
 from fastsimclr.loss import choose_backend as loss_backend
-from fastsimclr.loss.fused import describe_build
 from fastsimclr.models import SimCLR, encoder, projector, synchronise_batch_norm
 from fastsimclr.optim import build_optimizer, learning_rate, resolve_lr
 from fastsimclr.precision import choose_precision
 from fastsimclr.run_data import RunData
-from fastsimclr.run_log import LaggedLoss, RunLog
+from fastsimclr.run_log import LaggedRecord, RunLog
 from fastsimclr.stages import StageClock, stage
 from fastsimclr.step import Step
 from fastsimclr.trace import FIRST, Trace
@@ -70,7 +70,7 @@ class Training:
         self.config, self.text, self.world, self.arguments = config, text, world, arguments
         self.output = Path(distributed.share(config.output or _new_folder(config), world))
         self.untrained_knn: float | None = None
-        self.losses = LaggedLoss()
+        self.lagged = LaggedRecord()
         self.clock = StageClock(world.device)
         self.trace: Trace | None = None
         self.data_state: dict[str, Any] = {}
@@ -93,13 +93,14 @@ class Training:
         if self.views.views < 2:
             raise UserError(f"--data.views: got {self.views.views}, expected at least 2: the loss compares views")
         self.data = RunData(config, self.output, world)
-        self.bf16, self.dtype, self.why_precision = choose_precision(config.precision, world.device)
+        self.precision = choose_precision(config.precision, world.device)
+        self.scaler = self.precision.grad_scaler(world.device)
 
         torch.manual_seed(config.seed)
         chosen = encoder(config.model.encoder, config.model.width, config.model.stem, image_size=self.views.image_size)
         head = projector(chosen.out_features, config.model.hidden, config.model.out, config.model.layers)
-        model: nn.Module = SimCLR(chosen, head).to(world.device, self.dtype)
-        model = model.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
+        model: nn.Module = SimCLR(chosen, head)
+        model.to(world.device, self.precision.dtype, memory_format=torch.channels_last)  # type: ignore[call-overload]
         if world.world_size > 1 and config.model.sync_bn:
             model = synchronise_batch_norm(model, world.device)
         self.model = model
@@ -109,13 +110,15 @@ class Training:
             optim.name, model.parameters(), self.peak_lr, optim.momentum, optim.weight_decay
         )
         try:
-            self.loss_backend = "{} ({})".format(*loss_backend(config.loss.backend, world.device))
+            backend, why = loss_backend(config.loss.backend, world.device, self.precision.dtype, config.model.out)
         except BackendError as error:
             raise UserError(f"--loss.backend: {error}") from error
+        self.loss_backend = f"{backend} ({why})"
         group = "world" if config.loss.global_negatives else None
         loss = config.loss
+        # Not "auto" again: each rank would then warn of a slower backend, which the log says once.
         self.loss = NTXentLoss(
-            loss.temperature, group=group, backend=loss.backend, precision=loss.precision, decoupled=loss.decoupled
+            loss.temperature, group=group, backend=backend, precision=loss.precision, decoupled=loss.decoupled
         )
 
     def _open_loader(self) -> None:
@@ -132,7 +135,7 @@ class Training:
             drop_last=config.data.drop_last,
             min_local_batch=2,  # one image would have no negative on its rank, and no batch to be normalised by
             workers=config.data.workers,
-            dtype=torch.bfloat16 if self.bf16 else torch.float32,  # as autocast would make them
+            dtype=self.precision.view_dtype,
             photometric=config.data.photometric,
         )
         self.data.source = self.loader.source  # backend memory has decoded it
@@ -187,7 +190,7 @@ class Training:
         if self.world.world_size > 1:
             devices = [device] if device.type == "cuda" else None
             model = DistributedDataParallel(model, device_ids=devices, gradient_as_bucket_view=True)
-        return Step(model, self.loss, self.dtype, self.bf16, config.micro_batch_size)
+        return Step(model, self.loss, self.precision, config.micro_batch_size, self.scaler)
 
     def _train(self) -> bool:
         """The loop. True at its end; False if a signal stopped it."""
@@ -210,13 +213,13 @@ class Training:
                     self.data_state = self.loader.state_dict()
                     break
                 record = {"step": self.step + 1, "epoch": epoch, "lr": self._set_lr(), "data_wait": waited}
-                loss = self._update(batch, max(local_sizes))
+                measured = self._update(batch, max(local_sizes))
                 self.step += 1
                 self.data_state = self.loader.state_dict()
                 seconds, stages = self.clock.end_step()
                 images = sum(local_sizes)
                 record |= {"images_per_second": images / seconds, "step_ms": 1000 * seconds, "images": images}
-                self._log(self.losses.push(loss, stages, record))
+                self._log(self.lagged.push(measured, stages, record))
                 if self.trace is not None:
                     self.trace.end_step()
                     self.clock.restart()  # its own time, which is no step's
@@ -227,18 +230,28 @@ class Training:
                 self._end_epoch(epoch + 1)
         return True
 
-    def _update(self, batch: Batch, largest_local_batch: int) -> Tensor:
-        """Train on a batch; returns the loss over all ranks."""
+    def _update(self, batch: Batch, largest_local_batch: int) -> dict[str, Tensor]:
+        """Train on a batch; returns the loss over all ranks and, under fp16, the scale of the gradients.
+
+        Under fp16 a step whose gradients overflow leaves the weights and the optimizer's state alone, and halves the
+        scale for the next one. DDP has averaged the gradients, so all ranks skip it together. It counts as a step: the
+        learning rate's schedule and the data advance.
+        """
         loss = self.stepper.backward(batch.views, largest_local_batch)
+        measured = {"loss": loss}
+        if self.scaler.is_enabled():
+            measured["grad_scale"] = self.scaler.scale(torch.ones_like(loss))  # get_scale() would wait for the GPU
         with stage("optimizer"):
+            self.scaler.unscale_(self.optimizer)
             if self.config.optim.clip_grad is not None:
                 nn.utils.clip_grad_norm_(self.model.parameters(), self.config.optim.clip_grad)
-            self.optimizer.step()
+            self.scaler.step(self.optimizer)
+            self.scaler.update()
             self.optimizer.zero_grad(set_to_none=True)
         if self.world.world_size > 1:
             dist.all_reduce(loss)
             loss /= self.world.world_size
-        return loss
+        return measured
 
     def _set_lr(self) -> float:
         lr = learning_rate(self.step, peak=self.peak_lr, warmup_steps=self.warmup_steps, total_steps=self.total_steps)
@@ -282,12 +295,17 @@ class Training:
                 f"loss: got {record['loss']} at step {record['step']} (lr {record['lr']:.4g}); expected a finite one: "
                 f"lower --optim.lr or use --precision fp32. {self.checkpoint_file} is from before, if it is there"
             )
+        if record.get("grad_scale", 1.0) < 1.0:
+            raise UserError(
+                f"grad_scale: got {record['grad_scale']:.4g} at step {record['step']}, lr {record['lr']:.4g}; expected "
+                "at least 1: gradients overflow float16 even unscaled; lower --optim.lr or use --precision fp32"
+            )
         self.record = record
         if self.log is not None:
             self.log.step(record, record["images"], record["step_ms"] / 1000)
 
     def _end_epoch(self, epochs_done: int) -> None:
-        self._log(self.losses.flush())
+        self._log(self.lagged.flush())
         if self.log is not None:
             self.log.epoch(epochs_done, self.record)
         if self.data.measures_knn and epochs_done % self.config.knn_every == 0 and self.step < self.last_step:
@@ -305,14 +323,14 @@ class Training:
             config.knn_k,
             backend=config.data.backend,  # not the loader's: memory may suit one of two sources
             workers=config.data.workers,
-            bf16=self.bf16,
+            autocast=self.precision.autocast,
         )
         if self.log is not None:
             self.log.event({"step": self.step, "epoch": self.data_state["epoch"], "knn_accuracy": accuracy})
         return accuracy
 
     def _checkpoint(self) -> None:
-        self._log(self.losses.flush())  # a step whose loss is not finite is never saved
+        self._log(self.lagged.flush())  # a step whose loss is not finite is never saved
         if self.world.is_first:
             state = {
                 "step": self.step,
@@ -320,6 +338,7 @@ class Training:
                 "architecture": self._architecture(),
                 "model": self.model.state_dict(),
                 "optimizer": self.optimizer.state_dict(),
+                "grad_scaler": self.scaler.state_dict(),
                 "data": self.data_state,
                 "untrained_knn": self.untrained_knn,
                 "config": self.text,
@@ -342,6 +361,8 @@ class Training:
             )
         self.model.load_state_dict(state["model"])
         self.optimizer.load_state_dict(state["optimizer"])
+        if state.get("grad_scaler"):  # empty if the checkpoint's precision was another: the scale then starts afresh
+            self.scaler.load_state_dict(state["grad_scaler"])
         self.loader.load_state_dict(state["data"])
         self.data_state = state["data"]
         self.untrained_knn = state["untrained_knn"]
@@ -368,7 +389,7 @@ class Training:
             "started": time.strftime("%Y-%m-%dT%H:%M:%S%z"),
             "world_size": self.world.world_size,
             "device": str(self.world.device),
-            "precision": self.why_precision,
+            "precision": self.precision.why,
             "loss_backend": self.loss_backend,
             "views_backend": self.loader.backend,
         }
@@ -390,7 +411,7 @@ class Training:
             file = self.output / SKIPPED_FILE
             self._say(f"data: left out {len(self.data.skipped)} images that cannot be used; {file} names them")
         self._say(f"model: {config.model.encoder} x{config.model.width}, {parameters / 1e6:.1f} M parameters with head")
-        self._say(f"device: {world.world_size} x {world.device.type}, {self.why_precision}")
+        self._say(f"device: {world.world_size} x {world.device.type}, {self.precision.why}")
         self._say(f"loss: NT-Xent, temperature {config.loss.temperature}, backend {self.loss_backend}")
         self._say(describe_build())
         self._say(f"optimizer: {optim.name}, {lr}, {self.warmup_steps} steps of warm-up, {self.total_steps} in all")

@@ -4,8 +4,6 @@ from dataclasses import dataclass, fields, replace
 from functools import cached_property
 from typing import Any
 
-import yaml
-
 from fastsimclr.presets import preset_file
 
 INTERPOLATIONS = ("bilinear", "bicubic")
@@ -113,6 +111,8 @@ class Views:
 
         Raises UserError if there is none of that name.
         """
+        import yaml  # here, so that the loss and the view kernels need only PyTorch and torchvision
+
         return Views.of(yaml.safe_load(preset_file(name).read_text()).get("data", {}))
 
     @staticmethod

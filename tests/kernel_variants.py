@@ -119,14 +119,13 @@ def check(
 
 
 def main(library: str, kernels: str, one_shape: bool) -> int:
-    from fastsimclr.data import native
-    from fastsimclr.loss import fused
+    from fastsimclr import _extension
 
     specification = importlib.util.spec_from_file_location("_emulated", library)
     assert specification is not None
     assert specification.loader is not None
-    fused._emulated = native._emulated = importlib.util.module_from_spec(specification)
-    specification.loader.exec_module(fused._emulated)
+    _extension.emulated = importlib.util.module_from_spec(specification)
+    specification.loader.exec_module(_extension.emulated)
 
     torch.set_num_threads(1)
     wrong = (kernels != "views" and loss_is_wrong(one_shape)) or (kernels != "loss" and views_are_wrong())

@@ -14,8 +14,8 @@ from PIL import Image
 
 import fastsimclr
 from fastsimclr import data, loss
+from fastsimclr._extension import describe_build
 from fastsimclr.data.sources import open_source
-from fastsimclr.loss.fused import describe_build
 from fastsimclr.precision import choose_precision
 
 ROOT = Path(__file__).resolve().parents[1]

@@ -303,18 +303,28 @@ def fail_inside(z1: Tensor, z2: Tensor) -> None:
         nt_xent(z1, z2, precision="medium")
 
 
-def test_a_call_does_not_detach_the_matmul_precision_from_the_setting_that_it_inherits() -> None:
-    settings = torch.backends.mkldnn
-    before = settings.matmul.fp32_precision, settings.fp32_precision
-    z1, z2 = views(4, 4, torch.float32)
+@pytest.mark.parametrize(
+    ("device", "matmul", "every_operator", "medium"),
+    [
+        ("cpu", torch.backends.mkldnn.matmul, torch.backends.mkldnn, "bf16"),
+        ("cuda", torch.backends.cuda.matmul, torch.backends.cudnn, "tf32"),  # the settings need no GPU
+    ],
+)
+def test_a_call_sets_the_matmul_precision_of_its_device_and_leaves_it_as_it_was(
+    device: str, matmul: Any, every_operator: Any, medium: str
+) -> None:
+    before = matmul.fp32_precision, every_operator.fp32_precision
     try:
-        settings.matmul.fp32_precision, settings.fp32_precision = "none", "bf16"  # none: as mkldnn's
-        for precision in ("highest", "medium"):
-            nt_xent(z1, z2, precision=precision)
-        settings.fp32_precision = "ieee"
-        assert settings.matmul.fp32_precision == "ieee"
+        for own in ("none", "ieee"):  # none: inherited from that of every operator
+            matmul.fp32_precision, every_operator.fp32_precision = own, medium
+            for precision, expected in (("highest", "ieee"), ("medium", medium)):
+                with tiled._matmul_precision(precision, torch.device(device)):
+                    assert matmul.fp32_precision == expected
+            assert matmul.fp32_precision == (medium if own == "none" else own)
+            every_operator.fp32_precision = "ieee"
+            assert matmul.fp32_precision == "ieee", "it still inherits, or has its own"
     finally:
-        settings.matmul.fp32_precision, settings.fp32_precision = before
+        matmul.fp32_precision, every_operator.fp32_precision = before
 
 
 # ----------------------------------------------------------------------------------------------- edges of the input

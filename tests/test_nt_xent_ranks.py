@@ -17,8 +17,9 @@ from ranks import run_ranks
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
+from fastsimclr._extension import why_unavailable
 from fastsimclr.distributed import group_name
-from fastsimclr.loss import fused, nt_xent, tiled
+from fastsimclr.loss import nt_xent, tiled
 from fastsimclr.loss.fused import fused_backward, fused_forward
 from fastsimclr.loss.tiled import tiled_backward, tiled_forward
 
@@ -93,7 +94,7 @@ CASES = [
     for each in itertools.product(("tiled", "reference"), ("mean", "none"), (False, True), (0.2, 1 / 800))
 ]
 CASES += [Case("tiled", "none", False, t, tile=3) for t in (0.2, 1 / 800)]  # tiles across every boundary between ranks
-if not fused.unavailable(torch.device("cpu")):  # the fused kernels: 0.005 is below their bound of overflow
+if not why_unavailable(torch.device("cpu")):  # the fused kernels: 0.005 is below their bound of overflow
     CASES += [Case("emulated", *each) for each in itertools.product(("mean", "none"), (False, True), (0.2, 0.005))]
 
 
@@ -239,7 +240,7 @@ def counted() -> Iterator[list[str]]:
 
 # The backends that gather by themselves: the dtype that they take, and their two operators.
 OPERATORS: dict[str, tuple[torch.dtype, Any, Any]] = {"tiled": (torch.float64, tiled_forward, tiled_backward)}
-if not fused.unavailable(torch.device("cpu")):
+if not why_unavailable(torch.device("cpu")):
     OPERATORS["emulated"] = (torch.float32, fused_forward, fused_backward)
 
 

@@ -8,6 +8,8 @@ import shutil
 import subprocess
 import sys
 import sysconfig
+import tarfile
+import zipfile
 from collections.abc import Iterator
 from pathlib import Path
 from types import ModuleType
@@ -16,7 +18,9 @@ import pytest
 import torch
 
 import fastsimclr
-from fastsimclr.loss.fused import build_info, describe_build, is_available
+from benchmarks.kernel_resources import find_tool
+from fastsimclr._extension import build_info, describe_build
+from fastsimclr.loss.fused import is_available
 
 ROOT = Path(__file__).resolve().parents[1]
 LIBRARY = f"_C{sysconfig.get_config_var('EXT_SUFFIX')}"
@@ -36,23 +40,36 @@ needs_compiler = pytest.mark.skipif(setup.find_compiler()[0] is None, reason=set
 needs_nvcc = pytest.mark.skipif(setup.find_nvcc()[0] is None, reason=setup.find_nvcc()[1])
 
 
+FOLDERS = ("benchmarks", "configs", "csrc", "docs", "fastsimclr", "scripts", "tests")
+FILES = ("CMakeLists.txt", "LICENSE", "MANIFEST.in", "README.md", "pyproject.toml", "setup.py")
+BUILT = ("__pycache__", "*.so", "_build.*.json")
+
+
+@pytest.fixture(scope="session")
+def sdist(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The source distribution, made from a copy: an egg-info folder in the working tree could add stale files to it."""
+    copy = tmp_path_factory.mktemp("sources")
+    for folder in FOLDERS:
+        shutil.copytree(ROOT / folder, copy / folder, ignore=shutil.ignore_patterns(*BUILT))
+    for file in FILES:
+        shutil.copy(ROOT / file, copy)
+    done = run(copy, "-c", "from setuptools.build_meta import build_sdist; build_sdist('dist')")
+    assert done.returncode == 0, done.stderr
+    (archive,) = (copy / "dist").iterdir()
+    return archive
+
+
 @pytest.fixture
-def checkout(tmp_path: Path) -> Path:
-    """A copy of the sources, so that no build here touches the installed one."""
-    copy = tmp_path / "checkout"
-    for folder in ("fastsimclr", "csrc", "configs"):
-        if (ROOT / folder).exists():
-            shutil.copytree(
-                ROOT / folder, copy / folder, ignore=shutil.ignore_patterns("__pycache__", "*.so", "_build.*.json")
-            )
-    for file in ("setup.py", "pyproject.toml", "CMakeLists.txt", "README.md", "LICENSE"):
-        if (ROOT / file).exists():
-            shutil.copy(ROOT / file, copy)
-    return copy
+def checkout(sdist: Path, tmp_path: Path) -> Path:
+    """The unpacked source distribution: what is built here shows that it is complete, and touches no installed file."""
+    with tarfile.open(sdist) as archive:
+        archive.extractall(tmp_path, filter="data")
+    (unpacked,) = tmp_path.iterdir()
+    return unpacked
 
 
 def run(checkout: Path, *arguments: str, **variables: str) -> subprocess.CompletedProcess[str]:
-    ours = ("FASTSIMCLR_CUDA", "FASTSIMCLR_CUDA_ARCHS", "CUDA_HOME", "PYTHONPATH")
+    ours = ("FASTSIMCLR_CUDA", "FASTSIMCLR_CUDA_ARCHS", "FASTSIMCLR_WERROR", "CUDA_HOME", "PYTHONPATH")
     environment = {name: value for name, value in os.environ.items() if name not in ours} | variables
     if environment.get("CXX") == "":
         del environment["CXX"]
@@ -61,10 +78,18 @@ def run(checkout: Path, *arguments: str, **variables: str) -> subprocess.Complet
 
 
 def build(checkout: Path, **variables: str) -> str:
-    """Builds the package into checkout/lib, as for a wheel; returns what was printed."""
+    """Build the package into checkout/lib, as for a wheel; return what was printed."""
     done = run(checkout, "setup.py", "build", "--build-lib", "lib", "--build-temp", "temp", **variables)
     assert done.returncode == 0, done.stdout + done.stderr
     return done.stdout
+
+
+def compiler_flags(checkout: Path, source: str) -> list[str]:
+    """The FLAGS of the one source file in the last build's build.ninja."""
+    (ninja,) = checkout.rglob("build.ninja")
+    match = re.search(rf"^build [^\n]*{re.escape(source)}\.o: .*?\n  FLAGS = (.*?)\n", ninja.read_text(), re.M | re.S)
+    assert match is not None
+    return match[1].split()
 
 
 def describe(folder: Path) -> str:
@@ -72,7 +97,7 @@ def describe(folder: Path) -> str:
     # An editable install finds its own _C for a package that has none, wherever that package lies.
     code = (
         "import sys; sys.meta_path = [finder for finder in sys.meta_path if '__editable__' not in finder.__module__];"
-        "import fastsimclr.loss.fused as fused; print(fused.__file__); print(fused.describe_build())"
+        "import fastsimclr._extension as extension; print(extension.__file__); print(extension.describe_build())"
     )
     done = run(folder, "-c", code)  # -c looks for modules where it runs, before all else
     assert done.returncode == 0, done.stderr
@@ -106,21 +131,58 @@ def test_fused_loss_is_not_available_without_a_gpu() -> None:
     assert not is_available()
 
 
+def test_the_sdist_holds_every_source_file_and_nothing_built(sdist: Path) -> None:
+    expected = set(FILES)
+    for folder in FOLDERS:
+        files = [path for path in (ROOT / folder).rglob("*") if path.is_file()]
+        built = {path for path in files if any(part.match(name) for part in (path, path.parent) for name in BUILT)}
+        expected |= {path.relative_to(ROOT).as_posix() for path in set(files) - built}
+    with tarfile.open(sdist) as archive:
+        found = {member.name.partition("/")[2] for member in archive if member.isfile()}
+    generated = {name for name in found if name.startswith("fastsimclr.egg-info/")} | {"PKG-INFO", "setup.cfg"}
+    assert found - generated == expected
+
+
 @needs_compiler
 @needs_nvcc
 def test_cuda_build_carries_the_architectures_asked_for(checkout: Path) -> None:
-    """As for a wheel: the emulation stays behind. (Several architectures are what CI installs.)"""
-    assert "building for CUDA" in build(checkout, FASTSIMCLR_CUDA="1", FASTSIMCLR_CUDA_ARCHS="80")
+    """One architecture only, because the kernels take long to compile; CI installs several."""
+    assert "building for CUDA" in build(
+        checkout, FASTSIMCLR_CUDA="1", FASTSIMCLR_CUDA_ARCHS="80", FASTSIMCLR_WERROR="1"
+    )
     assert re.fullmatch(r"extension: CUDA \d+\.\d+ for sm_80 \(.*\)", describe(checkout / "lib"))
-    assert not list((checkout / "lib" / "fastsimclr").glob("_emulated*.so"))
+    library = checkout / "lib" / "fastsimclr" / LIBRARY
+    images = [find_tool("cuobjdump"), "--list-elf", "--list-ptx", library]
+    listing = subprocess.run(images, check=True, capture_output=True, text=True).stdout
+    assert set(re.findall(r"sm_\w+\.\w+", listing)) == {"sm_80.cubin", "sm_80.ptx"}
+
+    flags = compiler_flags(checkout, "forward.cu")
+    assert "-lineinfo" in flags
+    assert "-Xcompiler=-Werror" in flags  # the host compiler's warnings
+    assert re.search(r"-Werror[ =]all-warnings", " ".join(flags))  # nvcc's own
+    assert "-Werror" in compiler_flags(checkout, "draws.cpp")
 
 
 @needs_compiler
 def test_without_nvcc_the_extension_is_for_the_cpu_and_says_so(checkout: Path) -> None:
     nowhere = str(checkout / "nowhere")
     reason = f"no nvcc was found (CUDA_HOME is {nowhere!r}, which has no bin/nvcc)"
-    assert f"building for the CPU only: {reason}" in build(checkout, CUDA_HOME=nowhere)
+    code = "from setuptools.build_meta import build_wheel; build_wheel('dist')"
+    done = run(checkout, "-c", code, CUDA_HOME=nowhere)
+    assert f"building for the CPU only: {reason}" in done.stdout, done.stdout + done.stderr
+    assert "-Werror" not in compiler_flags(checkout, "draws.cpp"), "a user's newer compiler may warn"
+
+    (wheel,) = (checkout / "dist").iterdir()
+    with zipfile.ZipFile(wheel) as archive:
+        archive.extractall(checkout / "lib")
+        found = {name for name in archive.namelist() if ".dist-info/" not in name}
     assert describe(checkout / "lib") == f"extension: CPU only ({reason})"
+    suffixes = {".py", ".css", ".js"}
+    expected = {path.relative_to(ROOT).as_posix() for path in ROOT.glob("fastsimclr/**/*") if path.suffix in suffixes}
+    expected |= {f"fastsimclr/configs/{preset.name}" for preset in ROOT.glob("configs/*.yaml")}
+    expected |= {f"fastsimclr/{name}" for name in ("_C.pyi", "py.typed", LIBRARY)}
+    expected |= {f"fastsimclr/_build.{sys.implementation.cache_tag}.json"}
+    assert found == expected, "neither the emulation, nor tests, nor sources of the extension"
 
 
 def test_without_a_compiler_the_package_installs_pure_and_says_so(checkout: Path) -> None:
@@ -152,7 +214,7 @@ def test_an_editable_build_without_a_compiler_leaves_no_earlier_library(checkout
 def test_a_library_that_cannot_be_imported_says_why(checkout: Path) -> None:
     assert "it was never built for this Python" in describe(checkout)
     (checkout / "fastsimclr" / LIBRARY).write_text("not a library")
-    assert re.search(rf"can't be imported: .*{re.escape(LIBRARY)}", describe(checkout))
+    assert re.search(rf"cannot be imported: .*{re.escape(LIBRARY)}", describe(checkout))
 
 
 @pytest.mark.parametrize(
@@ -208,6 +270,21 @@ def test_architectures(monkeypatch: pytest.MonkeyPatch) -> None:
             setup.choose_architectures(nvcc, editable=editable)
 
 
+@pytest.mark.parametrize(
+    ("architectures", "expected"),
+    [
+        ("80", "80"),
+        ("80;90", "80;90"),
+        ("80;86;89;90;100;120", "80;86-real;89-real;90-real;100-real;120"),
+        ("120;86;80", "120;86-real;80"),
+        ("80;90a;100f", "80;90a-real;100f-real"),
+        ("90a", "90a-real"),
+    ],
+)
+def test_ptx_is_of_the_lowest_and_the_highest_architecture(architectures: str, expected: str) -> None:
+    assert setup.cmake_architectures(architectures.split(";")) == expected
+
+
 def test_no_torch_header_in_the_extension() -> None:
     sources = [path for path in (ROOT / "csrc").rglob("*") if path.is_file()]
     assert sources
@@ -233,8 +310,8 @@ def imports(path: Path) -> Iterator[str]:
 @pytest.mark.parametrize(
     ("dependency", "users"),
     [
-        ("fastsimclr._C", {"fastsimclr/loss/fused.py", "fastsimclr/data/native.py"}),
-        ("fastsimclr._emulated", {"fastsimclr/loss/fused.py", "fastsimclr/data/native.py"}),
+        ("fastsimclr._C", {"fastsimclr/_extension.py"}),
+        ("fastsimclr._emulated", {"fastsimclr/_extension.py"}),
         ("nvidia.dali", {"fastsimclr/data/dali.py", "fastsimclr/data/dali_colours.py"}),
     ],
 )
@@ -246,4 +323,4 @@ def test_a_heavy_dependency_has_its_own_module(dependency: str, users: set[str])
     }
     assert found <= users
     if dependency == "fastsimclr._C":
-        assert "fastsimclr/loss/fused.py" in found  # or this test looks for nothing
+        assert found == users  # or this test looks for nothing

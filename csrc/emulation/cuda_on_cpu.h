@@ -291,8 +291,16 @@ cudaError_t launch(void (*kernel)(Params), dim3 grid, int threads, size_t shared
   return emulation::machine.run(grid, threads, shared_bytes, [&] { kernel(params); });
 }
 
-// A small GPU.
-inline int multiprocessors() { return 4; }
+template <class Params>
+cudaError_t load(void (*)(Params)) {
+  return cudaSuccess;
+}
+
+// How large the GPU is decides how the work is split: by default a small one, so that small tests have several splits.
+inline int multiprocessors() {
+  const char* text = std::getenv("FASTSIMCLR_EMULATION_MULTIPROCESSORS");
+  return text ? std::atoi(text) : 4;
+}
 
 template <class Params>
 int blocks_per_multiprocessor(void (*)(Params), int /*threads*/, size_t /*shared_bytes*/) {

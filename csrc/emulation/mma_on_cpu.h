@@ -10,6 +10,17 @@ namespace [[gnu::visibility("hidden")]] emulation {
 
 constexpr int kLanes = 32;
 
+// x cut off to float: rounded toward zero.
+inline float truncate(double x) {
+  const float nearest = float(x);
+  uint32_t bits;
+  std::memcpy(&bits, &nearest, sizeof(bits));
+  bits -= __builtin_fabs(double(nearest)) > __builtin_fabs(x);  // of an infinity: the largest float; not of NaN
+  float result;
+  std::memcpy(&result, &bits, sizeof(result));
+  return result;
+}
+
 inline float float_of_bf16(uint32_t bits) {
   bits <<= 16;
   float x;
@@ -18,11 +29,12 @@ inline float float_of_bf16(uint32_t bits) {
 }
 
 struct WarpMemory {
-  using Half = float __attribute__((vector_size(16)));  // of a row: vectors even at -O1, and no wider than any CPU has
+  using FloatRow = float __attribute__((vector_size(32)));  // vectors even at -O1
+  using Row = double __attribute__((vector_size(64)));
 
   // mma: C (16 x 8) += A (16 x 16) B (16 x 8), all as float
-  Half c[16][2];
-  Half b[16][2];
+  FloatRow c[16];
+  FloatRow b[16];
   float a[16][16];
   // shuffles: what a lane offers and whose offer it takes
   uint32_t offered[kLanes];
@@ -38,29 +50,27 @@ struct WarpMemory {
       float* pair = &a[g + i % 2 * 8][2 * t + i / 2 * 8];
       pair[0] = float_of_bf16(a_in[i] & 0xffff);
       pair[1] = float_of_bf16(a_in[i] >> 16);
-      at(c, g + i / 2 * 8, 2 * t + i % 2) = c_in[i];
+      c[g + i / 2 * 8][2 * t + i % 2] = c_in[i];
     }
-    at(b, 2 * t, g) = float_of_bf16(b0 & 0xffff);
-    at(b, 2 * t + 1, g) = float_of_bf16(b0 >> 16);
-    at(b, 2 * t + 8, g) = float_of_bf16(b1 & 0xffff);
-    at(b, 2 * t + 9, g) = float_of_bf16(b1 >> 16);
+    b[2 * t][g] = float_of_bf16(b0 & 0xffff);
+    b[2 * t + 1][g] = float_of_bf16(b0 >> 16);
+    b[2 * t + 8][g] = float_of_bf16(b1 & 0xffff);
+    b[2 * t + 9][g] = float_of_bf16(b1 >> 16);
   }
 
+  // As tensor cores accumulate: C and the 16 products of an element are added exactly, or nearly so, and the sum is cut
+  // off to float, not rounded (Fasi et al., PeerJ Computer Science 7:e330). Over many steps these errors add up.
   __attribute__((no_sanitize("address", "undefined", "thread"))) void multiply() {
     for (int i = 0; i < 16; i++) {
-      Half left{}, right{};           // as in the tensor cores, a step's products are added up before they meet C
-      for (int k = 0; k < 16; k++) {  // the products of bf16 are exact
-        left += a[i][k] * b[k][0];
-        right += a[i][k] * b[k][1];
-      }
-      c[i][0] += left;
-      c[i][1] += right;
+      Row sum = __builtin_convertvector(c[i], Row);
+      for (int k = 0; k < 16; k++) sum += double(a[i][k]) * __builtin_convertvector(b[k], Row);
+      for (int j = 0; j < 8; j++) c[i][j] = truncate(sum[j]);
     }
   }
 
   void take_fragment(int lane, float (&c_out)[4]) {
     const unsigned g = unsigned(lane) / 4, t = unsigned(lane) % 4;
-    for (unsigned i = 0; i < 4; i++) c_out[i] = at(c, g + i / 2 * 8, 2 * t + i % 2);
+    for (unsigned i = 0; i < 4; i++) c_out[i] = c[g + i / 2 * 8][2 * t + i % 2];
   }
 
   // Of the four 8x8 matrices one whose rows are not in eight different groups of four banks: the hardware would read
@@ -92,11 +102,6 @@ struct WarpMemory {
 
   void shuffle() {
     for (int lane = 0; lane < kLanes; lane++) result[lane][0] = offered[source[lane]];
-  }
-
- private:
-  static float& at(Half (&rows)[16][2], unsigned row, unsigned column) {
-    return reinterpret_cast<float*>(&rows[row])[column];  // GCC's vectors may alias their elements
   }
 };
 

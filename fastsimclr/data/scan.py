@@ -19,7 +19,6 @@ from typing import NamedTuple
 import numpy as np
 import torch
 from numpy.typing import NDArray
-from tqdm import tqdm
 
 from fastsimclr.data.images import decode
 from fastsimclr.data.sources import EncodedSource
@@ -156,6 +155,8 @@ def _try_all(
     source: EncodedSource, todo: NDArray[np.int64], book: "_Book | None", world: World, stop: Callable[[], bool]
 ) -> None:
     """Enter in the first rank's `book` what all ranks find of the images `todo`."""
+    from tqdm import tqdm  # here, so that `import fastsimclr` needs only PyTorch and torchvision
+
     waiting = deque(todo[world.rank :: world.world_size].tolist())
     threads = max(1, len(os.sched_getaffinity(0)) // int(os.environ.get("LOCAL_WORLD_SIZE", "1")))
     progress = tqdm(

@@ -22,7 +22,7 @@ from fastsimclr.distributed import World
 from fastsimclr.errors import UserError
 from fastsimclr.models import Encoder, synchronise_batch_norm
 from fastsimclr.optim import build_optimizer, learning_rate
-from fastsimclr.precision import Precision
+from fastsimclr.precision import Precision, autocast_to
 from fastsimclr.views import Views
 
 
@@ -107,11 +107,12 @@ def train_classifier(
         seed=seed,
         min_local_batch=1 if classifier.frozen else 2,  # what a batch is normalised by is more than one image
         workers=workers,
-        dtype=torch.bfloat16 if precision.bf16 else torch.float32,
+        dtype=precision.view_dtype,
     )
     optimizer = build_optimizer(
         "sgd", classifier.parameters(), schedule.lr, schedule.momentum, schedule.weight_decay, nesterov=True
     )
+    scaler = precision.grad_scaler(device)
     steps_per_epoch = len(loader)
     total_steps = schedule.epochs * steps_per_epoch
     warmup_steps = min(round(schedule.warmup_epochs * steps_per_epoch), total_steps // 10)
@@ -126,14 +127,16 @@ def train_classifier(
                 lr = learning_rate(step, peak=schedule.lr, warmup_steps=warmup_steps, total_steps=total_steps)
                 for group in optimizer.param_groups:
                     group["lr"] = lr
-                with torch.autocast(device.type, torch.bfloat16, enabled=precision.bf16):
-                    logits = model(batch.views[0] if precision.bf16 else batch.views[0].to(precision.dtype))
+                view = batch.views[0] if precision.autocast else batch.views[0].to(precision.dtype)
+                with autocast_to(device, precision.autocast):
+                    logits = model(view)
                 logits = logits.to(torch.promote_types(logits.dtype, torch.float32))
                 loss = F.cross_entropy(logits, batch.label, reduction="sum")
                 # DDP takes the mean over the ranks, whose parts of a batch may differ by one image.
                 of_all_ranks = min(schedule.batch_size, len(source) - number * schedule.batch_size)
-                (loss * (world.world_size / of_all_ranks)).backward()
-                optimizer.step()
+                scaler.scale(loss * (world.world_size / of_all_ranks)).backward()
+                scaler.step(optimizer)
+                scaler.update()
                 optimizer.zero_grad(set_to_none=True)
                 total += loss.detach()
                 images += len(batch.label)
@@ -146,6 +149,11 @@ def train_classifier(
                 raise UserError(
                     f"--lr: got {schedule.lr:.4g}, and a loss of {losses[-1]} in epoch {epoch + 1}; expected a finite "
                     "one: lower it"
+                )
+            if scaler.get_scale() < 1.0:
+                raise UserError(
+                    f"--precision: got fp16, and gradients that overflow it without any scaling in epoch {epoch + 1}; "
+                    f"expected finite ones: use fp32, or an --lr below {schedule.lr:.4g}"
                 )
             log.epoch(epoch + 1, losses[-1])
     finally:

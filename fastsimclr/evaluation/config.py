@@ -21,8 +21,9 @@ class EvaluationConfig(ABC):
     """Labelled images; of the recipe of views, only crops and flips are used here."""
     batch_size: int = 256
     """Images a step, over all ranks."""
-    precision: Literal["auto", "bf16", "fp32", "fp64"] = "auto"
-    """Of the encoder: bf16 autocast, float32 or float64; auto takes bf16 where the hardware has it."""
+    precision: Literal["auto", "bf16", "fp16", "fp32", "fp64"] = "auto"
+    """Of the encoder: bf16 or fp16 autocast, float32 or float64. auto: bf16 where the hardware has it, else fp16 on a
+    GPU with tensor cores (V100, T4), else float32."""
     device: str = "auto"
     """cuda, cpu or auto; under torchrun each rank takes its own GPU."""
     seed: int = 0

@@ -9,6 +9,7 @@ from tqdm import tqdm
 
 from fastsimclr.data import Source, open_views
 from fastsimclr.distributed import World, all_gather_rows, gather_sizes
+from fastsimclr.precision import autocast_to
 from fastsimclr.views import Views
 
 
@@ -21,12 +22,13 @@ def embed_batches(
     *,
     backend: str = "auto",
     workers: int | None = None,
-    bf16: bool = False,
+    autocast: torch.dtype | None = None,
     title: str | None = None,
 ) -> Iterator[tuple[Tensor, Tensor, Tensor]]:
     """Of this rank's part of each batch: the images' places in the source (B,), representations (B, D) float32 and
     labels (B,), on the CPU. Each image is seen as `Views.plain` says, by the encoder in eval mode.
 
+    autocast: the dtype that the encoder computes in; None: that of its parameters.
     title: of a progress bar on the first rank; None: no bar.
     """
     loader = open_views(
@@ -40,7 +42,7 @@ def embed_batches(
         shuffle=False,
         min_local_batch=0,
         workers=workers,
-        dtype=torch.bfloat16 if bf16 else torch.float32,  # as autocast would make them
+        dtype=autocast or torch.float32,  # as autocast would make them
     )
     dtype = next(encoder.parameters()).dtype
     was_training = encoder.training
@@ -48,8 +50,8 @@ def embed_batches(
     bar = tqdm(total=len(source), desc=title, unit="image", disable=True if title is None or world.rank else None)
     try:
         for batch in loader:
-            with torch.inference_mode(), torch.autocast(world.device.type, torch.bfloat16, enabled=bf16):
-                images = batch.views[0] if bf16 else batch.views[0].to(dtype)
+            with torch.inference_mode(), autocast_to(world.device, autocast):
+                images = batch.views[0] if autocast else batch.views[0].to(dtype)
                 features = encoder(images).float().cpu()
             yield batch.index.cpu(), features, batch.label.cpu()
             bar.update(len(features) * world.world_size)
@@ -60,7 +62,12 @@ def embed_batches(
 
 
 def embed(
-    encoder: nn.Module, source: Source, views: Views, batch_size: int, world: World, **options: bool | str | int | None
+    encoder: nn.Module,
+    source: Source,
+    views: Views,
+    batch_size: int,
+    world: World,
+    **options: torch.dtype | str | int | None,
 ) -> tuple[Tensor, Tensor]:
     """Representations (N, D) float32 and labels (N,) of every image of `source`, in its order, on every rank's CPU.
 

@@ -68,10 +68,10 @@ def measure(
     *,
     backend: str,
     workers: int | None,
-    bf16: bool,
+    autocast: torch.dtype | None,
 ) -> float:
     """kNN accuracy of `val` by the labels of `train`; without `val`, of `train` by all of its other images."""
-    options = {"backend": backend, "workers": workers, "bf16": bf16}
+    options = {"backend": backend, "workers": workers, "autocast": autocast}
     bank, bank_labels = embed(encoder, train, views, batch_size, world, **options)
     queries, query_labels = bank, bank_labels
     if val is not None:

@@ -7,6 +7,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
+from fastsimclr._extension import describe_build, why_unavailable
 from fastsimclr.distributed import resolve_group
 from fastsimclr.errors import UserError
 from fastsimclr.loss import fused
@@ -95,11 +96,11 @@ def choose_backend(
         return wanted, "as asked"
     if wanted == "auto" and device.type != "cuda":
         return "tiled", f"auto: the fused kernel is for CUDA GPUs, and the projections are on {device.type}"
-    reason = fused.unavailable(device) or fused.unsupported(dtype, width)
+    reason = why_unavailable(device) or fused.unsupported(dtype, width)
     if wanted == "auto":
         return ("tiled", f"auto: {reason}") if reason else ("fused", "auto: the fastest, and it can run here")
     if wanted == "fused" and device.type != "cuda":
-        reason = f"it is a CUDA kernel, and the projections are on {device.type}; {fused.describe_build()}"
+        reason = f"it is a CUDA kernel, and the projections are on {device.type}; {describe_build()}"
     if wanted == "emulated" and device.type != "cpu":
         reason = f"it runs on the CPU, and the projections are on {device.type}"
     if reason:

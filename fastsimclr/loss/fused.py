@@ -1,60 +1,23 @@
-"""The NT-Xent loss by the compiled kernels (csrc/), as PyTorch operators; and what the compiled extension is.
+"""The NT-Xent loss by the compiled kernels (csrc/), as PyTorch operators.
 
-The kernels take pointers, sizes and a stream: everything that they write is allocated here. `fastsimclr._C` runs them
-on a GPU; `fastsimclr._emulated`, of a developer's build, runs the same sources on the CPU for the tests, so slowly that
-it is of no other use. The mathematics is tiled.py's; the kernels' own choices are told in csrc/*.cu.
+The kernels take pointers, sizes and a stream: everything that they write is allocated here. The mathematics is that of
+tiled.py; csrc/*.cu explain how the kernels divide the work.
 """
 
-import functools
-import json
-import sys
 from contextlib import nullcontext
-from pathlib import Path
-from types import ModuleType
 from typing import Any
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from fastsimclr import _extension
+from fastsimclr._extension import why_unavailable
 from fastsimclr.distributed import all_gather_rows, gather_sizes, group_name, group_of, start_gather_rows
 
-try:
-    import fastsimclr._C as _C
-
-    _import_error = None
-except ImportError as error:
-    _C = None  # type: ignore[assignment]
-    _import_error = error
-try:
-    import fastsimclr._emulated as _emulated
-except ImportError:
-    _emulated = None  # type: ignore[assignment]
-
-# Written by setup.py: {"extension": "none" | "cpu" | "cuda", "reason": why it is not more}.
-_RECORD = Path(__file__).parents[1] / f"_build.{sys.implementation.cache_tag}.json"
-OLDEST_GPU = (8, 0)  # bf16 products and asynchronous copies
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 MAX_WIDTH = 2048
 MAX_ROWS = 2**30  # views of all ranks: csrc/nt_xent.h
-
-
-@functools.cache  # asked at every call of the loss
-def unavailable(device: torch.device) -> str:
-    """Why the kernels can't run on `device`: "" if they can."""
-    if device.type == "cpu":
-        return "" if _emulated else "the emulation is only in an editable build (pip install -e .)"
-    if device.type != "cuda":
-        return f"the tensors are on {device.type}, and the kernel is for CUDA"
-    if not hasattr(_C, "nt_xent_forward"):
-        return describe_build()
-    if not torch.cuda.is_available():
-        return "PyTorch finds no CUDA GPU"
-    capability = torch.cuda.get_device_capability(device)
-    if capability < OLDEST_GPU:
-        name = torch.cuda.get_device_name(device)
-        return f"{name} has compute capability {capability[0]}.{capability[1]}; expected 8.0 or later"
-    return ""
 
 
 def unsupported(dtype: torch.dtype, width: int) -> str:
@@ -67,8 +30,8 @@ def unsupported(dtype: torch.dtype, width: int) -> str:
 
 
 def is_available() -> bool:
-    """Whether the fused NT-Xent loss can run here: the extension holds its kernels and there is a GPU for them."""
-    return torch.cuda.is_available() and not unavailable(torch.device("cuda", torch.cuda.current_device()))
+    """Whether the fused NT-Xent loss can run here: there is a GPU, and the extension has kernels that load on it."""
+    return torch.cuda.is_available() and not why_unavailable(torch.device("cuda", torch.cuda.current_device()))
 
 
 def nt_xent_fused(
@@ -98,8 +61,8 @@ def fused_forward(
     temperature_value: float | None,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
     """The loss, and what the backward needs: unit rows (2n, planes, width) in bf16, norms (2n,), of all ranks the unit
-    rows (M, planes, width; none in a process alone) and the lse in bits (M,), q (2n,), and how many rows each rank
-    has (W,)."""
+    rows (M, planes, width; none without a group) and the lse in bits (M,), q (2n,), and with a group how many rows each
+    rank has, (W,) on the CPU: without one all outputs are on z1's device, or Inductor would make no CUDA graph."""
     n, d = z1.shape
     rows, planes, width = 2 * n, _planes(precision), _width(d)
     run = _Kernels(z1, temperature, temperature_value)
@@ -122,7 +85,8 @@ def fused_forward(
     # has its sums written.
     parts = [part for part in ((offset, rows), (0, offset), (offset + rows, total - offset - rows)) if part[1]]
     units = [
-        run.ask("forward_column_unit", rows=rows, columns=count, symmetric=start == offset) for start, count in parts
+        run.ask("forward_column_unit", rows=rows, columns=count, planes=planes, width=width, symmetric=start == offset)
+        for start, count in parts
     ]
     slots = [-(-count // column_unit) for (_, count), column_unit in zip(parts, units, strict=True)]
     sums = run.floats(sum(slots), rows)
@@ -144,7 +108,13 @@ def fused_forward(
     if group:
         lse = all_gather_rows(lse, sizes, group_of(group))
     loss = losses.sum() * (len(sizes) / total) if mean else losses
-    return loss, unit, norm, everyone if group else unit.new_empty(0, planes, width), lse, q, torch.tensor(sizes)
+    if not group:
+        return loss, unit, norm, unit.new_empty(0, planes, width), lse, q, _no_sizes(z1)
+    return loss, unit, norm, everyone, lse, q, torch.tensor(sizes)
+
+
+def _no_sizes(z: Tensor) -> Tensor:
+    return z.new_empty(0, dtype=torch.int64)
 
 
 @fused_forward.register_fake
@@ -152,7 +122,7 @@ def _(z1, z2, temperature, group, mean, decoupled, precision, temperature_value)
     n, d = z1.shape
     planes, width = _planes(precision), _width(d)
     rows = torch.library.get_ctx().new_dynamic_size() if group else 2 * n
-    ranks = dist.get_world_size(group_of(group)) if group else 1
+    sizes = torch.empty(dist.get_world_size(group_of(group)), dtype=torch.int64) if group else _no_sizes(z1)
     return (
         z1.new_empty((() if mean else (2 * n,)), dtype=torch.float32),
         z1.new_empty((2 * n, planes, width), dtype=torch.bfloat16),
@@ -160,7 +130,7 @@ def _(z1, z2, temperature, group, mean, decoupled, precision, temperature_value)
         z1.new_empty((rows if group else 0, planes, width), dtype=torch.bfloat16),
         z1.new_empty((rows,), dtype=torch.float32),
         z1.new_empty((2 * n,), dtype=torch.float32),
-        torch.empty(ranks, dtype=torch.int64),
+        sizes,
     )
 
 
@@ -184,14 +154,14 @@ def fused_backward(
     rows, planes, width = unit.shape
     total = len(lse)
     run = _Kernels(z1, temperature, temperature_value)
-    offset = 0
+    offset, ranks = 0, 1
     if group:
-        offset = int(sizes[: dist.get_rank(group_of(group))].sum())
+        offset, ranks = int(sizes[: dist.get_rank(group_of(group))].sum()), len(sizes)
     else:
         everyone = unit
     weights, mine = None, None
     if dloss.ndim == 0:
-        scale, factor = dloss, len(sizes) / total
+        scale, factor = dloss, ranks / total
     else:
         # Each row's own weight: the one case in which the backward communicates. Of size 1, and the size comes back at
         # the end: weights of 1/M would push weight / 2^lse below the normal numbers.
@@ -248,7 +218,7 @@ class _Kernels:
 
     def __init__(self, z: Tensor, temperature: Tensor | None, value: float | None) -> None:
         on_gpu = z.device.type == "cuda"
-        self.kernels: ModuleType = _C if on_gpu else _emulated
+        self.kernels: Any = _extension.compiled if on_gpu else _extension.emulated
         self.device = (z.device.index or 0) if on_gpu else 0
         self.stream = torch.cuda.current_stream(z.device).cuda_stream if on_gpu else 0
         self.dtype = getattr(self.kernels.DataType, str(z.dtype).removeprefix("torch."))
@@ -288,38 +258,3 @@ def _planes(precision: str) -> int:
 
 def _width(d: int) -> int:
     return -(-d // 8) * 8  # rows of whole 16-byte chunks
-
-
-def build_info() -> dict[str, Any]:
-    """What the extension is made of.
-
-    extension: "cuda", "cpu" or "none"; reason: why it is not "cuda", else "".
-    With an extension also version, compiler ("g++ 12.2"), cuda (nvcc's version, "13.0"), cuda_runtime and
-    architectures (["sm_80", "sm_90"]); on a CPU build these are None, None and [].
-    """
-    recorded = json.loads(_RECORD.read_text()) if _RECORD.exists() else {"extension": None, "reason": ""}
-    if _C is not None:
-        info = _C.build_info()
-        extension = "cuda" if info["cuda"] else "cpu"
-        # A library that was built with CMake by hand may be of another kind than the one in the record.
-        reason = recorded["reason"] if recorded["extension"] == extension else ""
-        return {"extension": extension, "reason": reason, **info}
-    if recorded["extension"] == "none":
-        return recorded
-    if not isinstance(_import_error, ModuleNotFoundError):
-        reason = f"it is there, but can't be imported: {_import_error}; install fastsimclr again"
-    elif recorded["extension"] is None:
-        reason = "it was never built for this Python; run: pip install -e ."
-    else:
-        reason = "it was built, but the file is gone; install fastsimclr again"
-    return {"extension": "none", "reason": reason}
-
-
-def describe_build() -> str:
-    """One line for people: "extension: CUDA 13.0 for sm_80, sm_90 (g++ 12.2)"."""
-    info = build_info()
-    if info["extension"] == "none":
-        return f"extension: none ({info['reason']})"
-    if info["extension"] == "cpu":
-        return f"extension: CPU only ({info['reason'] or 'built without CUDA'})"
-    return f"extension: CUDA {info['cuda']} for {', '.join(info['architectures'])} ({info['compiler']})"

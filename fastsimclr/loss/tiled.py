@@ -289,12 +289,18 @@ def _exp_is_safe(temperature: Tensor, value: float | None, rows: int, dtype: tor
 @contextmanager
 def _matmul_precision(precision: str, device: torch.device) -> Iterator[None]:
     """Full float32 products for "highest", whatever the caller's setting; bf16 (CPU) or TF32 (GPU) for "medium"."""
-    backend, medium = (torch.backends.cuda, "tf32") if device.type == "cuda" else (torch.backends.mkldnn, "bf16")
-    before = backend.matmul.fp32_precision
-    # What matmul reads may be its own setting or an inherited one ("none": ask the backend's). If they agree, inherit.
-    inherited = before == backend.fp32_precision
-    backend.matmul.fp32_precision = "ieee" if precision == "highest" else medium
+    matmul: Any
+    every_operator: Any
+    if device.type == "cuda":  # PyTorch keeps the setting of all of CUDA's operators under cudnn
+        matmul, every_operator, medium = torch.backends.cuda.matmul, torch.backends.cudnn, "tf32"
+    else:
+        mkldnn: Any = torch.backends.mkldnn  # whose `matmul` the type checker does not know
+        matmul, every_operator, medium = mkldnn.matmul, mkldnn, "bf16"
+    before = matmul.fp32_precision
+    # matmul's value may be its own or inherited ("none": that of every operator). If the two agree, inherit afterwards.
+    inherited = before == every_operator.fp32_precision
+    matmul.fp32_precision = "ieee" if precision == "highest" else medium
     try:
         yield
     finally:
-        backend.matmul.fp32_precision = "none" if inherited else before
+        matmul.fp32_precision = "none" if inherited else before

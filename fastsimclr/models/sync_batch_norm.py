@@ -16,7 +16,7 @@ class CpuSyncBatchNorm(_BatchNorm):
             return super().forward(input)
         group = dist.group.WORLD
         assert group is not None
-        # Under bf16 autocast, statistics are float32: as torch's own batch normalisation has them.
+        # Under autocast, statistics are float32, as in torch's own batch normalization.
         x = input.to(torch.promote_types(input.dtype, torch.float32))
         dims = [d for d in range(x.ndim) if d != 1]
         view = [1, -1] + [1] * (x.ndim - 2)

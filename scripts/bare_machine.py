@@ -1,0 +1,45 @@
+"""Importing this module hides every package that a machine with only PyTorch and the test tools lacks.
+
+    python -c "import bare_machine, benchmarks.learning"     # with scripts/ in PYTHONPATH
+    python -m pytest -p bare_machine --collect-only ...
+
+A hidden package looks as if it were not installed: `import` raises ModuleNotFoundError and `find_spec` returns None.
+BARE_MACHINE_HAS names packages to leave visible: "jsonargparse,yaml".
+"""
+
+import os
+import sys
+from collections.abc import Iterator, Sequence
+from importlib.machinery import ModuleSpec
+from types import ModuleType
+from typing import Any
+
+MISSING = {
+    "jsonargparse", "kornia", "lightly", "matplotlib", "nvidia.dali", "onnx", "onnxruntime", "onnxscript",
+    "pytorch_metric_learning", "safetensors", "sklearn", "tensorboard", "timm", "tqdm", "umap", "webdataset", "yaml",
+}  # fmt: skip
+HIDDEN = MISSING - set(os.environ.get("BARE_MACHINE_HAS", "").split(","))
+
+
+class Hiding:
+    """Finds what the finders before it find, except hidden packages."""
+
+    def __init__(self, finders: list[Any]) -> None:
+        self.finders = finders
+
+    def find_spec(
+        self, name: str, path: Sequence[str] | None = None, target: ModuleType | None = None
+    ) -> ModuleSpec | None:
+        if any(name == hidden or name.startswith(f"{hidden}.") for hidden in HIDDEN):
+            return None
+        found = (finder.find_spec(name, path, target) for finder in self.finders if hasattr(finder, "find_spec"))
+        return next((spec for spec in found if spec is not None), None)
+
+    def find_distributions(self, *context: Any) -> Iterator[Any]:
+        """For importlib.metadata, by which pytest finds its plugins."""
+        for finder in self.finders:
+            if hasattr(finder, "find_distributions"):
+                yield from finder.find_distributions(*context)
+
+
+sys.meta_path[:] = [Hiding(list(sys.meta_path))]

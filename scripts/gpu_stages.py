@@ -1,0 +1,150 @@
+"""The stages of gpu_check.py in their order: what each one runs, and what it needs.
+
+The most important come first, so that any prefix of the list is useful: whether the kernels are correct, then how
+accurate and how fast they are and why, then everything else.
+"""
+
+import importlib.util
+import os
+import re
+import shutil
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+# The plugin is named because autoload is off (see gpu_check.py): other plugins' warnings would be errors.
+PYTEST = ("{python}", "-m", "pytest", "-p", "pytest_benchmark.plugin", "-p", "no:cacheprovider")
+GPU_TESTS = (*PYTEST, "-m", "gpu", "--durations=5")
+LOSS_AND_VIEWS = ("tests/test_fused.py", "tests/test_crop.py", "tests/test_photometric.py")
+OFFSETS = "tests/test_fused.py::test_offsets_past_2_31_elements"
+BUILD = """
+set -e
+cmake --fresh -S . -B build/gpu_check -G Ninja -DPython_EXECUTABLE="{python}" -DFASTSIMCLR_CUDA=ON \\
+  -DCMAKE_CUDA_COMPILER="{nvcc}" -DCMAKE_CUDA_ARCHITECTURES={arch}
+cmake --build build/gpu_check
+cmake --install build/gpu_check --prefix .
+"{python}" scripts/small_kernels.py --only loss
+"""
+
+
+@dataclass(frozen=True)
+class Stage:
+    """A command, and what it needs. {python}, {out} and other names of `Runner.values` are filled in."""
+
+    name: str
+    seconds: int
+    command: tuple[str, ...]
+    files: tuple[str, ...] = ()
+    """Test or benchmark files, put after the command."""
+    optional_files: dict[str, tuple[str, ...]] = field(default_factory=dict)
+    """More of them, and the modules that each imports; left out where one of these is missing."""
+    modules: tuple[str, ...] = ()
+    programs: tuple[str, ...] = ()
+    folders: tuple[str, ...] = ()
+    """Environment variables that name a folder."""
+    environment: dict[str, str] = field(default_factory=dict)
+    proofs: tuple[str, ...] = ()
+    """Patterns. Unless a line matches each of them, exit code 0 proves nothing."""
+    refusal: str = ""
+    """A pattern. A failure with a line that matches means that the machine does not allow it."""
+    default: bool = True
+    fatal: bool = False
+
+    def lacking(self) -> str:
+        """Why the stage cannot be done here: "" if it can."""
+        reasons = [f"{name} is not installed" for name in missing(self.modules)]
+        reasons += [f"{name} is not in PATH" for name in self.programs if not shutil.which(name)]
+        reasons += [f"{name} names no folder" for name in self.folders if not os.path.isdir(os.environ.get(name, ""))]
+        return "; ".join(reasons)
+
+
+def missing(modules: Sequence[str]) -> list[str]:
+    def is_installed(module: str) -> bool:
+        try:
+            return importlib.util.find_spec(module) is not None
+        except ModuleNotFoundError:  # nvidia.dali where there is no nvidia
+            return False
+
+    return [module for module in modules if not is_installed(module)]
+
+
+def passed(*files: str) -> tuple[str, ...]:
+    """Proofs that tests passed, in each of the files: if all tests are skipped, pytest exits with 0."""
+    return (r"\d+ passed", *(rf"^{re.escape(file)} .*\." for file in files))
+
+
+def benchmark(name: str, seconds: int, file: str, result: str, **more: Any) -> Stage:
+    command = (*PYTEST, f"--benchmark-json={{out}}/{result}", "--benchmark-columns=median,iqr,rounds")
+    return Stage(name, seconds, command, (f"benchmarks/{file}",), proofs=passed(), **more)
+
+
+def sanitizer(tool: str) -> Stage:
+    options = ("--report-api-errors", "no", "--error-exitcode", "9", "--print-limit", "20")
+    return Stage(
+        tool,
+        120,
+        ("compute-sanitizer", "--tool", tool, *options, "{python}", "scripts/small_kernels.py"),
+        programs=("compute-sanitizer",),
+        # Each tensor is an allocation of its own: within the caching allocator's blocks no access is out of bounds.
+        environment={"PYTORCH_NO_CUDA_MEMORY_CACHING": "1"},
+        proofs=(r"SUMMARY: 0 (errors|hazards)",),
+        refusal=r"Device not supported|Unable to find injection|not supported on this",
+    )
+
+
+STAGES = (
+    Stage("build", 90, ("bash", "-c", BUILD), programs=("cmake", "ninja", "nvcc"), fatal=True),
+    Stage("doctor", 20, ("{python}", "-m", "fastsimclr.doctor")),
+    Stage(
+        "tests",
+        90,
+        (*GPU_TESTS, "--junitxml={out}/gpu_tests.xml", "--continue-on-collection-errors", f"--deselect={OFFSETS}"),
+        LOSS_AND_VIEWS,
+        proofs=passed(*LOSS_AND_VIEWS),
+    ),
+    sanitizer("memcheck"),
+    sanitizer("racecheck"),
+    sanitizer("synccheck"),
+    Stage("accuracy", 40, ("{python}", "-m", "benchmarks.nt_xent_accuracy", "--json={out}/accuracy.json")),
+    benchmark(
+        "loss",
+        60,
+        "bench_nt_xent.py",
+        "nt_xent.json",
+        environment={"BENCH_RIVALS": "0", "BENCH_SIZES": "8192x128,32768x128,131072x256"},
+    ),
+    Stage(
+        "counters",
+        60,
+        ("{python}", "-m", "benchmarks.kernel_counters", "--json={out}/counters.json"),
+        programs=("ncu",),
+        refusal="ERR_NVGPUCTRPERM|LibraryNotLoaded|Failed to initialize the profiler",
+    ),
+    benchmark("view_kernels", 40, "bench_view_kernels.py", "view_kernels.json", modules=("yaml",)),
+    Stage("offsets", 60, GPU_TESTS, (OFFSETS,), proofs=passed(), refusal=r"needs \d+ GiB"),
+    Stage(
+        "other_tests",
+        60,
+        GPU_TESTS,
+        ("tests/test_doctor.py",),
+        {
+            "tests/test_dali_colours.py": ("nvidia.dali",),
+            "tests/test_stages.py": ("jsonargparse", "yaml", "tqdm", "tensorboard", "sklearn"),
+        },
+        proofs=passed(),
+    ),
+    benchmark("rivals", 200, "bench_nt_xent.py", "nt_xent_rivals.json", environment={"BENCH_SECONDS": "{begin}"}),
+    benchmark("encoder", 400, "bench_encoder.py", "encoder.json", default=False),
+    benchmark("training", 500, "bench_train.py", "train.json", default=False, modules=("yaml", "sklearn")),
+    Stage(
+        "learning",
+        570,
+        (
+            *("{python}", "-m", "benchmarks.learning", "--json={out}/learning.json"),
+            *("--cifar10={cifar10}", "--seconds={seconds}"),
+        ),
+        modules=("jsonargparse", "yaml", "tqdm", "tensorboard", "safetensors"),
+        folders=("CIFAR10",),
+        default=False,
+    ),
+)

@@ -1,0 +1,268 @@
+"""A dress rehearsal without a GPU: the host code of training and evaluation on a fake one.
+
+It finds tensors on the wrong device. Not those that PyTorch accepts there: 0-dim tensors, and indices.
+"""
+
+import warnings
+from collections.abc import Callable
+from contextlib import nullcontext
+from pathlib import Path
+from pkgutil import resolve_name
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from fake_cuda import GPU, fake_cuda, real
+from torch import Tensor
+
+from fastsimclr import _extension, nt_xent
+from fastsimclr.config import parse
+from fastsimclr.data import open_source, open_views
+from fastsimclr.data.torchvision import _Crops
+from fastsimclr.distributed import World
+from fastsimclr.evaluation import linear
+from fastsimclr.evaluation.classifier import Classifier, Schedule, train_classifier
+from fastsimclr.evaluation.knn import knn_accuracy, knn_ranking, measure
+from fastsimclr.loss import fused, tiled
+from fastsimclr.models import Encoder, encoder
+from fastsimclr.precision import choose_precision
+from fastsimclr.train import Training
+from fastsimclr.views import Views
+
+pytestmark = [
+    pytest.mark.skipif(not torch.backends.cuda.is_built(), reason="this PyTorch is built without CUDA"),
+    pytest.mark.skipif(_extension.compiled is None, reason="the extension is not built"),
+]
+
+WORLD = World(0, 1, GPU)
+HOPPER, TURING = (9, 0), (7, 5)
+"""With the extension's kernels and bf16; with PyTorch's operations and fp16."""
+COLORFUL = Views(
+    image_size=16, flip=1.0, jitter=1.0, grey=1.0, blur=1.0, solarise=1.0, per_view=({}, {"interpolation": "bilinear"})
+)
+"""Everything happens to each view."""
+
+
+def on_gpu(tensor: Tensor | None, *shape: int, dtype: torch.dtype = torch.float32) -> None:
+    assert tensor is not None
+    assert (tensor.device, tensor.dtype, tensor.shape) == (GPU, dtype, shape)
+
+
+def small_encoder() -> Encoder:
+    return encoder("resnet18", stem="imagenet")
+
+
+def in_real(function: Callable[..., Any]) -> Callable[..., Any]:
+    return lambda *arguments, **options: real(function, *arguments, **options)
+
+
+# Each is run in `fake_cuda`.
+
+
+def open_training(folder: Path, *more: str) -> Training:
+    options = ["--data.train=digits", "--data.image_size=16", "--model.encoder=resnet18", "--model.hidden=32"]
+    options += ["--model.out=16", "--batch_size=8", "--optim.clip_grad=1.0", f"--output={folder}", *more]
+    with pytest.MonkeyPatch.context() as patch:
+        for name in ("RunData", "encoder", "projector"):
+            patch.setattr(f"fastsimclr.train.{name}", in_real(resolve_name(f"fastsimclr.train.{name}")))
+        training = Training(*parse(options), WORLD, [])
+    training.stepper = training._stepper()
+    return training
+
+
+def train(folder: Path, *more: str) -> None:
+    training = open_training(folder, *more)
+    batches = iter(training.loader)
+    with training.clock.running():
+        for _ in range(2):
+            batch = training._next(batches)
+            assert batch is not None
+            training._set_lr()
+            measured = training._update(batch, 8)
+            _, stages = training.clock.end_step()
+            assert stages()["views"] > 0
+    assert training.lagged.push(measured, stages, {}) is None
+    for value in measured.values():
+        on_gpu(value)
+    for parameter in training.model.parameters():
+        assert parameter.device == GPU
+        for state in training.optimizer.state[parameter].values():
+            assert state.device == GPU or state.ndim == 0  # Adam counts steps on the CPU
+    assert training._architecture()["stem"] == "small"
+    assert len(training.optimizer.state) == len(list(training.model.parameters()))
+
+
+def loss(backend: str, precision: str, reduction: str, temperature: str) -> None:
+    z = [torch.randn(6, 16, device=GPU, requires_grad=True) for _ in range(2)]
+    given: Any = 0.1
+    if temperature != "float":
+        given = torch.tensor(0.1, device=temperature).requires_grad_(temperature == "cuda")
+    value = nt_xent(z[0], z[1], given, backend=backend, precision=precision, reduction=reduction)
+    on_gpu(value, *(() if reduction == "mean" else (12,)))
+    value.sum().backward()
+    for of_view in z:
+        on_gpu(of_view.grad, 6, 16)
+    if temperature == "cuda":
+        on_gpu(given.grad)
+
+
+def operators_of_the_loss(module: Any, name: str, precision: str, reduction: str, temperature: str) -> None:
+    """The operators' own code, which under FakeTensors their `register_fake` stands in for: its outputs are alike."""
+    forward, backward = (getattr(module, f"{name}_{which}") for which in ("forward", "backward"))
+    z1, z2 = (torch.randn(6, 16, device=GPU) for _ in range(2))
+    mean = reduction == "mean"
+    given = torch.tensor(0.1, device="cpu" if temperature == "cpu" else GPU)
+    value = None if temperature == "cuda" else 0.1
+    inputs = (z1, z2, given, "", mean, False, precision, value)
+    outputs = alike(forward._init_fn(*inputs), forward(*inputs))
+    dloss = torch.ones_like(outputs[0])
+    if name == "tiled":
+        inputs_of_backward = (dloss, *outputs[1:], given, "", precision, value)
+    else:
+        inputs_of_backward = (dloss, z1, z2, *outputs[1:], given, "", value)
+    for gradient in alike(backward._init_fn(*inputs_of_backward), backward(*inputs_of_backward)):
+        assert gradient.device == GPU
+
+
+def alike(outputs: tuple[Tensor, ...], fakes: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
+    for output, fake in zip(outputs, fakes, strict=True):
+        assert (output.shape, output.dtype, output.device) == (fake.shape, fake.dtype, fake.device)
+    return outputs
+
+
+def views(backend: str, dtype: torch.dtype) -> None:
+    source = real(open_source, "digits")
+    with pytest.MonkeyPatch.context() as patch:
+        for name in ("__init__", "__getitem__"):  # of worker processes, which do not use the GPU
+            patch.setattr(_Crops, name, in_real(getattr(_Crops, name)))
+        loader = open_views(source, COLORFUL, 8, backend=backend, device=GPU, dtype=dtype, drop_last=True, workers=0)
+        batch = next(iter(loader))
+    for view in batch.views:
+        on_gpu(view, 8, 3, 16, 16, dtype=dtype)
+        assert view.is_contiguous(memory_format=torch.channels_last)
+    on_gpu(batch.index, 8, dtype=torch.int64)
+    on_gpu(batch.label, 8, dtype=torch.int64)
+
+
+def features_and_labels(rows: int) -> tuple[Tensor, Tensor]:
+    return torch.randn(rows, 16, device=GPU), torch.zeros(rows, dtype=torch.int64, device=GPU)
+
+
+def knn() -> None:
+    bank, queries = features_and_labels(40), features_and_labels(12)
+    for temperature in (0.07, None):
+        on_gpu(knn_ranking(*bank, queries[0], 5, temperature=temperature), 12, 5, dtype=torch.int64)
+    on_gpu(knn_ranking(*bank, bank[0], 5, leave_out=0), 40, 5, dtype=torch.int64)
+    knn_accuracy(*bank, *queries, 5)
+    source = real(open_source, "digits").subset(np.arange(16))
+    model = real(small_encoder).to(GPU, memory_format=torch.channels_last)  # type: ignore[call-overload]
+    chosen = choose_precision("auto", GPU)
+    measure(model, source, None, COLORFUL, 8, WORLD, 5, backend="memory", workers=0, autocast=chosen.autocast)
+
+
+def logistic_regression() -> None:
+    features, labels = features_and_labels(40)
+    fitted = linear.fit(features, labels, 10, c=1.0)
+    on_gpu(fitted.weight, 10, 16)
+    on_gpu(linear.rank(fitted, features), 40, 5, dtype=torch.int64)
+    linear.choose_c(features, labels, 10, np.arange(30), np.arange(30, 40))
+
+
+def classifier(frozen: bool) -> None:
+    source = real(open_source, "digits").subset(np.arange(16))
+    model = real(lambda: Classifier(small_encoder(), 10, frozen=frozen))
+    chosen = choose_precision("auto", GPU)
+    schedule = Schedule(epochs=1, lr=0.1, batch_size=8)
+    train_classifier(model, source, COLORFUL, schedule, WORLD, chosen, seed=0, title="", backend="memory")
+    on_gpu(model.fc.weight, 10, 512)
+
+
+def case(function: Callable[..., None], *arguments: Any, capability: tuple[int, int] = HOPPER) -> Any:
+    words = [getattr(argument, "__name__", str(argument)) for argument in arguments]
+    name = ", ".join([function.__name__, *words, *(["an old GPU"] if capability == TURING else [])])
+    return pytest.param(capability, function, arguments, id=name)
+
+
+LOSSES = [  # precision, reduction, temperature
+    ("highest", "mean", "float"),
+    ("highest", "none", "cuda"),
+    ("medium", "mean", "cuda"),
+    ("medium", "none", "cpu"),
+]
+CASES = [
+    case(train, "--optim.name=lars"),
+    case(train, "--optim.name=adamw", "--micro_batch_size=3", capability=TURING),
+    *(case(loss, backend, *options) for backend in ("auto", "tiled", "reference") for options in LOSSES),
+    *(case(operators_of_the_loss, module, name, *options) for module, name in ((fused, "fused"), (tiled, "tiled"))
+      for options in LOSSES),
+    case(views, "memory", torch.bfloat16),
+    case(views, "memory", torch.float16, capability=TURING),
+    case(views, "torchvision", torch.bfloat16),
+    case(knn),
+    case(logistic_regression),
+    case(classifier, True),
+    case(classifier, False, capability=TURING),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize(("capability", "function", "arguments"), CASES)
+def test_host_code_keeps_its_tensors_on_the_gpu(
+    tmp_path: Path, capability: tuple[int, int], function: Callable[..., None], arguments: tuple[Any, ...]
+) -> None:
+    slower_views = pytest.warns(UserWarning, match=r"^views: .*7\.5") if capability == TURING else nullcontext()
+    with fake_cuda(capability), slower_views:
+        function(*((tmp_path, *arguments) if function is train else arguments))
+
+
+def test_an_old_gpu_takes_fp16_and_the_tiled_loss_and_says_why_once(tmp_path: Path) -> None:
+    z1, z2 = torch.randn(2, 6, 16)
+    with fake_cuda(TURING), warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("default")
+        training = open_training(tmp_path)
+        batch = next(iter(training.loader))
+        training._update(batch, 8)
+        assert [str(each.message).split(":")[0] for each in caught] == ["views"], "the log says it of the loss"
+        for _ in range(2):
+            nt_xent(z1.to(GPU), z2.to(GPU))
+    assert training.precision.why.startswith("fp16 autocast with scaled gradients (auto: this GPU has ")
+    assert training.loss_backend.startswith("tiled (auto: a fake GPU has compute capability 7.5; ")
+    _, of_loss = caught
+    assert training.loss_backend.removeprefix("tiled ") in str(of_loss.message)
+
+
+def left_on_the_cpu(function: Callable[..., Any]) -> Callable[..., Any]:
+    def faulty(*arguments: Any, **options: Any) -> Any:
+        result = function(*arguments, **options)
+        return [each.cpu() for each in result] if isinstance(result, list) else result.cpu()
+
+    return faulty
+
+
+@pytest.mark.filterwarnings("ignore:views")
+@pytest.mark.parametrize(
+    ("faulty", "capability", "function", "arguments"),
+    [
+        ("fastsimclr.step.Step._project", HOPPER, train, ()),
+        ("fastsimclr.optim.lars.LARS._velocities", HOPPER, train, ()),
+        ("fastsimclr.loss.tiled._negative_sums", HOPPER, operators_of_the_loss, (tiled, "tiled", *LOSSES[0])),
+        ("fastsimclr.loss.tiled._negatives_gradient", HOPPER, operators_of_the_loss, (tiled, "tiled", *LOSSES[0])),
+        ("fastsimclr.loss.fused._Kernels.floats", HOPPER, operators_of_the_loss, (fused, "fused", *LOSSES[0])),
+        ("fastsimclr.data.native.on_device", HOPPER, views, ("memory", torch.bfloat16)),
+        ("fastsimclr.data.photometric._luma", TURING, views, ("memory", torch.float16)),
+        ("fastsimclr.data.crop._weights", TURING, views, ("memory", torch.float16)),
+        ("fastsimclr.evaluation.knn.F.normalize", HOPPER, knn, ()),
+        ("fastsimclr.evaluation.linear._standardised", HOPPER, logistic_regression, ()),
+    ],
+)
+def test_a_tensor_left_on_the_cpu_is_found(
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    faulty: str,
+    capability: tuple[int, int],
+    function: Callable[..., None],
+    arguments: tuple[Any, ...],
+) -> None:
+    monkeypatch.setattr(faulty, left_on_the_cpu(resolve_name(faulty)))
+    with fake_cuda(capability), pytest.raises((RuntimeError, ValueError), match="cpu"):
+        function(*((tmp_path, *arguments) if function is train else arguments))

@@ -1,0 +1,246 @@
+"""scripts/gpu_check.sh, as far as a machine without a GPU can tell: its dry run, its runner and what it starts."""
+
+import importlib
+import json
+import os
+import re
+import shutil
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+import pytest
+import torch
+from pictures import jpeg, photo, write_tar
+
+from benchmarks import kernel_counters, learning, nt_xent_accuracy
+from fastsimclr._extension import why_unavailable
+
+ROOT = Path(__file__).resolve().parents[1]
+without_gpu = pytest.mark.skipif(torch.cuda.is_available(), reason="for machines without a GPU")
+
+
+@pytest.fixture(scope="module")
+def check() -> Iterator[ModuleType]:
+    """The module gpu_check, with scripts/ in the path for its neighbors."""
+    sys.path.insert(0, str(ROOT / "scripts"))
+    yield importlib.import_module("gpu_check")
+    sys.path.remove(str(ROOT / "scripts"))
+
+
+def gpu_check(*arguments: str, root: Path = ROOT) -> subprocess.CompletedProcess[str]:
+    return subprocess.run(
+        ["bash", root / "scripts" / "gpu_check.sh", *arguments],
+        env={**os.environ, "PYTHON": sys.executable},
+        capture_output=True,
+        text=True,
+    )
+
+
+# The dry run
+
+
+def test_everything_it_starts_can_start_on_a_bare_machine() -> None:
+    done = gpu_check("--dry-run")
+    assert done.returncode == 0, done.stdout
+    assert "FAILED" not in done.stdout
+    for name in ("tests/test_crop.py", "benchmarks/bench_train.py", "small_kernels"):
+        assert re.search(rf"^ok: .*{name}", done.stdout, re.MULTILINE), name
+
+
+def test_a_missing_import_and_a_lost_gpu_test_are_found(tmp_path: Path) -> None:
+    for name in ("scripts", "tests", "benchmarks", "fastsimclr", "configs"):
+        shutil.copytree(ROOT / name, tmp_path / name, ignore=shutil.ignore_patterns("results", "__pycache__"))
+    shutil.copy(ROOT / "pyproject.toml", tmp_path)
+    test_file, conftest = tmp_path / "tests" / "test_fused.py", tmp_path / "tests" / "conftest.py"
+    test_file.write_text(test_file.read_text().replace("import torch\n", "import jsonargparse\nimport torch\n", 1))
+    marked = 'pytest.param("gpu", marks=pytest.mark.gpu)'
+    assert marked in conftest.read_text()
+    conftest.write_text(conftest.read_text().replace(marked, '"gpu"'))
+    done = gpu_check("--dry-run", "tests", root=tmp_path)
+    assert done.returncode == 1
+    assert "No module named 'jsonargparse'" in done.stdout
+    assert "no test of tests/test_crop.py was collected" in done.stdout
+
+
+def test_every_gpu_test_belongs_to_a_stage(check: ModuleType) -> None:
+    command = [sys.executable, "-m", "pytest", "-p", "no:cacheprovider", "--collect-only", "-q", "-m", "gpu", "tests"]
+    output = subprocess.run(command, cwd=ROOT, capture_output=True, text=True).stdout
+    marked = set(re.findall(r"^(tests/\w+\.py)::", output, re.MULTILINE))
+    assert "tests/test_crop.py" in marked, output
+    assert marked == {
+        file
+        for stage in check.STAGES
+        for file in (*stage.files, *stage.optional_files)
+        if re.match(r"tests/\w+\.py$", file)
+    }
+
+
+@without_gpu
+def test_without_a_gpu_it_says_so_and_ends_with_2(tmp_path: Path) -> None:
+    done = gpu_check(str(tmp_path / "out"))
+    assert done.returncode == 2
+    assert done.stderr.endswith("there is no GPU to check: AssertionError: torch sees no GPU\n")
+    assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [((), "expected a folder"), (("out", "no_stage"), "got the stages no_stage, expected some of build, doctor")],
+)
+def test_a_wrong_call_ends_with_2(arguments: tuple[str, ...], message: str) -> None:
+    done = gpu_check(*arguments)
+    assert done.returncode == 2
+    assert message in done.stderr
+
+
+# The runner
+
+
+def run(check: ModuleType, out: Path, *stages: Any, budget: float = 100.0) -> tuple[bool, list[dict[str, Any]]]:
+    machine = {"commit": "c0ffee1", "device": "GPU", "driver": "580", "arch": "90"}
+    ok = check.Runner(out, machine, budget).run(stages)
+    summary = json.loads((out / "summary.json").read_text())
+    assert summary["ok"] == ok
+    return ok, summary["stages"]
+
+
+def shell(check: ModuleType, name: str, command: str, seconds: int = 20, **more: Any) -> Any:
+    return check.Stage(name, seconds, ("bash", "-c", command), **more)
+
+
+def test_outcomes_of_stages(check: ModuleType, tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
+    passed = importlib.import_module("gpu_stages").passed
+    stages = {
+        "ok": shell(check, "a", "echo 3 passed; echo t.py s.s", proofs=passed("t.py")),
+        "failed (3)": shell(check, "b", "exit 3", refusal="not allowed"),
+        r"failed: nothing in its output matches ^t\.py .*\.": shell(check, "c", "echo 3 passed", proofs=passed("t.py")),
+        "not done here: the machine does not allow it": shell(check, "d", "echo not allowed; exit 1", refusal="not al"),
+        "not done here: no_such_module is not installed": shell(check, "e", "exit 1", modules=("no_such_module",)),
+        "not done here: no-program is not in PATH": shell(check, "f", "exit 1", programs=("no-program",)),
+        "not done here: NO_FOLDER names no folder": shell(check, "g", "exit 1", folders=("NO_FOLDER",)),
+        "cut off after 1 s": shell(check, "h", "echo begun; sleep 30", seconds=1),
+    }
+    ok, done = run(check, tmp_path, *stages.values())
+    assert not ok
+    assert [stage["outcome"] for stage in done] == list(stages)
+    assert [stage["name"] for stage in done if stage["failed"]] == ["b", "c", "h"]
+    assert capfd.readouterr().out == (tmp_path / "log.txt").read_text()
+    assert "begun\n" in (tmp_path / "log.txt").read_text()
+
+
+def test_a_fatal_stage_stops_the_run(check: ModuleType, tmp_path: Path) -> None:
+    ok, done = run(check, tmp_path, shell(check, "build", "exit 1", fatal=True), shell(check, "tests", "true"))
+    assert not ok
+    assert [stage["name"] for stage in done] == ["build"]
+
+
+def test_the_record_is_there_while_the_next_stage_runs(check: ModuleType, tmp_path: Path) -> None:
+    ok, _ = run(
+        check, tmp_path, shell(check, "a", "true"), shell(check, "b", 'grep -q \'"name": "a"\' {out}/summary.json')
+    )
+    assert ok
+
+
+def test_the_budget_cuts_stages_off_and_that_is_no_failure(check: ModuleType, tmp_path: Path) -> None:
+    started = time.monotonic()
+    stages = [shell(check, "a", "sleep 60", seconds=60), shell(check, "b", "true", seconds=60)]
+    ok, done = run(check, tmp_path, *stages, budget=12)
+    assert ok
+    assert [stage["outcome"] for stage in done] == ["cut off after 11 s", "not started: no time left"]
+    assert time.monotonic() - started < 30
+
+
+def test_files_whose_modules_are_missing_are_left_out(check: ModuleType, tmp_path: Path) -> None:
+    files = {"one": ("json",), "two": ("nowhere.module",)}
+    _, (done,) = run(check, tmp_path, check.Stage("a", 20, ("echo",), ("always",), files))
+    assert done["command"] == "echo always one"
+    assert "left out: two needs nowhere.module, not installed" in (tmp_path / "log.txt").read_text()
+
+
+def test_verdicts_are_repeated_at_the_end(check: ModuleType, tmp_path: Path) -> None:
+    run(check, tmp_path, shell(check, "a", "echo 'target, ms at most 0.155: MISSED (0.2)'; echo they met nobody"))
+    assert json.loads((tmp_path / "summary.json").read_text())["verdicts"] == [
+        "a: target, ms at most 0.155: MISSED (0.2)"
+    ]
+
+
+# What it starts
+
+
+@pytest.mark.skipif(bool(why_unavailable(torch.device("cpu"))), reason=why_unavailable(torch.device("cpu")) or "-")
+def test_the_small_kernels_are_right_in_emulation() -> None:
+    command = [sys.executable, ROOT / "scripts" / "small_kernels.py", "--emulated"]
+    done = subprocess.run(command, env={**os.environ, "PYTHONPATH": str(ROOT)}, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.count("at most") == 20  # errors of 6 losses (and their dz), 2 crops (2 figures each), 4 colors
+
+
+def test_a_wrong_result_of_a_kernel_is_an_error(check: ModuleType) -> None:
+    small_kernels = importlib.import_module("small_kernels")
+    for error in (0.2, float("nan")):
+        with pytest.raises(SystemExit, match="differs from the CPU's"):
+            small_kernels.report("loss", [0.0, error], (0.1, 0.1))
+
+
+def test_accuracy_is_measured_and_judged(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    file = tmp_path / "accuracy.json"
+    assert nt_xent_accuracy.main(["--views=512", "--width=32", "--backend=tiled", f"--json={file}"]) == 0
+    highest, medium = json.loads(file.read_text())["rows"]
+    assert highest["verdict"] == "at most 1e-05: met"
+    assert medium["verdict"] == "recorded"
+    assert "512 x 32, highest: losses " in capsys.readouterr().out
+    for error in (1e-4, float("nan")):
+        assert nt_xent_accuracy.verdict({**highest, "dz_relative_error": error}) == "at most 1e-05: MISSED"
+
+
+def test_features_share_a_mean() -> None:
+    z1, z2 = nt_xent_accuracy.features(256, 128, torch.device("cpu"))
+    unit = torch.nn.functional.normalize(torch.cat([z1, z2]).double(), dim=1)
+    unrelated = (unit @ unit.T)[:100, 128:].triu(1)
+    assert unrelated[unrelated != 0].mean() > 0.9
+
+
+# What ncu writes with --csv --page raw: lines of its own, a header, the units and a line per kernel.
+NCU = """==PROF== Connected to process 7
+"ID","Process ID","Kernel Name","gpu__time_duration.sum","smsp__issue_active.avg.pct_of_peak_sustained_active"
+"","","","ns","%"
+"0","7","void fastsimclr::forward_kernel<Shape<128, 1>, 1>(ForwardParams)","41,216","70.5"
+"1","7","void fastsimclr::backward_kernel<Shape<128, 1>, 1>(BackwardParams)","98,080","n/a"
+"2","7","void fastsimclr::forward_kernel<Shape<128, 2>, 1>(ForwardParams)","120,000","60"
+"3","7","void fastsimclr::backward_kernel<Shape<128, 2>, 1>(BackwardParams)","250,000","61"
+"""
+
+
+def test_counters_are_read() -> None:
+    metrics = {name: kernel_counters.METRICS[name] for name in ("nanoseconds", "issue_active_percent")}
+    read = kernel_counters.read_rows(NCU, metrics)
+    rows = kernel_counters.assign(read, kernel_counters.parse_sizes("8192x128"))
+    assert [(row["precision"], row["kernel"], row["nanoseconds"], row["issue_active_percent"]) for row in rows] == [
+        ("medium", "forward", 41216, 70.5),
+        ("medium", "backward", 98080, None),
+        ("highest", "forward", 120000, 60),
+        ("highest", "backward", 250000, 61),
+    ]
+    with pytest.raises(SystemExit, match="expected the launches of"):
+        kernel_counters.assign(read[:3], [(8192, 128)])
+
+
+def test_learning_runs_as_many_minutes_as_there_is_time_for(tmp_path: Path) -> None:
+    for name, count in (("train-0.tar", 16), ("test.tar", 8)):
+        images = [(f"{i:02}.jpg", jpeg(photo(32, 32, i))) for i in range(count)]
+        labels = [(f"{i:02}.cls", str(i % 2).encode()) for i in range(count)]
+        write_tar(tmp_path / name, sorted(images + labels))
+    small = ["--config=digits", "--device=cpu", "--batch_size=8", "--optim.name=adamw", "--model.hidden=8"]
+    file = tmp_path / "learning.json"
+    command = [f"--cifar10={tmp_path}", "--seconds=100", "--minutes=0.001,30", f"--json={file}", *small]
+    learning.main(command)
+    record = json.loads(file.read_text())
+    assert record["seconds_per_epoch"] > 0
+    (one,) = record["runs"]
+    assert one["epochs"] == 1
+    assert 0 <= one["knn"] <= 1

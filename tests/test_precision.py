@@ -1,0 +1,300 @@
+"""The precision of the encoder: what auto chooses, and training under float16 with scaled gradients."""
+
+import functools
+import itertools
+import json
+from collections.abc import Callable, Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from ranks import run_ranks
+from torch import Tensor, nn
+from torch.amp import GradScaler
+
+from fastsimclr import Views, checkpoint, nt_xent, precision
+from fastsimclr.config import parse
+from fastsimclr.data import open_source
+from fastsimclr.distributed import World
+from fastsimclr.evaluation.classifier import Classifier, Schedule, train_classifier
+from fastsimclr.evaluation.features import embed
+from fastsimclr.precision import choose_precision
+from fastsimclr.step import Step
+from fastsimclr.train import Training, main
+
+CPU, GPU = torch.device("cpu"), torch.device("cuda", 0)
+TURING = "fp16 autocast with scaled gradients (auto: this GPU has fp16 tensor cores, but no bf16)"
+FP16 = choose_precision("fp16", CPU)
+
+
+class SmallEncoder(nn.Sequential):
+    """In place of ResNet-18, a step of which takes a CPU seconds in float16."""
+
+    out_features = 16
+    stem = "small"
+
+    def __init__(self, *_: object, **__: object) -> None:
+        super().__init__(
+            nn.Conv2d(3, 16, 3, stride=4), nn.BatchNorm2d(16), nn.ReLU(), nn.AdaptiveAvgPool2d(1), nn.Flatten()
+        )
+
+
+@pytest.fixture
+def small_encoder(monkeypatch: pytest.MonkeyPatch, one_thread: None) -> None:
+    monkeypatch.setattr("fastsimclr.train.encoder", SmallEncoder)
+
+
+def set_scale(training: Training, scale: float) -> None:
+    training.scaler.load_state_dict(GradScaler("cpu", init_scale=scale).state_dict())
+
+
+def start_scaler_with(monkeypatch: pytest.MonkeyPatch, **options: float) -> None:
+    monkeypatch.setattr(precision, "GradScaler", functools.partial(GradScaler, **options))
+
+
+def options(output: Path, *more: str) -> list[str]:
+    given = ["--data.train=digits", "--data.image_size=16", "--batch_size=16", "--model.hidden=32", "--model.out=16"]
+    given += ["--optim.name=sgd", "--optim.lr=0.01", "--knn_every=0", "--device=cpu", "--precision=fp16"]
+    return [*given, f"--output={output}", *more]
+
+
+def open_training(output: Path, *more: str, world: World = World(0, 1, CPU)) -> Training:  # noqa: B008 - frozen
+    training = Training(*parse(options(output, *more)), world, [])
+    training.stepper = training._stepper()
+    return training
+
+
+def steps(run: Path) -> list[dict[str, Any]]:
+    lines = (json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines())
+    return [line for line in lines if "loss" in line]
+
+
+# The choice
+
+
+@pytest.mark.parametrize(
+    ("capability", "dtype", "why"),
+    [
+        ((6, 1), None, "fp32 (auto: this GPU has neither bf16 nor fp16 tensor cores)"),
+        ((7, 0), torch.float16, TURING),
+        ((7, 5), torch.float16, TURING),
+        ((8, 0), torch.bfloat16, "bf16 autocast (auto: this GPU has it)"),
+    ],
+)
+def test_auto_takes_what_the_gpu_is_fast_at(
+    monkeypatch: pytest.MonkeyPatch, capability: tuple[int, int], dtype: torch.dtype | None, why: str
+) -> None:
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: capability)
+    # As PyTorch's: older GPUs emulate bf16.
+    monkeypatch.setattr(
+        torch.cuda, "is_bf16_supported", lambda including_emulation: including_emulation or capability >= (8, 0)
+    )
+    monkeypatch.setattr(torch.cuda.amp.common, "amp_definitely_not_available", lambda: False)
+    chosen = choose_precision("auto", GPU)
+    assert (chosen.autocast, chosen.dtype, chosen.why) == (dtype, torch.float32, why)
+    assert chosen.view_dtype == (dtype or torch.float32)
+    assert chosen.grad_scaler(GPU).is_enabled() == (dtype == torch.float16)
+
+
+@pytest.mark.parametrize(
+    ("wanted", "dtype", "weights"),
+    [
+        ("bf16", torch.bfloat16, torch.float32),
+        ("fp16", torch.float16, torch.float32),
+        ("fp32", None, torch.float32),
+        ("fp64", None, torch.float64),
+    ],
+)
+def test_a_precision_asked_for_by_name_is_taken(wanted: str, dtype: torch.dtype | None, weights: torch.dtype) -> None:
+    assert choose_precision(wanted, CPU) == (dtype, weights, wanted)
+    assert choose_precision(wanted, CPU).grad_scaler(CPU).is_enabled() == (wanted == "fp16")
+
+
+# A step
+
+
+def small_model() -> nn.Module:
+    """Without batch normalization: its parts do not depend on each other, so micro-batches change nothing."""
+    torch.manual_seed(0)
+    return nn.Sequential(nn.Conv2d(3, 8, 3, stride=2), nn.ReLU(), nn.Flatten(), nn.Linear(8 * 3 * 3, 16))
+
+
+def gradients(
+    chosen: precision.Precision,
+    scaler: GradScaler,
+    micro_batch_size: int | None,
+    loss: Callable[[Tensor, Tensor], Tensor],
+) -> Tensor:
+    """Unscaled, of all parameters together."""
+    model = small_model()
+    torch.manual_seed(1)
+    views = [torch.randn(12, 3, 8, 8).to(chosen.view_dtype) for _ in range(2)]
+    Step(model, loss, chosen, micro_batch_size, scaler).backward(views, 12)
+    scaler.unscale_(torch.optim.SGD(model.parameters(), lr=1))
+    return torch.cat([p.grad.flatten() for p in model.parameters() if p.grad is not None])
+
+
+def tiny_loss(a: Tensor, b: Tensor) -> Tensor:
+    """Its gradients by the projections are below 2^-25, which float16 rounds to 0."""
+    return nt_xent(a, b) * 2.0**-24
+
+
+@pytest.mark.parametrize("micro_batch_size", [None, 5])  # 5: parts of 4, 4 and 4
+@pytest.mark.parametrize("loss", [nt_xent, tiny_loss])
+def test_scaled_gradients_are_those_of_float32(
+    micro_batch_size: int | None, loss: Callable[[Tensor, Tensor], Tensor]
+) -> None:
+    exact = gradients(choose_precision("fp32", CPU), GradScaler("cpu", enabled=False), None, loss)
+    scaler = GradScaler("cpu", init_scale=2.0**12 if loss is nt_xent else 2.0**36)
+    ours = gradients(FP16, scaler, micro_batch_size, loss)
+    # float16 rounds by up to 2^-11: inputs, weights, activations and gradients of two layers, and the rows of z.
+    assert (ours - exact).norm() <= 8 * 2.0**-11 * exact.norm()
+    if loss is tiny_loss:
+        unscaled = gradients(FP16, GradScaler("cpu", enabled=False), micro_batch_size, loss)
+        assert unscaled.norm() < 0.5 * exact.norm(), "the scale is needed here"
+
+
+def test_micro_batches_have_the_gradients_of_the_whole_batch() -> None:
+    whole = gradients(FP16, GradScaler("cpu", init_scale=2.0**12), None, nt_xent)
+    parts = gradients(FP16, GradScaler("cpu", init_scale=2.0**12), 5, nt_xent)
+    assert (whole - parts).norm() <= 2.0**-10 * whole.norm()  # sums over the batch in parts round otherwise
+
+
+# A run
+
+
+def snapshot(training: Training) -> list[Tensor]:
+    state = training.optimizer.state_dict()["state"]
+    buffers = [state[number][name] for number in sorted(state) for name in sorted(state[number])]
+    return [tensor.clone() for tensor in (*training.model.parameters(), *buffers)]
+
+
+@pytest.mark.parametrize("optimizer", ["lars", "sgd", "adamw"])
+@pytest.mark.parametrize("clip", ["none", "1.0"])
+def test_gradients_that_overflow_skip_the_step(tmp_path: Path, small_encoder: None, optimizer: str, clip: str) -> None:
+    training = open_training(tmp_path, f"--optim.name={optimizer}", f"--optim.clip_grad={clip}")
+    batch = next(iter(training.loader))
+    set_scale(training, 2.0**8)
+    start = snapshot(training)
+    assert training._update(batch, 16)["grad_scale"] == 2.0**8
+    before = snapshot(training)
+    assert not torch.equal(before[0], start[0])
+
+    set_scale(training, 2.0**40)
+    measured = training._update(batch, 16)
+    assert measured["grad_scale"] == 2.0**40
+    assert torch.isfinite(measured["loss"])
+    assert training.scaler.get_scale() == 2.0**39
+    after = snapshot(training)
+    assert len(before) == len(after) > 2 * len(list(training.model.parameters())) - 1
+    assert all(map(torch.equal, before, after))
+
+    set_scale(training, 2.0**8)
+    training._update(batch, 16)
+    assert not torch.equal(snapshot(training)[0], before[0])
+
+
+def test_gradients_are_clipped_after_they_are_unscaled(tmp_path: Path, small_encoder: None) -> None:
+    training = open_training(tmp_path, "--optim.clip_grad=0.1", "--optim.weight_decay=0")
+    set_scale(training, 2.0**8)
+    before = snapshot(training)
+    training._update(next(iter(training.loader)), 16)
+    change = torch.cat([(w - start).flatten() for w, start in zip(training.model.parameters(), before, strict=True)])
+    assert change.norm().item() == pytest.approx(0.1 * 0.01, rel=0.01)  # clip_grad * lr
+
+
+@pytest.mark.parametrize("frozen", [True, False])
+def test_a_classifier_trains_in_float16(frozen: bool, one_thread: None) -> None:
+    source, views = open_source("digits").subset(np.arange(64)), Views.preset("digits")
+    schedule = Schedule(epochs=3, lr=0.1, batch_size=16)
+    losses, features = {}, {}
+    for name in ("fp32", "fp16"):
+        torch.manual_seed(0)
+        classifier = Classifier(SmallEncoder(), 10, frozen=frozen)  # type: ignore[arg-type]
+        chosen = choose_precision(name, CPU)
+        losses[name] = train_classifier(
+            classifier, source, views, schedule, World(0, 1, CPU), chosen, seed=0, title="", backend="memory"
+        )
+        features[name], _ = embed(classifier, source, views, 16, World(0, 1, CPU), autocast=chosen.autocast)
+    assert losses["fp16"][-1] < losses["fp16"][0]
+    assert losses["fp16"] != losses["fp32"]
+    assert losses["fp16"] == pytest.approx(losses["fp32"], rel=0.01)
+    assert features["fp16"].dtype == torch.float32
+    assert (features["fp16"] - features["fp32"]).norm() <= 0.02 * features["fp32"].norm()
+
+
+def train_on_a_rank(rank: int, folder: Path) -> list[tuple[float, list[Tensor]]]:
+    """Scale and weights after each of two steps, in the first of which rank 1 alone overflows."""
+    pytest.MonkeyPatch().setattr("fastsimclr.train.encoder", SmallEncoder)
+    training = open_training(folder, world=World(rank, 2, CPU))
+    set_scale(training, 2.0**8)
+    healthy = training.stepper
+    broken = replace(healthy, loss=lambda a, b: training.loss(a, b) * 1e9)
+    batches = iter(training.loader)
+    done = []
+    for stepper in (broken if rank == 1 else healthy, healthy):
+        training.stepper = stepper
+        training._update(next(batches), 8)
+        done.append((training.scaler.get_scale(), [p.detach().clone() for p in training.model.parameters()]))
+    return done
+
+
+def test_ranks_skip_a_step_together(tmp_path: Path) -> None:
+    first, second = run_ranks(2, train_on_a_rank, tmp_path)
+    assert [scale for scale, _ in first] == [scale for scale, _ in second] == [2.0**7, 2.0**7]
+    for (_, ours), (_, theirs) in zip(first, second, strict=True):
+        assert all(map(torch.equal, ours, theirs))
+    assert not all(map(torch.equal, first[0][1], first[1][1])), "the second step is taken"
+
+
+def test_a_resumed_run_has_the_scale_and_the_bits_of_one_that_was_not_stopped(
+    tmp_path: Path, small_encoder: None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    # The scale falls for some steps, then doubles after every third: what is resumed has both parts of its state.
+    start_scaler_with(monkeypatch, init_scale=2.0**20, growth_interval=3)
+    whole, stopped = tmp_path / "whole", tmp_path / "stopped"
+    assert main(options(whole, "--max_steps=12")) == 0
+    for last in (5, 10, 12):
+        assert main(options(stopped, f"--max_steps={last}")) == 0
+    scales = [line["grad_scale"] for line in steps(whole)]
+    assert scales[0] == 2.0**20
+    assert scales[1] == 2.0**19, "the first step overflows"
+    assert any(after > before for before, after in itertools.pairwise(scales))
+    assert [(line["loss"], line["grad_scale"]) for line in steps(stopped)] == [
+        (line["loss"], line["grad_scale"]) for line in steps(whole)
+    ]
+    ours, theirs = (checkpoint.load(run / "checkpoints" / "last.pt") for run in (stopped, whole))
+    assert ours["grad_scaler"] == theirs["grad_scaler"]
+    assert all(torch.equal(tensor, theirs["model"][name]) for name, tensor in ours["model"].items())
+
+
+def test_a_run_may_change_its_precision(tmp_path: Path, small_encoder: None) -> None:
+    assert main(options(tmp_path, "--max_steps=1", "--precision=fp32")) == 0
+    assert main(options(tmp_path, "--max_steps=2")) == 0
+    assert checkpoint.load(tmp_path / "checkpoints" / "last.pt")["grad_scaler"]["scale"] <= 2.0**16
+    assert main(options(tmp_path, "--max_steps=3", "--precision=fp32")) == 0
+    assert checkpoint.load(tmp_path / "checkpoints" / "last.pt")["grad_scaler"] == {}
+    assert [line.get("grad_scale") for line in steps(tmp_path)] == [None, 2.0**16, None]
+
+
+@pytest.mark.parametrize(
+    ("scale", "lr", "expected"),
+    [(0.5, "0.01", ["grad_scale: got 0.5 at step 1", "expected at least 1"]), (1.0, "1e30", ["loss: got nan at step"])],
+)
+def test_a_run_that_float16_cannot_hold_ends_with_one_line(
+    tmp_path: Path,
+    small_encoder: None,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+    scale: float,
+    lr: str,
+    expected: Sequence[str],
+) -> None:
+    start_scaler_with(monkeypatch, init_scale=scale)
+    assert main(options(tmp_path, "--max_steps=4", f"--optim.lr={lr}", "--optim.warmup_epochs=0")) == 2
+    (line,) = capsys.readouterr().err.splitlines()
+    assert all(words in line for words in (*expected, "--precision fp32"))
+    assert not (tmp_path / "checkpoints" / "last.pt").exists()
