@@ -1,8 +1,8 @@
-"""Builds the emulated kernels again, changed or with sanitizers, and checks what they compute, in a process of its own.
+"""Builds the emulated kernels again, changed or with a checker, and checks what they compute in a process of its own.
 
-library = build(folder, sanitize=True)
+library = build(folder, checker="sanitizers")    # or "races": the emulation's own race detector
 library = build(folder, fault=("tile.cuh", "right", "wrong"))      # with one shape of tiles, to be quick
-outcome = check(library, sanitize=True)          # its exit code is 0 if all results are right, 1 if one is wrong
+outcome = check(library, checker="sanitizers")   # its exit code is 0 if all results are right, 1 if one is wrong
 outcome = check(library, "views")                # the kernels of views alone; "loss": those of the loss
 """
 
@@ -17,6 +17,7 @@ import sys
 import sysconfig
 import tempfile
 from pathlib import Path
+from typing import Literal
 
 import pybind11
 import torch
@@ -24,60 +25,72 @@ import torch
 CSRC = Path(__file__).parents[1] / "csrc"
 COMPILER = os.environ.get("CXX") or shutil.which("g++")
 LOSS, VIEWS = ("normalize.cu", "forward.cu", "backward.cu"), ("crop.cu", "photometric.cu")
+BINDING = ("bindings.cpp", "bindings_views.cpp")  # does nothing of its own, and takes the longest to compile
 SANITIZER_EXIT_CODE = 99
+Fault = tuple[str, str, str]  # file, right, wrong
+Checker = Literal["", "races", "sanitizers"]
+COMPILER_FLAGS: dict[Checker, list[str]] = {
+    "": [],
+    "races": ["-g1", "-fsanitize=thread"],
+    "sanitizers": ["-g", "-fsanitize=address,undefined", "-fno-sanitize-recover=undefined"],
+}
 # (M, D, temperature): rows around a tile's edge, one block of the width, a part of one, several; both sets of formulas.
-CASES = [(6, 7, 0.1), (130, 64, 0.1), (130, 60, 0.005), (258, 130, 0.1), (70, 300, 0.005), (70, 300, 0.1)]
+# 258: several tiles in each of several splits of the backward.
+# 0.5: a column beyond the edge would count as much as a negative. 0.03: a row's own exponential is far larger than all.
+CASES = [(6, 7, 0.5), (258, 64, 0.03), (130, 60, 0.005), (258, 130, 0.1), (70, 300, 0.005), (70, 300, 0.1)]
 
 
-def build(folder: Path, *, fault: tuple[str, str, str] | None = None, sanitize: bool = False) -> Path:
-    """The emulated module; with a fault (file, right, wrong): that text changed, and only for D <= 64 in one plane."""
-    assert COMPILER is not None
-    sources = folder / "csrc"
-    shutil.copytree(CSRC, sources)
+def build(folder: Path, *, fault: Fault | None = None, checker: Checker = "") -> Path:
+    """Builds the emulated module and returns its path.
+
+    With a fault that text is changed, and all tiles have one shape, which compiles fast: D <= 64 in one plane, with two
+    row blocks in a unit of the forward.
+    """
+    sources = _copy(folder, one_shape=fault is not None)
     changed = LOSS + VIEWS
     if fault is not None:
-        tile = (sources / "tile.cuh").read_text()
-        body = re.compile(r"(auto with_shape\(int planes, int width, F f\) \{).*?\n\}\n", re.DOTALL)
-        tile, count = body.subn(r"\1 return f(Shape<64, 1>()); }\n", tile)
-        assert count == 1
-        (sources / "tile.cuh").write_text(tile)
         name, right, wrong = fault
         text = (sources / name).read_text()
         assert text.count(right) == 1, f"{name} has {text.count(right)} times {right!r}; expected once"
         (sources / name).write_text(text.replace(right, wrong))
-        changed = VIEWS if name in VIEWS else LOSS
+        changed = (name,) if name in changed else LOSS
 
-    others = tuple(name for name in LOSS + VIEWS if name not in changed)
-    objects = [*_compile_all(sources, folder, changed, sanitize), *_as_they_are(others, sanitize), *_binding()]
+    objects = _compile_all(sources, folder, changed, checker)
+    objects += [_unchanged(name, checker) for name in LOSS + VIEWS if name not in changed]
+    objects += [_unchanged(name) for name in BINDING]
+    if checker == "races":  # in place of libtsan
+        objects.append(_unchanged("emulation/race_detector.cpp"))
+    linker_flags = COMPILER_FLAGS[checker] if checker == "sanitizers" else []
     library = folder / "_emulated.so"
-    subprocess.run([str(COMPILER), "-shared", *_sanitizers(sanitize), *objects, "-o", library], check=True)
+    subprocess.run([COMPILER, "-shared", *linker_flags, *objects, "-o", library], check=True)
     return library
 
 
-@functools.cache
-def _as_they_are(names: tuple[str, ...], sanitize: bool) -> list[Path]:
-    """Object files of these kernels without a fault."""
-    folder = Path(tempfile.mkdtemp())
-    atexit.register(shutil.rmtree, folder)
-    return _compile_all(CSRC, folder, names, sanitize)
+def _copy(folder: Path, *, one_shape: bool) -> Path:
+    sources = folder / "csrc"
+    shutil.copytree(CSRC, sources)
+    if one_shape:
+        tile = (sources / "tile.cuh").read_text()
+        body = re.compile(r"(auto with_shape\(int planes, int width, F f\) \{).*?\n\}\n", re.DOTALL)
+        tile, count = body.subn(r"\1 return f(Shape<64, 1>::Low()); }\n", tile)
+        assert count == 1
+        (sources / "tile.cuh").write_text(tile)
+    return sources
 
 
 @functools.cache
-def _binding() -> list[Path]:
-    """The binding's object files: it does nothing of its own, and takes the longest to compile."""
+def _unchanged(name: str, checker: Checker = "") -> Path:
+    """The object file of this source without a fault, for one shape of tiles."""
     folder = Path(tempfile.mkdtemp())
     atexit.register(shutil.rmtree, folder)
-    return _compile_all(CSRC, folder, ("bindings.cpp", "bindings_views.cpp"), sanitize=False)
+    return _compile_all(_copy(folder, one_shape=True), folder, (name,), checker)[0]
 
 
-def _sanitizers(sanitize: bool) -> list[str]:
-    return ["-g", "-fsanitize=address,undefined", "-fno-sanitize-recover=undefined"] if sanitize else []
-
-
-def _compile_all(sources: Path, folder: Path, names: tuple[str, ...], sanitize: bool) -> list[Path]:
-    objects = [folder / f"{name}.o" for name in names]
+def _compile_all(sources: Path, folder: Path, names: tuple[str, ...], checker: Checker) -> list[Path]:
+    assert COMPILER is not None
+    objects = [folder / f"{Path(name).name}.o" for name in names]
     running = [
-        subprocess.Popen([*_compile(sources), *_sanitizers(sanitize), "-c", sources / name, "-o", target])
+        subprocess.Popen([*_compile(sources), *COMPILER_FLAGS[checker], "-c", sources / name, "-o", target])
         for name, target in zip(names, objects, strict=True)
     ]
     assert [process.wait() for process in running] == [0] * len(running)
@@ -85,18 +98,18 @@ def _compile_all(sources: Path, folder: Path, names: tuple[str, ...], sanitize: 
 
 
 def _compile(sources: Path) -> list[str]:
-    flags = [str(COMPILER), "-std=c++17", "-O1", "-fPIC", "-fvisibility=hidden", "-x", "c++", "-DFASTSIMCLR_EMULATION"]
+    flags = [COMPILER, "-std=c++17", "-O1", "-fPIC", "-fvisibility=hidden", "-x", "c++", "-DFASTSIMCLR_EMULATION"]
     flags += ["-DFASTSIMCLR_MODULE=_emulated", '-DFASTSIMCLR_VERSION="test"']
     return flags + [f"-I{path}" for path in (sources, pybind11.get_include(), sysconfig.get_path("include"))]
 
 
 def check(
-    library: Path, kernels: str = "all", *, one_shape: bool = False, sanitize: bool = False
+    library: Path, kernels: str = "all", *, one_shape: bool = False, checker: Checker = ""
 ) -> "subprocess.CompletedProcess[str]":
     environment = dict(os.environ)
-    if sanitize:  # Python is built without: they must be loaded before it
+    if checker == "sanitizers":  # Python is built without: they must be loaded before it
         found = [
-            subprocess.run([str(COMPILER), f"-print-file-name={name}"], capture_output=True, text=True).stdout.strip()
+            subprocess.run([COMPILER, f"-print-file-name={name}"], capture_output=True, text=True).stdout.strip()
             for name in ("libasan.so", "libubsan.so")
         ]
         environment["LD_PRELOAD"] = ":".join(found)

@@ -1,64 +1,106 @@
 """The emulation finds what it is there to find: the kernels pass the sanitizers, and faults planted in them show."""
 
+import re
 from pathlib import Path
 
 import kernel_variants
 import pytest
+from kernel_variants import Fault
 
 pytestmark = pytest.mark.skipif(kernel_variants.COMPILER is None, reason="needs g++ (or CXX)")
 
 
 def test_kernels_pass_the_address_and_undefined_behaviour_sanitizers(tmp_path: Path) -> None:
-    library = kernel_variants.build(tmp_path, sanitize=True)
-    outcome = kernel_variants.check(library, sanitize=True)
+    library = kernel_variants.build(tmp_path, checker="sanitizers")
+    outcome = kernel_variants.check(library, checker="sanitizers")
+    assert outcome.returncode == 0, outcome.stdout + outcome.stderr
+
+
+def test_kernels_have_no_data_race(tmp_path: Path) -> None:
+    outcome = kernel_variants.check(kernel_variants.build(tmp_path, checker="races"))
     assert outcome.returncode == 0, outcome.stdout + outcome.stderr
 
 
 def test_a_read_past_the_rows_is_reported_by_the_address_sanitizer(tmp_path: Path) -> None:
     fault = ("tile.cuh", "const bool valid = r < rows_left &&", "const bool valid = r <= rows_left &&")
-    library = kernel_variants.build(tmp_path, fault=fault, sanitize=True)
-    outcome = kernel_variants.check(library, "loss", one_shape=True, sanitize=True)
+    library = kernel_variants.build(tmp_path, fault=fault, checker="sanitizers")
+    outcome = kernel_variants.check(library, "loss", one_shape=True, checker="sanitizers")
     assert outcome.returncode == kernel_variants.SANITIZER_EXIT_CODE, outcome.stdout + outcome.stderr
     assert "AddressSanitizer: heap-buffer-overflow" in outcome.stderr
-
-
-@pytest.mark.parametrize(
-    "fault",
-    [
-        pytest.param(("tile.cuh", "    __syncthreads();\n    stage_", "    stage_"), id="no barrier"),
-        pytest.param(("tile.cuh", "    cp_async_wait<0>();\n", ""), id="no wait for the copies"),
-        pytest.param(
-            ("forward.cu", "      __syncthreads();  // all", "      // all"), id="no barrier before column sums"
-        ),
-        pytest.param(("tile.cuh", "diagonal == self ||", ""), id="a row is its own negative"),
-        pytest.param(("tile.cuh", "(diagonal == up && row < half)", "false"), id="a positive is a negative"),
-        pytest.param(("tile.cuh", "column >= columns ||", ""), id="columns past the edge count"),
-    ],
-)
-def test_a_fault_planted_in_the_loss_is_caught(tmp_path: Path, fault: tuple[str, str, str]) -> None:
-    outcome = kernel_variants.check(kernel_variants.build(tmp_path, fault=fault), "loss", one_shape=True)
-    assert outcome.returncode == 1
-    assert "wrong: seed" in outcome.stdout or "nt_xent_forward failed: cudaErrorLaunchFailure" in outcome.stderr
-
-
-@pytest.mark.parametrize(
-    "fault",
-    [
-        pytest.param(("photometric.cu", "  __syncthreads();  // the warps' sums", "  // sums"), id="no barrier: luma"),
-        pytest.param(("photometric.cu", "  __syncthreads();  // the tile and", "  // the tile and"), id="tile"),
-        pytest.param(("photometric.cu", "    __syncthreads();  // all rows", "    // all rows"), id="rows"),
-        pytest.param(("photometric.cu", "    __syncthreads();  // the blurred", "    // the blurred"), id="blurred"),
-        pytest.param(("crop.cu", "  __syncthreads();  // the rows", "  // the rows"), id="no barrier: crop"),
-    ],
-)
-def test_a_fault_planted_in_the_views_is_caught(tmp_path: Path, fault: tuple[str, str, str]) -> None:
-    outcome = kernel_variants.check(kernel_variants.build(tmp_path, fault=fault), "views")
-    assert outcome.returncode == 1
-    assert "wrong: seed" in outcome.stdout or "failed: cudaErrorLaunchFailure" in outcome.stderr
 
 
 def test_a_read_before_the_crops_is_reported_by_the_address_sanitizer(tmp_path: Path) -> None:
     fault = ("photometric.cu", "y = y < 0 ? 0 : y;", "")
-    outcome = kernel_variants.check(kernel_variants.build(tmp_path, fault=fault, sanitize=True), "views", sanitize=True)
+    library = kernel_variants.build(tmp_path, fault=fault, checker="sanitizers")
+    outcome = kernel_variants.check(library, "views", checker="sanitizers")
     assert outcome.returncode == kernel_variants.SANITIZER_EXIT_CODE, outcome.stdout + outcome.stderr
     assert "AddressSanitizer: heap-buffer-overflow" in outcome.stderr
+
+
+@pytest.mark.parametrize(
+    ("fault", "memory"),
+    [
+        pytest.param(("tile.cuh", "    __syncthreads();\n    stage_", "    stage_"), "shared", id="step"),
+        pytest.param(("tile.cuh", "    cp_async_wait<0>();\n", ""), "shared", id="no wait for the copies"),
+        pytest.param(("tile.cuh", "other = stage_ ^ 1", "other = stage_"), "shared", id="copy into the wrong buffer"),
+        pytest.param(("forward.cu", "    __syncthreads();  // all are done", "//"), "shared", id="row blocks"),
+        pytest.param(("forward.cu", "      __syncthreads();  // all warps'", "//"), "shared", id="column sums"),
+        pytest.param(
+            ("forward.cu", "row_sums = p.sums + int64_t(blockIdx.y)", "row_sums = p.sums + 0"), "global", id="slot"
+        ),
+        pytest.param(("backward.cu", "p.sums + int64_t(blockIdx.z) *", "p.sums + 0 *"), "global", id="one split"),
+        pytest.param(("backward.cu", "    stage ^= 1;\n", ""), "shared", id="one buffer of column weights"),
+        pytest.param(("photometric.cu", "  __syncthreads();  // the warps' sums", "//"), "shared", id="luma"),
+        pytest.param(("photometric.cu", "  __syncthreads();  // the tile and", "//"), "shared", id="tile"),
+        pytest.param(("photometric.cu", "    __syncthreads();  // all rows", "//"), "shared", id="rows"),
+        pytest.param(("photometric.cu", "    __syncthreads();  // the blurred", "//"), "shared", id="blurred"),
+        pytest.param(("crop.cu", "  __syncthreads();  // the rows", "//"), "shared", id="crop"),
+    ],
+)
+def test_a_planted_data_race_is_reported_with_the_first_seed(tmp_path: Path, fault: Fault, memory: str) -> None:
+    library = kernel_variants.build(tmp_path, fault=fault, checker="races")
+    of_views = fault[0] in kernel_variants.VIEWS
+    outcome = kernel_variants.check(library, "views" if of_views else "loss", one_shape=not of_views, checker="races")
+    assert outcome.returncode == 1, outcome.stdout + outcome.stderr
+    assert "failed: cudaErrorLaunchFailure" in outcome.stderr
+    assert re.search(rf"data race in {memory} memory.* at \S+:\d+, not ordered .*\(seed 1\)", outcome.stderr)
+
+
+@pytest.mark.parametrize(
+    "fault",
+    [
+        pytest.param(("tile.cuh", "diagonal == self ||", ""), id="a row is its own negative"),
+        pytest.param(("tile.cuh", "(diagonal == up && row < half)", "false"), id="a positive is a negative"),
+        pytest.param(("tile.cuh", "column >= columns ||", ""), id="columns past the edge count"),
+        # As two exponentials of a CPU are, but not exp2f and ex2.approx of a GPU.
+        pytest.param(
+            (
+                "forward.cu",
+                "      products.exclude(",
+                """
+                const TileProducts<S> all = products;
+                const TileMask<S> mask(pairs, p.rows.count, p.columns.count, row0, column0);
+                for (int e = 0; kExpFits && e < S::kRowTiles * S::kColumnTiles * 4; e++) {
+                  const int i = e / 4 / S::kColumnTiles, j = e / 4 % S::kColumnTiles, lane = threadIdx.x % 32;
+                  const float x = all.value[i][j][e % 4] * to_bits;
+                  if (mask.covers(warp * S::kRowsPerWarp + 16 * i + lane / 4 + 8 * (e % 4 / 2),
+                                  8 * j + 2 * (lane % 4) + e % 2))
+                    rows.sum[i][e % 4 / 2] += exp2_approx(x) - exp2f(x);
+                }
+                products.exclude(""",
+            ),
+            id="an exponential is subtracted as if all functions rounded alike",
+        ),
+    ],
+)
+def test_a_fault_planted_in_the_loss_makes_it_wrong(tmp_path: Path, fault: Fault) -> None:
+    outcome = kernel_variants.check(kernel_variants.build(tmp_path, fault=fault), "loss", one_shape=True)
+    assert outcome.returncode == 1
+    assert "wrong: seed" in outcome.stdout
+
+
+def test_a_wrong_swizzle_is_reported_as_a_bank_conflict(tmp_path: Path) -> None:
+    fault = ("tile.cuh", "(2 * k16 + a_chunk) ^ (a_row % 8)", "(2 * k16 + a_chunk) ^ (a_row % 4)")
+    outcome = kernel_variants.check(kernel_variants.build(tmp_path, fault=fault), "loss", one_shape=True)
+    assert outcome.returncode == 1
+    assert re.search(r"ldmatrix_x4, \S*tile.cuh:\d+: bank conflict", outcome.stderr)

@@ -1,11 +1,17 @@
-// The CUDA of this project's kernels for g++: they run on a CPU, for tests. What mma.cuh takes from PTX has the same
-// names here; what CUDA leaves to the hardware's timing is random here, by FASTSIMCLR_EMULATION_SEED (machine.h).
+// The subset of CUDA that this project's kernels use, for g++: tests run them on a CPU. What mma.cuh takes from PTX has
+// the same names here. What the hardware's timing decides is random, by FASTSIMCLR_EMULATION_SEED (machine.h).
 //
-// Found: a missing barrier (wrong results), a missing or early cp.async wait (wrong results), a deadlock or a barrier
-// in divergent code (cudaErrorLaunchFailure, and which thread waits where), shared memory read before it is written
-// (NaN), misaligned addresses of ldmatrix and cp.async; with -fsanitize=address,undefined every access out of bounds.
-// Not found: races between two barriers that need a switch in the middle of plain code, as of two threads that add to a
-// number without an atomic. Floating point is the host's: expf and its like are not the GPU's to the last bit.
+// Always found:
+//   - a deadlock, or a barrier in divergent code: cudaErrorLaunchFailure, and which thread waits where
+//   - misaligned addresses of ldmatrix and cp.async, bank conflicts of ldmatrix, copies that are never waited for
+//   - shared memory that is read before it is written: it holds NaN
+//   - most missing barriers and cp.async waits: wrong results with some seeds
+// With -fsanitize=thread and race_detector.cpp: every data race, in shared and in global memory, whatever the seed and
+// even where the result is right. Not the accesses of memcpy calls.
+// With -fsanitize=address,undefined: every access out of bounds.
+//
+// Floating point is the host's, but for mma (mma_on_cpu.h) and exp2_approx: expf and its like are not the GPU's to the
+// last bit.
 #pragma once
 
 #include <cmath>
@@ -45,6 +51,7 @@ template <class T>
 T shuffle(const char* operation, unsigned mask, T value, int source, Place place) {
   static_assert(sizeof(T) == sizeof(uint32_t), "a shuffle of 32 bits");
   check_mask(mask, operation, place);
+  const races::Unwatched unwatched;
   WarpMemory& memory = machine.memory();
   const int lane = machine.lane();
   memory.offered[lane] = bit_cast<uint32_t>(value);
@@ -55,22 +62,31 @@ T shuffle(const char* operation, unsigned mask, T value, int source, Place place
 
 template <class F>
 void load_matrices(const char* operation, uint32_t (&r)[4], const void* shared_row, Place place, F load) {
+  const races::Unwatched unwatched;
   if (uintptr_t(shared_row) % 16 != 0 || !machine.is_shared(shared_row, 16))
     machine.fail("%s, %s:%d: a row's address is not a multiple of 16 in shared memory", operation, place.file,
                  place.line);
+  races::read_by_warp(shared_row, 16, place);
   WarpMemory& memory = machine.memory();
   const int lane = machine.lane();
   memory.row[lane] = static_cast<const char*>(shared_row);
-  machine.meet_warp({operation, place}, load);
+  machine.meet_warp({operation, place}, [&](WarpMemory& all) {
+    if (const int m = all.matrix_with_bank_conflict(); m >= 0)
+      machine.fail("%s, %s:%d: bank conflict: the rows of matrix %d (lanes %d-%d) share a group of four banks",
+                   operation, place.file, place.line, m, 8 * m, 8 * m + 7);
+    load(all);
+  });
   std::memcpy(r, memory.result[lane], sizeof(r));
 }
 
 inline void finish_copies(int pending_groups) {
+  const races::Unwatched unwatched;
   Thread& thread = machine.thread();
   size_t kept = 0;
   for (Copy& copy : thread.copies) {
     if (copy.group < thread.committed_groups - pending_groups) {
       copy.finish();
+      races::end_copy(copy);
     } else {
       thread.copies[kept++] = copy;
     }
@@ -92,7 +108,8 @@ inline void __syncthreads(emulation::Place place = emulation::Place::here()) {
 
 inline void __syncwarp(unsigned mask = ~0u, emulation::Place place = emulation::Place::here()) {
   emulation::check_mask(mask, "__syncwarp", place);
-  emulation::machine.meet_warp({"__syncwarp", place}, [](emulation::WarpMemory&) {});
+  emulation::machine.meet_warp({"__syncwarp", place},
+                               [](emulation::WarpMemory&) { emulation::races::at_warp_barrier(); });
 }
 
 template <class T>
@@ -111,7 +128,9 @@ T __shfl_down_sync(unsigned mask, T value, unsigned delta, emulation::Place plac
   return emulation::shuffle("__shfl_down_sync", mask, value, lane + delta < 32 ? int(lane + delta) : lane, place);
 }
 
-inline float atomicAdd(float* address, float value) {
+inline float atomicAdd(float* address, float value, emulation::Place place = emulation::Place::here()) {
+  const emulation::races::Unwatched unwatched;
+  emulation::races::access(emulation::races::Access::kAtomic, address, sizeof(float), place);
   const float old = *address;
   *address = old + value;
   return old;
@@ -162,9 +181,14 @@ inline uint32_t pack_bf16(float low, float high) {
   return emulation::round_to_bf16(low) | emulation::round_to_bf16(high) << 16;
 }
 
-// Not the 2 units in the last place by which the GPU's may be off.
+// Off by -2 to 2 units in the last place, which is what PTX allows ex2.approx: by how much is a hash of x, so the same
+// x always gives the same result. Whole numbers are exact, and subnormal inputs and results are 0.
 inline float exp2_approx(float x) {
-  const float y = std::exp2(x);
+  float y = std::exp2(x);
+  if (std::isnormal(x) && std::isnormal(y) && x != std::trunc(x)) {
+    const auto error = uint32_t(emulation::Random(__float_as_uint(x)).below(5)) - 2;
+    y = __uint_as_float(__float_as_uint(y) + error);
+  }
   return std::fpclassify(y) == FP_SUBNORMAL ? 0.0f : y;
 }
 
@@ -183,6 +207,7 @@ inline void ldmatrix_x4_trans(uint32_t (&r)[4], const void* shared_row,
 
 inline void mma_bf16(float (&c)[4], const uint32_t (&a)[4], uint32_t b0, uint32_t b1,
                      emulation::Place place = emulation::Place::here()) {
+  const emulation::races::Unwatched unwatched;
   emulation::WarpMemory& memory = emulation::machine.memory();
   const int lane = emulation::machine.lane();
   memory.put_fragments(lane, c, a, b0, b1);
@@ -194,6 +219,7 @@ inline void mma_bf16(float (&c)[4], const uint32_t (&a)[4], uint32_t b0, uint32_
 // before the wait that it is due at, which shows a missing wait.
 inline void cp_async_16(void* shared, const void* global, bool valid,
                         emulation::Place place = emulation::Place::here()) {
+  const emulation::races::Unwatched unwatched;
   if (uintptr_t(shared) % 16 != 0 || !emulation::machine.is_shared(shared, 16))
     emulation::machine.fail("cp_async_16, %s:%d: the target is not a multiple of 16 in shared memory", place.file,
                             place.line);
@@ -206,10 +232,14 @@ inline void cp_async_16(void* shared, const void* global, bool valid,
   emulation::Thread& thread = emulation::machine.thread();
   thread.copies.push_back({static_cast<char*>(shared), valid ? static_cast<const char*>(global) : nullptr,
                            thread.committed_groups, false, place});
+  emulation::races::begin_copy(thread.copies.back());
   if (emulation::machine.random().below(2) == 0) thread.copies.back().finish();
 }
 
-inline void cp_async_commit() { emulation::machine.thread().committed_groups++; }
+inline void cp_async_commit() {
+  const emulation::races::Unwatched unwatched;
+  emulation::machine.thread().committed_groups++;
+}
 
 template <int kPending>
 void cp_async_wait() {

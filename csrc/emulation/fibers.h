@@ -52,6 +52,7 @@ class Stack {
   ~Stack() { munmap(memory_, page_ + kBytes); }
 
   char* bottom() const { return static_cast<char*>(memory_) + page_; }
+  bool holds(const void* address) const { return uintptr_t(address) - uintptr_t(bottom()) < kBytes; }
 
  private:
   size_t page_;

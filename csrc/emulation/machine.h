@@ -19,6 +19,7 @@
 #include <vector>
 
 #include "cuda_types.h"
+#include "race_detector.h"
 #include "threads.h"
 
 namespace [[gnu::visibility("hidden")]] emulation {
@@ -39,6 +40,7 @@ class Machine {
   cudaError_t take_last_error() { return std::exchange(last_error_, cudaSuccess); }
 
   // For kernels.
+  int thread_index() const { return current_; }
   int lane() const { return current_ % kLanes; }
   WarpMemory& memory() { return warps_[current_ / kLanes]->memory; }
   Thread& thread() { return *threads_[current_]; }
@@ -52,6 +54,7 @@ class Machine {
   // All lanes must come here. The last one calls complete(memory()); then all of them go on, in any order.
   template <class F>
   void meet_warp(const Meeting& meeting, F complete) {
+    const races::Unwatched unwatched;
     Warp& warp = *warps_[current_ / kLanes];
     wait_at(State::kAtWarpOperation, meeting);
     if (warp.arrived == 0) warp.meeting = meeting;
@@ -67,6 +70,7 @@ class Machine {
 
   // All threads that have not exited must come here.
   void meet_block(const Meeting& meeting) {
+    const races::Unwatched unwatched;
     wait_at(State::kAtBarrier, meeting);
     if (at_barrier_ == 0) barrier_ = meeting;
     if (!(barrier_ == meeting)) fail("threads wait at different barriers");
@@ -88,6 +92,7 @@ class Machine {
 
   void release_barrier_if_complete() {
     if (at_barrier_ == 0 || at_barrier_ < alive_) return;
+    races::at_block_barrier();
     at_barrier_ = 0;
     ready_warps_ = 0;
     for (int w = 0; w < warp_count_; w++) make_ready(w);
@@ -159,7 +164,9 @@ inline Machine machine;
 
 inline void Machine::run_thread() {
   arrive(machine.thread().context);
+  races::begin_thread();
   (*machine.kernel_)();
+  races::end_thread();
   machine.exit_thread();
 }
 
@@ -178,6 +185,7 @@ inline void Machine::exit_thread() {
 
 // Leaves the kernel: its fibers are not resumed, what they own is not destroyed.
 inline void Machine::fail(const char* format, ...) {
+  races::end_thread();
   va_list arguments;
   va_start(arguments, format);
   report(format, arguments);
@@ -237,6 +245,7 @@ inline bool Machine::run_block(int thread_count) {
     make_ready(w);
   }
   std::memset(shared_, 0xff, shared_bytes_);  // NaNs: nothing of the block before is left
+  races::begin_block(shared_, shared_bytes_);
   change_warp();
   current_ = next_thread();
   threadIdx.x = unsigned(current_);
@@ -268,6 +277,7 @@ inline cudaError_t Machine::run(dim3 grid, int thread_count, size_t shared_bytes
   random_ = Random(seed());
   gridDim = grid;
   blockDim = dim3(unsigned(thread_count));
+  races::begin_launch();
 
   std::vector<uint64_t> blocks(uint64_t(grid.x) * grid.y * grid.z);
   std::iota(blocks.begin(), blocks.end(), uint64_t(0));

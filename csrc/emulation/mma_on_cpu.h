@@ -49,7 +49,7 @@ struct WarpMemory {
 
   // As tensor cores accumulate: C and the 16 products of an element are added exactly, or nearly so, and the sum is
   // truncated to a float, not rounded (Fasi et al., PeerJ Computer Science 7:e330). Over many steps, errors add up.
-  __attribute__((no_sanitize("address", "undefined"))) void multiply() {
+  __attribute__((no_sanitize("address", "undefined", "thread"))) void multiply() {
     constexpr int64_t kBitsOfFloat = -1 - ((int64_t(1) << 29) - 1);  // a double's mantissa has 29 bits more
     for (int i = 0; i < 16; i++) {
       Pair sum[4] = {c[i][0], c[i][1], c[i][2], c[i][3]};
@@ -65,6 +65,17 @@ struct WarpMemory {
   void take_fragment(int lane, float (&c_out)[4]) {
     const unsigned g = unsigned(lane) / 4, t = unsigned(lane) % 4;
     for (unsigned i = 0; i < 4; i++) c_out[i] = float(at(c, g + i / 2 * 8, 2 * t + i % 2));
+  }
+
+  // Of the four 8x8 matrices one whose rows are not in eight different groups of four banks: the hardware would read
+  // them one after the other. -1: none.
+  int matrix_with_bank_conflict() const {
+    for (int m = 0; m < 4; m++) {
+      unsigned groups = 0;
+      for (int r = 0; r < 8; r++) groups |= 1u << uintptr_t(row[8 * m + r]) / 16 % 8;
+      if (groups != 0xff) return m;
+    }
+    return -1;
   }
 
   void load_matrices() {
