@@ -22,6 +22,9 @@ from fastsimclr._extension import why_unavailable
 from fastsimclr.loss import BackendError, NTXentLoss, choose_backend, fused, nt_xent
 from fastsimclr.loss.fused import fused_backward, fused_forward
 
+# Two threads would wait for each other in every operation of the reference, where another process holds a core.
+pytestmark = pytest.mark.usefixtures("one_thread")
+
 WHOLE_GRID = os.environ.get("FASTSIMCLR_WHOLE_GRID") == "1"
 needs_emulation = pytest.mark.skipif(
     bool(why_unavailable(torch.device("cpu"))), reason=why_unavailable(torch.device("cpu")) or "-"
