@@ -24,7 +24,6 @@ from pathlib import Path
 
 from setuptools import Extension, setup
 from setuptools.command.build_ext import build_ext
-from setuptools.command.build_py import build_py
 
 ROOT = Path(__file__).resolve().parent
 USUAL_CUDA = Path("/usr/local/cuda")
@@ -167,19 +166,8 @@ class BuildExtension(build_ext):
         record.write_text(json.dumps({"extension": outcome, "reason": reason}) + "\n")
 
 
-class BuildPython(build_py):
-    def run(self) -> None:
-        super().run()
-        if not self.editable_mode:  # there the package finds the presets beside itself, in ../configs
-            presets = Path(self.build_lib, "fastsimclr", "configs")
-            shutil.rmtree(presets, ignore_errors=True)  # an earlier build's
-            presets.mkdir(parents=True)
-            for preset in sorted(ROOT.glob("configs/*.yaml")):
-                shutil.copy(preset, presets)
-
-
 if __name__ == "__main__":  # the tests import the functions above
     setup(
         ext_modules=[Extension("fastsimclr._C", sources=[])],
-        cmdclass={"build_ext": BuildExtension, "build_py": BuildPython},
+        cmdclass={"build_ext": BuildExtension},
     )

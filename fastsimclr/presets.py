@@ -1,15 +1,16 @@
-"""Where the presets are: configs/ beside the package in a checkout, inside it when installed."""
+"""Presets: the YAML files in configs/, by name."""
 
-from importlib.resources import files
 from pathlib import Path
 
 from fastsimclr.errors import UserError
 
+CONFIGS = Path(__file__).with_name("configs")
+
 
 def preset_file(name: str) -> Path:
     """The YAML file of preset `name`. Raises UserError if there is none."""
-    for folder in (files("fastsimclr") / "configs", files("fastsimclr") / ".." / "configs"):
-        file = Path(str(folder)) / f"{name}.yaml"
-        if file.is_file():
-            return file
-    raise UserError(f"--config: got {name!r}, expected a YAML file or the name of a preset in configs/")
+    file = CONFIGS / f"{name}.yaml"
+    if not file.is_file():
+        names = ", ".join(sorted(path.stem for path in CONFIGS.glob("*.yaml")))
+        raise UserError(f"--config: got {name!r}, expected a YAML file or one of the presets {names}")
+    return file

@@ -6,7 +6,7 @@ import pytest
 
 from fastsimclr import UserError, Views
 from fastsimclr.config import Config, parse
-from fastsimclr.presets import preset_file
+from fastsimclr.presets import CONFIGS, preset_file
 
 
 def test_without_data_the_demonstration_runs() -> None:
@@ -24,7 +24,7 @@ def test_with_data_the_defaults_are_the_papers() -> None:
     assert (config.model.encoder, config.optim.name, config.loss.temperature) == ("resnet50", "lars", 0.1)
 
 
-@pytest.mark.parametrize("file", sorted(Path("configs").glob("*.yaml")), ids=str)
+@pytest.mark.parametrize("file", sorted(CONFIGS.glob("*.yaml")), ids=lambda file: file.stem)
 def test_each_preset_is_found_by_name_and_by_file(file: Path) -> None:
     assert preset_file(file.stem).samefile(file)
     by_name, by_file = parse(["--config", file.stem])[0], parse([f"--config={file}"])[0]

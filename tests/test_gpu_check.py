@@ -53,7 +53,7 @@ def test_everything_it_starts_can_start_on_a_bare_machine() -> None:
 
 
 def test_a_missing_import_and_a_lost_gpu_test_are_found(tmp_path: Path) -> None:
-    for name in ("scripts", "tests", "benchmarks", "fastsimclr", "configs"):
+    for name in ("scripts", "tests", "benchmarks", "fastsimclr"):
         shutil.copytree(ROOT / name, tmp_path / name, ignore=shutil.ignore_patterns("results", "__pycache__"))
     shutil.copy(ROOT / "pyproject.toml", tmp_path)
     test_file, conftest = tmp_path / "tests" / "test_fused.py", tmp_path / "tests" / "conftest.py"

@@ -40,7 +40,7 @@ needs_compiler = pytest.mark.skipif(setup.find_compiler()[0] is None, reason=set
 needs_nvcc = pytest.mark.skipif(setup.find_nvcc()[0] is None, reason=setup.find_nvcc()[1])
 
 
-FOLDERS = ("benchmarks", "configs", "csrc", "docs", "fastsimclr", "scripts", "tests")
+FOLDERS = ("benchmarks", "csrc", "docs", "fastsimclr", "scripts", "tests")
 FILES = ("CMakeLists.txt", "LICENSE", "MANIFEST.in", "README.md", "pyproject.toml", "setup.py")
 BUILT = ("__pycache__", "*.so", "_build.*.json")
 
@@ -177,9 +177,8 @@ def test_without_nvcc_the_extension_is_for_the_cpu_and_says_so(checkout: Path) -
         archive.extractall(checkout / "lib")
         found = {name for name in archive.namelist() if ".dist-info/" not in name}
     assert describe(checkout / "lib") == f"extension: CPU only ({reason})"
-    suffixes = {".py", ".css", ".js"}
+    suffixes = {".py", ".css", ".js", ".yaml"}
     expected = {path.relative_to(ROOT).as_posix() for path in ROOT.glob("fastsimclr/**/*") if path.suffix in suffixes}
-    expected |= {f"fastsimclr/configs/{preset.name}" for preset in ROOT.glob("configs/*.yaml")}
     expected |= {f"fastsimclr/{name}" for name in ("_C.pyi", "py.typed", LIBRARY)}
     expected |= {f"fastsimclr/_build.{sys.implementation.cache_tag}.json"}
     assert found == expected, "neither the emulation, nor tests, nor sources of the extension"
@@ -196,7 +195,7 @@ def test_without_a_compiler_the_package_installs_pure_and_says_so(checkout: Path
 
     packaged = checkout / "lib" / "fastsimclr"
     assert (packaged / "py.typed").exists()
-    presets = sorted(preset.name for preset in (ROOT / "configs").glob("*.yaml"))
+    presets = sorted(preset.name for preset in (ROOT / "fastsimclr" / "configs").glob("*.yaml"))
     assert sorted(preset.name for preset in (packaged / "configs").iterdir()) == presets
 
 
