@@ -12,7 +12,7 @@ from torch import Tensor
 
 from fastsimclr.errors import UserError
 from fastsimclr.heap import keep_freed_memory
-from fastsimclr.stages import stage
+from fastsimclr.profiling import stage
 
 Result = TypeVar("Result")
 

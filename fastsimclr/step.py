@@ -12,7 +12,7 @@ from torch.amp import GradScaler
 from torch.nn.parallel import DistributedDataParallel
 
 from fastsimclr.precision import Precision, autocast_to
-from fastsimclr.stages import stage
+from fastsimclr.profiling import stage
 
 
 @dataclass(frozen=True)

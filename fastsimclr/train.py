@@ -34,11 +34,10 @@ from fastsimclr.loss import choose_backend as loss_backend
 from fastsimclr.models import SimCLR, encoder, projector, synchronise_batch_norm
 from fastsimclr.optim import build_optimizer, learning_rate, resolve_lr
 from fastsimclr.precision import choose_precision
+from fastsimclr.profiling import FIRST_TRACED, StageClock, Trace, stage
 from fastsimclr.run_data import RunData
 from fastsimclr.run_log import LaggedRecord, RunLog
-from fastsimclr.stages import StageClock, stage
 from fastsimclr.step import Step
-from fastsimclr.trace import FIRST, Trace
 
 STOP_SIGNALS = (signal.SIGTERM, signal.SIGINT)
 
@@ -428,7 +427,7 @@ class Training:
             where = f"{len(val)} held-out images" if val is not None else "the training images, leave-one-out"
             self._say(f"kNN accuracy on {where}: {knn:.1%} trained, {self.untrained_knn:.1%} untrained")
         if self.trace is not None and not self.trace.is_written:
-            self._say(f"no trace: it begins at step {FIRST} of a start, and this one had fewer")
+            self._say(f"no trace: it begins at step {FIRST_TRACED} of a start, and this one had fewer")
         elif self.trace is not None:
             self._say(f"trace: {self.trace.file}, for ui.perfetto.dev or chrome://tracing")
         self._say(f"files: {self.output}: checkpoints/last.pt, metrics.jsonl, config.yaml, tensorboard/")

@@ -129,7 +129,7 @@ STAGES = (
         ("tests/test_doctor.py",),
         {
             "tests/test_dali_colours.py": ("nvidia.dali",),
-            "tests/test_stages.py": ("jsonargparse", "yaml", "tqdm", "tensorboard", "sklearn"),
+            "tests/test_profiling.py": ("jsonargparse", "yaml", "tqdm", "tensorboard", "sklearn"),
         },
         proofs=passed(),
     ),

@@ -13,7 +13,7 @@ from fastsimclr.data.draws import Draws
 from fastsimclr.data.photometric import photometric
 from fastsimclr.data.sampler import Sampler
 from fastsimclr.data.sources import Source
-from fastsimclr.stages import stage
+from fastsimclr.profiling import stage
 from fastsimclr.views import Views
 
 

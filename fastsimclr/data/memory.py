@@ -13,7 +13,7 @@ from fastsimclr.data.images import decode
 from fastsimclr.data.loader import Cropped, Job
 from fastsimclr.data.sources import ArraySource, EncodedSource
 from fastsimclr.errors import UserError
-from fastsimclr.stages import stage
+from fastsimclr.profiling import stage
 from fastsimclr.views import Views
 
 _LARGEST_SIDE = 96  # STL-10's: of larger images crops are cheap beside decoding, and few sets of them fit

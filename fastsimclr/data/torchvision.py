@@ -20,7 +20,7 @@ from fastsimclr.data.images import decode
 from fastsimclr.data.loader import Cropped, Job
 from fastsimclr.data.sources import ArraySource, EncodedSource, Source
 from fastsimclr.errors import UserError
-from fastsimclr.stages import stage
+from fastsimclr.profiling import stage
 from fastsimclr.views import Views
 
 

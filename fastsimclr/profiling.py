@@ -1,9 +1,10 @@
-"""Where a step's time goes: its stages by the device's own clock, without ever waiting for the device.
+"""Where a step's time goes: its stages, and a trace of some steps for `train --profile`.
 
-A step is cut into consecutive pieces: entering a stage begins a piece of it, leaving it one of the stage around it. So
-the pieces of a step add up to the step, and a stage within a stage counts for itself alone. On a GPU a cut is an event
-in the stream, read when the step's loss has arrived anyway. What it tells is when the *GPU* got there: "data_wait" is
-how long it had nothing to do, not how long Python waited.
+Stages are timed by the device's own clock, without ever waiting for the device. A step is cut into consecutive pieces:
+entering a stage begins a piece of it, leaving it one of the stage around it. So the pieces of a step add up to the
+step, and a stage within a stage counts for itself alone. On a GPU a cut is an event in the stream, read when the step's
+loss has arrived anyway. It gives the time at which the *GPU* got there: "data_wait" is how long the GPU had nothing to
+do, not how long Python waited.
 
     with stage("forward"):      # anywhere below the loop; costs nothing unless a clock is `running`
         z = model(images)
@@ -13,12 +14,15 @@ import itertools
 import time
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
+from pathlib import Path
 
 import torch
-from torch.profiler import record_function
+from torch.profiler import ProfilerActivity, profile, record_function, schedule
 
 OTHER = "other"
 """The stage of whatever is in no other."""
+FIRST_TRACED, TRACED_STEPS = 6, 20
+"""The first step that is traced, counted from this start, and how many: before it cuDNN still tries algorithms."""
 
 _running: "StageClock | None" = None
 
@@ -94,3 +98,36 @@ def _milliseconds(cuts: "list[tuple[str, float | torch.cuda.Event]]") -> dict[st
         stages[name] = stages.get(name, 0.0) + passed
     rest = stages.pop(OTHER)
     return {name: round(ms, 4) for name, ms in {**stages, OTHER: rest}.items()}
+
+
+class Trace:
+    """Traces TRACED_STEPS steps from FIRST_TRACED on into `file`, a .json.gz; fewer where the run ends before.
+
+    By torch.profiler, for Perfetto (ui.perfetto.dev) or chrome://tracing.
+    """
+
+    def __init__(self, file: Path, device: torch.device) -> None:
+        self.file = file
+        activities = [ProfilerActivity.CPU, *([ProfilerActivity.CUDA] if device.type == "cuda" else [])]
+        self._profile = profile(
+            activities=activities,
+            schedule=schedule(wait=FIRST_TRACED - 2, warmup=1, active=TRACED_STEPS, repeat=1),
+            on_trace_ready=self._write,
+            record_shapes=True,
+            acc_events=True,  # else it warns that a new cycle clears them, and there is no other
+        )
+        self.is_written = False
+        self._profile.start()
+
+    def end_step(self) -> None:
+        """A step is done."""
+        self._profile.step()
+
+    def close(self) -> None:
+        """The run ends here: write what there is, if that has not been done."""
+        self._profile.stop()
+
+    def _write(self, made: profile) -> None:
+        self.file.parent.mkdir(parents=True, exist_ok=True)
+        made.export_chrome_trace(str(self.file))
+        self.is_written = True

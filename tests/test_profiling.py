@@ -1,4 +1,4 @@
-"""Where a step's time goes: stages that add up to the step, and cost it no wait."""
+"""Where a step's time goes: stages that add up to the step and never make it wait, and the trace of --profile."""
 
 import gzip
 import json
@@ -11,7 +11,7 @@ import torch
 
 from fastsimclr.config import parse
 from fastsimclr.distributed import World
-from fastsimclr.stages import StageClock, stage
+from fastsimclr.profiling import StageClock, stage
 from fastsimclr.train import Training, main
 
 SMALL = ["--config=digits", "--batch_size=32", "--data.image_size=20", "--knn_every=0", "--model.hidden=32"]
