@@ -25,7 +25,7 @@ from benchmarks.interleaved import Check, describe, interleave
 from benchmarks.memory import peak_mib
 from benchmarks.sizes import SMALL
 from benchmarks.train_contenders import DEVICE, DEVICE_NAME, simclr, with_plain_convolutions
-from fastsimclr.heap import keep_freed_memory
+from fastsimclr.malloc import keep_freed_memory
 from fastsimclr.precision import choose_precision
 
 ON_GPU = DEVICE.type == "cuda"

@@ -57,8 +57,8 @@ from benchmarks.train_contenders import (
 )
 from fastsimclr import Views
 from fastsimclr.data import open_views
-from fastsimclr.heap import keep_freed_memory
 from fastsimclr.loss import nt_xent
+from fastsimclr.malloc import keep_freed_memory
 from fastsimclr.precision import choose_precision
 
 ON_GPU = DEVICE.type == "cuda"

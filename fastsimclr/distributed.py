@@ -11,7 +11,6 @@ import torch.distributed as dist
 from torch import Tensor
 
 from fastsimclr.errors import UserError
-from fastsimclr.heap import keep_freed_memory
 from fastsimclr.profiling import stage
 
 Result = TypeVar("Result")
@@ -38,7 +37,6 @@ def start(device: str) -> World:
 
     Under torchrun each rank takes the GPU of its LOCAL_RANK; collectives go through nccl for tensors on a GPU and
     through gloo for tensors on the CPU, so that flags can be exchanged without touching the GPU.
-    On a CPU this process from then on keeps the memory that it frees (heap.py).
     Raises UserError if the device is not here.
     """
     if device == "auto":
@@ -58,8 +56,6 @@ def start(device: str) -> World:
             )
         chosen = torch.device("cuda", index)
         torch.cuda.set_device(chosen)
-    if chosen.type == "cpu":
-        keep_freed_memory()
     if world_size > 1:
         backend = "cpu:gloo,cuda:nccl" if chosen.type == "cuda" else "gloo"
         dist.init_process_group(backend, device_id=chosen if chosen.type == "cuda" else None)

@@ -36,6 +36,7 @@ from fastsimclr.errors import UserError
 from fastsimclr.evaluation import pictures
 from fastsimclr.evaluation.feature_file import FeatureFile, expect_one_disk
 from fastsimclr.evaluation.features import embed_batches
+from fastsimclr.malloc import keep_freed_memory
 from fastsimclr.precision import Precision, choose_precision
 from fastsimclr.pretrained import Pretrained, open_pretrained
 from fastsimclr.views import Views
@@ -79,6 +80,8 @@ class Embedding:
 def run(options: argparse.Namespace) -> None:
     """Write all files; the first rank says what they are."""
     world = distributed.start(options.device)
+    if world.device.type == "cpu":
+        keep_freed_memory()
     job = together(lambda: _open(options, world), world)
     there = len(job.source)
     if options.images is not None and options.images < there:

@@ -39,6 +39,7 @@ from fastsimclr.evaluation.features import embed
 from fastsimclr.evaluation.knn import knn_ranking
 from fastsimclr.evaluation.labelled import hold_out, open_labelled
 from fastsimclr.evaluation.scores import rank_classes, score
+from fastsimclr.malloc import keep_freed_memory
 from fastsimclr.models import Encoder, encoder
 from fastsimclr.precision import choose_precision
 from fastsimclr.pretrained import Pretrained, open_pretrained
@@ -60,6 +61,8 @@ def run(arguments: Sequence[str]) -> None:
         return
     config, text, pretrained = configure(arguments)
     world = distributed.start(config.device)
+    if world.device.type == "cpu":
+        keep_freed_memory()
     try:
         Evaluation(config, text, pretrained, world).run()
     finally:

@@ -31,6 +31,7 @@ from fastsimclr.errors import UserError
 from fastsimclr.evaluation.knn import measure
 from fastsimclr.loss import BackendError, NTXentLoss
 from fastsimclr.loss import choose_backend as loss_backend
+from fastsimclr.malloc import keep_freed_memory
 from fastsimclr.models import SimCLR, encoder, projector, synchronise_batch_norm
 from fastsimclr.optim import build_optimizer, learning_rate, resolve_lr
 from fastsimclr.precision import choose_precision
@@ -49,6 +50,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     try:
         config, text = parse(arguments)
         world = distributed.start(config.device)
+        if world.device.type == "cpu":
+            keep_freed_memory()
         return Training(config, text, world, arguments).run()
     except UserError as error:
         if os.environ.get("RANK", "0") == "0":

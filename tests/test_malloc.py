@@ -8,7 +8,7 @@ import pytest
 
 FAULTS = """
 import resource, torch
-from fastsimclr.heap import keep_freed_memory
+from fastsimclr.malloc import keep_freed_memory
 if {keep}:
     assert keep_freed_memory()
 def step():
