@@ -1,4 +1,4 @@
-"""Encoders out of files: a run's checkpoint, our exports, and other projects' checkpoints."""
+"""Load an encoder from a file, whatever wrote it."""
 
 import json
 from dataclasses import dataclass
@@ -10,8 +10,9 @@ from torch import Tensor, nn
 
 from fastsimclr import checkpoint
 from fastsimclr.errors import UserError
-from fastsimclr.layouts import Architecture, Weights, architecture_of, check_fits, find_weights
 from fastsimclr.models import ENCODERS, Encoder, encoder
+from fastsimclr.pretrained.layouts import Architecture, Weights, architecture_of, check_fits, find_weights
+from fastsimclr.pretrained.safe_pickle import read_foreign
 from fastsimclr.views import Views
 
 LAST = Path("checkpoints", "last.pt")
@@ -100,7 +101,7 @@ def _open(path: Path) -> Pretrained:
         )
     if path.suffix == ".safetensors":
         return _from_safetensors(path)
-    contents = checkpoint.read_foreign(path)
+    contents = read_foreign(path)
     return _from_run(path, contents) if checkpoint.is_run(contents) else _from_weights(path, contents)
 
 
