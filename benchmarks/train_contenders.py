@@ -33,7 +33,7 @@ from fastsimclr.models import SimCLR, encoder, projector
 from fastsimclr.models.resnet import SmallMapConv2d
 from fastsimclr.optim import build_optimizer
 from fastsimclr.precision import choose_precision
-from fastsimclr.step import Step
+from fastsimclr.training.step import Step
 
 LR = 0.06  # the example's
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")

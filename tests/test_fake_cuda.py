@@ -27,7 +27,7 @@ from fastsimclr.evaluation.knn import knn_accuracy, knn_ranking, measure
 from fastsimclr.loss import fused, tiled
 from fastsimclr.models import Encoder, encoder
 from fastsimclr.precision import choose_precision
-from fastsimclr.train import Training
+from fastsimclr.training.trainer import Training
 from fastsimclr.views import Views
 
 pytestmark = [
@@ -65,7 +65,8 @@ def open_training(folder: Path, *more: str) -> Training:
     options += ["--model.out=16", "--batch_size=8", "--optim.clip_grad=1.0", f"--output={folder}", *more]
     with pytest.MonkeyPatch.context() as patch:
         for name in ("RunData", "encoder", "projector"):
-            patch.setattr(f"fastsimclr.train.{name}", in_real(resolve_name(f"fastsimclr.train.{name}")))
+            full_name = f"fastsimclr.training.trainer.{name}"
+            patch.setattr(full_name, in_real(resolve_name(full_name)))
         training = Training(*parse(options), WORLD, [])
     training.stepper = training._stepper()
     return training
@@ -243,7 +244,7 @@ def left_on_the_cpu(function: Callable[..., Any]) -> Callable[..., Any]:
 @pytest.mark.parametrize(
     ("faulty", "capability", "function", "arguments"),
     [
-        ("fastsimclr.step.Step._project", HOPPER, train, ()),
+        ("fastsimclr.training.step.Step._project", HOPPER, train, ()),
         ("fastsimclr.optim.lars.LARS._velocities", HOPPER, train, ()),
         ("fastsimclr.loss.tiled._negative_sums", HOPPER, operators_of_the_loss, (tiled, "tiled", *LOSSES[0])),
         ("fastsimclr.loss.tiled._negatives_gradient", HOPPER, operators_of_the_loss, (tiled, "tiled", *LOSSES[0])),

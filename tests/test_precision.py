@@ -22,8 +22,9 @@ from fastsimclr.distributed import World
 from fastsimclr.evaluation.classifier import Classifier, Schedule, train_classifier
 from fastsimclr.evaluation.features import embed
 from fastsimclr.precision import choose_precision
-from fastsimclr.step import Step
-from fastsimclr.train import Training, main
+from fastsimclr.train import main
+from fastsimclr.training.step import Step
+from fastsimclr.training.trainer import Training
 
 CPU, GPU = torch.device("cpu"), torch.device("cuda", 0)
 TURING = "fp16 autocast with scaled gradients (auto: this GPU has fp16 tensor cores, but no bf16)"
@@ -44,7 +45,7 @@ class SmallEncoder(nn.Sequential):
 
 @pytest.fixture
 def small_encoder(monkeypatch: pytest.MonkeyPatch, one_thread: None) -> None:
-    monkeypatch.setattr("fastsimclr.train.encoder", SmallEncoder)
+    monkeypatch.setattr("fastsimclr.training.trainer.encoder", SmallEncoder)
 
 
 def set_scale(training: Training, scale: float) -> None:
@@ -228,7 +229,7 @@ def test_a_classifier_trains_in_float16(frozen: bool, one_thread: None) -> None:
 
 def train_on_a_rank(rank: int, folder: Path) -> list[tuple[float, list[Tensor]]]:
     """Scale and weights after each of two steps, in the first of which rank 1 alone overflows."""
-    pytest.MonkeyPatch().setattr("fastsimclr.train.encoder", SmallEncoder)
+    pytest.MonkeyPatch().setattr("fastsimclr.training.trainer.encoder", SmallEncoder)
     training = open_training(folder, world=World(rank, 2, CPU))
     set_scale(training, 2.0**8)
     healthy = training.stepper

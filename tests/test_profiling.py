@@ -12,7 +12,8 @@ import torch
 from fastsimclr.config import parse
 from fastsimclr.distributed import World
 from fastsimclr.profiling import StageClock, stage
-from fastsimclr.train import Training, main
+from fastsimclr.train import main
+from fastsimclr.training.trainer import Training
 
 SMALL = ["--config=digits", "--batch_size=32", "--data.image_size=20", "--knn_every=0", "--model.hidden=32"]
 

@@ -246,7 +246,7 @@ def test_micro_batches_give_the_gradient_of_the_whole_batch(tmp_path: Path, view
     """With batch normalisation frozen into its running statistics there is nothing that a part would change."""
     from fastsimclr.config import parse
     from fastsimclr.distributed import World
-    from fastsimclr.train import Training
+    from fastsimclr.training.trainer import Training
 
     gradients = []
     for micro_batch_size in ("none", "5"):  # 16 images: parts of 4, 4, 4 and 4
