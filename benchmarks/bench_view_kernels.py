@@ -14,7 +14,7 @@ from benchmarks.interleaved import describe, interleave
 from benchmarks.sizes import SMALL
 from fastsimclr import Views
 from fastsimclr.data.crop import crop
-from fastsimclr.data.draws import draw
+from fastsimclr.data.params import draw
 from fastsimclr.data.photometric import photometric
 
 

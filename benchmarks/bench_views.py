@@ -40,8 +40,8 @@ from benchmarks.view_comparison import CORES, DEVICE, LOOKED_AT, ROUNDS, WORKERS
 from benchmarks.view_contenders import GRID, Contender, Loader, OurCrops, OurViews, Photos, Setting
 from fastsimclr import Views
 from fastsimclr.data import open_source, open_views
-from fastsimclr.data.draws import draw_views
 from fastsimclr.data.images import decode
+from fastsimclr.data.params import draw_views
 from fastsimclr.data.photometric import photometric
 from fastsimclr.data.sources import EncodedSource
 from fastsimclr.data.torchvision import crop as crop_by_torchvision

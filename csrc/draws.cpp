@@ -1,4 +1,4 @@
-// The arithmetic is that of draws.py, in double, operation by operation: both draw the same.
+// The arithmetic is that of data/params.py, in double, operation by operation: both draw the same.
 #include "draws.h"
 
 #include <algorithm>

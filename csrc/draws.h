@@ -1,5 +1,5 @@
 // Every random choice of the data path: Philox4x32-10 (Salmon et al., SC 2011), keyed by seed and epoch, counted by
-// view and image. fastsimclr/data/draws.py holds the same in numpy, and what each number is used for.
+// view and image. fastsimclr/data/params.py holds the same in numpy, and what each number is used for.
 #pragma once
 
 #include <array>
@@ -7,7 +7,7 @@
 
 namespace fastsimclr {
 
-// What was drawn for one view of one image. DRAW of fastsimclr/data/draws.py.
+// What was drawn for one view of one image. DRAW of fastsimclr/data/params.py.
 struct Draw {
   int32_t top, left, height, width;  // of the crop in pixels of the image
   float factors[4];                  // of brightness, contrast and saturation; the hue's turn
@@ -22,7 +22,7 @@ struct DrawParams {
   int64_t count = 0;
   const int64_t* index = nullptr;  // (count,): which images
   const int64_t* sizes = nullptr;  // (count, 2): their heights and widths
-  // The view's recipe (fastsimclr/views.py):
+  // The view's recipe (fastsimclr/data/augmentation.py):
   double center_fraction = 0;  // side of the central square, as a fraction of the shorter side; 0: random crops, by
   std::array<double, 2> scale, ratio, log_ratio;
   std::array<double, 4> factors_low, factors_high;

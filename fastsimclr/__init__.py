@@ -3,12 +3,12 @@
 from importlib.metadata import PackageNotFoundError, version
 
 from fastsimclr.data import Batch, open_views
+from fastsimclr.data.augmentation import Views
 from fastsimclr.errors import UserError
 from fastsimclr.loss import NTXentLoss, nt_xent
 from fastsimclr.models import SimCLR, encoder, projector
 from fastsimclr.optim import LARS
 from fastsimclr.pretrained import import_weights, load_encoder
-from fastsimclr.views import Views
 
 __all__ = [
     "LARS",

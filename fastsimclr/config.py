@@ -9,9 +9,9 @@ from typing import Any, Literal, TypeVar
 
 from jsonargparse import ArgumentParser, Namespace, set_parsing_settings
 
+from fastsimclr.data.augmentation import Views
 from fastsimclr.errors import UserError
 from fastsimclr.presets import preset_file
-from fastsimclr.views import Views
 
 Options = TypeVar("Options")
 

@@ -27,7 +27,8 @@ from fastsimclr import distributed
 from fastsimclr.command import Parser, check_new, exit_code, run_folder, scan_cache, write_whole
 from fastsimclr.config import parse
 from fastsimclr.data import BACKENDS, Source, open_source
-from fastsimclr.data.draws import epoch_order
+from fastsimclr.data.augmentation import Views
+from fastsimclr.data.params import epoch_order
 from fastsimclr.data.scan import SKIPPED_FILE, BadImages, list_skipped, scan
 from fastsimclr.data.sources import BUILT_IN, NO_LABEL, EncodedSource
 from fastsimclr.distributed import World, together
@@ -39,7 +40,6 @@ from fastsimclr.evaluation.features import embed_batches
 from fastsimclr.malloc import keep_freed_memory
 from fastsimclr.precision import Precision, choose_precision
 from fastsimclr.pretrained import Pretrained, open_pretrained
-from fastsimclr.views import Views
 
 FORMATS = ("npy", "safetensors")
 RECIPE = ("image_size", "center_fraction", "interpolation", "mean", "std")  # what an image is still changed by

@@ -22,6 +22,7 @@ from torch import Tensor
 from fastsimclr import distributed
 from fastsimclr.command import check_new, exit_code, run_folder, scan_cache, write_whole
 from fastsimclr.config import parse_as
+from fastsimclr.data.augmentation import Views
 from fastsimclr.distributed import World, all_gather_rows, together
 from fastsimclr.environment import commit
 from fastsimclr.errors import UserError
@@ -43,7 +44,6 @@ from fastsimclr.malloc import keep_freed_memory
 from fastsimclr.models import Encoder, encoder
 from fastsimclr.precision import choose_precision
 from fastsimclr.pretrained import Pretrained, open_pretrained
-from fastsimclr.views import Views
 
 HELD_OUT = 0.2  # of the training images, by which lbfgs chooses its regularisation
 FEW_LABELS = 0.02  # the paper fine-tunes on 1 % for 60 epochs, on 10 % for 30

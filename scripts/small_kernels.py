@@ -16,7 +16,7 @@ import torch
 
 from fastsimclr import Views
 from fastsimclr.data.crop import crop
-from fastsimclr.data.draws import draw
+from fastsimclr.data.params import draw
 from fastsimclr.data.photometric import photometric
 from fastsimclr.loss import nt_xent
 

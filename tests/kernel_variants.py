@@ -139,7 +139,7 @@ def views_are_wrong() -> bool:
 
     from fastsimclr import Views
     from fastsimclr.data.crop import crop
-    from fastsimclr.data.draws import draw
+    from fastsimclr.data.params import draw
     from fastsimclr.data.photometric import photometric
 
     images = torch.from_numpy(np.random.default_rng(0).integers(0, 256, (12, 37, 45, 3)).astype(np.uint8))

@@ -13,7 +13,7 @@ from torchvision.transforms.v2 import functional as TF
 from fastsimclr import Views
 from fastsimclr.data import native
 from fastsimclr.data.crop import crop
-from fastsimclr.data.draws import DRAW, Draws, draw
+from fastsimclr.data.params import DRAW, Draws, draw
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 

@@ -16,8 +16,8 @@ from fastsimclr import Views
 from fastsimclr.data import Batch, Source, ViewLoader, open_source, open_views
 from fastsimclr.data.dali import DaliFront
 from fastsimclr.data.dali_colours import HUE, NONE, colour_inputs
-from fastsimclr.data.draws import DRAW
 from fastsimclr.data.loader import Job
+from fastsimclr.data.params import DRAW
 from fastsimclr.data.photometric import photometric_in_pytorch
 
 FLOWERS = Path(__file__).resolve().parents[2] / "shared" / "data" / "photos" / "flowers_300.tar"

@@ -19,6 +19,7 @@ from torch import Tensor
 from fastsimclr import _extension, nt_xent
 from fastsimclr.config import parse
 from fastsimclr.data import open_source, open_views
+from fastsimclr.data.augmentation import Views
 from fastsimclr.data.torchvision import _Crops
 from fastsimclr.distributed import World
 from fastsimclr.evaluation import linear
@@ -28,7 +29,6 @@ from fastsimclr.loss import fused, tiled
 from fastsimclr.models import Encoder, encoder
 from fastsimclr.precision import choose_precision
 from fastsimclr.training.trainer import Training
-from fastsimclr.views import Views
 
 pytestmark = [
     pytest.mark.skipif(not torch.backends.cuda.is_built(), reason="this PyTorch is built without CUDA"),

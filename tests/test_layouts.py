@@ -17,10 +17,10 @@ from torchvision.models.resnet import BasicBlock, Bottleneck, ResNet
 from weights import lived_in, outputs
 
 from fastsimclr import UserError, import_weights
+from fastsimclr.data.augmentation import Views
 from fastsimclr.models import encoder
 from fastsimclr.pretrained import open_pretrained
 from fastsimclr.pretrained.layouts import GOOGLE_VIEWS, architecture_of, find_weights
-from fastsimclr.views import Views
 
 State = dict[str, Any]
 pytestmark = pytest.mark.usefixtures("one_thread")

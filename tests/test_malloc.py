@@ -25,7 +25,7 @@ print(resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before)
 BATCHES_HELD = """
 import numpy as np, torch
 from fastsimclr import Views
-from fastsimclr.data.draws import draw_views
+from fastsimclr.data.params import draw_views
 from fastsimclr.data.photometric import photometric
 def resident():
     with open("/proc/self/status") as status:

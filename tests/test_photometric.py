@@ -13,7 +13,7 @@ from torchvision.transforms.v2 import functional as TF
 from fastsimclr import Views
 from fastsimclr.data import native
 from fastsimclr.data import photometric as module
-from fastsimclr.data.draws import DRAW, Draws, draw
+from fastsimclr.data.params import DRAW, Draws, draw
 
 # Levels come out as they are: neither mean nor standard deviation.
 LEVELS = Views(image_size=64, mean=(0, 0, 0), std=(1 / 255,) * 3)

@@ -15,7 +15,7 @@ from torchvision.transforms.v2 import functional as TF
 from fastsimclr import Views, open_views
 from fastsimclr.config import parse
 from fastsimclr.contact_sheet import TAG, Page, fitted, resized, text_width, wrapped
-from fastsimclr.data.draws import DRAW
+from fastsimclr.data.params import DRAW
 from fastsimclr.data.photometric import photometric
 from fastsimclr.data.torchvision import crop
 from fastsimclr.preview import (

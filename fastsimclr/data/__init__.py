@@ -5,13 +5,13 @@ from pathlib import Path
 
 import torch
 
+from fastsimclr.data.augmentation import Views
 from fastsimclr.data.loader import Batch, Front, ViewLoader
 from fastsimclr.data.memory import MemoryFront, decode_all, fits_in_memory
 from fastsimclr.data.sampler import Sampler
 from fastsimclr.data.scan import scan as scan_images  # `scan` is the module
 from fastsimclr.data.sources import ArraySource, EncodedSource, Source, open_source
 from fastsimclr.errors import UserError
-from fastsimclr.views import Views
 
 __all__ = ["Batch", "Source", "ViewLoader", "choose_backend", "open_source", "open_views", "prepare"]
 

@@ -11,8 +11,8 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from fastsimclr.data import native
-from fastsimclr.data.draws import Draws
-from fastsimclr.views import Views
+from fastsimclr.data.augmentation import Views
+from fastsimclr.data.params import Draws
 
 _MAX_HEIGHT = 1000  # of images whose crops the kernel holds in shared memory
 

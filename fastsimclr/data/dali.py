@@ -14,13 +14,13 @@ from numpy.typing import NDArray
 from nvidia.dali import pipeline_def
 from torch import Tensor
 
+from fastsimclr.data.augmentation import Views
 from fastsimclr.data.dali_colours import colour_inputs, finished
-from fastsimclr.data.draws import DRAW, Draws, draw_views
 from fastsimclr.data.images import as_ppm, decode, is_web_format, upright_size
 from fastsimclr.data.loader import Cropped, Job
+from fastsimclr.data.params import DRAW, Draws, draw_views
 from fastsimclr.data.sources import ArraySource, EncodedSource, Source
 from fastsimclr.errors import UserError
-from fastsimclr.views import Views
 
 _INTERPOLATION = {"bilinear": types.INTERP_LINEAR, "bicubic": types.INTERP_CUBIC}
 _AHEAD = 2  # batches inside the pipeline

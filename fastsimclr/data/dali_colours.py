@@ -16,9 +16,9 @@ import nvidia.dali.math as dmath
 import nvidia.dali.types as types
 import torch
 
-from fastsimclr.data.draws import Draws
+from fastsimclr.data.augmentation import Views
+from fastsimclr.data.params import Draws
 from fastsimclr.data.photometric import blur_window
-from fastsimclr.views import Views
 
 BRIGHTNESS, CONTRAST, SATURATION, HUE, NONE = range(5)  # of a draw's order
 TRUNCATE = -0.499 / 255  # a brightness_shift by which DALI, which rounds, comes to torchvision's whole levels

@@ -9,12 +9,12 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from fastsimclr.data import native
-from fastsimclr.data.draws import Draws
+from fastsimclr.data.augmentation import Views
+from fastsimclr.data.params import Draws
 from fastsimclr.data.photometric import photometric
 from fastsimclr.data.sampler import Sampler
 from fastsimclr.data.sources import Source
 from fastsimclr.profiling import stage
-from fastsimclr.views import Views
 
 
 class Batch(NamedTuple):

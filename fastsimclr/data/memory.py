@@ -7,14 +7,14 @@ from concurrent.futures import ThreadPoolExecutor
 import numpy as np
 import torch
 
+from fastsimclr.data.augmentation import Views
 from fastsimclr.data.crop import crop
-from fastsimclr.data.draws import draw_views
 from fastsimclr.data.images import decode
 from fastsimclr.data.loader import Cropped, Job
+from fastsimclr.data.params import draw_views
 from fastsimclr.data.sources import ArraySource, EncodedSource
 from fastsimclr.errors import UserError
 from fastsimclr.profiling import stage
-from fastsimclr.views import Views
 
 _LARGEST_SIDE = 96  # STL-10's: of larger images crops are cheap beside decoding, and few sets of them fit
 _MOST_BYTES = 4 << 30

@@ -15,8 +15,8 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from fastsimclr.data import native
-from fastsimclr.data.draws import Draws
-from fastsimclr.views import Views
+from fastsimclr.data.augmentation import Views
+from fastsimclr.data.params import Draws
 
 _GREY = (0.2989, 0.587, 0.114)  # ITU-R 601-2 luma, with torchvision's digits
 _CHUNK = 16  # images at a time on a CPU: a few MB of floats, which the caches hold

@@ -6,7 +6,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from fastsimclr.data.draws import epoch_order
+from fastsimclr.data.params import epoch_order
 from fastsimclr.errors import UserError
 
 

@@ -15,13 +15,13 @@ from torch.utils.data import DataLoader, Dataset, default_collate
 from torchvision.transforms import InterpolationMode
 from torchvision.transforms.v2 import functional as TF
 
-from fastsimclr.data.draws import Draws, draw_views
+from fastsimclr.data.augmentation import Views
 from fastsimclr.data.images import decode
 from fastsimclr.data.loader import Cropped, Job
+from fastsimclr.data.params import Draws, draw_views
 from fastsimclr.data.sources import ArraySource, EncodedSource, Source
 from fastsimclr.errors import UserError
 from fastsimclr.profiling import stage
-from fastsimclr.views import Views
 
 
 class TorchvisionFront:

@@ -18,12 +18,12 @@ from torch.nn.parallel import DistributedDataParallel
 from tqdm import tqdm
 
 from fastsimclr.data import Source, open_views
+from fastsimclr.data.augmentation import Views
 from fastsimclr.distributed import World
 from fastsimclr.errors import UserError
 from fastsimclr.models import Encoder, synchronise_batch_norm
 from fastsimclr.optim import build_optimizer, learning_rate
 from fastsimclr.precision import Precision, autocast_to
-from fastsimclr.views import Views
 
 
 class Classifier(nn.Module):

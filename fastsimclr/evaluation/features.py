@@ -8,9 +8,9 @@ from torch import Tensor, nn
 from tqdm import tqdm
 
 from fastsimclr.data import Source, open_views
+from fastsimclr.data.augmentation import Views
 from fastsimclr.distributed import World, all_gather_rows, gather_sizes
 from fastsimclr.precision import autocast_to
-from fastsimclr.views import Views
 
 
 def embed_batches(

@@ -5,10 +5,10 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from fastsimclr.data import Source
+from fastsimclr.data.augmentation import Views
 from fastsimclr.distributed import World
 from fastsimclr.evaluation.features import embed
 from fastsimclr.evaluation.scores import NOTHING, TOP
-from fastsimclr.views import Views
 
 TEMPERATURE = 0.07  # Wu et al., arXiv 1805.01978
 _BLOCK = 1024  # queries at a time: nothing of size queries x bank is ever held

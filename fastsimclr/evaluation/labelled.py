@@ -10,7 +10,7 @@ from numpy.typing import NDArray
 
 from fastsimclr.config import DataConfig
 from fastsimclr.data import Source, open_source
-from fastsimclr.data.draws import epoch_order
+from fastsimclr.data.params import epoch_order
 from fastsimclr.data.scan import BadImages, scan
 from fastsimclr.data.sources import BUILT_IN, EncodedSource
 from fastsimclr.distributed import World, together

@@ -12,11 +12,11 @@ from PIL import Image
 
 from fastsimclr.contact_sheet import FAINT, INK, Page, Pixels, fitted, text_width, wrapped
 from fastsimclr.data import Source
-from fastsimclr.data.draws import epoch_order
+from fastsimclr.data.augmentation import Views
+from fastsimclr.data.params import epoch_order
 from fastsimclr.data.sources import NO_LABEL, TarSource
 from fastsimclr.data.torchvision import decoded
 from fastsimclr.errors import UserError
-from fastsimclr.views import Views
 
 Labels = NDArray[np.int64]
 Names = dict[int, str]  # a label's class

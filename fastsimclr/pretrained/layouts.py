@@ -11,9 +11,9 @@ from typing import Any, NamedTuple
 
 from torch import Tensor
 
+from fastsimclr.data.augmentation import Views
 from fastsimclr.errors import UserError
 from fastsimclr.models import ENCODERS, Encoder
-from fastsimclr.views import Views
 
 State = dict[str, Tensor]
 

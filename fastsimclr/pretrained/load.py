@@ -9,11 +9,11 @@ import torch
 from torch import Tensor, nn
 
 from fastsimclr import checkpoint
+from fastsimclr.data.augmentation import Views
 from fastsimclr.errors import UserError
 from fastsimclr.models import ENCODERS, Encoder, encoder
 from fastsimclr.pretrained.layouts import Architecture, Weights, architecture_of, check_fits, find_weights
 from fastsimclr.pretrained.safe_pickle import read_foreign
-from fastsimclr.views import Views
 
 LAST = Path("checkpoints", "last.pt")
 TIMM_FILES = ("config.json", "model.safetensors")

@@ -15,7 +15,7 @@ import torch
 from numpy.typing import NDArray
 
 from fastsimclr.data import native
-from fastsimclr.views import Views
+from fastsimclr.data.augmentation import Views
 
 CROP_ATTEMPTS = 10  # as torchvision's RandomResizedCrop
 _CHOICES, _FACTORS, _OTHERS, _ATTEMPTS = 0, 1, 2, 3  # counter blocks of four numbers each; one for each attempt

@@ -12,7 +12,7 @@ from torchvision.transforms.v2 import RandomResizedCrop
 
 from fastsimclr import Views
 from fastsimclr.data import native
-from fastsimclr.data.draws import DRAW, _philox, draw, draw_in_numpy, epoch_order
+from fastsimclr.data.params import DRAW, _philox, draw, draw_in_numpy, epoch_order
 
 VIEWS = Views()
 MANY = 20_000
