@@ -30,7 +30,7 @@ from fastsimclr.data import ViewLoader, open_views
 from fastsimclr.data.sources import ArraySource
 from fastsimclr.loss import NTXentLoss
 from fastsimclr.models import SimCLR, encoder, projector
-from fastsimclr.models.resnet import SmallMapConv2d
+from fastsimclr.models.cpu_conv import SmallMapConv2d
 from fastsimclr.optim import build_optimizer
 from fastsimclr.precision import choose_precision
 from fastsimclr.training.step import Step

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from fastsimclr import SimCLR, encoder, projector
 from fastsimclr.models import synchronise_batch_norm
-from fastsimclr.models.resnet import SmallMapConv2d
+from fastsimclr.models.cpu_conv import SmallMapConv2d
 from tests.ranks import run_ranks
 
 
