@@ -1,7 +1,5 @@
 """fastsimclr: SimCLR pre-training of image encoders, and the NT-Xent loss on its own."""
 
-from importlib.metadata import PackageNotFoundError, version
-
 from fastsimclr.data import Batch, open_views
 from fastsimclr.data.augmentation import Views
 from fastsimclr.errors import UserError
@@ -9,6 +7,7 @@ from fastsimclr.loss import NTXentLoss, nt_xent
 from fastsimclr.models import SimCLR, encoder, projector
 from fastsimclr.optim import LARS
 from fastsimclr.pretrained import import_weights, load_encoder
+from fastsimclr.version import __version__
 
 __all__ = [
     "LARS",
@@ -17,6 +16,7 @@ __all__ = [
     "SimCLR",
     "UserError",
     "Views",
+    "__version__",
     "encoder",
     "import_weights",
     "load_encoder",
@@ -24,8 +24,3 @@ __all__ = [
     "open_views",
     "projector",
 ]
-
-try:
-    __version__ = version("fastsimclr")
-except PackageNotFoundError:  # a checkout that nobody installed
-    __version__ = "0+unknown"

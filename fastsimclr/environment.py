@@ -11,11 +11,11 @@ from typing import Any
 import numpy as np
 import torch
 
-import fastsimclr
 from fastsimclr import _extension, data, loss
 from fastsimclr.data import native
 from fastsimclr.data.sources import FolderSource
 from fastsimclr.precision import choose_precision
+from fastsimclr.version import __version__
 
 OPTIONAL = {"umap-learn": "maps by UMAP instead of t-SNE", "onnxruntime": "export to ONNX", "timm": "use in timm"}
 """Packages that some command can do without, and what they are for."""
@@ -98,7 +98,7 @@ def examine() -> dict[str, Any]:
     device = torch.device("cuda" if gpus else "cpu")
     folder = FolderSource((), np.empty(0, np.int64), ())
     found: dict[str, Any] = {
-        "fastsimclr": fastsimclr.__version__,
+        "fastsimclr": __version__,
         "python": platform.python_version(),
         "torch": torch.__version__,
         "torchvision": installed("torchvision"),

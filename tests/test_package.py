@@ -1,6 +1,5 @@
 """The package as it is built: what the extension says of itself, and each way in which it can be missing."""
 
-import ast
 import importlib.util
 import os
 import re
@@ -10,7 +9,6 @@ import sys
 import sysconfig
 import tarfile
 import zipfile
-from collections.abc import Iterator
 from pathlib import Path
 from types import ModuleType
 
@@ -289,37 +287,3 @@ def test_no_torch_header_in_the_extension() -> None:
     assert sources
     for path in sources:
         assert not re.search(r"#\s*include\s*[<\"](torch|ATen|c10|THC)\b", path.read_text()), path
-
-
-def imports(path: Path) -> Iterator[str]:
-    """The full names of all that a module of ours imports; of `from a import b` both a and a.b."""
-    package = path.relative_to(ROOT).with_suffix("").parts[:-1]
-    for node in ast.walk(ast.parse(path.read_text())):
-        if isinstance(node, ast.Import):
-            yield from (alias.name for alias in node.names)
-        elif isinstance(node, ast.ImportFrom):
-            start = package[: len(package) - node.level + 1] if node.level else ()
-            module = ".".join([*start, *([node.module] if node.module else [])])
-            yield module
-            yield from (f"{module}.{alias.name}" for alias in node.names)
-        elif isinstance(node, ast.Call) and ast.unparse(node.func).endswith(("import_module", "__import__")):
-            yield from (str(argument.value) for argument in node.args if isinstance(argument, ast.Constant))
-
-
-@pytest.mark.parametrize(
-    ("dependency", "users"),
-    [
-        ("fastsimclr._C", {"fastsimclr/_extension.py"}),
-        ("fastsimclr._emulated", {"fastsimclr/_extension.py"}),
-        ("nvidia.dali", {"fastsimclr/data/dali.py", "fastsimclr/data/dali_colours.py"}),
-    ],
-)
-def test_a_heavy_dependency_has_its_own_module(dependency: str, users: set[str]) -> None:
-    found = {
-        path.relative_to(ROOT).as_posix()
-        for path in (ROOT / "fastsimclr").rglob("*.py")
-        if any(f"{name}.".startswith(f"{dependency}.") for name in imports(path))
-    }
-    assert found <= users
-    if dependency == "fastsimclr._C":
-        assert found == users  # or this test looks for nothing

@@ -6,7 +6,6 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from importlib.resources import files
 
-import fastsimclr
 from fastsimclr.reporting import results
 from fastsimclr.reporting.charts import swatch
 from fastsimclr.reporting.figures import curves, stages, summary_table, tiles
@@ -16,6 +15,7 @@ from fastsimclr.reporting.pictures import embedded
 from fastsimclr.reporting.pieces import EMBEDDING, KNN, VIEWS, Missing
 from fastsimclr.reporting.run_record import Run
 from fastsimclr.reporting.settings import configuration, differences, environment
+from fastsimclr.version import __version__
 
 GENERATOR = "fastsimclr.report"
 
@@ -61,7 +61,7 @@ def page(entries: Sequence[Entry], made: str) -> str:
             [_quiet(f"{run.name}: {complaint}.") for run in runs for complaint in run.complaints],
             [element("section", element("h2", name), content, id=key) for key, name, content in sections if content],
         ),
-        element("footer", f"fastsimclr {fastsimclr.__version__}, {made}"),
+        element("footer", f"fastsimclr {__version__}, {made}"),
         _script(),
     )  # fmt: skip
     return "<!doctype html>\n" + element("html", _head(title), body, lang="en") + "\n"
@@ -74,7 +74,7 @@ def _head(title: str) -> Html:
     return element(
         "head",
         element("meta", charset="utf-8"),
-        element("meta", name="generator", content=f"{GENERATOR} {fastsimclr.__version__}"),
+        element("meta", name="generator", content=f"{GENERATOR} {__version__}"),
         element("meta", http_equiv="Content-Security-Policy", content=policy),
         element("meta", name="viewport", content="width=device-width, initial-scale=1"),
         element("meta", name="color-scheme", content="light dark"),

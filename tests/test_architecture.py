@@ -1,0 +1,139 @@
+"""What each module may import: layers, no circle, and one user for each heavy dependency."""
+
+import ast
+from collections.abc import Iterator
+from graphlib import CycleError, TopologicalSorter
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parents[1]
+API = {"fastsimclr"}
+COMMANDS = {"train", "evaluate", "embed", "export", "preview", "report", "doctor"}
+LAYERS = (
+    API,
+    COMMANDS,
+    {"training", "evaluation", "reporting"},
+    {"config", "data", "environment", "pretrained"},
+    {"loss", "models", "optim"},
+    {"distributed", "precision", "profiling", "malloc", "checkpoint", "command", "contact_sheet", "presets"}
+    | {"errors", "version", "_extension", "_C", "_emulated"},
+)
+"""The modules and packages of fastsimclr, top to bottom. Each imports from its own layer and from those below."""
+
+
+def imports(source: str, package: str) -> Iterator[str]:
+    """The full names that the source of a module of `package` imports, at its top and inside functions."""
+    for node in ast.walk(ast.parse(source)):
+        if isinstance(node, ast.Import):
+            yield from (alias.name for alias in node.names)
+        elif isinstance(node, ast.ImportFrom):
+            parents = package.split(".")
+            start = parents[: len(parents) - node.level + 1] if node.level else []
+            yield from (".".join([*start, *filter(None, [node.module]), alias.name]) for alias in node.names)
+        elif isinstance(node, ast.Call) and ast.unparse(node.func).endswith(("import_module", "__import__")):
+            yield from (str(argument.value) for argument in node.args if isinstance(argument, ast.Constant))
+
+
+def read_modules() -> dict[str, set[str]]:
+    """Each module of fastsimclr, by its full name, and the full names that it imports."""
+    modules: dict[str, set[str]] = {name: set() for name in ("fastsimclr._C", "fastsimclr._emulated")}  # compiled
+    for path in sorted((ROOT / "fastsimclr").rglob("*.py")):
+        parts = path.relative_to(ROOT).with_suffix("").parts
+        package = ".".join(parts[:-1])
+        name = package if parts[-1] == "__init__" else ".".join(parts)
+        modules[name] = set(imports(path.read_text(), package))
+    return modules
+
+
+MODULES = read_modules()
+
+
+def module_of(name: str) -> str:
+    """The module that holds what has this full name: the name itself, or what comes before its last dots."""
+    while name not in MODULES:
+        name = name.rpartition(".")[0]
+    return name
+
+
+ARROWS = {
+    module: {module_of(name) for name in names if name.split(".")[0] == "fastsimclr"}
+    for module, names in MODULES.items()
+}
+
+
+def part_of(module: str) -> str:
+    """The part of the package that a module belongs to, as LAYERS names it."""
+    return module.removeprefix("fastsimclr.").split(".")[0]
+
+
+def layer_of(module: str) -> int:
+    return next(number for number, layer in enumerate(LAYERS) if part_of(module) in layer)
+
+
+def test_every_part_is_in_one_layer() -> None:
+    named = [part for layer in LAYERS for part in layer]
+    assert sorted(named) == sorted({part_of(module) for module in MODULES})
+
+
+def test_no_import_goes_up() -> None:
+    up = [
+        f"{module} imports {target}"
+        for module, targets in ARROWS.items()
+        for target in sorted(targets)
+        if layer_of(target) < layer_of(module)
+    ]
+    assert not up
+
+
+def test_no_module_imports_a_command() -> None:
+    found = [
+        f"{module} imports {target}"
+        for module, targets in ARROWS.items()
+        for target in sorted(targets)
+        if part_of(target) in COMMANDS
+    ]
+    assert not found
+
+
+@pytest.mark.parametrize("of", ["modules", "parts"])
+def test_no_circle(of: str) -> None:
+    graph: dict[str, set[str]] = {}
+    for module, targets in ARROWS.items():
+        if of == "modules":
+            graph[module] = targets
+        else:
+            graph.setdefault(part_of(module), set()).update({part_of(target) for target in targets} - {part_of(module)})
+    try:
+        TopologicalSorter(graph).prepare()
+    except CycleError as error:
+        pytest.fail(" is imported by ".join(error.args[1]))
+
+
+@pytest.mark.parametrize(
+    ("dependency", "users"),
+    [
+        ("fastsimclr._C", {"fastsimclr._extension"}),
+        ("fastsimclr._emulated", {"fastsimclr._extension"}),
+        ("nvidia.dali", {"fastsimclr.data.dali", "fastsimclr.data.dali_colours"}),
+    ],
+)
+def test_a_heavy_dependency_has_its_own_module(dependency: str, users: set[str]) -> None:
+    found = {
+        module for module, names in MODULES.items() if any(f"{name}.".startswith(f"{dependency}.") for name in names)
+    }
+    assert found == users
+
+
+def test_every_kind_of_import_is_read() -> None:
+    source = """
+import a.b
+from c import d as e
+from . import f
+from ..g import h
+def lazy():
+    import i
+    importlib.import_module("j.k")
+"""
+    expected = {"a.b", "c.d", "fastsimclr.data.f", "fastsimclr.g.h", "i", "j.k"}
+    assert set(imports(source, "fastsimclr.data")) == expected
