@@ -17,6 +17,7 @@ from nvidia.dali import pipeline_def
 from nvidia.dali.plugin.pytorch import DALIGenericIterator, LastBatchPolicy
 from torch import Tensor
 
+from benchmarks.dali_colours import DaliColours
 from fastsimclr import Views
 from fastsimclr.data import open_source, open_views
 from fastsimclr.data.dali import DaliFront
@@ -76,7 +77,7 @@ class Contender:
 class OurViews:
     """`open_views`, its batches as pairs."""
 
-    def __init__(self, data: Photos | Source, setting: Setting, backend: str, colours: str = "native") -> None:
+    def __init__(self, data: Photos | Source, setting: Setting, backend: str) -> None:
         self._loader = open_views(
             str(data.folder) if isinstance(data, Photos) else data,
             setting.views,
@@ -84,7 +85,6 @@ class OurViews:
             backend=backend,
             device=setting.device,
             workers=setting.workers,
-            photometric=colours,
             shuffle=setting.shuffle,
         )
 
@@ -97,17 +97,19 @@ class OurViews:
 
 
 class OurCrops:
-    """The first half of our loaders: read, decode, crop, resize, flip."""
+    """The first half of our loaders: read, decode, crop, resize, flip. With `colours` (DaliColours' kind) the colours,
+    too, in DALI's own graph."""
 
-    def __init__(self, photos: Photos, setting: Setting, backend: str) -> None:
+    def __init__(self, photos: Photos, setting: Setting, backend: str, colours: str = "") -> None:
         source = open_source(str(photos.folder))
         self._sampler = Sampler(len(source), setting.batch_size, 0, 1, 0, setting.shuffle)
         device = torch.device(setting.device)
-        self._front: Front = (
-            TorchvisionFront(source, setting.views, device, setting.workers)
-            if backend == "torchvision"
-            else DaliFront(source, setting.views, device, setting.batch_size, max(1, setting.workers))
-        )
+        self._front: Front
+        if backend == "torchvision":
+            self._front = TorchvisionFront(source, setting.views, device, setting.workers)
+        else:
+            how = source, setting.views, device, setting.batch_size, max(1, setting.workers)
+            self._front = DaliColours(colours, *how) if colours else DaliFront(*how)
 
     def __iter__(self) -> Iterator[tuple[Tensor, ...]]:
         epoch = self._sampler.epoch

@@ -31,9 +31,6 @@ class DataConfig(Views):
     cifar10; of other labelled data the training images themselves, each without itself as a neighbour."""
     backend: Literal["auto", "dali", "torchvision", "memory"] = "auto"
     """Who decodes and crops: dali, torchvision, or memory (images of one size, kept decoded on the device)."""
-    photometric: Literal["native", "dali", "color_twist"] = "native"
-    """Who changes the colours: native, one op for all backends; or DALI's own graph: dali (split operators) or
-    color_twist (its usual operator: another recipe, 11 to 16 levels off)."""
     workers: int | None = None
     """Processes (torchvision) or threads (dali) that read and decode, per rank; null chooses by the machine."""
     drop_last: bool = False

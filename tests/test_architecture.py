@@ -115,7 +115,7 @@ def test_no_circle(of: str) -> None:
     [
         ("fastsimclr._C", {"fastsimclr._extension"}),
         ("fastsimclr._emulated", {"fastsimclr._extension"}),
-        ("nvidia.dali", {"fastsimclr.data.dali", "fastsimclr.data.dali_colours"}),
+        ("nvidia.dali", {"fastsimclr.data.dali"}),
     ],
 )
 def test_a_heavy_dependency_has_its_own_module(dependency: str, users: set[str]) -> None:

@@ -1,6 +1,4 @@
-"""Colours changed in DALI's own graph: what they are at the same draws beside the op that all loaders share, and that
-such a loader is a loader like any other.
-"""
+"""The contender that changes colours in DALI's own graph, against the op of our loaders at the same draws."""
 
 import itertools
 from dataclasses import replace
@@ -12,10 +10,10 @@ import torch
 from pictures import photo_folder
 from torch import Tensor
 
+from benchmarks.dali_colours import HUE, NONE, DaliColours, colour_inputs
 from fastsimclr import Views
-from fastsimclr.data import Batch, Source, ViewLoader, open_source, open_views
+from fastsimclr.data import Source, open_source
 from fastsimclr.data.dali import DaliFront
-from fastsimclr.data.dali_colours import HUE, NONE, colour_inputs
 from fastsimclr.data.loader import Job
 from fastsimclr.data.params import DRAW
 from fastsimclr.data.photometric import photometric_in_pytorch
@@ -27,7 +25,6 @@ CPU = torch.device("cpu")
 LEVELS = Views(image_size=48, mean=(0, 0, 0), std=(1 / 255,) * 3)
 PLAIN = replace(LEVELS, jitter=0, grey=0, blur=0)
 JITTER = replace(PLAIN, jitter=1, brightness=0, contrast=0, saturation=0, hue=0)
-SMALL = Views(image_size=24)
 pytestmark = pytest.mark.usefixtures("one_thread")
 
 
@@ -36,39 +33,33 @@ def photos(tmp_path_factory: pytest.TempPathFactory) -> str:
     return str(photo_folder(tmp_path_factory.mktemp("photos"), IMAGES))
 
 
-def made(source: Source, views: Views, photometric: str, images: int = IMAGES, device: torch.device = CPU) -> Tensor:
-    """(images x views, 3, H, W) of the first images, all at the same draws; "native": DALI's crops, then the oracle."""
-    front = DaliFront(source, views, device, BATCH, 1, photometric)
+def crops(
+    source: Source, views: Views, kind: str, images: int = IMAGES, device: torch.device = CPU
+) -> list[list[Tensor]]:
+    """Batches of the first images' views (B, 3, H, W), at the same draws. "native": DALI's crops, then the oracle."""
+    how = source, views, device, BATCH, 1
+    front = DaliFront(*how) if kind == "native" else DaliColours(kind, *how)
     jobs = (Job(3, 0, np.arange(first, min(first + BATCH, images))) for first in range(0, images, BATCH))
-    parts = []
-    for crops, draws in front.crops(jobs):
-        if draws is None:
-            parts += crops
+    batches = []
+    for made in front.crops(jobs):
+        if kind == "native":
+            each = zip(made.crops, made.draws, views.recipes, strict=True)
+            batches.append([photometric_in_pytorch(*of_view, torch.float32) for of_view in each])
         else:
-            each = zip(crops, draws, views.recipes, strict=True)
-            parts += [photometric_in_pytorch(*of_view, torch.float32) for of_view in each]
+            batches.append([view.permute(0, 3, 1, 2).clone() for view in made.crops])  # DALI reuses a GPU's memory
     front.close()
-    return torch.cat(parts).cpu()
+    return batches
 
 
-def off(source: Source, views: Views, photometric: str, images: int = IMAGES) -> Tensor:
+def made(source: Source, views: Views, kind: str, images: int = IMAGES, device: torch.device = CPU) -> Tensor:
+    """(images x views, 3, H, W): those of `crops`."""
+    return torch.cat([view for batch in crops(source, views, kind, images, device) for view in batch]).cpu()
+
+
+def off(source: Source, views: Views, kind: str, images: int = IMAGES) -> Tensor:
     """(images x views,): the mean difference of each view's pixels from the oracle's, in levels of 255."""
-    expected, got = (made(source, views, name, images) for name in ("native", photometric))
+    expected, got = (made(source, views, name, images) for name in ("native", kind))
     return (got - expected).abs().mean((1, 2, 3))
-
-
-def take(loader: ViewLoader, epoch: int | None = None, batches: int | None = None) -> list[Batch]:
-    if epoch is not None:
-        loader.set_epoch(epoch)
-    return list(itertools.islice(iter(loader), batches))
-
-
-def same(left: list[Batch], right: list[Batch]) -> bool:
-    """Bit-equal, batch by batch."""
-    return len(left) == len(right) and all(
-        torch.equal(a.index, b.index) and all(map(torch.equal, a.views, b.views))
-        for a, b in zip(left, right, strict=True)
-    )
 
 
 # Beside the shared op
@@ -128,32 +119,6 @@ def test_every_order_of_the_changes_comes_into_the_graph() -> None:
         assert [step for step in steps if step != NONE] == expected
 
 
-# A loader like any other
-
-
-def colours(photos: str, views: Views = SMALL, photometric: str = "dali", **options: object) -> ViewLoader:
-    options = {"seed": 9, "workers": 1, **options}
-    return open_views(photos, views, BATCH, backend="dali", photometric=photometric, **options)  # type: ignore[arg-type]
-
-
-@pytest.mark.parametrize("photometric", ["dali", "color_twist"])
-def test_an_epoch_is_the_native_ones_images_in_views_of_known_form(photos: str, photometric: str) -> None:
-    loader, native = colours(photos, photometric=photometric), colours(photos, photometric="native")
-    for epoch in range(2):  # a second: what an epoch leaves behind must not end the next
-        batches = take(loader, epoch)
-        for batch, other in zip(batches, take(native, epoch), strict=True):
-            assert torch.equal(batch.index, other.index)
-            assert torch.equal(batch.label, other.label)
-            assert len(batch.views) == 2
-            for view in batch.views:
-                assert view.shape == (len(batch.index), 3, 24, 24)
-                assert view.dtype == torch.float32
-                assert view.is_contiguous(memory_format=torch.channels_last)
-        assert sorted(i for batch in batches for i in batch.index.tolist()) == list(range(IMAGES))
-    loader.close()
-    native.close()
-
-
 def test_views_of_their_own_recipes_and_sizes(photos: str) -> None:
     changes = (
         {"blur": 1.0, "mean": (0.0, 0.0, 0.0)},
@@ -161,67 +126,32 @@ def test_views_of_their_own_recipes_and_sizes(photos: str) -> None:
         {"grey": 0.0},
     )
     views = Views(image_size=56, views=3, per_view=changes)
-    batches, expected = (take(colours(photos, views, name)) for name in ("dali", "native"))
+    source = open_source(photos)
+    batches, expected = (crops(source, views, kind) for kind in ("dali", "native"))
     for number, recipe in enumerate(views.recipes):
-        got, native = (torch.cat([batch.views[number] for batch in loader]) for loader in (batches, expected))
+        got, native = (torch.cat([batch[number] for batch in each]) for each in (batches, expected))
         assert got.shape == (IMAGES, 3, recipe.image_size, recipe.image_size)
+        assert got.dtype == torch.float32
         std = 255 * torch.tensor(recipe.std).view(3, 1, 1)
         assert ((got - native) * std).abs().mean() <= 0.75
-
-
-@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
-def test_the_views_are_cast(photos: str, dtype: torch.dtype) -> None:
-    for batch, whole in zip(take(colours(photos, dtype=dtype)), take(colours(photos)), strict=True):
-        for view, expected in zip(batch.views, whole.views, strict=True):
-            assert view.dtype == dtype
-            assert view.is_contiguous(memory_format=torch.channels_last)
-            assert torch.equal(view, expected.to(dtype))
-
-
-def test_evaluation_views_have_no_colour_to_change(photos: str) -> None:
-    plain = SMALL.plain()
-    for batch, native in zip(take(colours(photos, plain)), take(colours(photos, plain, "native")), strict=True):
-        assert torch.allclose(batch.views[0], native.views[0], atol=1e-5)
-
-
-@pytest.mark.parametrize("photometric", ["dali", "color_twist"])
-def test_resumes_bit_exactly_and_goes_on_after_a_broken_off_iteration(photos: str, photometric: str) -> None:
-    run = colours(photos, photometric=photometric, workers=2)
-    run.set_epoch(4)
-    epoch, states = [], [run.state_dict()]
-    for batch in run:
-        epoch.append(batch)
-        states.append(dict(run.state_dict()))
-    following = take(run)
-    assert same(take(run, 4, batches=2), epoch[:2])
-    assert same(take(run), epoch[2:]), "from where it stood"
-    take(run, 4, batches=1)
-    assert same(take(run, 5), following), "at another epoch"
-    run.close()
-    resumed = colours(photos, photometric=photometric)
-    for done in (1, 4):
-        resumed.load_state_dict(states[done])
-        assert same(take(resumed), epoch[done:]), f"{done} batches in"
-        assert same(take(resumed), following), "and the next epoch"
-    resumed.close()
 
 
 # On a GPU
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="of machines without a GPU")
-@pytest.mark.parametrize("photometric", ["dali", "color_twist"])
-def test_the_graph_is_one_for_gpus_too(photos: str, photometric: str) -> None:
+@pytest.mark.parametrize("kind", ["dali", "color_twist"])
+def test_the_graph_is_one_for_gpus_too(photos: str, kind: str) -> None:
     # DALI looks for the GPU once it has the graph: an operator that knows no GPU, or an argument on it, comes first.
     views = replace(LEVELS, solarise=0.5)
     with pytest.raises(RuntimeError, match="while CUDA is not available"):
-        DaliFront(open_source(photos), views, torch.device("cuda"), BATCH, 1, photometric)
+        DaliColours(kind, open_source(photos), views, torch.device("cuda"), BATCH, 1)
 
 
 @pytest.mark.gpu
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
-@pytest.mark.parametrize("photometric", ["native", "dali", "color_twist"])
-def test_a_gpu_shows_the_same_views(photos: str, photometric: str) -> None:
+@pytest.mark.parametrize("kind", ["native", "dali", "color_twist"])
+def test_a_gpu_shows_the_same_views(photos: str, kind: str) -> None:
     source, views = open_source(photos), replace(LEVELS, solarise=0.5)
-    expected, got = (made(source, views, photometric, device=torch.device(name)) for name in ("cpu", "cuda"))
+    expected, got = (made(source, views, kind, device=torch.device(name)) for name in ("cpu", "cuda"))
     assert (got - expected).abs().mean() <= 1.5  # another JPEG decoder

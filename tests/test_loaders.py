@@ -439,8 +439,6 @@ def test_refuses_options_that_do_not_fit(photos: str, digits: ArraySource) -> No
     refused(digits, 8, "rank: got 2 of 2", rank=2, world_size=2)
     refused(photos, 8, "backend: got 'ffcv', expected one of auto, dali, torchvision, memory", backend="ffcv")
     refused(photos, 8, r"003.jpg: got 81x75 pixels, expected 60x90 as .*000.jpg", backend="memory")
-    refused(photos, 8, "photometric: got 'gpu', expected one of native, dali, color_twist", photometric="gpu")
-    refused(photos, 8, "photometric: got dali with backend torchvision", photometric="dali", backend="torchvision")
 
 
 def test_refuses_the_state_of_another_run(digits: ArraySource) -> None:

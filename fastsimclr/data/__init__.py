@@ -16,7 +16,6 @@ from fastsimclr.errors import UserError
 __all__ = ["Batch", "Source", "ViewLoader", "choose_backend", "open_source", "open_views", "prepare"]
 
 BACKENDS = ("auto", "dali", "torchvision", "memory")
-PHOTOMETRIC = ("native", "dali", "color_twist")
 
 
 def open_views(
@@ -34,7 +33,6 @@ def open_views(
     min_local_batch: int = 1,
     workers: int | None = None,
     dtype: torch.dtype = torch.float32,
-    photometric: str = "native",
     max_bad: float | None = None,
     cache: str | Path | None = None,
 ) -> ViewLoader:
@@ -52,8 +50,6 @@ def open_views(
     shuffle: a new order each epoch; else the source's.
     workers: DataLoader processes, or DALI threads; None chooses by the machine.
     dtype: of the views.
-    photometric: who changes the colours: "native" (one op for all backends), or in DALI's own graph "dali" (split
-        operators, slower) or "color_twist" (its usual operator: another recipe, 11 to 16 levels off).
     max_bad: try every image first, and leave out those that do not decode, if they are at most this fraction (else
         UserError). None: no scan; the first that does not decode is a UserError when it is met.
     cache: a folder where what the scan found is kept, and found again.
@@ -63,16 +59,10 @@ def open_views(
     """
     if backend not in BACKENDS:
         raise UserError(f"backend: got {backend!r}, expected one of {', '.join(BACKENDS)}")
-    if photometric not in PHOTOMETRIC:
-        raise UserError(f"photometric: got {photometric!r}, expected one of {', '.join(PHOTOMETRIC)}")
     device = torch.device(device)
     source = open_source(path) if isinstance(path, str) else path
     if max_bad is not None and isinstance(source, EncodedSource):
         source = scan_images(source, max_bad=max_bad, cache=cache).source
-    if photometric != "native" and backend == "auto":
-        backend = "dali"
-    if photometric != "native" and backend != "dali":
-        raise UserError(f"photometric: got {photometric} with backend {backend}, expected native, or backend dali")
     source, backend = prepare(source, backend, device)
     sampler = Sampler(len(source), batch_size, rank, world_size, seed, shuffle, drop_last, min_local_batch)
     front: Front
@@ -80,7 +70,7 @@ def open_views(
         assert isinstance(source, ArraySource)
         front = MemoryFront(source, views, device)
     else:
-        front = _file_front(backend, source, views, sampler, device, workers, dtype, photometric)
+        front = _file_front(backend, source, views, sampler, device, workers)
     return ViewLoader(source, views, sampler, front, device, dtype, backend)
 
 
@@ -115,8 +105,6 @@ def _file_front(
     sampler: Sampler,
     device: torch.device,
     workers: int | None,
-    dtype: torch.dtype,
-    photometric: str,
 ) -> Front:
     from fastsimclr.data.torchvision import TorchvisionFront, default_workers
 
@@ -131,4 +119,4 @@ def _file_front(
             f"backend: got dali, but it is not installed ({error}); pip install nvidia-dali-cuda130, or use torchvision"
         ) from error
     largest = -(-sampler.batch_size // sampler.world_size)
-    return DaliFront(source, views, device, largest, max(1, workers), photometric, dtype)
+    return DaliFront(source, views, device, largest, max(1, workers))

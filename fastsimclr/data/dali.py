@@ -1,4 +1,4 @@
-"""Decoding and cropping, and on request the colours too, by NVIDIA DALI: on the GPU, or by its CPU operators."""
+"""Decoding and cropping by NVIDIA DALI: on the GPU, or by its CPU operators."""
 
 import contextlib
 from collections import deque
@@ -15,7 +15,6 @@ from nvidia.dali import pipeline_def
 from torch import Tensor
 
 from fastsimclr.data.augmentation import Views
-from fastsimclr.data.dali_colours import colour_inputs, finished
 from fastsimclr.data.images import as_ppm, decode, is_web_format, upright_size
 from fastsimclr.data.loader import Cropped, Job
 from fastsimclr.data.params import DRAW, Draws, draw_views
@@ -32,23 +31,10 @@ class DaliFront:
 
     Threads read files and find each image's size by its header; the pipeline decodes it once and crops, resizes and
     flips it for each view. Its outputs are handed on without a copy (DLPack).
-
-    photometric: "native" leaves the colours to the op that all loaders share; "dali" and "color_twist" change them
-    here, by the same draws, and normalise in `dtype`.
     """
 
-    def __init__(
-        self,
-        source: Source,
-        views: Views,
-        device: torch.device,
-        batch_size: int,
-        threads: int,
-        photometric: str = "native",
-        dtype: torch.dtype = torch.float32,
-    ) -> None:
-        self.source, self.views, self.device, self.dtype = source, views, device, dtype
-        self._photometric = photometric
+    def __init__(self, source: Source, views: Views, device: torch.device, batch_size: int, threads: int) -> None:
+        self.source, self.views, self.device = source, views, device
         self._readers = ThreadPoolExecutor(max_workers=max(2, threads), thread_name_prefix="fastsimclr-read")
         self._jobs: Iterator[Job] = iter(())
         self._reading: deque[tuple[Job, list[Future[NDArray[np.uint8]]]]] = deque()
@@ -64,20 +50,10 @@ class DaliFront:
         self._pipeline = self._pipeline or self._build()
         try:
             while (made := self._run()) is not None:
-                if self._photometric == "native":
-                    yield made
-                else:
-                    yield Cropped(tuple(self._as_view(view) for view in made.crops), None)
+                yield made
                 self._lend(made.crops)
         finally:
             self._empty()
-
-    def _as_view(self, made: Tensor) -> Tensor:
-        """(B, 3, H, W) in `dtype` (DALI knows no bfloat16): HWC permuted is channels-last.
-
-        On a GPU a copy, as whoever has the view may use it for longer than `_lend` keeps DALI from its memory.
-        """
-        return made.permute(0, 3, 1, 2).to(self.dtype, copy=made.is_cuda)
 
     def _empty(self) -> None:
         """Leave the pipeline empty for the next epoch, also where this one was abandoned."""
@@ -135,8 +111,6 @@ class DaliFront:
         """What the pipeline needs of a view's draws (B,), by name."""
         box = draws["box"].astype(np.float32)
         inputs = {"start": box[:, :2], "end": box[:, :2] + box[:, 2:], "flip": draws["flip"].astype(np.int32)}
-        if self._photometric != "native":
-            inputs |= colour_inputs(self._photometric, draws, recipe)
         return {name: np.ascontiguousarray(values) for name, values in inputs.items()}  # DALI takes no others
 
     def _sizes(self, job: Job, images: list[NDArray[np.uint8]]) -> NDArray[np.int64]:
@@ -174,10 +148,10 @@ class DaliFront:
             for index in job.index:
                 decode(self.source.read(index), self.source.name(index))
 
-    def _build(self) -> Any:
+    def _build(self, **options: Any) -> Any:
+        """The pipeline. options: pipeline_def's."""
         on_gpu = self.device.type == "cuda"
-        define = pipeline_def(enable_conditionals=self._photometric != "native")(self._graph)
-        pipeline = define(
+        pipeline = pipeline_def(**options)(self._graph)(
             batch_size=self._batch_size,
             num_threads=self._threads,
             device_id=self.device.index or 0 if on_gpu else None,
@@ -189,7 +163,6 @@ class DaliFront:
     def _graph(self) -> Any:
         """The pipeline's outputs: each view, HWC."""
         on_gpu = self.device.type == "cuda"
-        place = "gpu" if on_gpu else "cpu"
         images, *inputs = fn.external_source(self._inputs, num_outputs=1 + sum(map(len, self._names)))
         if isinstance(self.source, EncodedSource):
             decoder = "mixed" if on_gpu else "cpu"
@@ -200,17 +173,19 @@ class DaliFront:
         views = []
         for number, recipe in enumerate(self.views.recipes):
             of_view = {name: inputs.pop(0) for name in self._names[number]}
-            view = fn.resize(
-                images,
-                device=place,
-                size=[recipe.image_size] * 2,
-                roi_start=of_view["start"],
-                roi_end=of_view["end"],
-                antialias=True,
-                interp_type=_INTERPOLATION[recipe.interpolation],
-            )
-            view = fn.flip(view, device=place, horizontal=of_view["flip"])
-            if self._photometric != "native":
-                view = finished(view, of_view, recipe, self.dtype)
-            views.append(view)
+            views.append(self._view(images, of_view, recipe))
         return tuple(views)
+
+    def _view(self, images: Any, inputs: dict[str, Any], recipe: Views) -> Any:
+        """One view, HWC, of each image, by the inputs of `_view_inputs`."""
+        place = "gpu" if self.device.type == "cuda" else "cpu"
+        view = fn.resize(
+            images,
+            device=place,
+            size=[recipe.image_size] * 2,
+            roi_start=inputs["start"],
+            roi_end=inputs["end"],
+            antialias=True,
+            interp_type=_INTERPOLATION[recipe.interpolation],
+        )
+        return fn.flip(view, device=place, horizontal=inputs["flip"])

@@ -40,8 +40,8 @@ class Cropped(NamedTuple):
     """A batch half made, on the loader's device."""
 
     crops: tuple[Tensor, ...]
-    """(B, S, S, 3) uint8 of each view; or, without draws, the finished views (B, 3, S, S)."""
-    draws: list[Draws] | None
+    """(B, S, S, 3) uint8 of each view."""
+    draws: list[Draws]
     """(B,) of each view: what is still to happen to its colours."""
 
 
@@ -137,13 +137,11 @@ class ViewLoader:
         self._front.close()
 
     def _finish(self, index: NDArray[np.int64], made: Cropped) -> Batch:
-        views = made.crops
-        if made.draws is not None:
-            with stage("views"):
-                views = tuple(
-                    photometric(crops, draws, recipe, self.dtype)
-                    for crops, draws, recipe in zip(made.crops, made.draws, self.views.recipes, strict=True)
-                )
+        with stage("views"):
+            views = tuple(
+                photometric(crops, draws, recipe, self.dtype)
+                for crops, draws, recipe in zip(made.crops, made.draws, self.views.recipes, strict=True)
+            )
         return Batch(
             views=views,
             index=native.on_device(index, self.device),

@@ -109,7 +109,6 @@ class Training:
             min_local_batch=2,  # one image would have no negative on its rank, and no batch to be normalised by
             workers=config.data.workers,
             dtype=self.precision.view_dtype,
-            photometric=config.data.photometric,
         )
         self.data.source = self.loader.source  # backend memory has decoded it
         if self.data.val is not None:
@@ -377,8 +376,7 @@ class Training:
             lr += f" (auto: {optim.lr_rule} rule at batch {config.batch_size})"
         source = self.data.source
         classes = f" in {len(source.classes)} classes" if source.has_labels else ", no labels"
-        chosen = config.data.backend == "auto" and config.data.photometric == "native"
-        why = choose_backend(source, world.device)[1] if chosen else "as asked"
+        why = choose_backend(source, world.device)[1] if config.data.backend == "auto" else "as asked"
         self._say(f"data: {config.data.train}, {len(source)} images{classes}; views by {self.loader.backend} ({why})")
         if self.data.skipped:
             file = self.output / SKIPPED_FILE

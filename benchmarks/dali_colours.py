@@ -1,8 +1,8 @@
-"""What happens to a view's colours (photometric.py), as a graph of DALI's own operators, on the CPU or on the GPU.
+"""Our DALI loader with the colours (fastsimclr/data/photometric.py) in DALI's own graph, on the CPU or on the GPU.
 
-"dali" follows the recipe change by change, in uint8 between them as torchvision does. "color_twist" is how DALI is
-mostly used, for comparison: one matrix for the whole jitter, in a fixed order, with contrast about 128 and a hue turned
-in YIQ; it comes several levels off.
+Two kinds. "dali" follows the recipe change by change, in uint8 between them as torchvision does. "color_twist" is how
+DALI is mostly used: one matrix for the whole jitter, in a fixed order, with contrast about 128 and a hue turned in YIQ;
+its views are several levels off.
 
 Everything is drawn outside and comes in as values of each view, by which `if` sorts a batch (DALI's conditionals, which
 pipeline_def makes of it): 1.7 times as fast on a CPU as changing all views, most of them by neutral factors.
@@ -14,9 +14,9 @@ import numpy as np
 import nvidia.dali.fn as fn
 import nvidia.dali.math as dmath
 import nvidia.dali.types as types
-import torch
 
 from fastsimclr.data.augmentation import Views
+from fastsimclr.data.dali import DaliFront
 from fastsimclr.data.params import Draws
 from fastsimclr.data.photometric import blur_window
 
@@ -26,11 +26,29 @@ TRUNCATE = -0.499 / 255  # a brightness_shift by which DALI, which rounds, comes
 Inputs = dict[str, Any]  # by name: arrays (B, …); in the graph DALI's nodes, for a view each
 
 
-def colour_inputs(photometric: str, draws: Draws, recipe: Views) -> Inputs:
+class DaliColours(DaliFront):
+    """A front whose `crops` are whole views (B, S, S, 3), float32, by our draws. kind: "dali" or "color_twist"."""
+
+    def __init__(self, kind: str, *arguments: Any) -> None:
+        self._kind = kind
+        super().__init__(*arguments)
+
+    def _view_inputs(self, draws: Draws, recipe: Views) -> Inputs:
+        inputs = super()._view_inputs(draws, recipe) | colour_inputs(self._kind, draws, recipe)
+        return {name: np.ascontiguousarray(values) for name, values in inputs.items()}
+
+    def _build(self, **options: Any) -> Any:
+        return super()._build(enable_conditionals=True, **options)
+
+    def _view(self, images: Any, inputs: Inputs, recipe: Views) -> Any:
+        return finished(super()._view(images, inputs, recipe), inputs, recipe)
+
+
+def colour_inputs(kind: str, draws: Draws, recipe: Views) -> Inputs:
     """What the graph of `recipe`, a view's own, needs of the draws (B,): nothing for what is never done."""
     inputs: Inputs = {}
     if recipe.jitter > 0:
-        inputs |= _twist_inputs(draws) if photometric == "color_twist" else _split_inputs(draws)
+        inputs |= _twist_inputs(draws) if kind == "color_twist" else _split_inputs(draws)
     if recipe.grey > 0:
         inputs["grey"] = draws["grey"]
     if recipe.blur > 0:
@@ -43,8 +61,8 @@ def colour_inputs(photometric: str, draws: Draws, recipe: Views) -> Inputs:
     return inputs
 
 
-def finished(x: Any, inputs: Inputs, recipe: Views, dtype: torch.dtype) -> Any:
-    """The graph: a view HWC, normalised, from its crop HWC uint8. Float32 but for float16: DALI has no other."""
+def finished(x: Any, inputs: Inputs, recipe: Views) -> Any:
+    """The graph: a view HWC, float32, normalised, from its crop HWC uint8."""
     if "twist_hue" in inputs:
         x = _twist(x, inputs)
     elif "before" in inputs:
@@ -59,7 +77,7 @@ def finished(x: Any, inputs: Inputs, recipe: Views, dtype: torch.dtype) -> Any:
         x,
         mean=[255 * mean for mean in recipe.mean],
         std=[255 * std for std in recipe.std],
-        dtype=types.FLOAT16 if dtype == torch.float16 else types.FLOAT,
+        dtype=types.FLOAT,
         output_layout="HWC",
     )
 
