@@ -60,9 +60,13 @@ def fused_forward(
     precision: str,
     temperature_value: float | None,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
-    """The loss, and what the backward needs: unit rows (2n, planes, width) in bf16, norms (2n,), of all ranks the unit
-    rows (M, planes, width; none without a group) and the lse in bits (M,), q (2n,), and with a group how many rows each
-    rank has, (W,) on the CPU: without one all outputs are on z1's device, or Inductor would make no CUDA graph."""
+    """Return the loss and what the backward needs.
+
+    These are unit rows (2n, planes, width) in bf16, norms (2n,), the unit rows of all ranks (M, planes, width; empty
+    without a group), the lse of all ranks in bits (M,), q (2n,), and the number of rows of each rank (W,), on the CPU.
+    Without a group the latter is empty and on z1's device: Inductor makes no CUDA graph of an operator with an output
+    on the CPU.
+    """
     n, d = z1.shape
     rows, planes, width = 2 * n, _planes(precision), _width(d)
     run = _Kernels(z1, temperature, temperature_value)
