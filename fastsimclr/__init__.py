@@ -1,13 +1,19 @@
 """fastsimclr: SimCLR pre-training of image encoders, and the NT-Xent loss on its own."""
 
-from fastsimclr.data import Batch, open_views
-from fastsimclr.data.augmentation import Views
-from fastsimclr.errors import UserError
-from fastsimclr.loss import NTXentLoss, nt_xent
-from fastsimclr.models import SimCLR, encoder, projector
-from fastsimclr.optim import LARS
-from fastsimclr.pretrained import import_weights, load_encoder
+from typing import TYPE_CHECKING
+
+from fastsimclr._lazy import export
 from fastsimclr.version import __version__
+
+if TYPE_CHECKING:
+    from fastsimclr.data.augmentation import Views
+    from fastsimclr.data.dataset import open_views
+    from fastsimclr.data.loader import Batch
+    from fastsimclr.errors import UserError
+    from fastsimclr.loss import NTXentLoss, nt_xent
+    from fastsimclr.models import SimCLR, encoder, projector
+    from fastsimclr.optim import LARS
+    from fastsimclr.pretrained import import_weights, load_encoder
 
 __all__ = [
     "LARS",
@@ -24,3 +30,17 @@ __all__ = [
     "open_views",
     "projector",
 ]
+
+__getattr__ = export(
+    __name__,
+    {
+        "fastsimclr.data.augmentation": ["Views"],
+        "fastsimclr.data.dataset": ["open_views"],
+        "fastsimclr.data.loader": ["Batch"],
+        "fastsimclr.errors": ["UserError"],
+        "fastsimclr.loss": ["NTXentLoss", "nt_xent"],
+        "fastsimclr.models": ["SimCLR", "encoder", "projector"],
+        "fastsimclr.optim": ["LARS"],
+        "fastsimclr.pretrained": ["import_weights", "load_encoder"],
+    },
+)

@@ -10,6 +10,7 @@ from typing import Any, Literal, TypeVar
 from jsonargparse import ArgumentParser, Namespace, set_parsing_settings
 
 from fastsimclr.data.augmentation import Views
+from fastsimclr.data.backends import Backend
 from fastsimclr.errors import UserError
 from fastsimclr.presets import preset_file
 
@@ -29,7 +30,7 @@ class DataConfig(Views):
     val: str | None = None
     """Labelled images to measure kNN accuracy on, in the same forms. Without it: the held-out part of digits and
     cifar10; of other labelled data the training images themselves, each without itself as a neighbour."""
-    backend: Literal["auto", "dali", "torchvision", "memory"] = "auto"
+    backend: Backend = "auto"
     """Who decodes and crops: dali, torchvision, or memory (images of one size, kept decoded on the device)."""
     workers: int | None = None
     """Processes (torchvision) or threads (dali) that read and decode, per rank; null chooses by the machine."""

@@ -26,8 +26,9 @@ from torch import Tensor
 from fastsimclr import distributed
 from fastsimclr.command import Parser, check_new, exit_code, run_folder, scan_cache, write_whole
 from fastsimclr.config import parse
-from fastsimclr.data import BACKENDS, Source, open_source
+from fastsimclr.data import Source, open_source
 from fastsimclr.data.augmentation import Views
+from fastsimclr.data.backends import BACKENDS
 from fastsimclr.data.params import epoch_order
 from fastsimclr.data.scan import SKIPPED_FILE, BadImages, list_skipped, scan
 from fastsimclr.data.sources import BUILT_IN, NO_LABEL, EncodedSource

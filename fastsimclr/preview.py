@@ -21,8 +21,9 @@ from torch import Tensor
 from fastsimclr.command import Parser, check_new, exit_code, write_whole
 from fastsimclr.config import Config, parse
 from fastsimclr.contact_sheet import FAINT, TAG, Page, Pixels, fitted, resized, wrapped
-from fastsimclr.data import BACKENDS, Source, ViewLoader, choose_backend, open_source, open_views
+from fastsimclr.data import Source, ViewLoader, choose_backend, open_source, open_views
 from fastsimclr.data.augmentation import Views
+from fastsimclr.data.backends import BACKENDS
 from fastsimclr.data.params import draw_views
 from fastsimclr.data.sources import NO_LABEL
 from fastsimclr.data.torchvision import decoded

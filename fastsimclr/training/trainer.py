@@ -17,7 +17,8 @@ from torch.nn.parallel import DistributedDataParallel
 from fastsimclr import checkpoint, distributed
 from fastsimclr._extension import describe_build
 from fastsimclr.config import Config
-from fastsimclr.data import Batch, choose_backend, open_views, prepare
+from fastsimclr.data import Batch, choose_backend, open_views
+from fastsimclr.data.dataset import prepare
 from fastsimclr.data.scan import SKIPPED_FILE, ScanStopped, list_skipped
 from fastsimclr.distributed import World
 from fastsimclr.environment import commit, examine
