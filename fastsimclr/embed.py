@@ -24,7 +24,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from fastsimclr import distributed
-from fastsimclr.command import Parser, check_new, exit_code, run_folder, scan_cache, write_whole
+from fastsimclr.command import Parser, exit_code
 from fastsimclr.config import parse
 from fastsimclr.data import Source, open_source
 from fastsimclr.data.augmentation import Views
@@ -41,6 +41,7 @@ from fastsimclr.evaluation.features import embed_batches
 from fastsimclr.malloc import keep_freed_memory
 from fastsimclr.precision import Precision, choose_precision
 from fastsimclr.pretrained import Pretrained, open_pretrained
+from fastsimclr.run_folder import RunFolder, check_new, scan_cache, write_whole
 
 FORMATS = ("npy", "safetensors")
 RECIPE = ("image_size", "center_fraction", "interpolation", "mean", "std")  # what an image is still changed by
@@ -152,10 +153,10 @@ def _options(arguments: Sequence[str] | None) -> argparse.Namespace:
 
 def _open(options: argparse.Namespace, world: World) -> Embedding:
     """All that can be wrong before work begins, on this rank alone."""
-    run = run_folder(options.checkpoint)
+    run = RunFolder.of(options.checkpoint)
     if options.output is None and run is None:
         raise UserError("--output: got none, and --checkpoint is not in a run's folder; expected a folder")
-    output = Path(options.output) if options.output else run / "embed"  # type: ignore[operator]  # one is there
+    output = Path(options.output) if options.output else run.embed  # type: ignore[union-attr]  # one is there
     for kind in FORMATS:
         check_new(output / f"features.{kind}", options.force)
     method, why = pictures.choose_method(options.map)

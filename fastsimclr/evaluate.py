@@ -20,7 +20,7 @@ import yaml
 from torch import Tensor
 
 from fastsimclr import distributed
-from fastsimclr.command import check_new, exit_code, run_folder, scan_cache, write_whole
+from fastsimclr.command import exit_code
 from fastsimclr.config import parse_as
 from fastsimclr.data.augmentation import Views
 from fastsimclr.distributed import World, all_gather_rows, together
@@ -44,6 +44,7 @@ from fastsimclr.malloc import keep_freed_memory
 from fastsimclr.models import Encoder, encoder
 from fastsimclr.precision import choose_precision
 from fastsimclr.pretrained import Pretrained, open_pretrained
+from fastsimclr.run_folder import RunFolder, check_new, scan_cache, write_whole
 
 HELD_OUT = 0.2  # of the training images, by which lbfgs chooses its regularisation
 FEW_LABELS = 0.02  # the paper fine-tunes on 1 % for 60 epochs, on 10 % for 30
@@ -113,10 +114,10 @@ class Evaluation:
         together(self._check_data, world)
 
     def _check_output(self) -> None:
-        folder = run_folder(self.config.checkpoint)
-        if self.config.output is None and folder is None:
+        run = RunFolder.of(self.config.checkpoint)
+        if self.config.output is None and run is None:
             raise UserError("--output: got none, and --checkpoint is not in a run's folder; expected a folder")
-        self.output = Path(self.config.output) if self.config.output else folder / "evaluate"  # type: ignore[operator]
+        self.output = Path(self.config.output) if self.config.output else run.evaluate  # type: ignore[union-attr]
         self.result = self.output / f"{self.config.name()}.json"
         self.weights = self.result.with_suffix(".pt")
         check_new(self.result, self.config.force)

@@ -24,11 +24,12 @@ import torch
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
-from fastsimclr.command import Parser, check_new, exit_code
+from fastsimclr.command import Parser, exit_code
 from fastsimclr.data.augmentation import Views
 from fastsimclr.errors import UserError
 from fastsimclr.models import Encoder
 from fastsimclr.pretrained import LAST, TIMM_FILES, Pretrained, open_pretrained
+from fastsimclr.run_folder import check_new
 
 OPSET = 18  # of ONNX, from 2022: any onnxruntime in use knows it
 TOLERANCE = 1e-4  # of the representation, relative to its largest element where that is above 1

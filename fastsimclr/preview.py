@@ -18,7 +18,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from fastsimclr.command import Parser, check_new, exit_code, write_whole
+from fastsimclr.command import Parser, exit_code
 from fastsimclr.config import Config, parse
 from fastsimclr.contact_sheet import FAINT, TAG, Page, Pixels, fitted, resized, wrapped
 from fastsimclr.data import Source, ViewLoader, choose_backend, open_source, open_views
@@ -28,6 +28,7 @@ from fastsimclr.data.params import draw_views
 from fastsimclr.data.sources import NO_LABEL
 from fastsimclr.data.torchvision import decoded
 from fastsimclr.errors import UserError
+from fastsimclr.run_folder import check_new, write_whole
 
 SHOWN = 224  # a view of up to half this side is enlarged by a whole number, one far larger is reduced to it
 TEXT_WIDTH = 220  # of a column at least: two changes of colour on a line

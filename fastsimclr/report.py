@@ -15,13 +15,14 @@ from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 
-from fastsimclr.command import Parser, check_new, exit_code, write_whole
+from fastsimclr.command import Parser, exit_code
 from fastsimclr.config import Config
 from fastsimclr.errors import UserError
 from fastsimclr.reporting.charts import COLOURS, DASHES
 from fastsimclr.reporting.page import GENERATOR, Entry, page
 from fastsimclr.reporting.pieces import gather
 from fastsimclr.reporting.run_record import Run, read_run, with_evaluations
+from fastsimclr.run_folder import check_new, write_whole
 
 MOST_RUNS = COLOURS * DASHES  # that differ in their colour or their dash
 

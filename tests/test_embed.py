@@ -254,7 +254,7 @@ def test_what_is_there_is_overwritten_only_by_force(
     embed(run, tmp_path, "--gallery=1")
     for kind in ("npy", "safetensors"):
         assert main([f"--checkpoint={run}", f"--output={tmp_path}", *QUICK, f"--format={kind}"]) == 2
-        assert f"{tmp_path}/features.npy, which is there already" in capsys.readouterr().err
+        assert f"{tmp_path}/features.npy, which already exists" in capsys.readouterr().err
     options = [f"--output={tmp_path}", *QUICK, "--format=safetensors", "--images=3", "--force"]
     assert main([f"--checkpoint={run}", *options]) == 0
     assert len(load_file(tmp_path / "features.safetensors")["features"]) == 3

@@ -15,13 +15,14 @@ from ranks import run_ranks
 from torch import Tensor, nn
 from torch.amp import GradScaler
 
-from fastsimclr import Views, checkpoint, nt_xent, precision
+from fastsimclr import Views, nt_xent, precision
 from fastsimclr.config import parse
 from fastsimclr.data import open_source
 from fastsimclr.distributed import World
 from fastsimclr.evaluation.classifier import Classifier, Schedule, train_classifier
 from fastsimclr.evaluation.features import embed
 from fastsimclr.precision import choose_precision
+from fastsimclr.run_folder import load_checkpoint
 from fastsimclr.train import main
 from fastsimclr.training.step import Step
 from fastsimclr.training.trainer import Training
@@ -267,7 +268,7 @@ def test_a_resumed_run_has_the_scale_and_the_bits_of_one_that_was_not_stopped(
     assert [(line["loss"], line["grad_scale"]) for line in steps(stopped)] == [
         (line["loss"], line["grad_scale"]) for line in steps(whole)
     ]
-    ours, theirs = (checkpoint.load(run / "checkpoints" / "last.pt") for run in (stopped, whole))
+    ours, theirs = (load_checkpoint(run / "checkpoints" / "last.pt") for run in (stopped, whole))
     assert ours["grad_scaler"] == theirs["grad_scaler"]
     assert all(torch.equal(tensor, theirs["model"][name]) for name, tensor in ours["model"].items())
 
@@ -275,9 +276,9 @@ def test_a_resumed_run_has_the_scale_and_the_bits_of_one_that_was_not_stopped(
 def test_a_run_may_change_its_precision(tmp_path: Path, small_encoder: None) -> None:
     assert main(options(tmp_path, "--max_steps=1", "--precision=fp32")) == 0
     assert main(options(tmp_path, "--max_steps=2")) == 0
-    assert checkpoint.load(tmp_path / "checkpoints" / "last.pt")["grad_scaler"]["scale"] <= 2.0**16
+    assert load_checkpoint(tmp_path / "checkpoints" / "last.pt")["grad_scaler"]["scale"] <= 2.0**16
     assert main(options(tmp_path, "--max_steps=3", "--precision=fp32")) == 0
-    assert checkpoint.load(tmp_path / "checkpoints" / "last.pt")["grad_scaler"] == {}
+    assert load_checkpoint(tmp_path / "checkpoints" / "last.pt")["grad_scaler"] == {}
     assert [line.get("grad_scale") for line in steps(tmp_path)] == [None, 2.0**16, None]
 
 

@@ -24,8 +24,9 @@ from safetensors.torch import save_file
 from torch import nn
 from weights import lived_in, outputs, save_run
 
-from fastsimclr import UserError, Views, checkpoint, encoder, import_weights, load_encoder
+from fastsimclr import UserError, Views, encoder, import_weights, load_encoder
 from fastsimclr.pretrained import open_pretrained
+from fastsimclr.run_folder import load_checkpoint
 from fastsimclr.train import main as train
 
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -48,7 +49,7 @@ def state_dict() -> dict[str, Any]:
 def test_a_runs_folder_and_its_checkpoint_give_the_encoder_that_was_trained(here: Path) -> None:
     options = ["--data.train=digits", "--model.encoder=resnet18", "--max_steps=1", "--batch_size=32", "--knn_every=0"]
     assert train([*options, "--precision=fp64", "--data.image_size=32", "--output=run"]) == 0
-    state = checkpoint.load(Path("run/checkpoints/last.pt"))["model"]
+    state = load_checkpoint(Path("run/checkpoints/last.pt"))["model"]
     for path in ("run", Path("run/checkpoints/last.pt")):
         opened = open_pretrained(path, "resnet18")
         assert opened.origin == "fastsimclr run, step 1"
@@ -346,4 +347,4 @@ def test_stand_ins_are_for_one_file_alone(here: Path) -> None:
     import_weights("theirs.ckpt")
     assert set(torch.serialization.get_safe_globals()) == set(before)
     with pytest.raises(UserError):
-        checkpoint.load(Path("theirs.ckpt"))
+        load_checkpoint(Path("theirs.ckpt"))

@@ -17,7 +17,7 @@ import torch
 from pictures import jpeg, photo, photo_folder, write
 from PIL import Image
 
-from fastsimclr import checkpoint
+from fastsimclr.run_folder import load_checkpoint
 from fastsimclr.train import main
 
 # A step of a fraction of a second: few pixels, few strides' worth of them, few images.
@@ -53,7 +53,7 @@ def steps(run: Path) -> list[dict[str, Any]]:
 
 
 def weights(run: Path) -> dict[str, torch.Tensor]:
-    return checkpoint.load(run / "checkpoints" / "last.pt")["model"]
+    return load_checkpoint(run / "checkpoints" / "last.pt")["model"]
 
 
 def start(*options: str, ranks: int = 1, **environment: str) -> subprocess.Popen[str]:
@@ -229,7 +229,7 @@ def test_a_signal_stops_with_a_checkpoint_that_goes_on(tmp_path: Path, photos: P
     os.killpg(process.pid, number)
     said = end(process, timeout=60)
     assert f"stopped by {number.name} at step" in said
-    stopped_at = checkpoint.load(run / "checkpoints" / "last.pt")["step"]
+    stopped_at = load_checkpoint(run / "checkpoints" / "last.pt")["step"]
     assert stopped_at == steps(run)[-1]["step"] >= 2
 
     more = f"--max_steps={stopped_at + 2}"

@@ -6,9 +6,10 @@ from typing import TypeVar
 import torch
 from torch import Tensor, nn
 
-from fastsimclr import SimCLR, checkpoint, projector
+from fastsimclr import SimCLR, projector
 from fastsimclr.config import parse
 from fastsimclr.models import Encoder
+from fastsimclr.run_folder import RunFolder
 
 M = TypeVar("M", bound=nn.Module)
 
@@ -52,6 +53,6 @@ def save_run(folder: Path, encoder: Encoder, *options: str) -> Path:
         "model": SimCLR(encoder, projector(encoder.out_features, hidden=8, out=8)).state_dict(),
         "config": text,
     }
-    checkpoint.save(folder / "checkpoints" / "last.pt", state)
+    RunFolder(folder).save(state)
     (folder / "config.yaml").write_text(text)
     return folder

@@ -24,6 +24,7 @@ from fastsimclr.data.images import decode
 from fastsimclr.data.sources import EncodedSource
 from fastsimclr.distributed import World, gather_objects, share
 from fastsimclr.errors import UserError
+from fastsimclr.run_folder import replacing
 
 CACHE_FILE = "image_scan.npz"
 SKIPPED_FILE = "skipped_images.txt"
@@ -129,9 +130,9 @@ def list_skipped(folder: Path, bad: Sequence[str]) -> Path:
     the list of an earlier run, whose files have been mended."""
     file = folder / SKIPPED_FILE
     if bad:
-        folder.mkdir(parents=True, exist_ok=True)
         lines = "".join(line.replace("\n", "\\n") + "\n" for line in bad)
-        file.write_text(lines, encoding="utf-8", errors="surrogateescape")  # names are any bytes
+        with replacing(file) as partial:
+            partial.write_text(lines, encoding="utf-8", errors="surrogateescape")  # names are any bytes
     else:
         file.unlink(missing_ok=True)
     return file
@@ -272,15 +273,11 @@ class _Book:
         entries = entries[np.unique(entries["place"], return_index=True)[1]]  # the first of each place, so the new
         texts = self._old_faults | {int(self._rows["place"][i]): text for i, text in self._faults.items()}
         faults = {place: texts[place] for place in entries["place"][entries["height"] == 0].tolist()}
-        partial = self._file.with_suffix(f".{os.getpid()}.partial")  # two processes may scan beside each other
+        partial = self._file.with_suffix(f".{os.getpid()}.partial")  # two commands may scan at the same time
+        as_json = np.frombuffer(json.dumps(faults).encode(), np.uint8)
         try:
-            self._file.parent.mkdir(parents=True, exist_ok=True)
-            with open(partial, "wb") as file:
-                as_json = np.frombuffer(json.dumps(faults).encode(), np.uint8)
+            with replacing(self._file, partial), open(partial, "wb") as file:
                 np.savez(file, made_by=np.array(_made_by()), entries=entries, faults=as_json)
-                file.flush()
-                os.fsync(file.fileno())
-            os.replace(partial, self._file)
         except OSError as error:
             self._failure = f"{self._file}: cannot be written ({error.strerror}); expected a folder to write to"
 

@@ -18,6 +18,7 @@ from fastsimclr.data import Source
 from fastsimclr.data.sources import NO_LABEL
 from fastsimclr.distributed import World, gather_objects
 from fastsimclr.errors import UserError
+from fastsimclr.run_folder import partial_of, rename_whole
 
 
 class FeatureFile:
@@ -29,7 +30,7 @@ class FeatureFile:
 
     def __init__(self, path: Path, source: Source, features: int, said: dict[str, str]) -> None:
         """path: ends in .npy, or in .safetensors, which also holds the labels, if there are any, and what is `said`."""
-        self.path, self.partial = path, path.with_name(path.name + ".partial")
+        self.path, self.partial = path, partial_of(path)
         self.shape = (len(source), features)
         self._source = source
         self._head = _npy_head(self.shape)
@@ -79,7 +80,7 @@ class FeatureFile:
 
     def land(self) -> None:
         """All rows are there: give the file its name."""
-        os.replace(self.partial, self.path)
+        rename_whole(self.partial, self.path)
 
     def discard(self) -> None:
         """Leave nothing, if it has no name yet."""

@@ -8,12 +8,12 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from fastsimclr import checkpoint
 from fastsimclr.data.augmentation import Views
 from fastsimclr.errors import UserError
 from fastsimclr.models import ENCODERS, Encoder, encoder
 from fastsimclr.pretrained.layouts import Architecture, Weights, architecture_of, check_fits, find_weights
 from fastsimclr.pretrained.safe_pickle import read_foreign
+from fastsimclr.run_folder import is_checkpoint
 
 LAST = Path("checkpoints", "last.pt")
 TIMM_FILES = ("config.json", "model.safetensors")
@@ -102,7 +102,7 @@ def _open(path: Path) -> Pretrained:
     if path.suffix == ".safetensors":
         return _from_safetensors(path)
     contents = read_foreign(path)
-    return _from_run(path, contents) if checkpoint.is_run(contents) else _from_weights(path, contents)
+    return _from_run(path, contents) if is_checkpoint(contents) else _from_weights(path, contents)
 
 
 def _from_run(path: Path, state: dict[str, Any]) -> Pretrained:

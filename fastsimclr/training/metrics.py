@@ -1,7 +1,6 @@
 """What a run leaves for people and programs: metrics.jsonl, TensorBoard, a progress bar or lines."""
 
 import json
-import os
 import sys
 import time
 from collections import deque
@@ -12,6 +11,8 @@ from typing import Any
 import torch
 from torch import Tensor
 from tqdm import tqdm
+
+from fastsimclr.run_folder import replacing
 
 
 class RunLog:
@@ -76,9 +77,8 @@ class RunLog:
         for line in self._path.read_text().splitlines(keepends=True):
             if line.endswith("\n") and json.loads(line)["step"] <= step and step > 0:
                 kept.append(line)
-        partial = self._path.with_suffix(".partial")
-        partial.write_text("".join(kept))
-        os.replace(partial, self._path)
+        with replacing(self._path) as partial:
+            partial.write_text("".join(kept))
 
 
 class LaggedRecord:

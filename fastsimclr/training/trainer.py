@@ -14,7 +14,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
-from fastsimclr import checkpoint, distributed
+from fastsimclr import distributed
 from fastsimclr._extension import describe_build
 from fastsimclr.config import Config
 from fastsimclr.data import Batch, choose_backend, open_views
@@ -30,6 +30,7 @@ from fastsimclr.models import SimCLR, encoder, projector, synchronise_batch_norm
 from fastsimclr.optim import build_optimizer, learning_rate, resolve_lr
 from fastsimclr.precision import choose_precision
 from fastsimclr.profiling import FIRST_TRACED, StageClock, Trace, stage
+from fastsimclr.run_folder import RunFolder, load_checkpoint
 from fastsimclr.training.metrics import LaggedRecord, RunLog
 from fastsimclr.training.run_data import RunData
 from fastsimclr.training.step import Step
@@ -42,7 +43,8 @@ class Training:
 
     def __init__(self, config: Config, text: str, world: World, arguments: Sequence[str]) -> None:
         self.config, self.text, self.world, self.arguments = config, text, world, arguments
-        self.output = Path(distributed.share(config.output or _new_folder(config), world))
+        self.folder = RunFolder(distributed.share(config.output or _new_folder(config), world))
+        self.output = self.folder.path
         self.untrained_knn: float | None = None
         self.lagged = LaggedRecord()
         self.clock = StageClock(world.device)
@@ -118,7 +120,7 @@ class Training:
         self.total_steps = config.epochs * self.steps_per_epoch
         self.last_step = min(self.total_steps, config.max_steps or self.total_steps)
         self.warmup_steps = min(round(config.optim.warmup_epochs * self.steps_per_epoch), self.total_steps // 10)
-        self.checkpoint_file = self.output / "checkpoints" / "last.pt"
+        self.checkpoint_file = self.folder.checkpoint
         self._resume()
 
     def run(self) -> int:
@@ -316,7 +318,7 @@ class Training:
                 "untrained_knn": self.untrained_knn,
                 "config": self.text,
             }
-            checkpoint.save(self.checkpoint_file, state)
+            self.folder.save(state)
 
     def _resume(self) -> None:
         """Take up the checkpoint that --resume means, if there is one."""
@@ -325,8 +327,8 @@ class Training:
         file = self.checkpoint_file if self.config.resume == "auto" else Path(self.config.resume)
         if self.config.resume == "never" or (self.config.resume == "auto" and not file.exists()):
             return
-        state = checkpoint.load(file)
-        checkpoint.check_architecture(file, state["architecture"], self._architecture())
+        state = load_checkpoint(file)
+        self._check_architecture(file, state["architecture"])
         if state["batch_size"] != self.config.batch_size:
             raise UserError(
                 f"--batch_size: got {self.config.batch_size}, but {file} is of a run with {state['batch_size']}; "
@@ -353,6 +355,19 @@ class Training:
             "layers": model.layers,
             "optimizer": self.config.optim.name,
         }
+
+    def _check_architecture(self, file: Path, saved: dict[str, Any]) -> None:
+        """Raise UserError, naming each difference, unless the checkpoint's model is built like this run's."""
+        differences = [
+            f"{name} {saved.get(name)!r} instead of {value!r}"
+            for name, value in self._architecture().items()
+            if saved.get(name) != value
+        ]
+        if differences:
+            raise UserError(
+                f"{file}: got a checkpoint of another architecture ({', '.join(differences)}); expected this run's: "
+                "change the --model options, or give another --output, or --resume never"
+            )
 
     def _environment(self) -> dict[str, Any]:
         """What this run, or its latest start, ran on."""

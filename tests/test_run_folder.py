@@ -7,7 +7,8 @@ from pathlib import Path
 import pytest
 import torch
 
-from fastsimclr import UserError, checkpoint
+from fastsimclr import UserError
+from fastsimclr.run_folder import RunFolder, load_checkpoint
 
 
 class Code:
@@ -17,15 +18,15 @@ class Code:
 
 def test_what_was_saved_comes_back(tmp_path: Path) -> None:
     state = {"model": {"w": torch.randn(3, dtype=torch.float64)}, "step": 7, "untrained_knn": None}
-    checkpoint.save(tmp_path / "checkpoints" / "last.pt", state)
-    loaded = checkpoint.load(tmp_path / "checkpoints" / "last.pt")
+    RunFolder(tmp_path).save(state)
+    loaded = load_checkpoint(RunFolder(tmp_path).checkpoint)
     assert torch.equal(loaded["model"]["w"], state["model"]["w"])  # type: ignore[index]
     assert loaded["step"] == 7
 
 
 def test_a_save_that_dies_leaves_the_earlier_checkpoint(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    file = tmp_path / "last.pt"
-    checkpoint.save(file, {"step": 1})
+    run = RunFolder(tmp_path)
+    run.save({"step": 1})
 
     def die(state: object, stream: object) -> None:
         stream.write(b"half of it")  # type: ignore[attr-defined]
@@ -33,19 +34,20 @@ def test_a_save_that_dies_leaves_the_earlier_checkpoint(tmp_path: Path, monkeypa
 
     monkeypatch.setattr(torch, "save", die)
     with pytest.raises(OSError, match="disk is full"):
-        checkpoint.save(file, {"step": 2})
-    assert checkpoint.load(file)["step"] == 1
+        run.save({"step": 2})
+    assert load_checkpoint(run.checkpoint)["step"] == 1
+    assert [file.name for file in run.checkpoint.parent.iterdir()] == ["last.pt"]
 
 
 def test_files_that_are_no_checkpoint_are_refused_by_name(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
-    checkpoint.save(Path("whole.pt"), {"step": 1, "w": torch.zeros(1000)})
-    Path("short.pt").write_bytes(Path("whole.pt").read_bytes()[:-500])
+    RunFolder(".").save({"step": 1, "w": torch.zeros(1000)})
+    Path("short.pt").write_bytes(Path("checkpoints/last.pt").read_bytes()[:-500])
     Path("empty.pt").write_bytes(b"")
     Path("text.pt").write_text("not a checkpoint")
     Path("code.pt").write_bytes(pickle.dumps(Code(), protocol=2))
     torch.save({"step": 1}, "foreign.pt")
     for name in ("short", "empty", "text", "code", "foreign", "missing"):
         with pytest.raises(UserError, match=rf"{name}\.pt: got .*expected"):
-            checkpoint.load(Path(f"{name}.pt"))
+            load_checkpoint(Path(f"{name}.pt"))
     assert not Path("executed").exists()
