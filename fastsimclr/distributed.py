@@ -32,6 +32,10 @@ class World:
         return self.rank == 0
 
 
+ALONE = World(0, 1, torch.device("cpu"))
+"""This process and no other, on the CPU."""
+
+
 def start(device: str) -> World:
     """Join the processes that torchrun started (or stand alone), on `device` ("auto", "cpu", "cuda", "cuda:1").
 

@@ -14,7 +14,7 @@ import json
 import sys
 import time
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -26,12 +26,14 @@ from torch import Tensor
 from fastsimclr import distributed
 from fastsimclr.command import Parser, exit_code
 from fastsimclr.config import parse
-from fastsimclr.data import Source, open_source
+from fastsimclr.data import Source
 from fastsimclr.data.augmentation import Views
 from fastsimclr.data.backends import BACKENDS
+from fastsimclr.data.dataset import is_built_in, open_dataset
+from fastsimclr.data.loader import LoaderConfig
 from fastsimclr.data.params import epoch_order
-from fastsimclr.data.scan import SKIPPED_FILE, BadImages, list_skipped, scan
-from fastsimclr.data.sources import BUILT_IN, NO_LABEL, EncodedSource
+from fastsimclr.data.scan import SKIPPED_FILE
+from fastsimclr.data.sources import NO_LABEL
 from fastsimclr.distributed import World, together
 from fastsimclr.environment import installed
 from fastsimclr.errors import UserError
@@ -66,17 +68,18 @@ class Embedding:
     views: Views
     data: str
     """A path, or a built-in set."""
-    source: Source
     output: Path
     precision: Precision
     method: str
     """Of the map: umap, tsne, pca or none."""
     why_method: str
 
+    source: Source = field(init=False)
+
     @property
     def what(self) -> str:
         """The images, for people."""
-        return f"{self.data} (held-out part)" if _is_built_in(self.data) else self.data
+        return f"{self.data} (held-out part)" if is_built_in(self.data) else self.data
 
 
 def run(options: argparse.Namespace) -> None:
@@ -85,10 +88,30 @@ def run(options: argparse.Namespace) -> None:
     if world.device.type == "cpu":
         keep_freed_memory()
     job = together(lambda: _open(options, world), world)
-    there = len(job.source)
-    if options.images is not None and options.images < there:
-        job.source = job.source.subset(np.sort(epoch_order(options.seed, 0, there)[: options.images]))
-    skipped = _leave_out_bad(job, options, world)
+    there = 0
+
+    def select(train: Source, val: Source | None) -> tuple[Source, Source | None]:
+        """The part to embed, in the place of both."""
+        nonlocal there
+        source = train if val is None else val
+        there = len(source)
+        if options.images is not None and options.images < there:
+            source = source.subset(np.sort(epoch_order(options.seed, 0, there)[: options.images]))
+        return source, None
+
+    found = open_dataset(
+        job.data,
+        None,
+        world=world,
+        backend=options.backend,
+        max_bad=options.max_bad,
+        cache=scan_cache(options.checkpoint, job.output),
+        skipped_to=job.output,
+        select=select,
+        option="--max_bad",
+    )
+    job.source = found.train
+    skipped = found.skipped or []
 
     started = time.perf_counter()
     said = {"checkpoint": str(options.checkpoint), "origin": job.pretrained.origin, "data": job.data}
@@ -171,7 +194,6 @@ def _open(options: argparse.Namespace, world: World) -> Embedding:
         pretrained,
         _recipe(options, pretrained.views or Views()),
         data,
-        open_source(data, split="val" if _is_built_in(data) else "train"),
         output,
         choose_precision(options.precision, world.device),
         method,
@@ -187,28 +209,7 @@ def _recipe(options: argparse.Namespace, views: Views) -> Views:
     return replace(views.plain(), **{name: getattr(read.data, name) for name in given})
 
 
-def _is_built_in(data: str) -> bool:
-    return data.partition(":")[0] in BUILT_IN
-
-
 # Images, and their features
-
-
-def _leave_out_bad(job: Embedding, options: argparse.Namespace, world: World) -> list[str]:
-    """Try all images, by all ranks; returns what is wrong with those left out, beginning with their names."""
-    if not isinstance(job.source, EncodedSource):
-        return []
-    cache = scan_cache(options.checkpoint, job.output)
-    try:
-        scanned = scan(job.source, max_bad=options.max_bad, cache=cache, world=world)
-    except BadImages as error:
-        if world.is_first:
-            list_skipped(job.output, error.bad)
-        raise UserError(f"--{error} ({job.output / SKIPPED_FILE} names all)") from error
-    job.source = scanned.source
-    if world.is_first:
-        list_skipped(job.output, scanned.bad)
-    return scanned.bad
 
 
 def _batches(job: Embedding, options: argparse.Namespace, world: World) -> Iterator[tuple[Tensor, Tensor, Tensor]]:
@@ -218,10 +219,7 @@ def _batches(job: Embedding, options: argparse.Namespace, world: World) -> Itera
         model,
         job.source,
         job.views,
-        options.batch_size,
-        world,
-        backend=options.backend,
-        workers=options.workers,
+        LoaderConfig(batch_size=options.batch_size, backend=options.backend, world=world, workers=options.workers),
         autocast=job.precision.autocast,
         title="embedding",
     )
@@ -239,7 +237,7 @@ def _record(job: Embedding, options: argparse.Namespace, world: World, seconds: 
         "origin": job.pretrained.origin,
         "encoder": {"name": model.name, "width": model.width, "stem": model.stem},
         "data": job.data,
-        "split": "val" if _is_built_in(job.data) else None,
+        "split": "val" if is_built_in(job.data) else None,
         "images": images,
         "features": model.out_features,
         "classes": len(pictures.class_names(job.source)),

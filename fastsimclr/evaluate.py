@@ -23,6 +23,7 @@ from fastsimclr import distributed
 from fastsimclr.command import exit_code
 from fastsimclr.config import parse_as
 from fastsimclr.data.augmentation import Views
+from fastsimclr.data.loader import LoaderConfig
 from fastsimclr.distributed import World, all_gather_rows, together
 from fastsimclr.environment import commit
 from fastsimclr.errors import UserError
@@ -106,6 +107,13 @@ class Evaluation:
         self.config, self.text, self.pretrained, self.world = config, text, pretrained, world
         self.views = config.data.views_recipe()
         self.precision = choose_precision(config.precision, world.device)
+        self.loader = LoaderConfig(
+            batch_size=config.batch_size,
+            backend=config.data.backend,
+            world=world,
+            seed=config.seed,
+            workers=config.data.workers,
+        )
         self.settings: dict[str, Any] = {}
         """What was chosen for this evaluation, for its record."""
         together(self._check_output, world)
@@ -202,12 +210,9 @@ class Evaluation:
             self.data.train,
             self.views,
             schedule,
-            self.world,
+            self.loader,
             self.precision,
-            seed=config.seed,
             title=config.name(),
-            backend=config.data.backend,
-            workers=config.data.workers,
         )
         self.settings = vars(schedule) | {"epoch_losses": losses}
         self._save(classifier)
@@ -242,10 +247,7 @@ class Evaluation:
             model,
             source,
             self.views,
-            self.config.batch_size,
-            self.world,
-            backend=self.config.data.backend,
-            workers=self.config.data.workers,
+            self.loader,
             autocast=self.precision.autocast,
             title=title,
         )

@@ -114,6 +114,12 @@ def rename_whole(partial: Path, path: Path) -> None:
     os.replace(partial, path)
 
 
+def write_text(path: Path, text: str) -> None:
+    """Replace a text file atomically."""
+    with replacing(path) as partial:
+        partial.write_text(text)
+
+
 def write_whole(output: Path, write: Callable[[Path], object]) -> None:
     """Have `write` fill the file that is to replace the user's `output`. Raises UserError if it cannot be written."""
     try:

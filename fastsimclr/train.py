@@ -14,7 +14,8 @@ from fastsimclr.config import parse
 from fastsimclr.data.scan import ScanStopped
 from fastsimclr.errors import UserError
 from fastsimclr.malloc import keep_freed_memory
-from fastsimclr.training.trainer import STOP_SIGNALS, Training
+from fastsimclr.training.rank_sync import STOP_SIGNALS
+from fastsimclr.training.trainer import Trainer
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -26,7 +27,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
         world = distributed.start(config.device)
         if world.device.type == "cpu":
             keep_freed_memory()
-        return Training(config, text, world, arguments).run()
+        Trainer(config, text, world, arguments).train()
+        return 0
     except UserError as error:
         if os.environ.get("RANK", "0") == "0":
             print(f"fastsimclr.train: error: {' '.join(str(error).split())}", file=sys.stderr)

@@ -16,14 +16,13 @@ from sklearn.preprocessing import StandardScaler
 from torchvision.models import resnet18
 
 from fastsimclr.data import Source, open_source
-from fastsimclr.distributed import World
+from fastsimclr.data.loader import LoaderConfig
 from fastsimclr.evaluate import main
 from fastsimclr.evaluation.features import embed
 from fastsimclr.pretrained import open_pretrained
 from fastsimclr.train import main as train
 
 CIFAR10 = Path(__file__).resolve().parents[2] / "shared" / "data" / "cifar10"
-ALONE = World(0, 1, torch.device("cpu"))
 FAST = ["--precision=fp32", "--device=cpu"]
 
 
@@ -48,7 +47,7 @@ def features(run: Path, source: Source) -> tuple[np.ndarray, np.ndarray]:
     """Representations, as float64, and labels."""
     found = open_pretrained(run)
     assert found.views is not None
-    values, labels = embed(found.encoder, source, found.views, 256, ALONE, backend="memory")
+    values, labels = embed(found.encoder, source, found.views, LoaderConfig(batch_size=256, backend="memory"))
     return values.double().numpy(), labels.numpy()
 
 

@@ -3,6 +3,7 @@
 It finds tensors on the wrong device. Not those that PyTorch accepts there: 0-dim tensors, and indices.
 """
 
+import itertools
 import warnings
 from collections.abc import Callable
 from contextlib import nullcontext
@@ -20,6 +21,7 @@ from fastsimclr import _extension, nt_xent
 from fastsimclr.config import parse
 from fastsimclr.data import open_source, open_views
 from fastsimclr.data.augmentation import Views
+from fastsimclr.data.loader import LoaderConfig
 from fastsimclr.data.torchvision import _Crops
 from fastsimclr.distributed import World
 from fastsimclr.evaluation import linear
@@ -28,7 +30,8 @@ from fastsimclr.evaluation.knn import knn_accuracy, knn_ranking, measure
 from fastsimclr.loss import fused, tiled
 from fastsimclr.models import Encoder, encoder
 from fastsimclr.precision import choose_precision
-from fastsimclr.training.trainer import Training
+from fastsimclr.training.build import architecture
+from fastsimclr.training.trainer import Trainer
 
 pytestmark = [
     pytest.mark.skipif(not torch.backends.cuda.is_built(), reason="this PyTorch is built without CUDA"),
@@ -36,6 +39,7 @@ pytestmark = [
 ]
 
 WORLD = World(0, 1, GPU)
+LOADER = LoaderConfig(batch_size=8, backend="memory", world=WORLD)
 HOPPER, TURING = (9, 0), (7, 5)
 """With the extension's kernels and bf16; with PyTorch's operations and fp16."""
 COLORFUL = Views(
@@ -60,37 +64,34 @@ def in_real(function: Callable[..., Any]) -> Callable[..., Any]:
 # Each is run in `fake_cuda`.
 
 
-def open_training(folder: Path, *more: str) -> Training:
+def open_training(folder: Path, *more: str) -> Trainer:
     options = ["--data.train=digits", "--data.image_size=16", "--model.encoder=resnet18", "--model.hidden=32"]
     options += ["--model.out=16", "--batch_size=8", "--optim.clip_grad=1.0", f"--output={folder}", *more]
     with pytest.MonkeyPatch.context() as patch:
-        for name in ("RunData", "encoder", "projector"):
-            full_name = f"fastsimclr.training.trainer.{name}"
+        for name in ("trainer.open_dataset", "build.encoder", "build.projector"):
+            full_name = f"fastsimclr.training.{name}"
             patch.setattr(full_name, in_real(resolve_name(full_name)))
-        training = Training(*parse(options), WORLD, [])
-    training.stepper = training._stepper()
-    return training
+        return Trainer(*parse(options), WORLD, [])
 
 
 def train(folder: Path, *more: str) -> None:
     training = open_training(folder, *more)
-    batches = iter(training.loader)
     with training.clock.running():
-        for _ in range(2):
-            batch = training._next(batches)
-            assert batch is not None
-            training._set_lr()
-            measured = training._update(batch, 8)
+        for batch in itertools.islice(training.sync.batches(training.loader, training.progress), 2):
+            lr = training.schedule.apply(training.optimizer, training.progress.step)
+            measured = training.train_step(batch)
+            training.progress.advance(batch)
             _, stages = training.clock.end_step()
             assert stages()["views"] > 0
-    assert training.lagged.push(measured, stages, {}) is None
+    training.metrics.log(measured, stages, {"step": 2, "lr": lr})
+    assert not training.metrics.last, "a GPU's record is completed a step later"
     for value in measured.values():
         on_gpu(value)
     for parameter in training.model.parameters():
         assert parameter.device == GPU
         for state in training.optimizer.state[parameter].values():
             assert state.device == GPU or state.ndim == 0  # Adam counts steps on the CPU
-    assert training._architecture()["stem"] == "small"
+    assert architecture(training.config, training.model)["stem"] == "small"
     assert len(training.optimizer.state) == len(list(training.model.parameters()))
 
 
@@ -159,7 +160,7 @@ def knn() -> None:
     source = real(open_source, "digits").subset(np.arange(16))
     model = real(small_encoder).to(GPU, memory_format=torch.channels_last)  # type: ignore[call-overload]
     chosen = choose_precision("auto", GPU)
-    measure(model, source, None, COLORFUL, 8, WORLD, 5, backend="memory", workers=0, autocast=chosen.autocast)
+    measure(model, source, None, COLORFUL, LOADER, 5, autocast=chosen.autocast)
 
 
 def logistic_regression() -> None:
@@ -175,7 +176,7 @@ def classifier(frozen: bool) -> None:
     model = real(lambda: Classifier(small_encoder(), 10, frozen=frozen))
     chosen = choose_precision("auto", GPU)
     schedule = Schedule(epochs=1, lr=0.1, batch_size=8)
-    train_classifier(model, source, COLORFUL, schedule, WORLD, chosen, seed=0, title="", backend="memory")
+    train_classifier(model, source, COLORFUL, schedule, LOADER, chosen, title="")
     on_gpu(model.fc.weight, 10, 512)
 
 
@@ -222,7 +223,7 @@ def test_an_old_gpu_takes_fp16_and_the_tiled_loss_and_says_why_once(tmp_path: Pa
         warnings.simplefilter("default")
         training = open_training(tmp_path)
         batch = next(iter(training.loader))
-        training._update(batch, 8)
+        training.train_step(batch)
         assert [str(each.message).split(":")[0] for each in caught] == ["views"], "the log says it of the loss"
         for _ in range(2):
             nt_xent(z1.to(GPU), z2.to(GPU))

@@ -12,11 +12,9 @@ from ranks import run_ranks
 
 from fastsimclr.config import DataConfig
 from fastsimclr.data import open_source
-from fastsimclr.distributed import World
+from fastsimclr.distributed import ALONE, World
 from fastsimclr.errors import UserError
 from fastsimclr.evaluation.labelled import class_balanced, hold_out, open_labelled
-
-ALONE = World(0, 1, torch.device("cpu"))
 
 
 def subset(fraction: float, seed: int) -> np.ndarray:

@@ -18,6 +18,7 @@ from torch.amp import GradScaler
 from fastsimclr import Views, nt_xent, precision
 from fastsimclr.config import parse
 from fastsimclr.data import open_source
+from fastsimclr.data.loader import LoaderConfig
 from fastsimclr.distributed import World
 from fastsimclr.evaluation.classifier import Classifier, Schedule, train_classifier
 from fastsimclr.evaluation.features import embed
@@ -25,7 +26,7 @@ from fastsimclr.precision import choose_precision
 from fastsimclr.run_folder import load_checkpoint
 from fastsimclr.train import main
 from fastsimclr.training.step import Step
-from fastsimclr.training.trainer import Training
+from fastsimclr.training.trainer import Trainer
 
 CPU, GPU = torch.device("cpu"), torch.device("cuda", 0)
 TURING = "fp16 autocast with scaled gradients (auto: this GPU has fp16 tensor cores, but no bf16)"
@@ -46,10 +47,10 @@ class SmallEncoder(nn.Sequential):
 
 @pytest.fixture
 def small_encoder(monkeypatch: pytest.MonkeyPatch, one_thread: None) -> None:
-    monkeypatch.setattr("fastsimclr.training.trainer.encoder", SmallEncoder)
+    monkeypatch.setattr("fastsimclr.training.build.encoder", SmallEncoder)
 
 
-def set_scale(training: Training, scale: float) -> None:
+def set_scale(training: Trainer, scale: float) -> None:
     training.scaler.load_state_dict(GradScaler("cpu", init_scale=scale).state_dict())
 
 
@@ -63,10 +64,8 @@ def options(output: Path, *more: str) -> list[str]:
     return [*given, f"--output={output}", *more]
 
 
-def open_training(output: Path, *more: str, world: World = World(0, 1, CPU)) -> Training:  # noqa: B008 - frozen
-    training = Training(*parse(options(output, *more)), world, [])
-    training.stepper = training._stepper()
-    return training
+def open_training(output: Path, *more: str, world: World = World(0, 1, CPU)) -> Trainer:  # noqa: B008 - frozen
+    return Trainer(*parse(options(output, *more)), world, [])
 
 
 def steps(run: Path) -> list[dict[str, Any]]:
@@ -168,7 +167,7 @@ def test_micro_batches_have_the_gradients_of_the_whole_batch() -> None:
 # A run
 
 
-def snapshot(training: Training) -> list[Tensor]:
+def snapshot(training: Trainer) -> list[Tensor]:
     state = training.optimizer.state_dict()["state"]
     buffers = [state[number][name] for number in sorted(state) for name in sorted(state[number])]
     return [tensor.clone() for tensor in (*training.model.parameters(), *buffers)]
@@ -181,12 +180,12 @@ def test_gradients_that_overflow_skip_the_step(tmp_path: Path, small_encoder: No
     batch = next(iter(training.loader))
     set_scale(training, 2.0**8)
     start = snapshot(training)
-    assert training._update(batch, 16)["grad_scale"] == 2.0**8
+    assert training.train_step(batch)["grad_scale"] == 2.0**8
     before = snapshot(training)
     assert not torch.equal(before[0], start[0])
 
     set_scale(training, 2.0**40)
-    measured = training._update(batch, 16)
+    measured = training.train_step(batch)
     assert measured["grad_scale"] == 2.0**40
     assert torch.isfinite(measured["loss"])
     assert training.scaler.get_scale() == 2.0**39
@@ -195,7 +194,7 @@ def test_gradients_that_overflow_skip_the_step(tmp_path: Path, small_encoder: No
     assert all(map(torch.equal, before, after))
 
     set_scale(training, 2.0**8)
-    training._update(batch, 16)
+    training.train_step(batch)
     assert not torch.equal(snapshot(training)[0], before[0])
 
 
@@ -203,7 +202,7 @@ def test_gradients_are_clipped_after_they_are_unscaled(tmp_path: Path, small_enc
     training = open_training(tmp_path, "--optim.clip_grad=0.1", "--optim.weight_decay=0")
     set_scale(training, 2.0**8)
     before = snapshot(training)
-    training._update(next(iter(training.loader)), 16)
+    training.train_step(next(iter(training.loader)))
     change = torch.cat([(w - start).flatten() for w, start in zip(training.model.parameters(), before, strict=True)])
     assert change.norm().item() == pytest.approx(0.1 * 0.01, rel=0.01)  # clip_grad * lr
 
@@ -212,15 +211,14 @@ def test_gradients_are_clipped_after_they_are_unscaled(tmp_path: Path, small_enc
 def test_a_classifier_trains_in_float16(frozen: bool, one_thread: None) -> None:
     source, views = open_source("digits").subset(np.arange(64)), Views.preset("digits")
     schedule = Schedule(epochs=3, lr=0.1, batch_size=16)
+    loader = LoaderConfig(batch_size=16, backend="memory")
     losses, features = {}, {}
     for name in ("fp32", "fp16"):
         torch.manual_seed(0)
         classifier = Classifier(SmallEncoder(), 10, frozen=frozen)  # type: ignore[arg-type]
         chosen = choose_precision(name, CPU)
-        losses[name] = train_classifier(
-            classifier, source, views, schedule, World(0, 1, CPU), chosen, seed=0, title="", backend="memory"
-        )
-        features[name], _ = embed(classifier, source, views, 16, World(0, 1, CPU), autocast=chosen.autocast)
+        losses[name] = train_classifier(classifier, source, views, schedule, loader, chosen, title="")
+        features[name], _ = embed(classifier, source, views, loader, autocast=chosen.autocast)
     assert losses["fp16"][-1] < losses["fp16"][0]
     assert losses["fp16"] != losses["fp32"]
     assert losses["fp16"] == pytest.approx(losses["fp32"], rel=0.01)
@@ -230,7 +228,7 @@ def test_a_classifier_trains_in_float16(frozen: bool, one_thread: None) -> None:
 
 def train_on_a_rank(rank: int, folder: Path) -> list[tuple[float, list[Tensor]]]:
     """Scale and weights after each of two steps, in the first of which rank 1 alone overflows."""
-    pytest.MonkeyPatch().setattr("fastsimclr.training.trainer.encoder", SmallEncoder)
+    pytest.MonkeyPatch().setattr("fastsimclr.training.build.encoder", SmallEncoder)
     training = open_training(folder, world=World(rank, 2, CPU))
     set_scale(training, 2.0**8)
     healthy = training.stepper
@@ -239,7 +237,7 @@ def train_on_a_rank(rank: int, folder: Path) -> list[tuple[float, list[Tensor]]]
     done = []
     for stepper in (broken if rank == 1 else healthy, healthy):
         training.stepper = stepper
-        training._update(next(batches), 8)
+        training.train_step(next(batches))
         done.append((training.scaler.get_scale(), [p.detach().clone() for p in training.model.parameters()]))
     return done
 

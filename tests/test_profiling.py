@@ -4,16 +4,16 @@ import gzip
 import json
 import time
 from pathlib import Path
-from typing import Any
 
 import pytest
 import torch
 
 from fastsimclr.config import parse
+from fastsimclr.data import Batch
 from fastsimclr.distributed import World
 from fastsimclr.profiling import StageClock, stage
 from fastsimclr.train import main
-from fastsimclr.training.trainer import Training
+from fastsimclr.training.trainer import Trainer
 
 SMALL = ["--config=digits", "--batch_size=32", "--data.image_size=20", "--knn_every=0", "--model.hidden=32"]
 
@@ -84,25 +84,25 @@ def test_profile_traces_the_steps_from_the_sixth_on(tmp_path: Path, capfd: pytes
 def test_a_step_on_a_gpu_never_waits_for_it(tmp_path: Path, optimizer: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """CUDA's debug mode raises at whatever makes the host wait: from the third step on, up to the checkpoint."""
     options = [*SMALL, "--data.train=digits", "--max_steps=12", f"--output={tmp_path}", "--device=cuda"]
-    training = Training(
+    trainer = Trainer(
         *parse([*options, f"--optim.name={optimizer}", "--checkpoint_every=100"]),
         World(0, 1, torch.device("cuda", 0)),
         [],
     )
-    get_batch, save = training._next, training._checkpoint
+    advance, save = trainer.progress.advance, trainer.save
 
-    def strict(batches: Any) -> Any:
-        torch.cuda.set_sync_debug_mode("error" if training.step >= 2 else "default")
-        return get_batch(batches)
+    def strict(batch: Batch) -> None:
+        advance(batch)
+        torch.cuda.set_sync_debug_mode("error" if trainer.progress.step >= 2 else "default")
 
     def lenient() -> None:
         torch.cuda.set_sync_debug_mode("default")
         save()
 
-    monkeypatch.setattr(training, "_next", strict)
-    monkeypatch.setattr(training, "_checkpoint", lenient)
+    monkeypatch.setattr(trainer.progress, "advance", strict)
+    monkeypatch.setattr(trainer, "save", lenient)
     try:
-        assert training.run() == 0
+        trainer.train()
     finally:
         torch.cuda.set_sync_debug_mode("default")
     lines = [json.loads(line) for line in (tmp_path / "metrics.jsonl").read_text().splitlines()]

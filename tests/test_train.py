@@ -246,15 +246,15 @@ def test_micro_batches_give_the_gradient_of_the_whole_batch(tmp_path: Path, view
     """With batch normalisation frozen into its running statistics there is nothing that a part would change."""
     from fastsimclr.config import parse
     from fastsimclr.distributed import World
-    from fastsimclr.training.trainer import Training
+    from fastsimclr.training.trainer import Trainer
 
     gradients = []
     for micro_batch_size in ("none", "5"):  # 16 images: parts of 4, 4, 4 and 4
         options = [*views, f"--output={tmp_path}", "--data.train=digits", f"--micro_batch_size={micro_batch_size}"]
-        training = Training(*parse([*TINY, *options, "--precision=fp64"]), World(0, 1, torch.device("cpu")), [])
-        training.model.eval()
-        training._stepper().backward(next(iter(training.loader)).views, 16)
-        gradients.append([p.grad for p in training.model.parameters() if p.grad is not None])
+        trainer = Trainer(*parse([*TINY, *options, "--precision=fp64"]), World(0, 1, torch.device("cpu")), [])
+        trainer.model.eval()
+        trainer.stepper.backward(next(iter(trainer.loader)).views, 16)
+        gradients.append([p.grad for p in trainer.model.parameters() if p.grad is not None])
     assert len(gradients[0]) == len(gradients[1]) > 60
     for whole, parts in zip(*gradients, strict=True):
         torch.testing.assert_close(whole, parts, rtol=1e-9, atol=1e-12)
@@ -364,7 +364,7 @@ def test_a_signal_in_the_scan_stops_it(tmp_path: Path) -> None:
     time.sleep(1)
     process.send_signal(signal.SIGINT)
     said = end(process, timeout=60)
-    assert f"stopped in the scan for bad images; the same command with --output {tmp_path / 'run'} goes on" in said
+    assert f"stopped in the scan for bad images; rerun with --output {tmp_path / 'run'} to resume" in said
     with np.load(tmp_path / "run" / "image_scan.npz") as saved:
         assert 0 < len(saved["entries"]) < 500
 

@@ -1,6 +1,7 @@
 """What every loader shares: the order, the draws, the photometric op, and the place where a run stands."""
 
 from collections.abc import Generator, Iterator
+from dataclasses import dataclass
 from typing import Any, NamedTuple, Protocol
 
 import numpy as np
@@ -14,6 +15,7 @@ from fastsimclr.data.params import Draws
 from fastsimclr.data.photometric import photometric
 from fastsimclr.data.sampler import Sampler
 from fastsimclr.data.sources import Source
+from fastsimclr.distributed import ALONE, World
 from fastsimclr.profiling import stage
 
 
@@ -26,6 +28,45 @@ class Batch(NamedTuple):
     """(B,) int64: which images of the source."""
     label: Tensor
     """(B,) int64; -1 where there is none."""
+    position: dict[str, Any]
+    """The loader's state after this batch, for `load_state_dict`: "epoch", "position" (images of it, over all ranks),
+    and the "images" and "seed" that it belongs to."""
+
+    @property
+    def ends_epoch(self) -> bool:
+        """Whether the next batch starts another epoch."""
+        return self.position["position"] == 0
+
+    @property
+    def epoch(self) -> int:
+        """The epoch, counted from 0, that this batch is part of."""
+        return self.position["epoch"] - self.ends_epoch
+
+
+@dataclass(frozen=True, kw_only=True)
+class LoaderConfig:
+    """How a loader delivers a source's images."""
+
+    batch_size: int
+    """Images per batch, over all ranks; each rank gets its part. The last batch may be smaller."""
+    backend: str = "auto"
+    """dali (on a GPU, or its CPU operators), torchvision (a DataLoader), memory (images of one size, decoded once and
+    kept on the device); auto: memory for the built-in sets and for small images that a scan has found to be of one
+    size, else dali on a GPU and torchvision without one."""
+    world: World = ALONE
+    """The device on which views are made and delivered, and this rank among those that share each batch."""
+    seed: int = 0
+    """Of the order and of every draw. Views are the same for every backend, up to how it resamples (one level)."""
+    shuffle: bool = True
+    """A new order each epoch; otherwise the source's."""
+    drop_last: bool = False
+    """Leave out an epoch's last batch if it is smaller than the others."""
+    min_local_batch: int = 1
+    """The last batch is also left out where some rank would have fewer than this many images of it."""
+    workers: int | None = None
+    """DataLoader processes, or DALI threads; None: by the number of cores."""
+    dtype: torch.dtype = torch.float32
+    """Of the views."""
 
 
 class Job(NamedTuple):
@@ -86,7 +127,7 @@ class ViewLoader:
         """Batches of a whole epoch."""
         return len(self._sampler)
 
-    def __iter__(self) -> Iterator[Batch]:
+    def __iter__(self) -> Generator[Batch, None, None]:
         """The batches from the position on (an epoch's start, but for a loaded state).
 
         A front serves one iteration at a time: a new one ends the one before, which raises RuntimeError if continued.
@@ -121,11 +162,11 @@ class ViewLoader:
             self._sampler.epoch, self._sampler.position = epoch, 0
 
     def state_dict(self) -> dict[str, Any]:
-        """Where to go on: behind the last batch that was handed out."""
+        """The position after the last batch that was handed out."""
         return self._sampler.state_dict()
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Go on where the loader of `state` stood; batch size and number of ranks may differ."""
+        """Continue from the position of another loader; its batch size and number of ranks may differ."""
         self._sampler.load_state_dict(state)
 
     def device_bytes(self) -> int:
@@ -146,4 +187,5 @@ class ViewLoader:
             views=views,
             index=native.on_device(index, self.device),
             label=native.on_device(self.source.labels[index], self.device),
+            position=self.state_dict(),
         )

@@ -53,7 +53,8 @@ def decode_all(source: EncodedSource) -> ArraySource:
         except UserError:
             threads.shutdown(cancel_futures=True)
             raise
-    return ArraySource("decoded", images, source.labels, source.classes)
+    names = np.array([source.name(index) for index in range(len(source))])
+    return ArraySource("decoded", images, source.labels, source.classes, names)
 
 
 class MemoryFront:

@@ -17,12 +17,11 @@ from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
-import torch
 from numpy.typing import NDArray
 
 from fastsimclr.data.images import decode
 from fastsimclr.data.sources import EncodedSource
-from fastsimclr.distributed import World, gather_objects, share
+from fastsimclr.distributed import ALONE, World, gather_objects, share
 from fastsimclr.errors import UserError
 from fastsimclr.run_folder import replacing
 
@@ -77,21 +76,20 @@ def scan(
     *,
     max_bad: float = 0.01,
     cache: str | Path | None = None,
-    world: World | None = None,
+    world: World = ALONE,
     stop: Callable[[], bool] = lambda: False,
 ) -> Scan:
     """Decode every image of `source` that is not yet known to decode, or not to.
 
     max_bad: the largest fraction of bad images that is let pass.
     cache: a folder to keep what was found in (image_scan.npz), and to find it again; None: nowhere.
-    world: its ranks share the work, and all return the same; None: this process alone.
+    world: its ranks share the work, and all return the same.
     stop: asked before each image; once true on any rank, all raise ScanStopped.
     Raises UserError, on all ranks, if the ranks see different images; BadImages, a UserError that names a few, if more
     than `max_bad` of them are bad, or all.
     """
     if not 0 <= max_bad <= 1:
         raise UserError(f"max_bad: got {max_bad}, expected a fraction from 0 to 1")
-    world = world or World(0, 1, torch.device("cpu"))
     _expect_the_same_images(source, world)
     # The first rank alone has a cache: other nodes may not see its folder, and their copies of the files have other
     # times.

@@ -55,14 +55,23 @@ class Source(ABC):
 class ArraySource(Source):
     """Images of one size, already decoded: (N, H, W, 3) uint8."""
 
-    def __init__(self, title: str, images: Tensor, labels: NDArray[np.int64], classes: Sequence[str]) -> None:
-        self.title, self.images, self.labels, self.classes = title, images, labels, classes
+    def __init__(
+        self,
+        title: str,
+        images: Tensor,
+        labels: NDArray[np.int64],
+        classes: Sequence[str],
+        names: NDArray[np.str_] | None = None,
+    ) -> None:
+        """names: (N,) of the images; None: `title` and a number."""
+        self.title, self.images, self.labels, self.classes, self.names = title, images, labels, classes, names
 
     def name(self, index: int) -> str:
-        return f"{self.title}[{index}]"
+        return f"{self.title}[{index}]" if self.names is None else str(self.names[index])
 
     def subset(self, kept: NDArray[np.int64]) -> "ArraySource":
-        return ArraySource(self.title, self.images[torch.from_numpy(kept)], self.labels[kept], self.classes)
+        names = None if self.names is None else self.names[kept]
+        return ArraySource(self.title, self.images[torch.from_numpy(kept)], self.labels[kept], self.classes, names)
 
 
 class EncodedSource(Source):

@@ -7,7 +7,7 @@ and what counts is the last epoch.
 import math
 import sys
 import time
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -17,12 +17,13 @@ from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 from tqdm import tqdm
 
-from fastsimclr.data import Source, open_views
+from fastsimclr.data import Source
 from fastsimclr.data.augmentation import Views
-from fastsimclr.distributed import World
+from fastsimclr.data.dataset import open_loader
+from fastsimclr.data.loader import LoaderConfig
 from fastsimclr.errors import UserError
 from fastsimclr.models import Encoder, synchronise_batch_norm
-from fastsimclr.optim import build_optimizer, learning_rate
+from fastsimclr.optim import LRSchedule, build_optimizer
 from fastsimclr.precision import Precision, autocast_to
 
 
@@ -75,58 +76,47 @@ def train_classifier(
     source: Source,
     views: Views,
     schedule: Schedule,
-    world: World,
+    config: LoaderConfig,
     precision: Precision,
     *,
-    seed: int,
     title: str,
-    backend: str = "auto",
-    workers: int | None = None,
 ) -> list[float]:
-    """Train it in place, in eval mode then; returns the mean loss of each epoch.
+    """Train it in place and leave it in eval mode; returns the mean loss of each epoch.
+
+    config: of the loader; the batch size is the schedule's.
 
     With several ranks, weights are the same on all, and the gradient is that of the mean over the whole batch.
     Raises UserError if the loss is not finite.
     """
-    device = world.device
+    device = config.world.device
     classifier.train().to(device, precision.dtype, memory_format=torch.channels_last)  # type: ignore[call-overload]
     model: Any = classifier
-    if world.world_size > 1:
+    if config.world.world_size > 1:
         if not classifier.frozen:
             synchronise_batch_norm(classifier, device)
         devices = [device] if device.type == "cuda" else None
         model = DistributedDataParallel(classifier, device_ids=devices)
-    loader = open_views(
-        source,
-        views.crops_and_flips(),
-        schedule.batch_size,
-        backend=backend,
-        device=device,
-        rank=world.rank,
-        world_size=world.world_size,
-        seed=seed,
-        min_local_batch=1 if classifier.frozen else 2,  # what a batch is normalised by is more than one image
-        workers=workers,
+    config = replace(
+        config,
+        batch_size=schedule.batch_size,
+        min_local_batch=1 if classifier.frozen else 2,  # BatchNorm needs more than one image
         dtype=precision.view_dtype,
     )
+    loader = open_loader(source, views.crops_and_flips(), config)
     optimizer = build_optimizer(
         "sgd", classifier.parameters(), schedule.lr, schedule.momentum, schedule.weight_decay, nesterov=True
     )
     scaler = precision.grad_scaler(device)
     steps_per_epoch = len(loader)
-    total_steps = schedule.epochs * steps_per_epoch
-    warmup_steps = min(round(schedule.warmup_epochs * steps_per_epoch), total_steps // 10)
-    log = _Log(title, schedule.epochs, total_steps, world)
+    rates = LRSchedule.over_epochs(schedule.lr, schedule.epochs, steps_per_epoch, schedule.warmup_epochs)
+    log = _Log(title, schedule.epochs, rates.total_steps, config.world.is_first)
     losses = []
     try:
         for epoch in range(schedule.epochs):
             loader.set_epoch(epoch)
             total, images = torch.zeros((), device=device, dtype=torch.float64), 0  # of this rank
             for number, batch in enumerate(loader):
-                step = epoch * steps_per_epoch + number
-                lr = learning_rate(step, peak=schedule.lr, warmup_steps=warmup_steps, total_steps=total_steps)
-                for group in optimizer.param_groups:
-                    group["lr"] = lr
+                rates.apply(optimizer, epoch * steps_per_epoch + number)
                 view = batch.views[0] if precision.autocast else batch.views[0].to(precision.dtype)
                 with autocast_to(device, precision.autocast):
                     logits = model(view)
@@ -134,7 +124,7 @@ def train_classifier(
                 loss = F.cross_entropy(logits, batch.label, reduction="sum")
                 # DDP takes the mean over the ranks, whose parts of a batch may differ by one image.
                 of_all_ranks = min(schedule.batch_size, len(source) - number * schedule.batch_size)
-                scaler.scale(loss * (world.world_size / of_all_ranks)).backward()
+                scaler.scale(loss * (config.world.world_size / of_all_ranks)).backward()
                 scaler.step(optimizer)
                 scaler.update()
                 optimizer.zero_grad(set_to_none=True)
@@ -142,7 +132,7 @@ def train_classifier(
                 images += len(batch.label)
                 log.step()
             sums = torch.stack([total, total.new_tensor(images)])
-            if world.world_size > 1:
+            if config.world.world_size > 1:
                 dist.all_reduce(sums)
             losses.append(float(sums[0] / sums[1]))
             if not math.isfinite(losses[-1]):
@@ -166,10 +156,10 @@ def train_classifier(
 class _Log:
     """A progress bar on the first rank, or a line an epoch where there is no terminal."""
 
-    def __init__(self, title: str, epochs: int, steps: int, world: World) -> None:
+    def __init__(self, title: str, epochs: int, steps: int, is_first: bool) -> None:
         self._title, self._epochs, self._steps = title, epochs, steps
-        self._is_first, self._done, self._started = world.is_first, 0, time.monotonic()
-        self._bar = tqdm(total=steps, desc=title, unit="step", disable=None if world.is_first else True)
+        self._is_first, self._done, self._started = is_first, 0, time.monotonic()
+        self._bar = tqdm(total=steps, desc=title, unit="step", disable=None if is_first else True)
 
     def step(self) -> None:
         self._done += 1

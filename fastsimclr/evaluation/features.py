@@ -1,15 +1,18 @@
 """Representations of all images of a source, in the source's order, by all ranks."""
 
 from collections.abc import Iterator
+from dataclasses import replace
 
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 from tqdm import tqdm
 
-from fastsimclr.data import Source, open_views
+from fastsimclr.data import Source
 from fastsimclr.data.augmentation import Views
-from fastsimclr.distributed import World, all_gather_rows, gather_sizes
+from fastsimclr.data.dataset import open_loader
+from fastsimclr.data.loader import LoaderConfig
+from fastsimclr.distributed import all_gather_rows, gather_sizes
 from fastsimclr.precision import autocast_to
 
 
@@ -17,44 +20,39 @@ def embed_batches(
     encoder: nn.Module,
     source: Source,
     views: Views,
-    batch_size: int,
-    world: World,
+    config: LoaderConfig,
     *,
-    backend: str = "auto",
-    workers: int | None = None,
     autocast: torch.dtype | None = None,
     title: str | None = None,
 ) -> Iterator[tuple[Tensor, Tensor, Tensor]]:
     """Of this rank's part of each batch: the images' places in the source (B,), representations (B, D) float32 and
     labels (B,), on the CPU. Each image is seen as `Views.plain` says, by the encoder in eval mode.
 
+    config: of the loader, but for the order, which is the source's, and for the views' dtype.
     autocast: the dtype that the encoder computes in; None: that of its parameters.
     title: of a progress bar on the first rank; None: no bar.
     """
-    loader = open_views(
-        source,
-        views.plain(),
-        min(batch_size, len(source)),
-        backend=backend,
-        device=world.device,
-        rank=world.rank,
-        world_size=world.world_size,
+    config = replace(
+        config,
+        batch_size=min(config.batch_size, len(source)),
         shuffle=False,
+        drop_last=False,
         min_local_batch=0,
-        workers=workers,
         dtype=autocast or torch.float32,  # as autocast would make them
     )
+    loader = open_loader(source, views.plain(), config)
     dtype = next(encoder.parameters()).dtype
     was_training = encoder.training
     encoder.eval()
-    bar = tqdm(total=len(source), desc=title, unit="image", disable=True if title is None or world.rank else None)
+    hidden = True if title is None or not config.world.is_first else None  # None: unless stderr is a terminal
+    bar = tqdm(total=len(source), desc=title, unit="image", disable=hidden)
     try:
         for batch in loader:
-            with torch.inference_mode(), autocast_to(world.device, autocast):
+            with torch.inference_mode(), autocast_to(config.world.device, autocast):
                 images = batch.views[0] if autocast else batch.views[0].to(dtype)
                 features = encoder(images).float().cpu()
             yield batch.index.cpu(), features, batch.label.cpu()
-            bar.update(len(features) * world.world_size)
+            bar.update(len(features) * config.world.world_size)
     finally:
         bar.close()
         loader.close()
@@ -65,19 +63,18 @@ def embed(
     encoder: nn.Module,
     source: Source,
     views: Views,
-    batch_size: int,
-    world: World,
-    **options: torch.dtype | str | int | None,
+    config: LoaderConfig,
+    *,
+    autocast: torch.dtype | None = None,
+    title: str | None = None,
 ) -> tuple[Tensor, Tensor]:
-    """Representations (N, D) float32 and labels (N,) of every image of `source`, in its order, on every rank's CPU.
-
-    options: those of `embed_batches`.
-    """
+    """Representations (N, D) float32 and labels (N,) of every image of `source`, in its order, on every rank's CPU. The
+    arguments are those of `embed_batches`."""
     width: int = encoder.out_features  # type: ignore[assignment]  # nn.Module: any attribute may be a tensor
     nothing = torch.empty(0, dtype=torch.int64), torch.empty(0, width), torch.empty(0, dtype=torch.int64)
-    rows = list(embed_batches(encoder, source, views, batch_size, world, **options)) or [nothing]  # type: ignore[arg-type]
+    rows = list(embed_batches(encoder, source, views, config, autocast=autocast, title=title)) or [nothing]
     index, features, labels = (torch.cat(column) for column in zip(*rows, strict=True))
-    if world.world_size > 1:
+    if config.world.world_size > 1:
         group = dist.group.WORLD
         assert group is not None
         sizes = gather_sizes(len(index), group, torch.device("cpu"))

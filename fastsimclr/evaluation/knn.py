@@ -6,7 +6,7 @@ from torch import Tensor, nn
 
 from fastsimclr.data import Source
 from fastsimclr.data.augmentation import Views
-from fastsimclr.distributed import World
+from fastsimclr.data.loader import LoaderConfig
 from fastsimclr.evaluation.features import embed
 from fastsimclr.evaluation.scores import NOTHING, TOP
 
@@ -62,20 +62,16 @@ def measure(
     train: Source,
     val: Source | None,
     views: Views,
-    batch_size: int,
-    world: World,
+    config: LoaderConfig,
     k: int,
     *,
-    backend: str,
-    workers: int | None,
     autocast: torch.dtype | None,
 ) -> float:
     """kNN accuracy of `val` by the labels of `train`; without `val`, of `train` by all of its other images."""
-    options = {"backend": backend, "workers": workers, "autocast": autocast}
-    bank, bank_labels = embed(encoder, train, views, batch_size, world, **options)
+    bank, bank_labels = embed(encoder, train, views, config, autocast=autocast)
     queries, query_labels = bank, bank_labels
     if val is not None:
-        queries, query_labels = embed(encoder, val, views, batch_size, world, **options)
-    device = world.device
+        queries, query_labels = embed(encoder, val, views, config, autocast=autocast)
+    device = config.world.device
     bank, bank_labels, queries, query_labels = (t.to(device) for t in (bank, bank_labels, queries, query_labels))
     return knn_accuracy(bank, bank_labels, queries, query_labels, k, leave_one_out=val is None)

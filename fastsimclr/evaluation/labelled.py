@@ -2,18 +2,17 @@
 
 import os
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
 from numpy.typing import NDArray
 
 from fastsimclr.config import DataConfig
-from fastsimclr.data import Source, open_source
+from fastsimclr.data import Source
+from fastsimclr.data.dataset import open_dataset
 from fastsimclr.data.params import epoch_order
-from fastsimclr.data.scan import BadImages, scan
-from fastsimclr.data.sources import BUILT_IN, EncodedSource
-from fastsimclr.distributed import World, together
+from fastsimclr.distributed import World
 from fastsimclr.errors import UserError
 
 _SUBSET, _HELD_OUT = 2**32 - 1, 2**32 - 2  # epochs that no run reaches: their orders are nobody else's
@@ -38,34 +37,29 @@ def open_labelled(data: DataConfig, labels: float | str, seed: int, cache: Path 
     sets' own validation images; all that decode, found by all ranks together.
 
     labels: a fraction (the same number of each class, chosen by seed), or a file that lists the images to keep.
-    cache: the folder where the scan for bad images keeps what it finds.
+    cache: the folder that keeps the results of the scan for bad images.
     Raises UserError without labels, for classes that differ, and for bad images beyond --data.max_bad.
     """
+    if data.train is None:
+        raise UserError("--data.train: got none, expected labelled images: a folder of class folders, tar shards, …")
+    available = 0
 
-    def opened() -> Labelled:
-        if data.train is None:
-            raise UserError(
-                "--data.train: got none, expected labelled images: a folder of class folders, tar shards, …"
-            )
-        train, val = open_source(data.train), None
-        if data.val is not None or data.train.partition(":")[0] in BUILT_IN:
-            val = open_source(data.val or data.train, split="val")
+    def select(train: Source, val: Source | None) -> tuple[Source, Source | None]:
+        nonlocal available
         for option, path, source in (("train", data.train, train), ("val", data.val, val)):
             if source is not None and not source.has_labels:
                 raise UserError(f"--data.{option}: got {path}, whose images have no labels; expected class folders")
         if val is not None:
             _check_classes(train.classes, val.classes)
         train, val = _dense(train), val and _dense(val)
+        available = len(train)
         kept = _listed(train, labels) if isinstance(labels, str) else class_balanced(train, labels, seed)
-        return Labelled(train if kept is None else train.subset(kept), val, train.classes, [], len(train))
+        return train if kept is None else train.subset(kept), val
 
-    found = together(opened, world)
-    skipped: list[str] = []
-    train, val = (
-        source and _scanned(source, data.max_bad, cache, world, skipped) for source in (found.train, found.val)
+    found = open_dataset(
+        data.train, data.val, world=world, backend=data.backend, max_bad=data.max_bad, cache=cache, select=select
     )
-    assert train is not None
-    return replace(found, train=train, val=val, skipped=skipped)
+    return Labelled(found.train, found.val, found.train.classes, found.skipped or [], available)
 
 
 def class_balanced(source: Source, fraction: float, seed: int) -> NDArray[np.int64] | None:
@@ -134,14 +128,3 @@ def _dense(source: Source) -> Source:
     dense = source.subset(np.arange(len(source)))
     dense.labels = np.searchsorted(np.array(source.classes, dtype=np.int64), source.labels)
     return dense
-
-
-def _scanned(source: Source, max_bad: float, cache: Path | None, world: World, skipped: list[str]) -> Source:
-    if not isinstance(source, EncodedSource):
-        return source
-    try:
-        scanned = scan(source, max_bad=max_bad, cache=cache, world=world)
-    except BadImages as error:
-        raise UserError(f"--data.{error}") from error
-    skipped += scanned.bad
-    return scanned.source

@@ -7,9 +7,9 @@ from torch import Tensor
 from torch.optim.optimizer import Optimizer
 
 from fastsimclr.optim.lars import LARS, is_norm_or_bias
-from fastsimclr.optim.schedule import learning_rate, resolve_lr
+from fastsimclr.optim.schedule import LRSchedule, learning_rate, resolve_lr
 
-__all__ = ["LARS", "build_optimizer", "is_norm_or_bias", "learning_rate", "resolve_lr"]
+__all__ = ["LARS", "LRSchedule", "build_optimizer", "is_norm_or_bias", "learning_rate", "resolve_lr"]
 
 
 def build_optimizer(

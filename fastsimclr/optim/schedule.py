@@ -1,6 +1,9 @@
 """How large the learning rate is: its peak from the batch size, then warm-up and cosine over the steps."""
 
 import math
+from dataclasses import dataclass
+
+from torch.optim.optimizer import Optimizer
 
 # What one published recipe uses, and the batch size it uses it at; the rules below carry it over to others.
 _PUBLISHED_LR: dict[str, tuple[float, int]] = {
@@ -57,3 +60,25 @@ def resolve_lr(rule: str, batch_size: int, optimizer: str) -> float:
     if rule == "sqrt":
         return lr * math.sqrt(batch_size / published_batch_size)
     raise ValueError(f"rule is {rule!r}, expected 'linear' or 'sqrt', or give the learning rate itself as a number")
+
+
+@dataclass(frozen=True)
+class LRSchedule:
+    """The learning rate of every step of a training: linear warm-up to `peak`, then one cosine to 0."""
+
+    peak: float
+    warmup_steps: int
+    total_steps: int
+
+    @classmethod
+    def over_epochs(cls, peak: float, epochs: int, steps_per_epoch: int, warmup_epochs: float) -> "LRSchedule":
+        """The schedule of so many epochs, at most a tenth of which is warm-up."""
+        total_steps = epochs * steps_per_epoch
+        return cls(peak, min(round(warmup_epochs * steps_per_epoch), total_steps // 10), total_steps)
+
+    def apply(self, optimizer: Optimizer, step: int) -> float:
+        """Set the rate of the step that comes after `step` steps, and return it."""
+        lr = learning_rate(step, peak=self.peak, warmup_steps=self.warmup_steps, total_steps=self.total_steps)
+        for group in optimizer.param_groups:
+            group["lr"] = lr
+        return lr

@@ -1,45 +1,101 @@
-"""What a run leaves for people and programs: metrics.jsonl, TensorBoard, a progress bar or lines."""
+"""The metrics of a run: checked, and written to metrics.jsonl, TensorBoard and a progress bar or lines."""
 
 import json
+import math
 import sys
 import time
 from collections import deque
 from collections.abc import Callable, Sequence
-from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
 from tqdm import tqdm
 
-from fastsimclr.run_folder import replacing
+from fastsimclr.errors import UserError
+from fastsimclr.run_folder import RunFolder, replacing
+
+
+class Metrics:
+    """The metrics of each step, which every rank checks and the first rank writes."""
+
+    def __init__(self) -> None:
+        self.last: dict[str, Any] = {}
+        """The record of the latest step that is complete."""
+        self._lagged = LaggedRecord()
+        self._log: RunLog | None = None
+
+    def open(self, run: RunFolder, *, first_step: int, total_steps: int, epochs: int) -> None:
+        """Begin to write: for the first rank."""
+        self._log = RunLog(run, first_step=first_step, total_steps=total_steps, epochs=epochs)
+
+    def log(self, measured: dict[str, Tensor], stages: Callable[[], dict[str, float]], record: dict[str, Any]) -> None:
+        """Add a step. measured: 0-dim tensors of one dtype and device; stages: as of `StageClock.end_step`."""
+        self._complete(self._lagged.push(measured, stages, record))
+
+    def flush(self) -> None:
+        """Wait for the device, and complete the latest step's record."""
+        self._complete(self._lagged.flush())
+
+    def event(self, record: dict[str, Any]) -> None:
+        """Write a line that is not a step's."""
+        if self._log is not None:
+            self._log.write(record)
+
+    def end_epoch(self, epochs_done: int) -> None:
+        """Complete the epoch's last record, and print a line where there is no progress bar."""
+        self.flush()
+        if self._log is not None:
+            self._log.epoch(epochs_done, self.last)
+
+    def close(self) -> None:
+        if self._log is not None:
+            self._log.close()
+
+    def _complete(self, record: dict[str, Any] | None) -> None:
+        if record is None:
+            return
+        step, lr = record["step"], record["lr"]
+        if not math.isfinite(record["loss"]):
+            raise UserError(
+                f"loss: got {record['loss']} at step {step} (lr {lr:.4g}); expected a finite one: lower --optim.lr or "
+                "use --precision fp32. The latest checkpoint, if any, is from before this step"
+            )
+        if record.get("grad_scale", 1.0) < 1.0:
+            raise UserError(
+                f"grad_scale: got {record['grad_scale']:.4g} at step {step} (lr {lr:.4g}); expected at least 1: "
+                "gradients overflow float16 even unscaled; lower --optim.lr or use --precision fp32"
+            )
+        self.last = record
+        if self._log is not None:
+            self._log.step(record)
 
 
 class RunLog:
-    """The record of a run, kept by its first rank: one JSON object a line of metrics.jsonl, the same in TensorBoard."""
+    """Writes one JSON object per line to metrics.jsonl, the same to TensorBoard, and shows the progress."""
 
-    def __init__(self, folder: Path, *, first_step: int, total_steps: int, epochs: int) -> None:
+    def __init__(self, run: RunFolder, *, first_step: int, total_steps: int, epochs: int) -> None:
         from torch.utils.tensorboard import SummaryWriter  # a second to import: not for the other ranks
 
-        self._path = folder / "metrics.jsonl"
+        self._path = run.metrics
         self._drop_lines_after(first_step)
         self._file = open(self._path, "a", buffering=1)  # noqa: SIM115 - open as long as the run
-        self._board = SummaryWriter(str(folder / "tensorboard"), purge_step=first_step + 1)
+        self._board = SummaryWriter(str(run.tensorboard), purge_step=first_step + 1)
         self._bar = tqdm(total=total_steps, initial=first_step, unit="step", dynamic_ncols=True, disable=None)
         self._speed: deque[tuple[float, int]] = deque(maxlen=20)
         self._total_steps, self._epochs = total_steps, epochs
         self._started, self._first_step = time.monotonic(), first_step
 
-    def step(self, record: dict[str, Any], images: int, seconds: float) -> None:
-        """A step is done: `record` is its line."""
-        self._write(record)
-        self._speed.append((seconds, images))
+    def step(self, record: dict[str, Any]) -> None:
+        """Write a step's record."""
+        self.write(record)
+        self._speed.append((record["step_ms"] / 1000, record["images"]))
         rate = sum(i for _, i in self._speed) / sum(s for s, _ in self._speed)
         self._bar.set_postfix_str(f"loss {record['loss']:.4f}, {rate:.0f} images/s", refresh=False)
         self._bar.update()
 
     def epoch(self, epoch: int, record: dict[str, Any]) -> None:
-        """`epoch` epochs are done: a line, where no progress bar shows it. record: that of the last step."""
+        """Print a line after so many epochs, unless there is a progress bar. record: of the last step."""
         if not self._bar.disable:
             return
         seconds = sum(s for s, _ in self._speed)
@@ -53,16 +109,12 @@ class RunLog:
             flush=True,
         )
 
-    def event(self, record: dict[str, Any]) -> None:
-        """A line that is not a step's."""
-        self._write(record)
-
     def close(self) -> None:
         self._bar.close()
         self._file.close()
         self._board.close()
 
-    def _write(self, record: dict[str, Any]) -> None:
+    def write(self, record: dict[str, Any]) -> None:
         self._file.write(json.dumps(record) + "\n")
         stages = {f"stages_ms/{name}": ms for name, ms in record.get("stages_ms", {}).items()}
         for name, value in (record | stages).items():
@@ -70,7 +122,7 @@ class RunLog:
                 self._board.add_scalar(name, value, record["step"])
 
     def _drop_lines_after(self, step: int) -> None:
-        """A run that was killed has written of steps that will now be done again; and its last line may be torn."""
+        """Drop what a killed run wrote about steps that will now be repeated; its last line may be torn."""
         if not self._path.exists():
             return
         kept = []

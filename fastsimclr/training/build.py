@@ -1,0 +1,95 @@
+"""The model, the loss and the optimizer that a run's options describe."""
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+from torch.amp import GradScaler
+from torch.optim.optimizer import Optimizer
+
+from fastsimclr.config import Config
+from fastsimclr.data.augmentation import Views
+from fastsimclr.distributed import World
+from fastsimclr.errors import UserError
+from fastsimclr.loss import BackendError, NTXentLoss, choose_backend
+from fastsimclr.models import SimCLR, encoder, projector, synchronise_batch_norm
+from fastsimclr.optim import build_optimizer, resolve_lr
+from fastsimclr.precision import Precision, choose_precision
+
+
+@dataclass(frozen=True)
+class Learner:
+    """What learns: a model on its device, with its loss and its optimizer."""
+
+    views: Views
+    model: nn.Module
+    """A SimCLR, perhaps with synchronized batch norm."""
+    optimizer: Optimizer
+    peak_lr: float
+    loss: NTXentLoss
+    loss_backend: str
+    """The loss's backend, and why it was chosen."""
+    precision: Precision
+    scaler: GradScaler
+
+
+def build_learner(config: Config, world: World) -> Learner:
+    """Build it, without data. Raises UserError for options that do not fit each other or this machine."""
+    views = config.data.views_recipe()
+    if views.views < 2:
+        raise UserError(f"--data.views: got {views.views}, expected at least 2: the loss compares views")
+    precision = choose_precision(config.precision, world.device)
+    try:
+        backend, why = choose_backend(config.loss.backend, world.device, precision.dtype, config.model.out)
+    except BackendError as error:
+        raise UserError(f"--loss.backend: {error}") from error
+    loss = NTXentLoss(
+        config.loss.temperature,
+        group="world" if config.loss.global_negatives else None,
+        backend=backend,  # not "auto" again: each rank would then warn of a slower backend
+        precision=config.loss.precision,
+        decoupled=config.loss.decoupled,
+    )
+
+    torch.manual_seed(config.seed)
+    chosen = encoder(config.model.encoder, config.model.width, config.model.stem, image_size=views.image_size)
+    head = projector(chosen.out_features, config.model.hidden, config.model.out, config.model.layers)
+    model: nn.Module = SimCLR(chosen, head)
+    model.to(world.device, precision.dtype, memory_format=torch.channels_last)  # type: ignore[call-overload]
+    if world.world_size > 1 and config.model.sync_bn:
+        model = synchronise_batch_norm(model, world.device)
+
+    optim = config.optim
+    peak_lr = resolve_lr(optim.lr_rule, config.batch_size, optim.name) if optim.lr == "auto" else optim.lr
+    optimizer = build_optimizer(optim.name, model.parameters(), peak_lr, optim.momentum, optim.weight_decay)
+    scaler = precision.grad_scaler(world.device)
+    return Learner(views, model, optimizer, peak_lr, loss, f"{backend} ({why})", precision, scaler)
+
+
+def architecture(config: Config, model: nn.Module) -> dict[str, Any]:
+    """What a checkpoint must have in common with a run that resumes from it."""
+    return {
+        "encoder": config.model.encoder,
+        "width": config.model.width,
+        "stem": model.encoder.stem,  # type: ignore[union-attr]  # not "auto"
+        "hidden": config.model.hidden,
+        "out": config.model.out,
+        "layers": config.model.layers,
+        "optimizer": config.optim.name,
+    }
+
+
+def check_architecture(file: Path, saved: dict[str, Any], expected: dict[str, Any]) -> None:
+    """Raise UserError, naming each difference, unless the checkpoint's model is built like this run's."""
+    differences = [
+        f"{name} {saved.get(name)!r} instead of {value!r}"
+        for name, value in expected.items()
+        if saved.get(name) != value
+    ]
+    if differences:
+        raise UserError(
+            f"{file}: got a checkpoint of another architecture ({', '.join(differences)}); expected this run's: change "
+            "the --model options, or give another --output, or --resume never"
+        )

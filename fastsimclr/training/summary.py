@@ -1,0 +1,72 @@
+"""What a run prints when it starts and when it ends."""
+
+import signal
+from typing import Any
+
+from torch import nn
+
+from fastsimclr._extension import describe_build
+from fastsimclr.config import Config
+from fastsimclr.data import ViewLoader, choose_backend
+from fastsimclr.data.dataset import Dataset
+from fastsimclr.data.scan import SKIPPED_FILE
+from fastsimclr.distributed import World
+from fastsimclr.optim import LRSchedule
+from fastsimclr.precision import Precision
+from fastsimclr.profiling import FIRST_TRACED, Trace
+from fastsimclr.run_folder import RunFolder
+
+
+def describe_data(config: Config, data: Dataset, loader: ViewLoader, folder: RunFolder) -> list[str]:
+    """The images, and which backend makes their views and why."""
+    source = data.train
+    classes = f" in {len(source.classes)} classes" if source.has_labels else ", no labels"
+    why = choose_backend(source, loader.device)[1] if config.data.backend == "auto" else "as asked"
+    lines = [f"data: {config.data.train}, {len(source)} images{classes}; views by {loader.backend} ({why})"]
+    if data.skipped:
+        listed = folder.path / SKIPPED_FILE
+        lines.append(f"data: left out {len(data.skipped)} images that cannot be used; {listed} names them")
+    return lines
+
+
+def describe_model(
+    config: Config, model: nn.Module, precision: Precision, loss_backend: str, world: World
+) -> list[str]:
+    """The model, the device and the loss."""
+    parameters = sum(p.numel() for p in model.parameters())
+    return [
+        f"model: {config.model.encoder} x{config.model.width}, {parameters / 1e6:.1f} M parameters with head",
+        f"device: {world.world_size} x {world.device.type}, {precision.why}",
+        f"loss: NT-Xent, temperature {config.loss.temperature}, backend {loss_backend}",
+        describe_build(),
+    ]
+
+
+def describe_schedule(config: Config, schedule: LRSchedule) -> str:
+    lr = f"lr {schedule.peak:.4g}"
+    if config.optim.lr == "auto":
+        lr += f" (auto: {config.optim.lr_rule} rule at batch {config.batch_size})"
+    return (
+        f"optimizer: {config.optim.name}, {lr}, {schedule.warmup_steps} steps of warm-up, {schedule.total_steps} in all"
+    )
+
+
+def describe_stop(stop_signal: int, step: int, folder: RunFolder) -> str:
+    return f"stopped by {signal.Signals(stop_signal).name} at step {step}; rerun with --output {folder} to resume"
+
+
+def describe_result(
+    last: dict[str, Any], data: Dataset, knn: float | None, untrained_knn: float | None, folder: RunFolder
+) -> list[str]:
+    """What was reached. last: the last step's record; knn: the accuracy of the trained encoder, if measured."""
+    lines = [f"trained {last['step']} steps, last loss {last['loss']:.4f}"]
+    if knn is not None:
+        where = f"{len(data.val)} held-out images" if data.val is not None else "the training images, leave-one-out"
+        lines.append(f"kNN accuracy on {where}: {knn:.1%} trained, {untrained_knn:.1%} untrained")
+    return [*lines, f"files: {folder}: checkpoints/last.pt, metrics.jsonl, config.yaml, tensorboard/"]
+
+
+def describe_trace(trace: Trace) -> str:
+    if not trace.is_written:
+        return f"no trace: it begins at step {FIRST_TRACED} of a start, and this one had fewer"
+    return f"trace: {trace.file}, for ui.perfetto.dev or chrome://tracing"
