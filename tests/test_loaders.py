@@ -312,6 +312,8 @@ def test_resumes_bit_exactly(photos: str, backend: str, workers: int) -> None:
     for batch in run:
         epoch.append(batch)
         states.append(dict(run.state_dict()))
+        assert batch.position == states[-1]
+        assert (batch.epoch, batch.ends_epoch) == (4, len(epoch) == len(run))
     following = take(run)
     run.close()
     resumed = fresh()  # one loader for all: a worker takes seconds to start

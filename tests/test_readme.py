@@ -1,8 +1,9 @@
-"""What the README's first screen says is what happens."""
+"""What the README's first screen says is what happens, and links in the docs resolve."""
 
 import re
 from pathlib import Path
 
+import pytest
 import torch
 import torch.nn.functional as F
 from weights import lived_in, outputs, save_run
@@ -32,3 +33,10 @@ def test_the_encoder_of_a_run_loads_in_one_line(tmp_path: Path) -> None:
     names: dict[str, torch.nn.Module] = {}
     exec(code.replace("runs/photos", str(tmp_path / "run")), names)
     assert torch.equal(outputs(names["encoder"]), outputs(trained))
+
+
+@pytest.mark.parametrize("page", ["README.md", *map(str, Path("docs").glob("*.md"))])
+def test_links_within_the_repository_lead_somewhere(page: str) -> None:
+    targets = re.findall(r"\]\(([^)#:]+)[)#]", Path(page).read_text())
+    missing = [target for target in targets if not (Path(page).parent / target).exists()]
+    assert not missing
