@@ -6,50 +6,20 @@ Alone or under torchrun. Of a training it is the last epoch that counts. `evalua
 exit codes as of fastsimclr.train.
 """
 
-import json
 import sys
-import time
 from collections.abc import Sequence
 from dataclasses import fields
-from pathlib import Path
 from typing import Any
-
-import torch
-import torch.distributed as dist
-import yaml
-from torch import Tensor
 
 from fastsimclr import distributed
 from fastsimclr.command import exit_code
 from fastsimclr.config import parse_as
 from fastsimclr.data.augmentation import Views
-from fastsimclr.data.loader import LoaderConfig
-from fastsimclr.distributed import World, all_gather_rows, together
-from fastsimclr.environment import commit
 from fastsimclr.errors import UserError
-from fastsimclr.evaluation import linear
-from fastsimclr.evaluation.classifier import Classifier, Schedule, train_classifier
-from fastsimclr.evaluation.config import (
-    PROTOCOLS,
-    EvaluationConfig,
-    FinetuneConfig,
-    KnnConfig,
-    LinearConfig,
-    SupervisedConfig,
-)
-from fastsimclr.evaluation.features import embed
-from fastsimclr.evaluation.knn import knn_ranking
-from fastsimclr.evaluation.labelled import hold_out, open_labelled
-from fastsimclr.evaluation.scores import rank_classes, score
+from fastsimclr.evaluation.config import PROTOCOLS, EvaluationConfig, SupervisedConfig
+from fastsimclr.evaluation.protocols import Evaluation
 from fastsimclr.malloc import keep_freed_memory
-from fastsimclr.models import Encoder, encoder
-from fastsimclr.precision import choose_precision
 from fastsimclr.pretrained import Pretrained, open_pretrained
-from fastsimclr.run_folder import RunFolder, check_new, scan_cache, write_whole
-
-HELD_OUT = 0.2  # of the training images, by which lbfgs chooses its regularisation
-FEW_LABELS = 0.02  # the paper fine-tunes on 1 % for 60 epochs, on 10 % for 30
-LR_AT_256 = {LinearConfig: 0.1, FinetuneConfig: 0.05, SupervisedConfig: 0.1}
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -98,195 +68,6 @@ def configure(arguments: Sequence[str]) -> tuple[EvaluationConfig, str, Pretrain
         defaults |= {f"data.{name}": pretrained.config["data"].get(name) for name in ("train", "val")}
     config, text = parse_as(kind, options, f"evaluate {protocol}", about, defaults=defaults)
     return config, text, pretrained
-
-
-class Evaluation:
-    """An evaluation: what it needs, opened and checked on every rank, and then the protocol."""
-
-    def __init__(self, config: EvaluationConfig, text: str, pretrained: Pretrained | None, world: World) -> None:
-        self.config, self.text, self.pretrained, self.world = config, text, pretrained, world
-        self.views = config.data.views_recipe()
-        self.precision = choose_precision(config.precision, world.device)
-        self.loader = LoaderConfig(
-            batch_size=config.batch_size,
-            backend=config.data.backend,
-            world=world,
-            seed=config.seed,
-            workers=config.data.workers,
-        )
-        self.settings: dict[str, Any] = {}
-        """What was chosen for this evaluation, for its record."""
-        together(self._check_output, world)
-        cache = scan_cache(config.checkpoint, self.output)
-        self.data = open_labelled(config.data, getattr(config, "labels", 1.0), config.seed, cache, world)
-        together(self._check_data, world)
-
-    def _check_output(self) -> None:
-        run = RunFolder.of(self.config.checkpoint)
-        if self.config.output is None and run is None:
-            raise UserError("--output: got none, and --checkpoint is not in a run's folder; expected a folder")
-        self.output = Path(self.config.output) if self.config.output else run.evaluate  # type: ignore[union-attr]
-        self.result = self.output / f"{self.config.name()}.json"
-        self.weights = self.result.with_suffix(".pt")
-        check_new(self.result, self.config.force)
-        if not isinstance(self.config, KnnConfig):
-            check_new(self.weights, self.config.force)
-
-    def _check_data(self) -> None:
-        if isinstance(self.config, KnnConfig):
-            others = len(self.data.train) - (self.data.val is None)
-            if self.config.k > others:
-                raise UserError(
-                    f"--k: got {self.config.k}, more than the {others} images that can vote; expected at most that"
-                )
-        elif self.data.val is None:
-            raise UserError("--data.val: got none, expected labelled images that are not trained on")
-
-    def run(self) -> None:
-        """Do it, and leave the record."""
-        started = time.monotonic()
-        torch.manual_seed(self.config.seed)
-        torch.backends.cudnn.benchmark = True
-        config, self.model = self.config, self._encoder()
-        if isinstance(config, KnnConfig):
-            ranking, labels = self._knn(config)
-        elif isinstance(config, LinearConfig) and config.solver == "lbfgs":
-            ranking, labels = self._regression(config)
-        else:
-            ranking, labels = self._classifier(config)
-        scores = score(ranking, labels, len(self.data.classes)).to_json(self.data.classes)
-        if self.world.is_first:
-            record = self._record(time.monotonic() - started) | scores
-            write_whole(self.result, lambda file: file.write_text(json.dumps(record) + "\n"))
-            print(self._summary(record), flush=True)
-
-    def _knn(self, config: KnnConfig) -> tuple[Tensor, Tensor]:
-        """Each rank asks for its part of the images."""
-        device, data = self.world.device, self.data
-        model = self.model
-        bank, bank_labels = self._embed(model, data.train, "training images")
-        queries, labels = (bank, bank_labels) if data.val is None else self._embed(model, data.val, "validation images")
-        self.settings = {"k": config.k, "temperature": config.temperature, "leave_one_out": data.val is None}
-        sizes = [len(part) for part in torch.arange(len(queries)).tensor_split(self.world.world_size)]
-        first = sum(sizes[: self.world.rank])
-        mine = queries[first : first + sizes[self.world.rank]]
-        ranking = knn_ranking(
-            bank.to(device),
-            bank_labels.to(device),
-            mine.to(device),
-            config.k,
-            temperature=config.temperature,
-            leave_out=first if data.val is None else None,
-        ).cpu()
-        if self.world.world_size > 1:
-            assert dist.group.WORLD is not None
-            ranking = all_gather_rows(ranking, sizes, dist.group.WORLD)
-        return ranking, labels
-
-    def _regression(self, config: LinearConfig) -> tuple[Tensor, Tensor]:
-        """On every rank the same: none has to wait for another."""
-        device, data = self.world.device, self.data
-        model, classes = self.model, len(data.classes)
-        assert data.val is not None
-        features, labels = (part.to(device) for part in self._embed(model, data.train, "training images"))
-        val_features, val_labels = self._embed(model, data.val, "validation images")
-        c, tried = config.c, dict[float, float]()
-        if c == "auto":
-            c, tried = linear.choose_c(features, labels, classes, *hold_out(data.train, HELD_OUT, config.seed))
-        fitted = linear.fit(features, labels, classes, c)
-        self.settings = {"solver": "lbfgs", "c": c, "held_out_accuracy": {f"{each:g}": a for each, a in tried.items()}}
-        classifier = Classifier(model, classes, frozen=True)
-        classifier.fc.load_state_dict(fitted._asdict())
-        self._save(classifier)
-        return linear.rank(fitted, val_features.to(device)).cpu(), val_labels
-
-    def _classifier(self, config: EvaluationConfig) -> tuple[Tensor, Tensor]:
-        assert isinstance(config, LinearConfig | FinetuneConfig | SupervisedConfig)
-        assert self.data.val is not None
-        schedule = self._schedule(config)
-        classifier = Classifier(self.model, len(self.data.classes), frozen=isinstance(config, LinearConfig))
-        losses = train_classifier(
-            classifier,
-            self.data.train,
-            self.views,
-            schedule,
-            self.loader,
-            self.precision,
-            title=config.name(),
-        )
-        self.settings = vars(schedule) | {"epoch_losses": losses}
-        self._save(classifier)
-        logits, labels = self._embed(classifier, self.data.val, "validation images")
-        return rank_classes(logits), labels
-
-    def _schedule(self, config: LinearConfig | FinetuneConfig | SupervisedConfig) -> Schedule:
-        batch_size = min(config.batch_size, len(self.data.train))  # of few labels there may be fewer
-        epochs = config.epochs
-        if epochs == "auto":
-            epochs = 60 if len(self.data.train) <= FEW_LABELS * self.data.labels_there else 30
-        lr = LR_AT_256[type(config)] * batch_size / 256 if config.lr == "auto" else config.lr
-        warmup = config.warmup_epochs if isinstance(config, SupervisedConfig) else 0.0
-        return Schedule(epochs, lr, batch_size, config.weight_decay, warmup_epochs=warmup)
-
-    def _encoder(self) -> Encoder:
-        """The checkpoint's; for `supervised` a new one like it."""
-        config = self.config
-        if not isinstance(config, SupervisedConfig):
-            assert self.pretrained is not None
-            model = self.pretrained.encoder
-        elif self.pretrained is not None:
-            like = self.pretrained.encoder
-            model = encoder(like.name, like.width, like.stem)
-        else:
-            assert config.encoder is not None
-            model = encoder(config.encoder, config.width, config.stem, image_size=self.views.image_size)
-        return model.to(self.world.device, self.precision.dtype, memory_format=torch.channels_last)  # type: ignore[call-overload,no-any-return]
-
-    def _embed(self, model: torch.nn.Module, source: Any, title: str) -> tuple[Tensor, Tensor]:
-        return embed(
-            model,
-            source,
-            self.views,
-            self.loader,
-            autocast=self.precision.autocast,
-            title=title,
-        )
-
-    def _save(self, classifier: Classifier) -> None:
-        """The encoder with its classifier, as torchvision's models load it."""
-        if self.world.is_first:
-            write_whole(self.weights, lambda file: torch.save(classifier.torchvision_state(), file))
-
-    def _record(self, seconds: float) -> dict[str, Any]:
-        config, data = self.config, self.data
-        built = self.model
-        val = (config.data.val or config.data.train) if data.val is not None else None
-        return {
-            "protocol": config.name(),
-            "checkpoint": config.checkpoint,
-            "origin": self.pretrained.origin if self.pretrained is not None else None,
-            "encoder": {"name": built.name, "width": built.width, "stem": built.stem, "features": built.out_features},
-            "train": {"path": config.data.train, "images": len(data.train), "of": data.labels_there},
-            "val": {"path": val, "images": len(data.val) if data.val is not None else len(data.train)},
-            "skipped_images": data.skipped,
-            "settings": self.settings,
-            "options": yaml.safe_load(self.text),
-            "precision": self.precision.why,
-            "device": str(self.world.device),
-            "world_size": self.world.world_size,
-            "seconds": seconds,
-            "versions": {"torch": torch.__version__},
-            "commit": commit(),
-            "date": time.strftime("%Y-%m-%dT%H:%M:%S%z"),
-        }
-
-    def _summary(self, record: dict[str, Any]) -> str:
-        held_out = f"of {record['val']['path']}" if self.data.val is not None else "each by all the others"
-        top5 = f", top-5 {record['top5']:.2%}" if len(self.data.classes) > 5 else ""
-        return (
-            f"{record['protocol']}: top-1 {record['top1']:.2%}{top5} on {record['val']['images']} images ({held_out}), "
-            f"{record['train']['images']} labels, {record['seconds']:.0f} s; {self.result}"
-        )
 
 
 if __name__ == "__main__":

@@ -12,7 +12,8 @@ from ranks import run_ranks
 
 from fastsimclr.distributed import World
 from fastsimclr.errors import UserError
-from fastsimclr.evaluate import Evaluation, configure
+from fastsimclr.evaluate import configure
+from fastsimclr.evaluation.protocols import Evaluation
 from fastsimclr.train import main as train
 
 COMMANDS = {
