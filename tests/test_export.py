@@ -19,10 +19,10 @@ from torch import Tensor, nn
 from weights import images, lived_in, outputs, save_run
 
 import fastsimclr
-from fastsimclr import Views, encoder, export, load_encoder
+from fastsimclr import Views, encoder, load_encoder
 from fastsimclr.export import main
 from fastsimclr.models import Encoder
-from fastsimclr.pretrained import open_pretrained
+from fastsimclr.pretrained import export, open_pretrained
 
 RECIPE = Views(image_size=48, center_fraction=0.9, interpolation="bilinear", mean=(0.1, 0.2, 0.3), std=(0.4, 0.5, 0.6))
 OPTIONS = [

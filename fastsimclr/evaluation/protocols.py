@@ -60,6 +60,8 @@ class Evaluation:
         cache = scan_cache(config.checkpoint, self.output)
         self.data = open_labelled(config.data, getattr(config, "labels", 1.0), config.seed, cache, world)
         together(self._check_data, world)
+        torch.manual_seed(config.seed)
+        self.model = self._encoder()
 
     def _find_output(self) -> Path:
         """The folder of the results."""
@@ -88,9 +90,8 @@ class Evaluation:
     def run(self) -> None:
         """Do it, and leave the record."""
         started = time.monotonic()
-        torch.manual_seed(self.config.seed)
         torch.backends.cudnn.benchmark = True
-        config, self.model = self.config, self._encoder()
+        config = self.config
         if isinstance(config, KnnConfig):
             ranking, labels = self._knn(config)
         elif isinstance(config, LinearConfig) and config.solver == "lbfgs":

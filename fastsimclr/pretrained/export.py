@@ -1,0 +1,253 @@
+"""An encoder out of a checkpoint, in the form that others load: torchvision, safetensors, ONNX or timm."""
+
+import argparse
+import contextlib
+import io
+import json
+import os
+import tempfile
+import warnings
+from collections.abc import Callable
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+from safetensors.torch import save_file
+from torch import Tensor, nn
+
+from fastsimclr.data.augmentation import Views
+from fastsimclr.errors import UserError
+from fastsimclr.models import Encoder
+from fastsimclr.pretrained.load import LAST, TIMM_FILES, Pretrained, open_pretrained
+from fastsimclr.run_folder import check_new, rename_whole
+
+OPSET = 18  # of ONNX, from 2022: any onnxruntime in use knows it
+TOLERANCE = 1e-4  # of the representation, relative to its largest element where that is above 1
+LARGEST_PROTOBUF = 2**31 - 2**20  # bytes; an ONNX file of more keeps its weights beside itself
+SOME_SIZE = {"imagenet": 224, "small": 32}  # pixels, by the stem: to try an encoder at whose own is not known
+
+
+def run(options: argparse.Namespace) -> str:
+    """Write the encoder; returns what to say of it."""
+    form, source, output = FORMATS[options.format], Path(options.checkpoint), Path(options.output)
+    if form.suffixes and output.suffix not in form.suffixes:
+        raise UserError(f"--output: got {output}, expected a file name that ends in {' or '.join(form.suffixes)}")
+    check_new(output, options.force)
+    if output.exists() and output.is_dir() == bool(form.suffixes):
+        raise UserError(
+            f"--output: got {output}, expected a {'file' if form.suffixes else 'folder'}; give another name"
+        )
+    pretrained = open_pretrained(source)
+    if output.exists() and any(file.exists() and file.samefile(output) for file in (source, source / LAST)):
+        raise UserError(f"--output: got {output}, which is --checkpoint itself; give another name")
+    try:
+        output.parent.mkdir(parents=True, exist_ok=True)
+        # In the same file system, so that what is there is always whole.
+        with tempfile.TemporaryDirectory(prefix=f".{output.name}.", dir=output.parent) as partial:
+            hint = form.write(pretrained, Path(partial, output.name), output)
+            size = sum(file.stat().st_size for file in Path(partial).rglob("*") if file.is_file())
+            _put(Path(partial), output)
+    except OSError as error:
+        raise UserError(f"--output: got {output}, which cannot be written ({error.strerror or error})") from error
+    encoder, views = pretrained.encoder, pretrained.views
+    width = f" of width {encoder.width}" if encoder.width > 1 else ""
+    images = "as those who trained it prepared them; the checkpoint does not say how"
+    if views is not None:
+        images = ", ".join(f"{name} {_text(value)}" for name, value in _preparation(views).items())
+    return (
+        f"{output}: {encoder.name}{width} of {source} ({pretrained.origin}) for {options.format}, "
+        f"{size / 2**20:.1f} MiB; load it by `{hint}`; images: {images}"
+    )
+
+
+def _put(partial: Path, output: Path) -> None:
+    """Move what was written to where it belongs: a new folder at once, files one by one, the output itself last."""
+    written = partial / output.name
+    if written.is_dir() and not output.exists():
+        os.rename(written, output)
+        return
+    # Nothing else that is in an existing folder is touched.
+    folder, target = (written, output) if written.is_dir() else (partial, output.parent)
+    for file in sorted(folder.iterdir(), key=lambda file: file == written):
+        rename_whole(file, target / file.name)
+
+
+# The formats: each writes `file`, and returns the line that loads `output`, where it will be
+
+
+def write_torchvision(pretrained: Pretrained, file: Path, output: Path) -> str:
+    """A state dict for torchvision's ResNet of that name with its fc taken out; its stem is for the hint to replace."""
+    encoder = pretrained.encoder
+    if encoder.width != 1:
+        raise UserError(
+            f"--format: got torchvision for an encoder of width {encoder.width}, of which torchvision has no model; "
+            "expected safetensors or onnx"
+        )
+    _refuse_unusual_stem(encoder, "torchvision")
+    torch.save(_tensors(encoder), file)
+    small = f"model.conv1 = {_conv1(encoder)}; model.maxpool = torch.nn.Identity(); " if encoder.stem == "small" else ""
+    return (
+        f"model = torchvision.models.{encoder.name}(); model.fc = torch.nn.Identity(); {small}"
+        f"model.load_state_dict(torch.load({str(output)!r}, weights_only=True))"
+    )
+
+
+def write_safetensors(pretrained: Pretrained, file: Path, output: Path) -> str:
+    """torchvision's names, and in the header what load_encoder builds the encoder by and its images' recipe."""
+    encoder = pretrained.encoder
+    header = _about(pretrained) | {
+        "format": "fastsimclr",
+        "stem_padding": str(encoder.conv1.padding[0]),
+        "stem_relu": str(isinstance(encoder.relu, nn.ReLU)).lower(),
+    }
+    if pretrained.views is not None:
+        header["views"] = json.dumps(asdict(pretrained.views))
+    if pretrained.config is not None:
+        header["config"] = json.dumps(pretrained.config)
+    save_file(_tensors(encoder), file, header)
+    return f"encoder = fastsimclr.load_encoder({str(output)!r})"
+
+
+def write_timm(pretrained: Pretrained, file: Path, output: Path) -> str:
+    """A folder with the files that timm itself would write for the model."""
+    encoder, views = pretrained.encoder, pretrained.views
+    if encoder.width != 1 or encoder.stem != "imagenet":
+        what = f"the small stem of {encoder.name}" if encoder.width == 1 else f"an encoder of width {encoder.width}"
+        raise UserError(f"--format: got timm for {what}, of which timm has no model; expected safetensors or onnx")
+    _refuse_unusual_stem(encoder, "timm")
+    prepared: dict[str, Any] = {}
+    if views is not None:
+        side, fraction = views.image_size, views.center_fraction
+        prepared = {"input_size": [3, side, side], "interpolation": views.interpolation, "crop_pct": fraction}
+        prepared |= {"crop_mode": "center", "mean": list(views.mean), "std": list(views.std)}
+    config = {
+        "architecture": encoder.name,
+        "num_classes": 0,
+        "num_features": encoder.out_features,
+        "global_pool": "avg",
+        "origin": pretrained.origin,
+        "pretrained_cfg": {
+            "num_classes": 0,
+            "custom_load": False,
+            "fixed_input_size": False,
+            "first_conv": "conv1",
+            "classifier": "fc",
+            **prepared,
+        },
+    }
+    config_file, weights_file = (file / name for name in TIMM_FILES)
+    file.mkdir()
+    config_file.write_text(json.dumps(config, indent=2) + "\n")
+    save_file(_tensors(encoder), weights_file, {"format": "pt"})
+    return f"model = timm.create_model({f'local-dir:{output}'!r}, pretrained=True, num_classes=0)"
+
+
+def write_onnx(pretrained: Pretrained, file: Path, output: Path) -> str:
+    """images (batch, 3, height, width) to representation (batch, features), all but the channels of any size.
+
+    Raises RuntimeError, and leaves no file, if onnxruntime's representations are not PyTorch's.
+    """
+    try:
+        import onnx  # noqa: F401
+        import onnxruntime
+        import onnxscript  # noqa: F401
+    except ImportError as error:
+        raise UserError(
+            f"--format: got onnx, but {error.name} is not installed; expected it: pip install 'fastsimclr[onnx]'"
+        ) from error
+    encoder, views = pretrained.encoder, pretrained.views
+    side = views.image_size if views is not None else SOME_SIZE[encoder.stem]
+    with warnings.catch_warnings(), contextlib.redirect_stdout(io.StringIO()):
+        warnings.simplefilter("ignore")  # the exporter's own doings
+        program = torch.onnx.export(
+            encoder,
+            (torch.zeros(2, 3, side, side),),
+            dynamo=True,
+            input_names=["images"],
+            output_names=["representation"],
+            dynamic_shapes=({0: "batch", 2: "height", 3: "width"},),
+            opset_version=OPSET,
+            verbose=False,
+        )
+    assert program is not None
+    program.model.metadata_props.update(_about(pretrained))
+    if views is not None:
+        program.model.metadata_props.update({k: json.dumps(v) for k, v in _preparation(views).items()})
+    weights = sum(value.numel() * value.element_size() for value in encoder.state_dict().values())
+    program.save(file, external_data=weights > LARGEST_PROTOBUF)
+    options = onnxruntime.SessionOptions()
+    options.log_severity_level = 3  # errors
+    session = onnxruntime.InferenceSession(file, options, providers=["CPUExecutionProvider"])
+    compare(encoder, lambda images: session.run(None, {"images": images.numpy()})[0], side)
+    return f"session = onnxruntime.InferenceSession({str(output)!r}); h, = session.run(None, {{'images': images}})"
+
+
+def compare(encoder: Encoder, other: Callable[[Tensor], Any], side: int) -> None:
+    """Raise RuntimeError unless `other` gives random images the encoder's representations: batches of several sizes,
+    and images that are not square. UserError, if there is nothing to compare with."""
+    generator = torch.Generator().manual_seed(0)
+    for shape in ((1, 3, side, side), (3, 3, side, side), (5, 3, side, side), (2, 3, side + 16, side)):
+        images = torch.randn(shape, generator=generator)
+        with torch.inference_mode():
+            expected = encoder(images)
+        if not expected.isfinite().all():
+            raise UserError("--checkpoint: got an encoder whose representations are not finite; give an earlier one")
+        off = float((torch.as_tensor(other(images)) - expected).abs().max())
+        allowed = TOLERANCE * max(1.0, float(expected.abs().max()))
+        if not off <= allowed:
+            raise RuntimeError(f"onnxruntime differs from PyTorch by {off:.2g} at {shape}, allowed are {allowed:.2g}")
+
+
+class Format(NamedTuple):
+    """Who writes it, and how its file names end; none: it is a folder."""
+
+    write: Callable[[Pretrained, Path, Path], str]
+    suffixes: tuple[str, ...]
+
+
+FORMATS = {
+    "torchvision": Format(write_torchvision, (".pt", ".pth")),
+    "safetensors": Format(write_safetensors, (".safetensors",)),
+    "onnx": Format(write_onnx, (".onnx",)),
+    "timm": Format(write_timm, ()),
+}
+
+
+# What they share
+
+
+def _tensors(encoder: Encoder) -> dict[str, Tensor]:
+    return {name: value.detach().clone().contiguous() for name, value in encoder.state_dict().items()}
+
+
+def _about(pretrained: Pretrained) -> dict[str, str]:
+    encoder = pretrained.encoder
+    architecture = {"encoder": encoder.name, "width": str(encoder.width), "stem": encoder.stem}
+    return architecture | {"origin": pretrained.origin}
+
+
+def _preparation(views: Views) -> dict[str, Any]:
+    """What the encoder's users have to do to an image."""
+    names = ("image_size", "center_fraction", "interpolation", "mean", "std")
+    return {name: getattr(views, name) for name in names}
+
+
+def _text(value: Any) -> str:
+    return "({})".format(", ".join(map(_text, value))) if isinstance(value, tuple) else f"{value}"
+
+
+def _conv1(encoder: Encoder) -> str:
+    conv = encoder.conv1
+    return f"torch.nn.Conv2d(3, {conv.out_channels}, {conv.kernel_size[0]}, padding={conv.padding[0]}, bias=False)"
+
+
+def _refuse_unusual_stem(encoder: Encoder, form: str) -> None:
+    """Of a stem that differs in what has no tensor, these formats would say nothing."""
+    padding = encoder.conv1.kernel_size[0] // 2
+    if encoder.conv1.padding != (padding, padding) or not isinstance(encoder.relu, nn.ReLU):
+        what = "no ReLU" if not isinstance(encoder.relu, nn.ReLU) else f"a padding of {encoder.conv1.padding[0]}"
+        raise UserError(
+            f"--format: got {form} for an encoder with {what} in its stem, which {form} would not know of; expected "
+            "safetensors or onnx"
+        )
