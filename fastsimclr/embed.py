@@ -9,47 +9,15 @@ fastsimclr.train.
 """
 
 import argparse
-import csv
-import json
 import sys
-import time
-from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, field, replace
-from pathlib import Path
-from typing import Any
-
-import numpy as np
-import torch
-from numpy.typing import NDArray
-from torch import Tensor
+from collections.abc import Sequence
 
 from fastsimclr import distributed
 from fastsimclr.command import Parser, exit_code
-from fastsimclr.config import parse
-from fastsimclr.data import Source
-from fastsimclr.data.augmentation import Views
 from fastsimclr.data.backends import BACKENDS
-from fastsimclr.data.dataset import is_built_in, open_dataset
-from fastsimclr.data.loader import LoaderConfig
-from fastsimclr.data.params import epoch_order
-from fastsimclr.data.scan import SKIPPED_FILE
-from fastsimclr.data.sources import NO_LABEL
-from fastsimclr.distributed import World, together
-from fastsimclr.environment import installed
 from fastsimclr.errors import UserError
 from fastsimclr.evaluation import pictures
-from fastsimclr.evaluation.feature_file import FeatureFile, expect_one_disk
-from fastsimclr.evaluation.features import embed_batches
-from fastsimclr.malloc import keep_freed_memory
-from fastsimclr.precision import Precision, choose_precision
-from fastsimclr.pretrained import Pretrained, open_pretrained
-from fastsimclr.run_folder import RunFolder, check_new, scan_cache, write_whole
-
-FORMATS = ("npy", "safetensors")
-RECIPE = ("image_size", "center_fraction", "interpolation", "mean", "std")  # what an image is still changed by
-FEWEST_IMAGES = 10  # of fewer there is no map, and all are each other's neighbours
-MOST_MAPPED = 5000  # UMAP and t-SNE take up to a minute for so many, and a map has no room for more
-MOST_QUERIES, NEIGHBOURS = 100, 8
+from fastsimclr.evaluation.embedding import FORMATS, MOST_QUERIES, RECIPE, run
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -58,82 +26,6 @@ def main(arguments: Sequence[str] | None = None) -> int:
         return exit_code("embed", lambda: run(_options(arguments)))
     finally:
         distributed.stop()
-
-
-@dataclass
-class Embedding:
-    """What is embedded, by what, and where it goes."""
-
-    pretrained: Pretrained
-    views: Views
-    data: str
-    """A path, or a built-in set."""
-    output: Path
-    precision: Precision
-    method: str
-    """Of the map: umap, tsne, pca or none."""
-    why_method: str
-
-    source: Source = field(init=False)
-
-    @property
-    def what(self) -> str:
-        """The images, for people."""
-        return f"{self.data} (held-out part)" if is_built_in(self.data) else self.data
-
-
-def run(options: argparse.Namespace) -> None:
-    """Write all files; the first rank says what they are."""
-    world = distributed.start(options.device)
-    if world.device.type == "cpu":
-        keep_freed_memory()
-    job = together(lambda: _open(options, world), world)
-    there = 0
-
-    def select(train: Source, val: Source | None) -> tuple[Source, Source | None]:
-        """The part to embed, in the place of both."""
-        nonlocal there
-        source = train if val is None else val
-        there = len(source)
-        if options.images is not None and options.images < there:
-            source = source.subset(np.sort(epoch_order(options.seed, 0, there)[: options.images]))
-        return source, None
-
-    found = open_dataset(
-        job.data,
-        None,
-        world=world,
-        backend=options.backend,
-        max_bad=options.max_bad,
-        cache=scan_cache(options.checkpoint, job.output),
-        skipped_to=job.output,
-        select=select,
-        option="--max_bad",
-    )
-    job.source = found.train
-    skipped = found.skipped or []
-
-    started = time.perf_counter()
-    said = {"checkpoint": str(options.checkpoint), "origin": job.pretrained.origin, "data": job.data}
-    path = job.output / f"features.{options.format}"
-    features = FeatureFile(path, job.source, job.pretrained.encoder.out_features, said)
-    try:
-        together(features.create if world.is_first else lambda: None, world)
-        expect_one_disk(features.partial, world)
-        together(lambda: features.fill(_batches(job, options, world)), world)
-        seconds = time.perf_counter() - started
-        if world.is_first:
-            record = _record(job, options, world, seconds) | {"skipped_images": len(skipped), "images_there": there}
-            _land(job, features, record)
-    finally:
-        if world.is_first:
-            features.discard()
-    if world.is_first:
-        made = _draw(job, options, features.open(), there)
-        print(_summary(job, record, [features.path.name, "images.csv", "embed.json", *made]), flush=True)
-
-
-# The command line
 
 
 def _options(arguments: Sequence[str] | None) -> argparse.Namespace:
@@ -172,165 +64,6 @@ def _options(arguments: Sequence[str] | None) -> argparse.Namespace:
             expected = f"at least {least}" if most is None else f"{least} to {most}"
             raise UserError(f"--{name}: got {value}, expected {expected}")
     return options
-
-
-def _open(options: argparse.Namespace, world: World) -> Embedding:
-    """All that can be wrong before work begins, on this rank alone."""
-    run = RunFolder.of(options.checkpoint)
-    if options.output is None and run is None:
-        raise UserError("--output: got none, and --checkpoint is not in a run's folder; expected a folder")
-    output = Path(options.output) if options.output else run.embed  # type: ignore[union-attr]  # one is there
-    for kind in FORMATS:
-        check_new(output / f"features.{kind}", options.force)
-    method, why = pictures.choose_method(options.map)
-    pretrained = open_pretrained(options.checkpoint)
-    data = options.data or (pretrained.config or {}).get("data", {}).get("train")
-    if data is None:
-        raise UserError(
-            f"--data: got none, and {options.checkpoint} does not say what it was trained on; expected a folder of "
-            "images, tar shards, digits, cifar10[:ROOT] or stl10[:ROOT]"
-        )
-    return Embedding(
-        pretrained,
-        _recipe(options, pretrained.views or Views()),
-        data,
-        output,
-        choose_precision(options.precision, world.device),
-        method,
-        why,
-    )
-
-
-def _recipe(options: argparse.Namespace, views: Views) -> Views:
-    """The recipe with what was given of it on the command line, read as train reads it."""
-    given = {name: getattr(options, f"data.{name}") for name in RECIPE}
-    given = {name: value for name, value in given.items() if value is not None}
-    read, _ = parse(["--data.train=-", *(f"--data.{name}={value}" for name, value in given.items())])
-    return replace(views.plain(), **{name: getattr(read.data, name) for name in given})
-
-
-# Images, and their features
-
-
-def _batches(job: Embedding, options: argparse.Namespace, world: World) -> Iterator[tuple[Tensor, Tensor, Tensor]]:
-    torch.backends.cudnn.benchmark = True
-    model = job.pretrained.encoder.to(world.device, memory_format=torch.channels_last)  # type: ignore[call-overload]
-    return embed_batches(
-        model,
-        job.source,
-        job.views,
-        LoaderConfig(batch_size=options.batch_size, backend=options.backend, world=world, workers=options.workers),
-        autocast=job.precision.autocast,
-        title="embedding",
-    )
-
-
-# What is left
-
-
-def _record(job: Embedding, options: argparse.Namespace, world: World, seconds: float) -> dict[str, Any]:
-    """What the features were made by and of, for programs."""
-    model = job.pretrained.encoder
-    images = len(job.source)
-    return {
-        "checkpoint": str(options.checkpoint),
-        "origin": job.pretrained.origin,
-        "encoder": {"name": model.name, "width": model.width, "stem": model.stem},
-        "data": job.data,
-        "split": "val" if is_built_in(job.data) else None,
-        "images": images,
-        "features": model.out_features,
-        "classes": len(pictures.class_names(job.source)),
-        "recipe": {name: getattr(job.views, name) for name in RECIPE},
-        "recipe_is": "the checkpoint's" if job.pretrained.views is not None else "the default",
-        "precision": job.precision.why,
-        "device": f"{world.world_size} x {world.device.type}",
-        "seed": options.seed,
-        "seconds": seconds,
-        "images_per_second": images / seconds,
-        "versions": {name: installed(name) for name in ("fastsimclr", "torch", "torchvision", "numpy")},
-    }
-
-
-def _land(job: Embedding, features: FeatureFile, record: dict[str, Any]) -> None:
-    """Give all files their names, the features last: where they are, the others are theirs."""
-    output = job.output
-    for name in (*(f"features.{kind}" for kind in FORMATS), "map.png", "gallery.png"):
-        (output / name).unlink(missing_ok=True)
-    write_whole(output / "images.csv", lambda file: _write_images(file, job.source))
-    write_whole(output / "embed.json", lambda file: file.write_text(json.dumps(record, indent=2) + "\n"))
-    features.land()
-
-
-def _write_images(path: Path, source: Source) -> None:
-    names = pictures.class_names(source)
-    with open(path, "w", newline="", encoding="utf-8", errors="surrogateescape") as file:  # names are any bytes
-        writer = csv.writer(file)
-        writer.writerow(["row", "image", "label", "class"])
-        for row, label in enumerate(source.labels.tolist()):
-            known = label != NO_LABEL
-            writer.writerow([row, source.name(row), label if known else "", names[label] if known else ""])
-
-
-def _draw(job: Embedding, options: argparse.Namespace, features: NDArray[np.float32], there: int) -> list[str]:
-    """Draw the map and the gallery; returns what to say of them."""
-    if len(features) < FEWEST_IMAGES:
-        return [f"no pictures of only {len(features)} images"] if job.method != "none" or options.gallery else []
-    model = job.pretrained.encoder
-    by = f"encoder: {model.name} ×{model.width} ({model.out_features:,} features), {job.pretrained.origin}"
-    made = [_draw_map(job, options, features, there, by)] if job.method != "none" else []
-    if options.gallery:
-        queries = pictures.choose_queries(job.source.labels, options.gallery, options.seed)
-        cosines, neighbours = pictures.nearest(features, queries, NEIGHBOURS)
-        notes = [
-            by,
-            f"queries drawn by seed {options.seed}, neighbours by the features' cosine out of {len(features):,} images",
-            f"of each image its central {job.views.center_fraction:.3g}, as embedded",
-        ]
-        names, title = pictures.class_names(job.source), f"{job.what}: nearest neighbours"
-        png = pictures.draw_gallery(title, notes, job.source, job.views, names, queries, cosines, neighbours)
-        write_whole(job.output / "gallery.png", lambda file: file.write_bytes(png))
-        made.append("gallery.png")
-    return made
-
-
-def _draw_map(job: Embedding, options: argparse.Namespace, features: NDArray[np.float32], there: int, by: str) -> str:
-    shown = np.arange(len(features))
-    if len(features) > MOST_MAPPED:
-        shown = np.sort(epoch_order(options.seed, 0, len(features))[:MOST_MAPPED])
-    method, why = job.method, job.why_method
-    if sys.stderr.isatty():
-        print("drawing the map, which may take a minute", file=sys.stderr)
-    try:
-        places = pictures.project(features[shown], method, options.seed)
-    except ImportError as error:  # of one of umap-learn's own dependencies, as a rule
-        broken = f"umap-learn does not import: {str(error).splitlines()[0]}"
-        if options.map == "umap":
-            raise UserError(f"--map: got umap, but {broken}; expected one that does, or tsne") from error
-        method, why = "tsne", broken
-        places = pictures.project(features[shown], method, options.seed)
-    name = pictures.METHODS[method]
-    components = min(pictures.COMPONENTS, len(shown), features.shape[1])
-    how = "" if method == "pca" else f" of the first {components} principal components"
-    some = len(shown) < len(features) or (options.images or there) < there
-    counted = f"{len(shown):,} images" + (f" of {there:,}, drawn by seed {options.seed}" if some else "")
-    notes = [by, f"{name}{how} of the normalised features", counted]
-    labels, names = job.source.labels[shown], pictures.class_names(job.source)
-    png = pictures.draw_map(f"{job.what}: {name} map", notes, places, labels, names)
-    write_whole(job.output / "map.png", lambda file: file.write_bytes(png))
-    return f"map.png ({name}: {why})" if why else f"map.png ({name})"
-
-
-def _summary(job: Embedding, record: dict[str, Any], made: list[str]) -> str:
-    line = (
-        f"{job.output}: {', '.join(made)}; {record['images']} images of {job.what}, {record['features']} features "
-        f"each, {record['images_per_second']:.0f} images/s, {job.precision.why}"
-    )
-    if job.pretrained.views is None:
-        line += f"; seen at {job.views.image_size} pixels by the default recipe: the checkpoint does not say its own"
-    if record["skipped_images"]:
-        line += f"; left out {record['skipped_images']} that cannot be used, see {SKIPPED_FILE}"
-    return line.encode(errors="replace").decode()  # a path may hold any byte
 
 
 if __name__ == "__main__":

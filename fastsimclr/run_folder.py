@@ -41,6 +41,14 @@ class RunFolder:
         run = cls(path if path.is_dir() else path.parent.parent)
         return run if run.checkpoint.parent.is_dir() and run.config.is_file() else None
 
+    @classmethod
+    def for_results(cls, checkpoint: str | Path | None) -> "RunFolder":
+        """The run of a --checkpoint, whose folder takes the results for want of --output. Raises UserError if none."""
+        run = cls.of(checkpoint)
+        if run is None:
+            raise UserError("--output: got none, and --checkpoint is not in a run's folder; expected a folder")
+        return run
+
     def save(self, state: dict[str, Any]) -> None:
         """Replace the checkpoint. state: tensors, numbers, strings and containers of them."""
         with replacing(self.checkpoint) as partial, open(partial, "wb") as file:

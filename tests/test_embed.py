@@ -470,7 +470,7 @@ def test_a_umap_that_is_broken_is_said_and_does_without(
     run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     monkeypatch.setitem(sys.modules, "umap", None)  # as Python marks a module that cannot be imported
-    monkeypatch.setattr("fastsimclr.embed.pictures.version", lambda package: "0.5")
+    monkeypatch.setattr("fastsimclr.evaluation.pictures.version", lambda package: "0.5")
     embed(run, tmp_path, "--map=auto")
     assert "map.png (t-SNE: umap-learn does not import: import of umap halted" in capsys.readouterr().out
     assert pixels_of(tmp_path / "map.png").ndim == 3
@@ -572,7 +572,7 @@ def test_a_thumbnail_is_what_the_encoder_sees(tmp_path: Path) -> None:
 
 
 def test_many_images_are_mapped_by_a_part_of_them(run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("fastsimclr.embed.MOST_MAPPED", 12)
+    monkeypatch.setattr("fastsimclr.evaluation.embedding.MOST_MAPPED", 12)
     mapped, project = [], pictures.project
 
     def watched(features: NDArray[np.float32], method: str, seed: int) -> NDArray[np.float64]:

@@ -53,7 +53,7 @@ class Evaluation:
         )
         self.settings: dict[str, Any] = {}
         """What was chosen for this evaluation, for its record."""
-        self.output = together(self._find_output, world)
+        self.output = together(self._choose_output, world)
         self.result = self.output / f"{config.name()}.json"
         self.weights = self.result.with_suffix(".pt")
         together(self._check_output, world)
@@ -63,14 +63,10 @@ class Evaluation:
         torch.manual_seed(config.seed)
         self.model = self._encoder()
 
-    def _find_output(self) -> Path:
+    def _choose_output(self) -> Path:
         """The folder of the results."""
-        if self.config.output is not None:
-            return Path(self.config.output)
-        run = RunFolder.of(self.config.checkpoint)
-        if run is None:
-            raise UserError("--output: got none, and --checkpoint is not in a run's folder; expected a folder")
-        return run.evaluate
+        output = self.config.output
+        return Path(output) if output else RunFolder.for_results(self.config.checkpoint).evaluate
 
     def _check_output(self) -> None:
         check_new(self.result, self.config.force)
