@@ -12,18 +12,24 @@ import argparse
 import sys
 from collections.abc import Sequence
 
-from fastsimclr import distributed
-from fastsimclr.command import Parser, exit_code
+from fastsimclr.cli import Parser, exit_code
+from fastsimclr.config import parse
 from fastsimclr.data.backends import BACKENDS
 from fastsimclr.errors import UserError
-from fastsimclr.evaluation import pictures
-from fastsimclr.evaluation.embedding import FORMATS, MOST_QUERIES, RECIPE, run
+from fastsimclr.evaluation.config import FEATURE_FORMATS, MAP_METHODS, MOST_QUERIES, PREPARATION
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run the command line; returns the exit code."""
+    return exit_code("embed", lambda: run(_options(arguments)))
+
+
+def run(options: argparse.Namespace) -> None:
+    from fastsimclr import distributed  # here: --help needs no PyTorch
+    from fastsimclr.evaluation.embedding import embed_images
+
     try:
-        return exit_code("embed", lambda: run(_options(arguments)))
+        embed_images(options)
     finally:
         distributed.stop()
 
@@ -35,10 +41,10 @@ def _options(arguments: Sequence[str] | None) -> argparse.Namespace:
         "--data", metavar="PATH", help="as train's; of a built-in set the held-out part. default: the run's own"
     )
     parser.add_argument("--output", metavar="DIR", help="default: embed in the run's folder")
-    parser.add_argument("--format", choices=FORMATS, default="npy", help="of the features; default: npy")
+    parser.add_argument("--format", choices=FEATURE_FORMATS, default="npy", help="of the features; default: npy")
     parser.add_argument("--images", type=int, metavar="N", help="so many, drawn by seed; default: all")
     parser.add_argument(
-        "--map", choices=("auto", *pictures.METHODS, "none"), default="auto", help="auto: umap if installed, else tsne"
+        "--map", choices=("auto", *MAP_METHODS, "none"), default="auto", help="auto: umap if installed, else tsne"
     )
     parser.add_argument("--gallery", type=int, default=8, metavar="N", help="rows of the gallery; default: 8; 0: none")
     parser.add_argument("--batch_size", type=int, default=256, metavar="N", help="over all ranks; default: 256")
@@ -49,7 +55,7 @@ def _options(arguments: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--max_bad", type=float, default=0.01, metavar="F", help="as train's; default: 0.01")
     parser.add_argument("--seed", type=int, default=0, metavar="N", help="of --images, the map and the gallery")
     parser.add_argument("--force", action="store_true", help="overwrite what the folder holds")
-    for name in RECIPE:
+    for name in PREPARATION:
         parser.add_argument(f"--data.{name}", metavar="V", help="as train's; default: as the encoder was trained")
     options = parser.parse_args(arguments)
     for name, least, most in (
@@ -63,6 +69,10 @@ def _options(arguments: Sequence[str] | None) -> argparse.Namespace:
         if value is not None and (value < least or (most is not None and value > most)):
             expected = f"at least {least}" if most is None else f"{least} to {most}"
             raise UserError(f"--{name}: got {value}, expected {expected}")
+    given = {name: getattr(options, f"data.{name}") for name in PREPARATION}
+    given = {name: value for name, value in given.items() if value is not None}
+    read, _ = parse(["--data.train=-", *(f"--data.{name}={value}" for name, value in given.items())])  # as train does
+    options.recipe = {name: getattr(read.data, name) for name in given}
     return options
 
 

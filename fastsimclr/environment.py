@@ -119,6 +119,22 @@ def examine() -> dict[str, Any]:
     return found | {"to_be_faster": advice(found, complaint)}
 
 
+def describe(found: dict[str, Any]) -> str:
+    """What examine() found, as text in two columns."""
+    rows = [(name, found[name] or "not installed") for name in ("fastsimclr", "python", "torch", "torchvision", "dali")]
+    rows.append(("cuda of torch", found["cuda_of_torch"] or "none: this torch is for the CPU"))
+    rows.append(("driver", found["driver"] or "none: nvidia-smi names no GPU"))
+    rows += [("gpu", f"{gpu['name']}, compute capability {gpu['capability']}") for gpu in found["gpus"]]
+    rows += [] if found["gpus"] else [("gpu", "none that torch can use")]
+    rows.append(("extension", found["extension"]["description"]))
+    for name in ("loss", "crops_and_colors", "views_of_a_folder"):
+        rows.append((name.replace("_", " "), f"{found[name]['backend']}: {found[name]['why']}"))
+    rows.append(("precision", found["precision"]))
+    rows += [(name, version or f"not installed (for {OPTIONAL[name]})") for name, version in found["optional"].items()]
+    rows += [("to be faster", line) for line in found["to_be_faster"]]
+    return "\n".join(f"{name:19}{text}" for name, text in rows)
+
+
 def commit() -> str | None:
     """The commit of the checkout that this package runs from, "+" behind it where files differ; None without one."""
     folder = Path(__file__).resolve().parent

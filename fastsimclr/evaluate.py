@@ -9,17 +9,16 @@ exit codes as of fastsimclr.train.
 import sys
 from collections.abc import Sequence
 from dataclasses import fields
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-from fastsimclr import distributed
-from fastsimclr.command import exit_code
+from fastsimclr.cli import exit_code
 from fastsimclr.config import parse_as
 from fastsimclr.data.augmentation import Views
 from fastsimclr.errors import UserError
 from fastsimclr.evaluation.config import PROTOCOLS, EvaluationConfig, SupervisedConfig
-from fastsimclr.evaluation.protocols import Evaluation
-from fastsimclr.malloc import keep_freed_memory
-from fastsimclr.pretrained import Pretrained, open_pretrained
+
+if TYPE_CHECKING:
+    from fastsimclr.pretrained import Pretrained
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -32,6 +31,11 @@ def run(arguments: Sequence[str]) -> None:
         print(__doc__)
         return
     config, text, pretrained = configure(arguments)
+
+    from fastsimclr import distributed  # here: --help needs no PyTorch
+    from fastsimclr.evaluation.protocols import Evaluation
+    from fastsimclr.malloc import keep_freed_memory
+
     world = distributed.start(config.device)
     if world.device.type == "cpu":
         keep_freed_memory()
@@ -41,7 +45,7 @@ def run(arguments: Sequence[str]) -> None:
         distributed.stop()
 
 
-def configure(arguments: Sequence[str]) -> tuple[EvaluationConfig, str, Pretrained | None]:
+def configure(arguments: Sequence[str]) -> tuple[EvaluationConfig, str, "Pretrained | None"]:
     """The options, the same as YAML, and what --checkpoint holds, which fills in those that are not given."""
     protocol, *options = arguments or [""]
     kind = PROTOCOLS.get(protocol)
@@ -55,6 +59,9 @@ def configure(arguments: Sequence[str]) -> tuple[EvaluationConfig, str, Pretrain
         if config.encoder is None:
             raise UserError("--encoder: got none, and no --checkpoint; expected the name of one, such as resnet50")
         return config, text, None
+
+    from fastsimclr.pretrained import open_pretrained
+
     pretrained = open_pretrained(config.checkpoint)
     if config.encoder not in (None, pretrained.encoder.name):
         raise UserError(

@@ -11,13 +11,20 @@ import argparse
 import sys
 from collections.abc import Sequence
 
-from fastsimclr.command import Parser, exit_code
-from fastsimclr.pretrained.export import FORMATS, run
+from fastsimclr.cli import Parser, exit_code
+
+FORMATS = ("torchvision", "safetensors", "onnx", "timm")
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run the command line; returns the exit code."""
-    return exit_code("export", lambda: print(run(_options(arguments))))
+    return exit_code("export", lambda: run(_options(arguments)))
+
+
+def run(options: argparse.Namespace) -> None:
+    from fastsimclr.pretrained.export import export  # here: --help needs no PyTorch
+
+    print(export(options))
 
 
 def _options(arguments: Sequence[str] | None) -> argparse.Namespace:

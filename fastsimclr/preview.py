@@ -18,7 +18,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from fastsimclr.command import Parser, exit_code
+from fastsimclr.cli import Parser, exit_code
 from fastsimclr.config import Config, parse
 from fastsimclr.contact_sheet import FAINT, TAG, Page, Pixels, fitted, resized, wrapped
 from fastsimclr.data import Source, ViewLoader, choose_backend, open_source, open_views

@@ -15,7 +15,7 @@ from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 
-from fastsimclr.command import Parser, exit_code
+from fastsimclr.cli import Parser, exit_code
 from fastsimclr.config import Config
 from fastsimclr.errors import UserError
 from fastsimclr.reporting.charts import COLOURS, DASHES

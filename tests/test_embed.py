@@ -32,6 +32,7 @@ from fastsimclr.data.images import decode
 from fastsimclr.distributed import World
 from fastsimclr.embed import main
 from fastsimclr.evaluation import pictures
+from fastsimclr.evaluation.config import MAP_METHODS
 from fastsimclr.evaluation.feature_file import expect_one_disk
 from fastsimclr.models import Encoder
 from fastsimclr.pretrained import load_encoder
@@ -397,6 +398,10 @@ def test_a_mistake_is_one_line_and_exit_code_2(
 
 
 # Pictures
+
+
+def test_every_map_that_can_be_drawn_is_offered() -> None:
+    assert tuple(pictures.METHODS) == MAP_METHODS
 
 
 def test_the_pictures_are_made_of_enough_images_and_it_says_so(

@@ -20,7 +20,7 @@ from weights import images, lived_in, outputs, save_run
 
 import fastsimclr
 from fastsimclr import Views, encoder, load_encoder
-from fastsimclr.export import main
+from fastsimclr.export import FORMATS, main
 from fastsimclr.models import Encoder
 from fastsimclr.pretrained import export, open_pretrained
 
@@ -255,6 +255,10 @@ def test_it_says_how_images_are_prepared(here: Path, capsys: pytest.CaptureFixtu
         "image_size 48, center_fraction 0.9, interpolation bilinear, mean (0.1, 0.2, 0.3), std (0.4, 0.5, 0.6)",
     ):
         assert words in said
+
+
+def test_every_format_that_can_be_written_is_offered() -> None:
+    assert tuple(export.FORMATS) == FORMATS
 
 
 @pytest.mark.parametrize("form", NAMES)

@@ -1,4 +1,4 @@
-"""The options of each protocol, one documented field each. The defaults are the paper's."""
+"""The options of each protocol, one documented field each, whose defaults are the paper's; and what embed offers."""
 
 from abc import ABC, abstractmethod
 from dataclasses import dataclass, field
@@ -138,3 +138,12 @@ PROTOCOLS: dict[str, type[EvaluationConfig]] = {
     "finetune": FinetuneConfig,
     "supervised": SupervisedConfig,
 }
+
+FEATURE_FORMATS = ("npy", "safetensors")
+"""Of embed's features."""
+MAP_METHODS = ("umap", "tsne", "pca")
+"""Of embed's map."""
+MOST_QUERIES = 100
+"""Rows of embed's gallery."""
+PREPARATION = ("image_size", "center_fraction", "interpolation", "mean", "std")
+"""The fields of the recipe that change an image when it is embedded."""

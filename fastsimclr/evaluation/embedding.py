@@ -16,7 +16,6 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from fastsimclr import distributed
-from fastsimclr.config import parse
 from fastsimclr.data import Source
 from fastsimclr.data.augmentation import Views
 from fastsimclr.data.dataset import is_built_in, open_dataset
@@ -28,6 +27,7 @@ from fastsimclr.distributed import World, together
 from fastsimclr.environment import installed
 from fastsimclr.errors import UserError
 from fastsimclr.evaluation import pictures
+from fastsimclr.evaluation.config import FEATURE_FORMATS, PREPARATION
 from fastsimclr.evaluation.feature_file import FeatureFile, expect_one_disk
 from fastsimclr.evaluation.features import embed_batches
 from fastsimclr.malloc import keep_freed_memory
@@ -35,11 +35,9 @@ from fastsimclr.precision import Precision, choose_precision
 from fastsimclr.pretrained import Pretrained, open_pretrained
 from fastsimclr.run_folder import RunFolder, check_new, scan_cache, write_whole
 
-FORMATS = ("npy", "safetensors")
-RECIPE = ("image_size", "center_fraction", "interpolation", "mean", "std")  # what an image is still changed by
 FEWEST_IMAGES = 10  # of fewer there is no map, and all are each other's neighbours
 MOST_MAPPED = 5000  # UMAP and t-SNE take up to a minute for so many, and a map has no room for more
-MOST_QUERIES, NEIGHBOURS = 100, 8
+NEIGHBOURS = 8
 
 
 @dataclass(frozen=True)
@@ -67,8 +65,8 @@ class Embedding:
         return f"{self.data} (held-out part)" if is_built_in(self.data) else self.data
 
 
-def run(options: argparse.Namespace) -> None:
-    """Write all files; the first rank says what they are."""
+def embed_images(options: argparse.Namespace) -> None:
+    """Write all files that the embed command asks for; rank 0 prints which."""
     world = distributed.start(options.device)
     if world.device.type == "cpu":
         keep_freed_memory()
@@ -96,9 +94,11 @@ def run(options: argparse.Namespace) -> None:
 def _open(options: argparse.Namespace, world: World) -> Embedding:
     """Check the options and open the images. Raises UserError on all ranks for all that can be wrong before work."""
 
+    there = 0
+
     def check() -> tuple[Path, Pretrained, str]:
         output = Path(options.output) if options.output else RunFolder.for_results(options.checkpoint).embed
-        for kind in FORMATS:
+        for kind in FEATURE_FORMATS:
             check_new(output / f"features.{kind}", options.force)
         pretrained = open_pretrained(options.checkpoint)
         data = options.data or (pretrained.config or {}).get("data", {}).get("train")
@@ -118,9 +118,7 @@ def _open(options: argparse.Namespace, world: World) -> Embedding:
             source = source.subset(np.sort(epoch_order(options.seed, 0, there)[: options.images]))
         return source, None
 
-    there = 0
     output, pretrained, data = together(check, world)
-    views = together(lambda: _recipe(options, pretrained.views or Views()), world)
     method, why = together(lambda: pictures.choose_method(options.map), world)
     images = open_dataset(
         data,
@@ -135,7 +133,7 @@ def _open(options: argparse.Namespace, world: World) -> Embedding:
     )
     return Embedding(
         pretrained=pretrained,
-        views=views,
+        views=replace((pretrained.views or Views()).plain(), **options.recipe),
         data=data,
         source=images.train,
         there=there,
@@ -145,14 +143,6 @@ def _open(options: argparse.Namespace, world: World) -> Embedding:
         method=method,
         why_method=why,
     )
-
-
-def _recipe(options: argparse.Namespace, views: Views) -> Views:
-    """The recipe with what was given of it on the command line, read as train reads it."""
-    given = {name: getattr(options, f"data.{name}") for name in RECIPE}
-    given = {name: value for name, value in given.items() if value is not None}
-    read, _ = parse(["--data.train=-", *(f"--data.{name}={value}" for name, value in given.items())])
-    return replace(views.plain(), **{name: getattr(read.data, name) for name in given})
 
 
 # Images, and their features
@@ -187,7 +177,7 @@ def _record(job: Embedding, options: argparse.Namespace, world: World, seconds: 
         "images": images,
         "features": model.out_features,
         "classes": len(pictures.class_names(job.source)),
-        "recipe": {name: getattr(job.views, name) for name in RECIPE},
+        "recipe": {name: getattr(job.views, name) for name in PREPARATION},
         "recipe_is": "the checkpoint's" if job.pretrained.views is not None else "the default",
         "precision": job.precision.why,
         "device": f"{world.world_size} x {world.device.type}",
@@ -201,7 +191,7 @@ def _record(job: Embedding, options: argparse.Namespace, world: World, seconds: 
 def _land(job: Embedding, features: FeatureFile, record: dict[str, Any]) -> None:
     """Give all files their names, the features last: where they are, the others are theirs."""
     output = job.output
-    for name in (*(f"features.{kind}" for kind in FORMATS), "map.png", "gallery.png"):
+    for name in (*(f"features.{kind}" for kind in FEATURE_FORMATS), "map.png", "gallery.png"):
         (output / name).unlink(missing_ok=True)
     write_whole(output / "images.csv", lambda file: _write_images(file, job.source))
     write_whole(output / "embed.json", lambda file: file.write_text(json.dumps(record, indent=2) + "\n"))

@@ -28,8 +28,8 @@ LARGEST_PROTOBUF = 2**31 - 2**20  # bytes; an ONNX file of more keeps its weight
 SOME_SIZE = {"imagenet": 224, "small": 32}  # pixels, by the stem: to try an encoder at whose own is not known
 
 
-def run(options: argparse.Namespace) -> str:
-    """Write the encoder; returns what to say of it."""
+def export(options: argparse.Namespace) -> str:
+    """Write the encoder; returns the summary line to print."""
     form, source, output = FORMATS[options.format], Path(options.checkpoint), Path(options.output)
     if form.suffixes and output.suffix not in form.suffixes:
         raise UserError(f"--output: got {output}, expected a file name that ends in {' or '.join(form.suffixes)}")

@@ -18,28 +18,37 @@ from fastsimclr.training.progress import Progress
 STOP_SIGNALS = (signal.SIGTERM, signal.SIGINT)
 
 
+class StopSignal:
+    """Within `with`, STOP_SIGNALS no longer end the process: the latest one is kept in `received`, 0 until then."""
+
+    def __init__(self) -> None:
+        self.received = 0
+        self._earlier: dict[int, Any] = {}
+
+    def __enter__(self) -> "StopSignal":
+        self._earlier = {number: signal.signal(number, self._receive) for number in STOP_SIGNALS}
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        for number, handler in self._earlier.items():
+            signal.signal(number, handler)
+
+    def _receive(self, number: int, _: object) -> None:
+        self.received = number
+
+
 class RankSync:
-    """Keeps the ranks in step: all train on the same batch, stop after the same one, and fail together.
+    """Keeps the ranks in step: all train on the same batch, stop after the same one, and fail together."""
 
-    It installs the handlers of STOP_SIGNALS. Whoever makes it restores the earlier ones.
-    """
-
-    def __init__(self, world: World) -> None:
+    def __init__(self, world: World, stop: StopSignal) -> None:
         self.stop_signal = 0
         """The signal that told a rank to stop, or 0; the same on all ranks, as of the latest exchange."""
         self.local_batch_sizes = [0]
         """Images of the current batch on each rank."""
         self.data_wait = 0.0
         """Seconds that this rank waited for the current batch."""
-        self._world = world
-        self._received = 0  # a signal that the other ranks may not know yet
+        self._world, self._stop = world, stop
         self._failure: str | None = None
-        for number in STOP_SIGNALS:
-            signal.signal(number, self._on_signal)
-
-    def is_told_to_stop(self) -> bool:
-        """Whether this rank has received a stop signal."""
-        return self._received != 0
 
     def batches(self, loader: ViewLoader, progress: Progress) -> Iterator[Batch]:
         """Batches of one epoch after the other, until the run's last step or until a rank is told to stop.
@@ -75,7 +84,7 @@ class RankSync:
 
     def _exchange(self, local_batch_size: int) -> None:
         """Tell all ranks this one's batch size, stop signal and failure. Through the CPU: the GPU is not waited for."""
-        mine = torch.tensor([local_batch_size, self._received, self._failure is not None])
+        mine = torch.tensor([local_batch_size, self._stop.received, self._failure is not None])
         everyone = mine[None]
         if self._world.world_size > 1:
             with stage("rank_wait"):
@@ -85,6 +94,3 @@ class RankSync:
         if any(failures):
             fail_together(self._failure, self._world)
         self.stop_signal = max(stops)
-
-    def _on_signal(self, number: int, _: Any) -> None:
-        self._received = number

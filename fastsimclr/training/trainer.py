@@ -29,19 +29,22 @@ from fastsimclr.training import summary
 from fastsimclr.training.build import architecture, build_learner, check_architecture
 from fastsimclr.training.metrics import Metrics
 from fastsimclr.training.progress import Progress
-from fastsimclr.training.rank_sync import RankSync
+from fastsimclr.training.rank_sync import RankSync, StopSignal
 from fastsimclr.training.step import Step
 
 
 class Trainer:
     """Pre-trains an encoder. Made on every rank; mistakes raise UserError on all of them."""
 
-    def __init__(self, config: Config, text: str, world: World, arguments: Sequence[str]) -> None:
-        """text: the options as YAML; arguments: the command line. Both are for the run's record."""
+    def __init__(
+        self, config: Config, text: str, world: World, arguments: Sequence[str], stop: StopSignal | None = None
+    ) -> None:
+        """text: the options as YAML; arguments: the command line. Both are for the run's record. stop: ends the run."""
+        stop = stop or StopSignal()  # one that is never received
         self.config, self.world = config, world
         self._text, self._arguments = text, arguments
         self.folder = RunFolder(distributed.share(config.output or _new_folder(config), world))
-        self.sync = RankSync(world)
+        self.sync = RankSync(world, stop)
         self.clock = StageClock(world.device)
         self.metrics = Metrics()
         self.trace: Trace | None = None
@@ -52,7 +55,7 @@ class Trainer:
         self.views, self.model, self.optimizer = learner.views, learner.model, learner.optimizer
         self.precision, self.scaler = learner.precision, learner.scaler
         self.loss, self.loss_backend = learner.loss, learner.loss_backend
-        self.data = self._open_data()
+        self.data = self._open_data(stop)
         self.measures_knn = config.knn_every > 0 and self.data.train.has_labels
         self.loader_config = LoaderConfig(
             batch_size=config.batch_size,
@@ -195,7 +198,7 @@ class Trainer:
         self.metrics.close()
         self.loader.close()
 
-    def _open_data(self) -> Dataset:
+    def _open_data(self, stop: StopSignal) -> Dataset:
         config = self.config
         assert config.data.train is not None  # the preset of the demonstration names one
 
@@ -216,7 +219,7 @@ class Trainer:
                 cache=self.folder.path,
                 skipped_to=self.folder.path,
                 select=check,
-                stop=self.sync.is_told_to_stop,
+                stop=lambda: stop.received != 0,
             )
         except ScanStopped:
             self._say(f"stopped in the scan for bad images; rerun with --output {self.folder} to resume")

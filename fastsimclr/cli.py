@@ -1,0 +1,77 @@
+"""The console script `fastsimclr COMMAND`, and what the commands share: the argument parser and the exit codes.
+
+0: done; 2: a user's mistake, reported as one line on stderr; 1: an internal error, with its traceback.
+"""
+
+import argparse
+import importlib
+import os
+import sys
+from collections.abc import Callable, Sequence
+from typing import Any
+
+from fastsimclr.errors import UserError
+from fastsimclr.version import __version__
+
+COMMANDS = {
+    "train": "pre-train an encoder with SimCLR",
+    "evaluate": "measure an encoder by kNN, linear, fine-tuned or supervised classification",
+    "embed": "write the features of all images, a map of them and their nearest neighbors",
+    "export": "convert an encoder for torchvision, safetensors, ONNX or timm",
+    "preview": "draw the views that an encoder will see",
+    "report": "write one HTML page of one run, or of several compared",
+    "doctor": "show what is installed, what will be used, and why",
+}
+"""Each is the module fastsimclr.COMMAND, which is imported only when the command runs."""
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Run `fastsimclr COMMAND`; returns the exit code."""
+    command, *options = (sys.argv[1:] if arguments is None else arguments) or ["--help"]
+    if command in ("-h", "--help"):
+        print(usage())
+        return 0
+    if command == "--version":
+        print(f"fastsimclr {__version__}")
+        return 0
+    if command not in COMMANDS:
+        print(f"fastsimclr: error: got {command!r}, expected one of {', '.join(COMMANDS)}", file=sys.stderr)
+        return 2
+    return int(importlib.import_module(f"fastsimclr.{command}").main(options))
+
+
+def usage() -> str:
+    """The text of `fastsimclr --help`."""
+    commands = "\n".join(f"  {name:9} {about}" for name, about in COMMANDS.items())
+    return f"""usage: fastsimclr COMMAND [options]
+       fastsimclr COMMAND --help
+       fastsimclr --version
+
+{commands}
+
+`python -m fastsimclr.COMMAND` does the same, and runs under torchrun."""
+
+
+class Parser(argparse.ArgumentParser):
+    """An argparse parser whose errors are one line."""
+
+    def error(self, message: str) -> Any:
+        raise UserError(f"{message}; see {self.prog} --help")
+
+
+def exit_code(command: str, work: Callable[[], object]) -> int:
+    """Run `work` and return the exit code of fastsimclr.`command`: 0, or 2 after a UserError.
+
+    Rank 0 prints the error. Other exceptions are internal errors, and propagate.
+    """
+    try:
+        work()
+    except UserError as error:
+        if os.environ.get("RANK", "0") == "0":
+            print(f"fastsimclr.{command}: error: {' '.join(str(error).split())}", file=sys.stderr)
+        return 2
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,131 @@
+"""`fastsimclr COMMAND`: its help, version and errors, and that nothing heavy is imported before it is needed."""
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from weights import save_run
+
+import fastsimclr
+from fastsimclr import encoder
+from fastsimclr.cli import COMMANDS, main
+
+ROOT = Path(__file__).resolve().parents[1]
+HEAVY_HELP = {"preview", "report"}  # their parsers still import what draws
+HELP = [[name, "--help"] for name in COMMANDS if name not in HEAVY_HELP] + [["evaluate", "knn", "--help"]]
+OPTIONAL = ["matplotlib", "sklearn", "tensorboard", "torch.utils.tensorboard", "nvidia.dali", "jsonargparse"]
+
+
+def modules_after(source: str) -> set[str]:
+    """The modules that a new process has imported after it has run `source`."""
+    source += "\nimport sys; print(*sys.modules, file=sys.stderr)"
+    done = subprocess.run([sys.executable, "-c", source], cwd=ROOT, capture_output=True, text=True, timeout=120)
+    assert done.returncode == 0, done.stderr
+    return set(done.stderr.split())
+
+
+@pytest.mark.parametrize("arguments", [[], ["--help"], ["-h"]])
+def test_help_lists_every_command_on_a_line(arguments: list[str], capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(arguments) == 0
+    lines = capsys.readouterr().out.splitlines()
+    for name, about in COMMANDS.items():
+        assert [line.split(maxsplit=1) for line in lines if line.strip().startswith(f"{name} ")] == [[name, about]]
+    assert all(len(line) <= 100 for line in lines)
+
+
+def test_every_command_of_the_package_is_listed() -> None:
+    found = {file.stem for file in (ROOT / "fastsimclr").glob("*.py") if "sys.exit(main())" in file.read_text()}
+    assert found == {*COMMANDS, "cli"}
+
+
+def test_version(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["--version"]) == 0
+    assert capsys.readouterr().out == f"fastsimclr {fastsimclr.__version__}\n"
+
+
+@pytest.mark.parametrize("command", ["trian", "--batch_size=3", "two\nlines"])
+def test_an_unknown_command_is_an_error_of_one_line(command: str, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main([command, "--help"]) == 2
+    captured = capsys.readouterr()
+    assert captured.out == ""
+    assert captured.err == f"fastsimclr: error: got {command!r}, expected one of {', '.join(COMMANDS)}\n"
+
+
+@pytest.mark.parametrize("command", COMMANDS)
+def test_an_error_of_a_command_names_it(command: str, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main([command, *(["knn"] if command == "evaluate" else []), "--colour"]) == 2
+    error = capsys.readouterr().err
+    assert error.startswith(f"fastsimclr.{command}: error: ")
+    assert error.count("\n") == 1
+
+
+def test_each_command_runs_by_the_console_script(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    trained = ["--max_steps=2", "--knn_every=0", "--data.image_size=16", "--device=cpu", "--batch_size=64"]
+    assert main(["train", *trained, "--output=run"]) == 0
+    assert main(["evaluate", "knn", "--checkpoint=run", "--k=20", "--device=cpu"]) == 0
+    assert main(["embed", "--checkpoint=run", "--map=none", "--gallery=0", "--images=20", "--device=cpu"]) == 0
+    save_run(Path("other"), encoder("resnet18"))
+    assert main(["export", "--checkpoint=other", "--format=safetensors", "--output=e.safetensors"]) == 0
+    assert main(["preview", "--images=1"]) == 0
+    assert main(["report", "run", "--only_collect"]) == 0
+    made = ["run/evaluate/knn.json", "run/embed/features.npy", "e.safetensors", "preview.png", "run/report.html"]
+    assert all(Path(name).is_file() for name in made)
+    capsys.readouterr()
+    assert main(["doctor", "--json"]) == 0
+    assert json.loads(capsys.readouterr().out)["fastsimclr"] == fastsimclr.__version__
+
+
+def test_the_console_script_is_declared() -> None:
+    assert 'fastsimclr = "fastsimclr.cli:main"' in (ROOT / "pyproject.toml").read_text()
+
+
+@pytest.mark.parametrize("arguments", HELP, ids=" ".join)
+def test_help_of_a_command_does_not_import_torch(arguments: list[str]) -> None:
+    source = f"""
+from fastsimclr.cli import main
+try:
+    main({arguments})
+except SystemExit as end:
+    assert end.code == 0
+"""
+    modules = modules_after(source)
+    assert f"fastsimclr.{arguments[0]}" in modules
+    assert not modules & {"torch", "numpy", "PIL", "matplotlib", "sklearn"}
+
+
+def test_help_of_the_console_script_imports_no_command() -> None:
+    modules = modules_after("from fastsimclr.cli import main; main(['--help'])")
+    assert {name for name in modules if name.startswith("fastsimclr.")} == {
+        f"fastsimclr.{name}" for name in ("_lazy", "cli", "errors", "version")
+    }
+    assert not modules & {"torch", *OPTIONAL}
+
+
+def test_importing_the_package_imports_nothing_heavy() -> None:
+    assert not modules_after("import fastsimclr") & {"torch", "numpy", *OPTIONAL}
+
+
+def test_using_the_exports_imports_only_what_they_need() -> None:
+    source = """
+import torch
+from PIL import Image
+from tempfile import TemporaryDirectory
+from fastsimclr import LARS, SimCLR, Views, encoder, load_encoder, nt_xent, open_views, projector
+model = SimCLR(encoder("resnet18", stem="small"), projector(512))
+with TemporaryDirectory() as folder:
+    for number in range(4):
+        Image.new("RGB", (16, 16), (number, 0, 0)).save(f"{folder}/{number}.png")
+    loader = open_views(folder, Views(image_size=16), 4, device=torch.device("cpu"))
+    batch = next(iter(loader))
+    loader.close()
+nt_xent(*(model(view) for view in batch.views)).backward()
+LARS(model.parameters(), lr=0.1).step()
+"""
+    modules = modules_after(source)
+    assert {"torch", "fastsimclr.loss", "fastsimclr.data.loader", "fastsimclr.pretrained"} <= modules
+    assert not modules & set(OPTIONAL)
