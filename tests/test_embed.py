@@ -26,16 +26,17 @@ from torchvision.transforms.v2 import functional as TF
 from weights import lived_in, save_run
 
 from fastsimclr import UserError, Views, encoder, open_views
-from fastsimclr.contact_sheet import text_width
 from fastsimclr.data import open_source
 from fastsimclr.data.images import decode
 from fastsimclr.distributed import World
 from fastsimclr.embed import main
-from fastsimclr.evaluation import pictures
+from fastsimclr.evaluation import neighbors
 from fastsimclr.evaluation.config import MAP_METHODS
 from fastsimclr.evaluation.feature_file import expect_one_disk
 from fastsimclr.models import Encoder
 from fastsimclr.pretrained import load_encoder
+from fastsimclr.reporting import embedding_pictures as pictures
+from fastsimclr.reporting.contact_sheet import text_width
 
 IMAGES = 21  # in batches of 4, the last has one: none for the second rank
 QUICK = ["--batch_size=4", "--workers=0", "--device=cpu", "--precision=fp32", "--map=none", "--gallery=0"]
@@ -401,7 +402,7 @@ def test_a_mistake_is_one_line_and_exit_code_2(
 
 
 def test_every_map_that_can_be_drawn_is_offered() -> None:
-    assert tuple(pictures.METHODS) == MAP_METHODS
+    assert tuple(neighbors.METHODS) == MAP_METHODS
 
 
 def test_the_pictures_are_made_of_enough_images_and_it_says_so(
@@ -425,27 +426,27 @@ def test_the_nearest_are_those_of_all_cosines(tmp_path: Path, monkeypatch: pytes
     rng = np.random.default_rng(0)
     np.save(tmp_path / "features.npy", rng.normal(size=(130, 16)).astype(np.float32))
     features = np.load(tmp_path / "features.npy", mmap_mode="r")
-    monkeypatch.setattr(pictures, "BLOCK_BYTES", 4 * 16 * 3)  # three rows at a time: fewer than neighbours
+    monkeypatch.setattr(neighbors, "BLOCK_BYTES", 4 * 16 * 3)  # three rows at a time: fewer than neighbours
     queries = np.array([0, 64, 129])
-    cosines, neighbours = pictures.nearest(features, queries, 8)
+    cosines, neighbours = neighbors.nearest(features, queries, 8)
     unit = features / np.linalg.norm(features.astype(np.float64), axis=1, keepdims=True)
     every = unit[queries] @ unit.T
     every[[0, 1, 2], queries] = -np.inf
     expected = np.argsort(-every, axis=1)[:, :8]
     assert np.array_equal(neighbours, expected)
     np.testing.assert_allclose(cosines, np.take_along_axis(every, expected, 1), atol=1e-6)
-    assert pictures.nearest(features[:4], np.array([2]), 8)[1].shape == (1, 3)
+    assert neighbors.nearest(features[:4], np.array([2]), 8)[1].shape == (1, 3)
 
 
 def test_queries_are_of_as_many_classes_as_there_are() -> None:
     labels = np.repeat([2, 0, 1], [50, 40, 10])
-    chosen = pictures.choose_queries(labels, 5, seed=1)
+    chosen = neighbors.choose_queries(labels, 5, seed=1)
     assert len(set(chosen.tolist())) == 5
     assert labels[chosen].tolist() == sorted(labels[chosen].tolist())
     assert set(np.bincount(labels[chosen])) == {1, 2}
-    assert np.array_equal(chosen, pictures.choose_queries(labels, 5, seed=1))
-    assert not np.array_equal(chosen, pictures.choose_queries(labels, 5, seed=2))
-    assert len(pictures.choose_queries(np.full(3, -1), 5, seed=0)) == 3
+    assert np.array_equal(chosen, neighbors.choose_queries(labels, 5, seed=1))
+    assert not np.array_equal(chosen, neighbors.choose_queries(labels, 5, seed=2))
+    assert len(neighbors.choose_queries(np.full(3, -1), 5, seed=0)) == 3
 
 
 @pytest.mark.parametrize("method", ["umap", "tsne", "pca"])
@@ -453,29 +454,29 @@ def test_a_map_keeps_clusters_apart(method: str) -> None:
     if method == "umap" and find_spec("umap") is None:
         pytest.skip("umap-learn is not installed")
     features, labels = blobs(classes=3, images=90)
-    places = pictures.project(features, method, seed=0)
+    places = neighbors.project(features, method, seed=0)
     distances = np.linalg.norm(places[:, None] - places[None], axis=2)
     same = labels[:, None] == labels[None]
     assert distances[same].max() < distances[~same].min()
-    assert np.array_equal(places, pictures.project(features, method, seed=0))
+    assert np.array_equal(places, neighbors.project(features, method, seed=0))
 
 
 @pytest.mark.parametrize("method", ["tsne", "pca"])
 def test_features_that_are_all_alike_still_have_a_map(method: str) -> None:
-    places = pictures.project(np.ones((12, 8), np.float32), method, seed=0)
+    places = neighbors.project(np.ones((12, 8), np.float32), method, seed=0)
     assert pictures.draw_map("title", [], places, np.full(12, -1), {})[:4] == b"\x89PNG"
 
 
 def test_umap_is_taken_where_it_is_installed() -> None:
-    assert pictures.choose_method("auto")[0] == ("umap" if find_spec("umap") else "tsne")
-    assert pictures.choose_method("pca") == ("pca", "")
+    assert neighbors.choose_method("auto")[0] == ("umap" if find_spec("umap") else "tsne")
+    assert neighbors.choose_method("pca") == ("pca", "")
 
 
 def test_a_umap_that_is_broken_is_said_and_does_without(
     run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     monkeypatch.setitem(sys.modules, "umap", None)  # as Python marks a module that cannot be imported
-    monkeypatch.setattr("fastsimclr.evaluation.pictures.version", lambda package: "0.5")
+    monkeypatch.setattr("fastsimclr.evaluation.neighbors.version", lambda package: "0.5")
     embed(run, tmp_path, "--map=auto")
     assert "map.png (t-SNE: umap-learn does not import: import of umap halted" in capsys.readouterr().out
     assert pixels_of(tmp_path / "map.png").ndim == 3
@@ -545,7 +546,7 @@ def test_classes_in_the_map_are_of_other_colours_than_those_beside_them() -> Non
 
 def test_the_gallery_shows_each_image_and_frames_those_of_other_classes(photos: str, tmp_path: Path) -> None:
     source, views = open_source(photos), Views()
-    names = pictures.class_names(source)
+    names = neighbors.class_names(source)
     queries = np.array([0, 20])
     neighbours = np.array([[1, 7, 2], [19, 18, 0]])  # seven of a, seven of b, seven of c
     cosines = np.array([[0.9, 0.8, 0.7], [0.9, 0.8, 0.7]], np.float32)
@@ -578,13 +579,13 @@ def test_a_thumbnail_is_what_the_encoder_sees(tmp_path: Path) -> None:
 
 def test_many_images_are_mapped_by_a_part_of_them(run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("fastsimclr.evaluation.embedding.MOST_MAPPED", 12)
-    mapped, project = [], pictures.project
+    mapped, project = [], neighbors.project
 
     def watched(features: NDArray[np.float32], method: str, seed: int) -> NDArray[np.float64]:
         mapped.append(np.array(features))
         return project(features, method, seed)
 
-    monkeypatch.setattr(pictures, "project", watched)
+    monkeypatch.setattr(neighbors, "project", watched)
     whole = embed(run, tmp_path, "--map=pca")
     assert mapped[0].shape == (12, 512)
     assert all((whole == row).all(1).any() for row in mapped[0])

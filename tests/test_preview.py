@@ -14,18 +14,18 @@ from torchvision.transforms.v2 import functional as TF
 
 from fastsimclr import Views, open_views
 from fastsimclr.config import parse
-from fastsimclr.contact_sheet import TAG, Page, fitted, resized, text_width, wrapped
 from fastsimclr.data.params import DRAW
 from fastsimclr.data.photometric import photometric
 from fastsimclr.data.torchvision import crop
-from fastsimclr.preview import (
+from fastsimclr.preview import main
+from fastsimclr.reporting.contact_sheet import TAG, Page, fitted, resized, text_width, wrapped
+from fastsimclr.reporting.preview import (
     GAP,
     MARGIN,
     TEXT_WIDTH,
     Row,
     describe_recipe,
     draw_sheet,
-    main,
     parameters,
     take,
     to_levels,

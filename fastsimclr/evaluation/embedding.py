@@ -26,13 +26,14 @@ from fastsimclr.data.sources import NO_LABEL
 from fastsimclr.distributed import World, together
 from fastsimclr.environment import installed
 from fastsimclr.errors import UserError
-from fastsimclr.evaluation import pictures
+from fastsimclr.evaluation import neighbors
 from fastsimclr.evaluation.config import FEATURE_FORMATS, PREPARATION
 from fastsimclr.evaluation.feature_file import FeatureFile, expect_one_disk
 from fastsimclr.evaluation.features import embed_batches
 from fastsimclr.malloc import keep_freed_memory
 from fastsimclr.precision import Precision, choose_precision
 from fastsimclr.pretrained import Pretrained, open_pretrained
+from fastsimclr.reporting import embedding_pictures
 from fastsimclr.run_folder import RunFolder, check_new, scan_cache, write_whole
 
 FEWEST_IMAGES = 10  # of fewer there is no map, and all are each other's neighbours
@@ -119,7 +120,7 @@ def _open(options: argparse.Namespace, world: World) -> Embedding:
         return source, None
 
     output, pretrained, data = together(check, world)
-    method, why = together(lambda: pictures.choose_method(options.map), world)
+    method, why = together(lambda: neighbors.choose_method(options.map), world)
     images = open_dataset(
         data,
         None,
@@ -176,7 +177,7 @@ def _record(job: Embedding, options: argparse.Namespace, world: World, seconds: 
         "split": "val" if is_built_in(job.data) else None,
         "images": images,
         "features": model.out_features,
-        "classes": len(pictures.class_names(job.source)),
+        "classes": len(neighbors.class_names(job.source)),
         "recipe": {name: getattr(job.views, name) for name in PREPARATION},
         "recipe_is": "the checkpoint's" if job.pretrained.views is not None else "the default",
         "precision": job.precision.why,
@@ -199,7 +200,7 @@ def _land(job: Embedding, features: FeatureFile, record: dict[str, Any]) -> None
 
 
 def _write_images(path: Path, source: Source) -> None:
-    names = pictures.class_names(source)
+    names = neighbors.class_names(source)
     with open(path, "w", newline="", encoding="utf-8", errors="surrogateescape") as file:  # names are any bytes
         writer = csv.writer(file)
         writer.writerow(["row", "image", "label", "class"])
@@ -216,15 +217,15 @@ def _draw(job: Embedding, options: argparse.Namespace, features: NDArray[np.floa
     by = f"encoder: {model.name} ×{model.width} ({model.out_features:,} features), {job.pretrained.origin}"
     made = [_draw_map(job, options, features, by)] if job.method != "none" else []
     if options.gallery:
-        queries = pictures.choose_queries(job.source.labels, options.gallery, options.seed)
-        cosines, neighbours = pictures.nearest(features, queries, NEIGHBOURS)
+        queries = neighbors.choose_queries(job.source.labels, options.gallery, options.seed)
+        cosines, neighbours = neighbors.nearest(features, queries, NEIGHBOURS)
         notes = [
             by,
             f"queries drawn by seed {options.seed}, neighbours by the features' cosine out of {len(features):,} images",
             f"of each image its central {job.views.center_fraction:.3g}, as embedded",
         ]
-        names, title = pictures.class_names(job.source), f"{job.what}: nearest neighbours"
-        png = pictures.draw_gallery(title, notes, job.source, job.views, names, queries, cosines, neighbours)
+        names, title = neighbors.class_names(job.source), f"{job.what}: nearest neighbours"
+        png = embedding_pictures.draw_gallery(title, notes, job.source, job.views, names, queries, cosines, neighbours)
         write_whole(job.output / "gallery.png", lambda file: file.write_bytes(png))
         made.append("gallery.png")
     return made
@@ -238,21 +239,21 @@ def _draw_map(job: Embedding, options: argparse.Namespace, features: NDArray[np.
     if sys.stderr.isatty():
         print("drawing the map, which may take a minute", file=sys.stderr)
     try:
-        places = pictures.project(features[shown], method, options.seed)
+        places = neighbors.project(features[shown], method, options.seed)
     except ImportError as error:  # of one of umap-learn's own dependencies, as a rule
         broken = f"umap-learn does not import: {str(error).splitlines()[0]}"
         if options.map == "umap":
             raise UserError(f"--map: got umap, but {broken}; expected one that does, or tsne") from error
         method, why = "tsne", broken
-        places = pictures.project(features[shown], method, options.seed)
-    name = pictures.METHODS[method]
-    components = min(pictures.COMPONENTS, len(shown), features.shape[1])
+        places = neighbors.project(features[shown], method, options.seed)
+    name = neighbors.METHODS[method]
+    components = min(neighbors.COMPONENTS, len(shown), features.shape[1])
     how = "" if method == "pca" else f" of the first {components} principal components"
     some = len(shown) < len(features) or (options.images or job.there) < job.there
     counted = f"{len(shown):,} images" + (f" of {job.there:,}, drawn by seed {options.seed}" if some else "")
     notes = [by, f"{name}{how} of the normalised features", counted]
-    labels, names = job.source.labels[shown], pictures.class_names(job.source)
-    png = pictures.draw_map(f"{job.what}: {name} map", notes, places, labels, names)
+    labels, names = job.source.labels[shown], neighbors.class_names(job.source)
+    png = embedding_pictures.draw_map(f"{job.what}: {name} map", notes, places, labels, names)
     write_whole(job.output / "map.png", lambda file: file.write_bytes(png))
     return f"map.png ({name}: {why})" if why else f"map.png ({name})"
 

@@ -1,0 +1,241 @@
+"""The sheet of `fastsimclr.preview`: images, their crops, and their views with what was drawn for each."""
+
+import argparse
+import re
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from fastsimclr.config import parse
+from fastsimclr.data import Source, ViewLoader, choose_backend, open_source, open_views
+from fastsimclr.data.augmentation import Views
+from fastsimclr.data.params import draw_views
+from fastsimclr.data.sources import NO_LABEL
+from fastsimclr.data.torchvision import decoded
+from fastsimclr.reporting.contact_sheet import FAINT, TAG, Page, Pixels, fitted, resized, wrapped
+from fastsimclr.run_folder import write_whole
+
+SHOWN = 224  # a view of up to half this side is enlarged by a whole number, one far larger is reduced to it
+TEXT_WIDTH = 220  # of a column at least: two changes of colour on a line
+HEAD_FONT, TITLE_FONT = 13.0, 18.0
+MARGIN, GAP = 20, 18
+
+
+@dataclass(frozen=True)
+class Row:
+    """An image of the sheet."""
+
+    name: str
+    label: str
+    original: Pixels
+    views: list[Pixels]
+    drawn: list[np.void]
+    """What was drawn for each view, of dtype DRAW."""
+
+
+def write_preview(options: argparse.Namespace, others: list[str]) -> str:
+    """Write the sheet; returns the summary line to print.
+
+    options: of fastsimclr.preview. others: options of train.
+    """
+    check_new(Path(options.output), options.force)
+    given = {"data.train": options.data, "data.backend": options.backend, "seed": options.seed}
+    config, _ = parse(
+        [f"--config={options.config}"] * (options.config is not None)
+        + others
+        + [f"--{name}={value}" for name, value in given.items() if value is not None]
+    )
+    assert config.data.train is not None  # the preset of the demonstration names one
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    source, views = open_source(config.data.train), config.data.views_recipe()
+    loader = open_views(
+        source,
+        views,
+        min(options.images, len(source)),
+        backend=config.data.backend,
+        device=device,
+        seed=config.seed,
+        shuffle=not options.unshuffled,
+        workers=config.data.workers or 0,  # one batch: a worker would take longer to start than it does to make it
+    )
+    try:
+        rows = take(loader, config.seed, options.epoch)
+    finally:
+        loader.close()
+    why = choose_backend(source, device)[1] if config.data.backend == "auto" else "as asked"
+    by = f"views by {loader.backend} ({why})"
+    title = f"{config.data.train}: {len(rows)} of {len(source)} images" + (", unshuffled" if options.unshuffled else "")
+    recipe = options.config or ("the defaults" if options.data else "digits, the demonstration's")
+    changes = re.split(r" (?=--)", " ".join(others)) if others else []
+    changes = [f"{text[:40]}…" if len(text) > 48 else text for text in changes]
+    notes = [
+        [f"recipe: {recipe}", *changes, f"seed {config.seed}", f"epoch {options.epoch}", by],
+        describe_recipe(views),
+        ["under a view: its crop, width×height at left,top", "then what is done to its colours, in that order"],
+    ]
+    png, (width, height) = draw_sheet(title, notes, rows, views)
+    write_whole(Path(options.output), lambda file: file.write_bytes(png))
+    return (
+        f"{options.output}: {width}x{height} pixels, {len(png) / 2**20:.1f} MiB; "
+        f"{len(rows)} images of {config.data.train}, {views.views} {'view' if views.views == 1 else 'views'} each; {by}"
+    )
+
+
+# What is on the sheet
+
+
+def take(loader: ViewLoader, seed: int, epoch: int) -> list[Row]:
+    """The first batch of the epoch, with its images as they are and what was drawn for them."""
+    source, recipe = loader.source, loader.views
+    loader.set_epoch(epoch)
+    batches = iter(loader)
+    batch = next(batches)
+    batches.close()  # type: ignore[attr-defined]  # a generator: the loader is to make no more
+    index = batch.index.cpu().numpy()
+    originals = [decoded(source, i).permute(1, 2, 0).numpy() for i in index]
+    sizes = np.array([original.shape[:2] for original in originals])
+    draws = draw_views(recipe, seed, epoch, index, sizes)
+    views = [
+        [to_levels(view, of_view) for view in made] for made, of_view in zip(batch.views, recipe.recipes, strict=True)
+    ]
+    return [
+        Row(
+            name=source.name(i),
+            label=_label(source, int(batch.label[row])),
+            original=originals[row],
+            views=[of_view[row] for of_view in views],
+            drawn=[of_view[row] for of_view in draws],
+        )
+        for row, i in enumerate(index)
+    ]
+
+
+def to_levels(view: Tensor, recipe: Views) -> Pixels:
+    """A view (3, S, S) as the encoder gets it, back as levels (S, S, 3) uint8: its normalisation undone."""
+    scale, shift = torch.tensor(recipe.std) * 255, torch.tensor(recipe.mean) * 255
+    levels = view.to("cpu", torch.float32).permute(1, 2, 0) * scale + shift
+    return levels.round().clamp(0, 255).to(torch.uint8).numpy()
+
+
+def parameters(drawn: np.void, recipe: Views) -> list[list[str]]:
+    """What was drawn for a view, in phrases: of the crop; of the jitter, in the order applied; of what comes after it.
+
+    120×98 at 30,12 is the crop's width and height and its left and top, in pixels of the image. An amount of jitter
+    that the recipe leaves at 0 is not named.
+    """
+    top, left, height, width = drawn["box"].tolist()
+    crop = [f"{width}×{height} at {left},{top}"] + ["flipped"] * bool(drawn["flip"])
+    jitter = []
+    if drawn["jitter"]:
+        factors = drawn["factors"].tolist()
+        strengths = (recipe.brightness, recipe.contrast, recipe.saturation, recipe.hue)
+        names = ("brightness ×{:.2f}", "contrast ×{:.2f}", "saturation ×{:.2f}", "hue {:+.2f}")
+        jitter = [names[change].format(factors[change]) for change in drawn["order"] if strengths[change] > 0]
+    elif recipe.jitter > 0:
+        jitter = ["no jitter"]
+    others = ["grey"] * bool(drawn["grey"])
+    others += [f"blur σ {drawn['sigma']:.2g}"] if drawn["sigma"] > 0 else []
+    others += ["solarised"] * bool(drawn["solarise"])
+    return [crop, jitter, others]
+
+
+def describe_recipe(recipe: Views) -> list[str]:
+    """What all views have in common, in phrases: probabilities, and amounts."""
+    phrases = [f"crop of the central {recipe.center_fraction:.4g}"]
+    if recipe.crop == "random":
+        phrases = [f"crop of {_value(recipe.scale)} of the area, aspect ratio {_value(recipe.ratio)}"]
+    phrases[0] += f", {recipe.interpolation} to {recipe.image_size}×{recipe.image_size}"
+    amounts = [f"{name} {getattr(recipe, name):.4g}" for name in ("brightness", "contrast", "saturation", "hue")]
+    for name, amount in (
+        ("flip", ""),
+        ("jitter", f" ({', '.join(amounts)})"),
+        ("grey", ""),
+        ("blur", f" (σ {_value(recipe.blur_sigma)})"),
+        ("solarise", ""),
+    ):
+        p = getattr(recipe, name)
+        phrases.append(f"{name} {p:.4g}{amount}" if p > 0 else f"no {name}")
+    return phrases
+
+
+def _own_changes(recipe: Views, view: int) -> list[str]:
+    """What differs for this view, but for its size."""
+    changes = recipe.per_view[view] if recipe.per_view else {}
+    return [f"{name} {_value(value)}" for name, value in changes.items() if name != "image_size"]
+
+
+def _value(value: Any) -> str:
+    """An option's value for people: a range as 0.08–1."""
+    if isinstance(value, list | tuple):
+        return ("–" if len(value) == 2 else ", ").join(map(_value, value))
+    return f"{value:.3g}" if isinstance(value, float) else str(value)
+
+
+def _label(source: Source, label: int) -> str:
+    if label == NO_LABEL:
+        return ""
+    # A tar's classes may be numbers with gaps, which their own place does not find.
+    name = source.classes[label] if label < len(source.classes) else ""
+    return f", label {label}" + (f" ({name})" if name and not name.isdigit() else "")
+
+
+# How it is drawn
+
+
+def draw_sheet(title: str, notes: list[list[str]], rows: list[Row], recipe: Views) -> tuple[bytes, tuple[int, int]]:
+    """The sheet as a PNG file's bytes, and its width and height."""
+    zoom = _zoom(max(of_view.image_size for of_view in recipe.recipes))  # one for all: a small view looks small
+    originals = [_zoom(*row.original.shape[:2]) for row in rows]
+    shown = [[resized(view, zoom) for view in row.views] for row in rows]
+    widths = [max(TEXT_WIDTH, *(round(row.original.shape[1] * z) for row, z in zip(rows, originals, strict=True)))]
+    widths += [max(TEXT_WIDTH, view.shape[1]) for view in shown[0]]
+    lefts = np.cumsum([MARGIN, *(width + GAP for width in widths)]).tolist()
+    whole = lefts[-1] - GAP - MARGIN
+
+    page = Page()
+    y = page.text(MARGIN, MARGIN, [fitted(title, whole, TITLE_FONT, "bold")], size=TITLE_FONT, weight="bold") + 6
+    for phrases in notes:
+        y = page.text(MARGIN, y, wrapped(phrases, whole, " · "), colour=FAINT)
+    y += GAP
+
+    below = page.text(MARGIN, y, ["image and crops"], size=HEAD_FONT, weight="bold")
+    bottoms = [page.text(MARGIN, below, _shown_at(originals), colour=FAINT)]
+    for view, of_view in enumerate(recipe.recipes):
+        head = f"view {view + 1}: {of_view.image_size}×{of_view.image_size}"
+        left = lefts[view + 1]
+        page.tag(left, y, view)
+        below = page.text(left + TAG + 6, y, [head], size=HEAD_FONT, weight="bold")
+        own = wrapped([*_shown_at([zoom]), *_own_changes(recipe, view)], widths[view + 1])
+        bottoms.append(page.text(left, below, own, colour=FAINT))
+    y = max(bottoms) + 6
+
+    for row, row_zoom, row_shown in zip(rows, originals, shown, strict=True):
+        original = resized(row.original, row_zoom)
+        page.picture(MARGIN, y, original)
+        page.crops(MARGIN, y, [drawn["box"] * row_zoom for drawn in row.drawn])
+        height, width = row.original.shape[:2]
+        lines = [fitted(row.name, widths[0]), fitted(f"{width}×{height}{row.label}", widths[0])]
+        bottoms = [page.text(MARGIN, y + original.shape[0] + 5, lines, colour=FAINT)]
+        for view, (pixels, drawn, of_view) in enumerate(zip(row_shown, row.drawn, recipe.recipes, strict=True)):
+            left = lefts[view + 1]
+            page.picture(left, y, pixels)
+            lines = [line for phrases in parameters(drawn, of_view) for line in wrapped(phrases, widths[view + 1])]
+            bottoms.append(page.text(left, y + pixels.shape[0] + 5, lines))
+        y = max(bottoms) + GAP
+    size = (lefts[-1] - GAP + MARGIN, y - GAP + MARGIN)
+    return page.png(*size), size
+
+
+def _zoom(height: int, width: int | None = None) -> float:
+    """How many times its size a picture is shown: a whole number where it is enlarged, so that its pixels stay even."""
+    room = min(SHOWN / height, 1.5 * SHOWN / (width or height))
+    return float(int(room)) if room >= 1 else 1.0 if room > 0.77 else room
+
+
+def _shown_at(zooms: list[float]) -> list[str]:
+    """How much larger or smaller than they are pictures are shown, if all alike and not as they are."""
+    return [f"shown ×{zooms[0]:.2g}"] if set(zooms) == {zooms[0]} and zooms[0] != 1 else []
