@@ -117,6 +117,8 @@ def test_no_circle(of: str) -> None:
         ("fastsimclr._C", {"fastsimclr._extension"}),
         ("fastsimclr._emulated", {"fastsimclr._extension"}),
         ("nvidia.dali", {"fastsimclr.data.dali"}),
+        ("jinja2", {"fastsimclr.reporting.page"}),
+        ("matplotlib", {"fastsimclr.reporting.charts", "fastsimclr.reporting.contact_sheet"}),
     ],
 )
 def test_a_heavy_dependency_has_its_own_module(dependency: str, users: set[str]) -> None:

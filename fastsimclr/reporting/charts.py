@@ -1,23 +1,65 @@
-"""Charts as inline SVG that keep their text's size at any width: positions are in percent, and only curves stretch."""
+"""Charts, drawn by matplotlib as SVG whose colors are variables of page.css and whose text is the page's."""
 
-import json
-from collections.abc import Sequence
-from dataclasses import dataclass
+import io
+import re
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from typing import Any
 
+import matplotlib
 import numpy as np
-from numpy.typing import NDArray
+from markupsafe import Markup
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+from matplotlib.ticker import EngFormatter, MaxNLocator
 
 from fastsimclr.reporting.curves import Curve, Floats, reduce
-from fastsimclr.reporting.markup import Child, Html, element
-from fastsimclr.reporting.numbers import number, percent, tick_labels, ticks
+from fastsimclr.reporting.numbers import number, percent
 
-COLOURS, DASHES = 8, 5  # of page.css; both differ from run to run, so that 40 runs can be told apart
-SIDE = 1000  # of the square that curves are drawn in, stretched to the chart
+COLORS = ("#0072b2", "#d55e00", "#008a63", "#b5467f", "#9a6b00", "#2f95c9", "#5b5e66", "#6f52b5")
+DASHES = ("", "7 4", "2 4", "10 4 2 4", "4 3")
+"""A run's color and dash, by its place. Their numbers have no common factor, so that 40 runs differ in one of them."""
+INK, GRID, PAPER, REST = "#5c6066", "#ebebe6", "#fcfcfa", "#d9dcdd"
+VARIABLES = {f"--c{k}": color for k, color in enumerate(COLORS)} | {
+    "--soft": INK,
+    "--grid": GRID,
+    "--paper": PAPER,
+    "--rest": REST,
+}
+"""What page.css calls each color that is drawn with; it gives them other values in the dark."""
+WIDTH, HEIGHT = 480, 250  # a matplotlib point is a unit of the SVG: about a pixel of the page
+LEFT, RIGHT, TOP, BOTTOM = 48, 468, 8, 204  # of the plot within it
+STYLE: Any = {
+    "svg.fonttype": "none",
+    "font.size": 12,
+    "text.color": INK,
+    "axes.labelcolor": INK,
+    "axes.edgecolor": GRID,
+    "axes.facecolor": "none",
+    "axes.formatter.limits": (-6, 6),
+    "axes.formatter.useoffset": False,
+    "axes.grid": True,
+    "axes.grid.axis": "y",
+    "axes.axisbelow": True,
+    "axes.spines.left": False,
+    "axes.spines.right": False,
+    "axes.spines.top": False,
+    "axes.xmargin": 0,
+    "axes.ymargin": 0.04,
+    "grid.color": GRID,
+    "xtick.color": INK,
+    "ytick.color": INK,
+    "ytick.major.size": 0,
+    "xtick.major.pad": 5,
+    "lines.solid_capstyle": "round",
+    "lines.scale_dashes": False,
+}
 
 
 @dataclass(frozen=True)
 class Line:
-    """A curve of a chart. place: of its run among those compared, which gives colour and dash."""
+    """A curve of a chart. place: of its run among those compared, which gives color and dash."""
 
     name: str
     place: int
@@ -36,36 +78,16 @@ class Level:
 
 
 @dataclass(frozen=True)
-class Axes:
-    """The part of the plane that a chart shows."""
+class Chart:
+    """A chart as page.html shows it. data: what page.js shows under the pointer."""
 
-    left: float
-    right: float
-    low: float
-    high: float
-
-    def x(self, values: Floats) -> Floats:
-        return SIDE * (values - self.left) / ((self.right - self.left) or 1.0)
-
-    def y(self, values: Floats) -> Floats:
-        return SIDE * (self.high - values) / ((self.high - self.low) or 1.0)
-
-    def across(self, x: float) -> str:
-        return f"{float(self.x(np.array(x))) / SIDE:.2%}"
-
-    def down(self, y: float) -> str:
-        return f"{float(self.y(np.array(y))) / SIDE:.2%}"
-
-
-def style(place: int) -> str:
-    """The classes of page.css that make a run's colour and dash."""
-    return f"c{place % COLOURS} d{place % DASHES}"
-
-
-def swatch(place: int) -> Html:
-    """A short piece of a run's line, for legends and tables."""
-    line = element("line", x1=0, x2=26, y1=5, y2=5, class_=f"line {style(place)}")
-    return element("svg", line, class_="swatch", width=26, height=10, aria_hidden="true")
+    title: str
+    unit: str
+    svg: Markup
+    data: dict[str, Any]
+    note: str = ""
+    shares: dict[str, float] = field(default_factory=dict)
+    """Of a share chart, each part's fraction of the whole."""
 
 
 def line_chart(
@@ -77,182 +99,135 @@ def line_chart(
     levels: Sequence[Level] = (),
     from_zero: bool = False,
     note: str = "",
-) -> Html:
+) -> Chart | None:
     """Curves over one axis. Where a line is smooth, what it smooths is drawn faint behind it."""
     lines = [line for line in lines if len(line.curve.y)]
     if not lines:
-        return Html("")
-    values = np.concatenate([*([line.curve.low, line.curve.high] for line in lines)], axis=None)
-    low, high = _range(np.append(values, [level.y for level in levels]), from_zero)
-    axes = Axes(min(line.curve.ends[0] for line in lines), max(line.curve.ends[1] for line in lines), low, high)
-    drawn: list[Child] = [_faint(axes, line) for line in lines]
-    drawn += [_curve(axes, line) for line in lines]
-    on_top: list[Child] = []
-    for level in levels:
-        y = axes.down(level.y)
-        on_top.append(element("line", x1="0", x2="100%", y1=y, y2=y, class_=f"level c{level.place % COLOURS}"))
-        if len(levels) == 1:
-            on_top.append(element("text", level.name, x="100%", y=y, dy="-0.5em", class_="level-name"))
-    for line in lines:
-        if line.dots or len(line.curve.y) == 1:
-            places = zip(line.curve.x, line.curve.y, strict=True)
-            on_top += [
-                element("circle", cx=axes.across(x), cy=axes.down(y), r=3, class_=f"dot c{line.place % COLOURS}")
-                for x, y in places
-            ]
+        return None
+    figure = Figure()
+    with _axes(figure, x_unit) as axes:
+        for line in lines:
+            curve, color = line.curve, COLORS[line.place % len(COLORS)]
+            if curve.steps_a_bin > 1:
+                axes.fill_between(curve.x, curve.low, curve.high, color=color, alpha=0.2, linewidth=0)
+            elif line.smooth:
+                axes.plot(curve.x, curve.y, color=color, alpha=0.33, linewidth=1)
+        for line in lines:
+            color, dash = COLORS[line.place % len(COLORS)], DASHES[line.place % len(DASHES)]
+            y = line.curve.smooth if line.smooth else line.curve.y
+            style = (0, tuple(map(float, dash.split()))) if dash else "-"
+            axes.plot(line.curve.x, y, color=color, linewidth=2, linestyle=style, gid="line")
+            if line.dots or len(y) == 1:
+                axes.plot(line.curve.x, y, "o", color=color, markerfacecolor=PAPER, markeredgewidth=2, clip_on=False)
+        for level in levels:
+            axes.axhline(level.y, color=COLORS[level.place % len(COLORS)], linewidth=1.5, linestyle=(0, (1.5, 3)))
+            if len(levels) == 1:
+                axes.text(1, level.y, level.name, transform=axes.get_yaxis_transform(), ha="right", va="bottom")
+        left, right = min(line.curve.ends[0] for line in lines), max(line.curve.ends[1] for line in lines)
+        axes.set_xlim(left, right if right > left else left + 1)
+        if from_zero and axes.dataLim.y0 >= 0:
+            axes.set_ylim(bottom=0)
     described = "; ".join(f"{line.name}: {_described(line.curve, unit)}" for line in lines)
-    return _figure(
+    parts = [(line.name, f"--c{line.place % len(COLORS)}", line.curve.x, line.curve.y) for line in lines]
+    return Chart(
         title,
         unit,
-        x_unit,
-        axes,
-        drawn,
-        on_top,
-        label=f"{title} in {unit} by {x_unit}. {described}",
-        data=[(line.curve.x, line.curve.y) for line in lines],
-        note=note,
+        _svg(figure, title, f"{title} in {unit} by {x_unit}. {described}"),
+        _data(unit, x_unit, (left, right), parts),
+        note,
     )
 
 
-def share_chart(title: str, x_unit: str, x: Floats, parts: dict[str, Floats], overall: dict[str, float]) -> Html:
+def share_chart(
+    title: str, x_unit: str, x: Floats, parts: dict[str, Floats], overall: dict[str, float]
+) -> Chart | None:
     """Parts, (N,) each, as areas one on another that fill the chart. overall: each part's share of the whole."""
     sums = sum(parts.values(), np.zeros_like(x))
     known = np.isfinite(sums) & (sums > 0)
     if not known.any():
-        return Html("")
+        return None
     total = reduce(x[known], sums[known])
     shares = {name: 100 * reduce(x[known], part[known]).y / total.y for name, part in parts.items()}
-    axes = Axes(*total.ends, 0, 100)
-    drawn: list[Child] = []
-    below = np.zeros_like(total.y)
-    for name, share in shares.items():
-        above = below + share
-        outline = _path(axes, np.append(total.x, total.x[::-1]), np.append(above, below[::-1])) + "Z"
-        drawn.append(element("path", d=outline, class_=f"area {stage_style(name, list(parts))}", data_name=name))
-        below = above
+    colors = stage_colors(list(parts))
+    figure = Figure()
+    with _axes(figure, x_unit) as axes:
+        axes.stackplot(total.x, *shares.values(), colors=[VARIABLES[colors[name]] for name in shares], linewidth=0)
+        left, right = total.ends
+        axes.set(xlim=(left, right if right > left else left + 1), ylim=(0, 100))
     described = ", ".join(f"{name.replace('_', ' ')} {percent(share)}" for name, share in overall.items())
-    return _figure(
+    lines = [(name.replace("_", " "), colors[name], total.x, share) for name, share in shares.items()]
+    return Chart(
         title,
         "% of a step",
-        x_unit,
-        axes,
-        drawn,
-        [],
-        label=f"{title} in percent of a step by {x_unit}. Of all steps: {described}",
-        data=[(total.x, share) for share in shares.values()],
-        legend=stage_legend(overall),
+        _svg(figure, title, f"{title} in percent of a step by {x_unit}. Of all steps: {described}"),
+        _data("%", x_unit, total.ends, lines),
+        shares=overall,
     )
 
 
-def stage_style(name: str, names: Sequence[str]) -> str:
-    """Waiting for data stands out, what has no name of its own does not, and the other stages are told apart."""
-    fixed = {"data_wait": "stage-wait", "compute": "stage-rest", "other": "stage-rest"}
-    if name in fixed:
-        return fixed[name]
-    return f"stage-{[other for other in names if other not in fixed].index(name) % 6}"
+def stage_colors(names: Sequence[str]) -> dict[str, str]:
+    """The variable of each stage's color: waiting for data stands out, the rest of a step does not."""
+    colors = {"data_wait": "--c1", "compute": "--rest", "other": "--rest"}
+    others = [name for name in names if name not in colors]
+    return colors | {name: ("--c0", "--c2", "--c7", "--c4", "--c3", "--c5")[k % 6] for k, name in enumerate(others)}
 
 
-def stage_legend(shares: dict[str, float]) -> Html:
-    return element(
-        "ul",
-        [
-            element("li", element("i", class_=stage_style(name, list(shares))), name.replace("_", " "), " ",
-                    element("b", percent(share)))
-            for name, share in shares.items()
+@contextmanager
+def _axes(figure: Figure, x_unit: str) -> Iterator[Axes]:
+    """Axes in the style of all charts."""
+    with matplotlib.rc_context(STYLE):
+        figure.set_size_inches(WIDTH / 72, HEIGHT / 72)
+        figure.patch.set_visible(False)
+        size = ((RIGHT - LEFT) / WIDTH, (BOTTOM - TOP) / HEIGHT)
+        axes = figure.add_axes((LEFT / WIDTH, 1 - BOTTOM / HEIGHT, *size))
+        axes.set_xlabel(x_unit, loc="right")
+        axes.xaxis.set_major_locator(MaxNLocator(5, steps=[1, 2, 5, 10], integer=True))
+        axes.yaxis.set_major_locator(MaxNLocator(5, steps=[1, 2, 5, 10]))
+        yield axes
+        for axis in (axes.xaxis, axes.yaxis):
+            if max(axis.get_view_interval()) >= 1e4:
+                axis.set_major_formatter(EngFormatter(sep=""))  # 250k
+
+
+def _svg(figure: Figure, title: str, label: str) -> Markup:
+    """The figure as an element of the page. label: the chart in words, for those who can't see it."""
+    file = io.StringIO()
+    with matplotlib.rc_context({**STYLE, "svg.hashsalt": title}):  # no two charts have an id in common
+        figure.savefig(file, format="svg", metadata=dict.fromkeys(("Creator", "Date", "Format", "Type")))
+    text = file.getvalue().split("</defs>", 1)[1]  # after a style that would be the whole page's
+    text = text.replace(' id="line"', ' class="line"')
+    for unused in (
+        r'font(-size|-family)?: [^;"]*; ',
+        r' transform="rotate\(-0[^"]*"',
+        r'(?<=<g) id="[^"]*"',
+        r"(?<=>)\s+",
+    ):
+        text = re.sub(unused, "", text)
+    text = re.sub(r' d="[^"]*"', lambda path: re.sub(r"(\.\d)\d+|\s+", lambda m: m[1] or " ", path[0]), text)
+    for variable, color in VARIABLES.items():
+        text = text.replace(color, f"var({variable})")
+    opened = Markup('<svg viewBox="0 0 {} {}" role="img" aria-label="{}">').format(WIDTH, HEIGHT, label)
+    return opened + Markup(text)
+
+
+def _data(
+    unit: str, x_unit: str, ends: tuple[float, float], lines: Sequence[tuple[str, str, Floats, Floats]]
+) -> dict[str, Any]:
+    return {
+        "unit": "%" if unit == "%" else "",
+        "x": x_unit,
+        "ends": ends,
+        "plot": (LEFT / WIDTH, RIGHT / WIDTH),
+        "lines": [
+            {"name": name, "color": color, "x": [_short(v, 7) for v in x], "y": [_short(v, 4) for v in y]}
+            for name, color, x, y in lines
         ],
-        class_="legend",
-    )  # fmt: skip
-
-
-def stage_bar(shares: dict[str, float]) -> Html:
-    """One run's stages as a bar of a table."""
-    parts = [
-        element("i", class_=stage_style(name, list(shares)), style=f"width:{100 * share:.2f}%")
-        for name, share in shares.items()
-    ]
-    return element("div", parts, class_="stack", aria_hidden="true")
-
-
-def _range(values: NDArray[np.float64], from_zero: bool) -> tuple[float, float]:
-    low, high = float(values.min()), float(values.max())
-    if from_zero:
-        low = min(low, 0.0)
-    room = 0.04 * (high - low) or 0.05 * abs(high) or 1.0
-    return (low if from_zero and low == 0 else low - room), high + room
+    }
 
 
 def _described(curve: Curve, unit: str) -> str:
     first, last, low, high = (number(float(v)) for v in (curve.y[0], curve.y[-1], curve.low.min(), curve.high.max()))
     return f"from {first} to {last} {unit}, lowest {low}, highest {high}"
-
-
-def _path(axes: Axes, x: Floats, y: Floats) -> str:
-    return "M" + "L".join(f"{across:.1f} {down:.1f}" for across, down in zip(axes.x(x), axes.y(y), strict=True))
-
-
-def _faint(axes: Axes, line: Line) -> Html | None:
-    """What a smooth line smooths: each point, or from the lowest to the highest of each bin."""
-    curve = line.curve
-    colour = f"c{line.place % COLOURS}"
-    if curve.steps_a_bin > 1:
-        outline = _path(axes, np.append(curve.x, curve.x[::-1]), np.append(curve.high, curve.low[::-1])) + "Z"
-        return element("path", d=outline, class_=f"band {colour}")
-    if line.smooth:
-        return element("path", d=_path(axes, curve.x, curve.y), class_=f"raw {colour}")
-    return None
-
-
-def _curve(axes: Axes, line: Line) -> Html:
-    y = line.curve.smooth if line.smooth else line.curve.y
-    return element("path", d=_path(axes, line.curve.x, y), class_=f"line {style(line.place)}", data_name=line.name)
-
-
-def _figure(
-    title: str,
-    unit: str,
-    x_unit: str,
-    axes: Axes,
-    drawn: Sequence[Child],
-    on_top: Sequence[Child],
-    *,
-    label: str,
-    data: Sequence[tuple[Floats, Floats]],
-    note: str = "",
-    legend: Child = None,
-) -> Html:
-    y_ticks = ticks(axes.low, axes.high)
-    y_labels = tick_labels(y_ticks)
-    grid: list[Child] = []
-    for value, text in zip(y_ticks, y_labels, strict=True):
-        y = axes.down(value)
-        grid.append(element("line", x1="0", x2="100%", y1=y, y2=y, class_="grid"))
-        grid.append(element("text", text, x="-8", y=y, dy="0.33em", class_="y"))
-    x_ticks = ticks(axes.left, axes.right, whole=True)
-    for value, text in zip(x_ticks, tick_labels(x_ticks), strict=True):
-        x = axes.across(value)
-        grid.append(element("line", x1=x, x2=x, y1="100%", y2="100%", class_="tick"))
-        grid.append(element("text", text, x=x, y="100%", dy="1.6em", class_="x"))
-    grid.append(element("text", x_unit, x="100%", y="100%", dy="3em", class_="x-unit"))
-    curves = element(
-        "svg", drawn, viewBox=f"0 0 {SIDE} {SIDE}", preserveAspectRatio="none", width="100%", height="100%"
-    )
-    cursor = element("line", x1="0", x2="0", y1="0", y2="100%", class_="cursor", visibility="hidden")
-    picture = element("svg", grid, curves, on_top, cursor, role="img", aria_label=label, class_="axes")
-    # Numbers alone: nothing in them could end the script element.
-    points = [[[_short(v, 7) for v in x], [_short(v, 4) for v in y]] for x, y in data]
-    return element(
-        "figure",
-        element("figcaption", element("h3", title), element("span", unit, class_="unit")),
-        legend,
-        element("div", picture, class_="plot", style=f"--room:{max(map(len, y_labels), default=1)}ch"),
-        element("p", note, class_="note") if note else None,
-        element("script", Html(json.dumps(points, separators=(",", ":"))), type="application/json"),
-        class_="chart",
-        data_left=_short(axes.left, 7),
-        data_right=_short(axes.right, 7),
-        data_unit=unit.split()[0],
-        data_x=x_unit,
-    )
 
 
 def _short(value: float, digits: int) -> float:

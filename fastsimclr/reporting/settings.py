@@ -4,67 +4,68 @@ import dataclasses
 import shlex
 from collections import Counter
 from collections.abc import Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import torch
 
 from fastsimclr.config import Config
 from fastsimclr.models import SimCLR, encoder, projector
-from fastsimclr.reporting.markup import Child, Html, element, join, table
-from fastsimclr.reporting.numbers import count
 from fastsimclr.reporting.run_record import Run, flattened
 
 ITS_OWN = {"output"}
 """Options that differ from run to run by what they are."""
 
 
-def differences(runs: Sequence[Run]) -> Html:
+@dataclass(frozen=True)
+class Option:
+    """An option of one run's configuration."""
+
+    name: str
+    value: str
+    changed: bool
+    """Whether it differs from the default."""
+
+
+def differing_options(runs: Sequence[Run]) -> list[str]:
     """The options that are not the same for all runs."""
-    options = _differing([{k: v for k, v in run.config.items() if k not in ITS_OWN} for run in runs])
-    if not options:
-        return element("p", "No option: their configurations are the same, but for the output’s folder.")
-    return _by_run(options, [run.config for run in runs], runs, "Options that differ")
+    return differing([{k: v for k, v in run.config.items() if k not in ITS_OWN} for run in runs])
 
 
-def configuration(runs: Sequence[Run]) -> Html:
-    """All options, folded."""
-    names = list(dict.fromkeys(name for run in runs for name in run.config))
-    folded = element("summary", "All ", count(len(names), "option"))
-    if len(runs) > 1:
-        shown = _by_run(names, [run.config for run in runs], runs, "All options")
-        return element("details", folded, shown)
-    config = runs[0].config
+def differing(found: Sequence[dict[str, str]]) -> list[str]:
+    """The names whose values are not the same in all."""
+    names = dict.fromkeys(name for each in found for name in each)
+    return [name for name in names if len({each.get(name) for each in found}) > 1]
+
+
+def configuration(run: Run) -> dict[str, list[Option]]:
+    """All options of a run, by their groups."""
     usual = dict(flattened(dataclasses.asdict(Config())))
-    groups: dict[str, list[Child]] = {}
-    for name in names:
+    groups: dict[str, list[Option]] = {}
+    for name, value in run.config.items():
         group, _, option = name.rpartition(".")
-        changed = name not in ITS_OWN and config[name] != usual.get(name)
-        value = element("b" if changed else "span", config[name])
-        groups.setdefault(group or "run", []).append(element("div", element("dt", option), element("dd", value)))
-    parts = [
-        element("section", element("h4", name), element("dl", rows, class_="options")) for name, rows in groups.items()
-    ]
-    note = element("p", "Bold: not the default. Options that are not named are null.", class_="note")
-    return element("details", folded, element("div", parts, class_="groups"), note)
+        changed = name not in ITS_OWN and value != usual.get(name)
+        groups.setdefault(group or "run", []).append(Option(option, value, changed))
+    return groups
 
 
-def environment(runs: Sequence[Run]) -> Html | None:
-    """What the runs ran on, if they have kept it."""
-    found = [_environment(run) for run in runs]
-    if not any(found):
-        return None
-    if len(runs) == 1:
-        command = found[0].pop("command", None)
-        shown = element("p", element("code", command), class_="command") if command else None
-        return join([shown, _folded("Versions, devices and choices", found[0])])
-    differing = _differing(found)
-    same = [name for name in dict.fromkeys(name for each in found for name in each) if name not in differing]
-    return join(
-        [
-            _by_run(differing, found, runs, "Where the runs’ environments differ") if differing else None,
-            _folded("The same for all", {name: found[0][name] for name in same}) if same else None,
-        ]
-    )
+def environment(run: Run) -> dict[str, str]:
+    """What the run ran on, if it has kept it; lists as words."""
+    kept = dict(run.environment)
+    command = kept.pop("command", None)
+    if command:
+        kept["command"] = shlex.join(map(str, command)) if isinstance(command, list) else str(command)
+    return {name: value or "–" for name, value in flattened(_worded(kept))}
+
+
+def subtitle(run: Run) -> str:
+    """What the run trained, and on what."""
+    config = run.config
+    about = [config.get("data.train"), config.get("model.encoder")]
+    about += [f"batch {config['batch_size']}"] if "batch_size" in config else []
+    about += [f"temperature {config['loss.temperature']}"] if "loss.temperature" in config else []
+    about += [f"commit {run.environment['commit']}"] if run.environment.get("commit") else []
+    return " · ".join(filter(None, about))
 
 
 def device(run: Run) -> tuple[str, str]:
@@ -100,14 +101,6 @@ def parameters(run: Run) -> tuple[str, str]:
     return f"{whole / 1e6:.1f} M", f"{config['encoder']}{wide} with its projection head"
 
 
-def _environment(run: Run) -> dict[str, str]:
-    words = {name: value for name, value in run.environment.items() if name != "command"}
-    command = run.environment.get("command")
-    if command:
-        words["command"] = shlex.join(map(str, command)) if isinstance(command, list) else str(command)
-    return {name: value or "–" for name, value in flattened(_worded(words))}
-
-
 def _worded(value: Any) -> Any:
     """Lists as words, at any depth: eight GPUs that are alike as 8 × NVIDIA H100, 9.0."""
     if isinstance(value, dict):
@@ -116,18 +109,3 @@ def _worded(value: Any) -> Any:
         words = [", ".join(map(str, each.values())) if isinstance(each, dict) else str(each) for each in value]
         return ", ".join(f"{many} × {word}" if many > 1 else word for word, many in Counter(words).items())
     return "" if value is None else value
-
-
-def _folded(summary: str, values: dict[str, str]) -> Html:
-    rows = [element("div", element("dt", name), element("dd", value)) for name, value in values.items()]
-    return element("details", element("summary", summary), element("dl", rows, class_="options wide"))
-
-
-def _differing(found: Sequence[dict[str, str]]) -> list[str]:
-    names = dict.fromkeys(name for each in found for name in each)
-    return [name for name in names if len({each.get(name) for each in found}) > 1]
-
-
-def _by_run(names: Sequence[str], values: Sequence[dict[str, str]], runs: Sequence[Run], label: str) -> Html:
-    rows = [[name, *(each.get(name, "–") for each in values)] for name in names]
-    return table(["", *(run.name for run in runs)], rows, label=label, class_="settings")
