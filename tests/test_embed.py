@@ -498,7 +498,7 @@ def test_points_are_in_their_places_in_their_classes_colours(tmp_path: Path) -> 
     sheet = drawn_map(tmp_path, places, [0, 1, 2, -1], {0: "zero", 1: "one", 2: "two"}).astype(int)
     plot = sheet[80:, : pictures.MARGIN + pictures.PLOT]  # below the title
     middles = []
-    for code in (*pictures.COLOURS[:3], pictures.GREY):
+    for code in (*pictures.COLORS[:3], pictures.GREY):
         shade = np.array(colour(code)) * 0.8 + 255 * 0.2  # points are a little transparent
         y, x = np.nonzero(np.abs(plot - shade).max(2) < 4)
         middles.append((x.mean(), y.mean()))
@@ -539,7 +539,7 @@ def test_names_in_the_map_do_not_overlap_and_stay_inside() -> None:
 
 def test_classes_in_the_map_are_of_other_colours_than_those_beside_them() -> None:
     at = np.stack(np.meshgrid(np.arange(6.0), np.arange(6.0)), axis=-1).reshape(-1, 2)
-    colours = pictures._colours(at, np.arange(36), range(36), in_order=False)
+    colours = pictures._colors(at, np.arange(36), range(36), in_order=False)
     apart = np.linalg.norm(at[:, None] - at[None], axis=2)
     assert all(a == b or colours[a] != colours[b] for a, b in np.argwhere(apart < 1.5))
 

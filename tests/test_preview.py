@@ -18,7 +18,7 @@ from fastsimclr.data.params import DRAW
 from fastsimclr.data.photometric import photometric
 from fastsimclr.data.torchvision import crop
 from fastsimclr.preview import main
-from fastsimclr.reporting.contact_sheet import TAG, Page, fitted, resized, text_width, wrapped
+from fastsimclr.reporting.contact_sheet import TAG, Page, fitted, text_width, wrapped
 from fastsimclr.reporting.preview import (
     GAP,
     MARGIN,
@@ -150,14 +150,14 @@ def test_the_sheet_holds_every_pixel_of_every_view(photos: str, backend: str) ->
     assert sheet.shape == (height, width, 3)
     for view in range(4):
         left = width - MARGIN + GAP - (4 - view) * (TEXT_WIDTH + GAP)  # all are as wide as their text
-        tops = [where(resized(row.views[view], 4), sheet, left) for row in rows]  # 224 // 48 = 4
+        tops = [where(row.views[view].repeat(4, 0).repeat(4, 1), sheet, left) for row in rows]  # 224 // 48 = 4
         assert tops[0] > MARGIN
         assert tops == sorted(set(tops))
 
 
 def test_a_crop_is_outlined_in_its_place() -> None:
     page = Page()
-    page.picture(10, 10, np.zeros((100, 100, 3), np.uint8))
+    page.image(10, 10, np.zeros((100, 100, 3), np.uint8))
     page.crops(10, 10, [np.array([20.0, 30.0, 60.0, 40.0])])  # top, left, height, width
     red = (pixels_of(page.png(120, 120)).astype(int) @ [1, -1, 0]) > 100
     rows, columns = np.flatnonzero(red.any(1)), np.flatnonzero(red.any(0))
@@ -167,7 +167,7 @@ def test_a_crop_is_outlined_in_its_place() -> None:
 def test_crops_that_coincide_still_have_their_numbers_side_by_side() -> None:
     page = Page()
     page.crops(0, 0, [np.array([0.0, 0.0, 5.0, 5.0])] * 8)
-    places = [text["x"] for text in page.texts]
+    places = [text.get_position()[0] for text in page.axes.texts]
     assert len(places) == 8
     assert np.diff(places).min() >= TAG
 

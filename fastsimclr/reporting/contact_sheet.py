@@ -1,4 +1,4 @@
-"""A page of pictures and text, laid out in its own pixels from the top left, as a PNG file."""
+"""A page of images and text as a PNG file: axes whose data coordinates are pixels from the top left."""
 
 import io
 import re
@@ -11,10 +11,10 @@ import numpy as np
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 from matplotlib.font_manager import FontProperties
-from matplotlib.patches import Circle, Patch, Rectangle, RegularPolygon
+from matplotlib.markers import MarkerStyle
+from matplotlib.patches import Rectangle
 from matplotlib.patheffects import withStroke
 from matplotlib.text import Text
-from matplotlib.transforms import Affine2D
 from numpy.typing import NDArray
 from PIL import Image
 
@@ -24,20 +24,27 @@ DPI = 72  # a point, matplotlib's unit of fonts and lines, is a pixel; and n / 7
 FONT, TAG_FONT, LINE = 11.5, 10.5, 15
 TAG = 14  # side of the number at a crop's corner
 INK, FAINT = "#1c1c1e", "#636366"
-FRAME = 200  # a level of grey
-COLOURS = ("#ff453a", "#2f9bff", "#32d158", "#ffd60a", "#c77dff", "#ff9f0a", "#2ed9d9", "#ff7ac6")  # one a view
+FRAME = "#c8c8c8"
+COLORS = ("#ff453a", "#2f9bff", "#32d158", "#ffd60a", "#c77dff", "#ff9f0a", "#2ed9d9", "#ff7ac6")  # one a view
 
 
 class Page:
-    """What to draw, collected while its height is not known yet. Positions are of the top left, in pixels."""
+    """Axes that fill a figure, whose size is given at the end. Positions are of the top left, in pixels."""
 
     def __init__(self) -> None:
-        self.pictures: list[tuple[int, int, Pixels]] = []
-        self.shapes: list[Patch] = []
-        self.texts: list[dict[str, Any]] = []
+        self.figure = Figure(dpi=DPI)
+        self.axes = self.figure.add_axes((0, 0, 1, 1))
+        self.axes.set_axis_off()
 
-    def picture(self, x: int, y: int, pixels: Pixels) -> None:
-        self.pictures.append((x, y, pixels))
+    def image(self, x: int, y: int, pixels: Pixels, zoom: float = 1, *, frame: str = FRAME, thickness: int = 1) -> int:
+        """An image with a frame around it; returns the image's bottom. Only a zoom below 1 blends pixels."""
+        height, width = (max(1, round(side * zoom)) for side in pixels.shape[:2])
+        if zoom < 1:
+            pixels = np.asarray(Image.fromarray(pixels).resize((width, height), Image.Resampling.LANCZOS))
+        corner, sides = (x - thickness, y - thickness), (width + 2 * thickness, height + 2 * thickness)
+        self._rectangle(corner, *sides, facecolor=frame, linewidth=0, zorder=-1)  # behind: an outline may hide pixels
+        self.axes.imshow(pixels, extent=(x, x + width, y + height, y), interpolation="nearest", aspect="auto")
+        return y + height
 
     def text(
         self,
@@ -46,58 +53,55 @@ class Page:
         lines: Iterable[str],
         size: float = FONT,
         weight: str = "normal",
-        colour: str = INK,
+        color: str = INK,
         align: str = "left",
     ) -> int:
         """align: which part of a line x is: left, center or right. Returns where the next line would be."""
         step = round(LINE * size / FONT)
         for line in lines:
-            # Its baseline is what is placed: the tops of letters differ.
-            at = {"x": x, "y": y + round(0.75 * step), "va": "baseline", "ha": align}
-            self.texts.append({**at, "text": line, "fontsize": size, "fontweight": weight, "color": colour})
+            baseline = y + round(0.75 * step)  # the tops of letters differ
+            style: dict[str, Any] = {"size": size, "weight": weight, "color": color, "ha": align}
+            self.axes.text(x, baseline, line, parse_math=False, **style)
             y += step
         return y
 
-    def label(self, x: float, y: float, text: str, colour: str = INK) -> None:
-        """A word on top of other things, on a halo of white, its middle at x, y."""
-        at = {
-            "x": x,
-            "y": y,
-            "ha": "center",
-            "va": "center_baseline",
-            "path_effects": [withStroke(linewidth=3, foreground="white")],
-        }
-        self.texts.append({**at, "text": text, "fontsize": FONT, "fontweight": "bold", "color": colour})
+    def label(self, x: float, y: float, text: str, color: str = INK) -> None:
+        """A word on top of other things, on a white halo, its middle at x, y."""
+        self._centered(x, y, text, FONT, color).set_path_effects([withStroke(linewidth=3, foreground="white")])
 
-    def dot(
-        self, x: float, y: float, radius: float, colour: str, *, triangle: bool = False, opacity: float = 1
+    def dots(
+        self,
+        at: NDArray[np.float64],
+        radius: float,
+        colors: list[str],
+        triangles: list[bool],
+        opacity: float = 1,
     ) -> None:
-        """A point of a plot, its middle at x, y; a triangle of the same area on request."""
-        shape: Patch = (
-            RegularPolygon((x, y), 3, radius=1.55 * radius, orientation=np.pi) if triangle else Circle((x, y), radius)
+        """Points of a plot, (N, 2), the last on top; some as triangles of about the same area."""
+        shapes = {kind: MarkerStyle("^" if kind else "o") for kind in (False, True)}
+        paths = {kind: shape.get_path().transformed(shape.get_transform()) for kind, shape in shapes.items()}
+        sizes: Any = [(2 * radius) ** 2 * (1.6 if triangle else 1) for triangle in triangles]
+        drawn = self.axes.scatter(
+            at[:, 0], at[:, 1], s=sizes, c=colors, edgecolors="white", linewidths=0.4, alpha=opacity
         )
-        shape.set(facecolor=colour, edgecolor="white", linewidth=0.4, alpha=opacity)
-        self.shapes.append(shape)
+        drawn.set_paths([paths[triangle] for triangle in triangles])
 
-    def frame(self, x: float, y: float, width: float, height: float, colour: str, thickness: float) -> None:
+    def frame(self, x: float, y: float, width: float, height: float, color: str, thickness: float) -> None:
         """An outline of these outer sides."""
         inner = (x + thickness / 2, y + thickness / 2), width - thickness, height - thickness
-        self.shapes.append(Rectangle(*inner, fill=False, joinstyle="miter", edgecolor=colour, linewidth=thickness))
+        self._rectangle(*inner, fill=False, edgecolor=color, linewidth=thickness)
 
     def tag(self, x: float, y: float, view: int) -> None:
-        """The number of a view on its colour."""
-        self.shapes.append(Rectangle((x, y), TAG, TAG, facecolor=_colour(view), edgecolor="black", linewidth=0.5))
-        at = {"x": x + TAG / 2, "y": y + TAG / 2 + 0.5, "ha": "center", "va": "center_baseline"}
-        self.texts.append({**at, "text": str(view + 1), "fontsize": TAG_FONT, "fontweight": "bold", "color": "black"})
+        """The number of a view on its color."""
+        self._rectangle((x, y), TAG, TAG, facecolor=_color(view), edgecolor="black", linewidth=0.5)
+        self._centered(x + TAG / 2, y + TAG / 2 + 0.5, str(view + 1), TAG_FONT, "black")
 
     def crops(self, x: int, y: int, boxes: list[NDArray[np.float64]]) -> None:
-        """The outline of each view's crop (top, left, height, width) in a picture at x, y; each with its number."""
+        """The outline of each view's crop (top, left, height, width) in an image at x, y; each with its number."""
         for view in sorted(range(len(boxes)), key=lambda view: -boxes[view][2] * boxes[view][3]):  # small ones on top
             top, left, height, width = boxes[view].tolist()
-            for colour, thickness in (("black", 4.5), (_colour(view), 2.5)):  # black: for light images
-                outline = Rectangle((x + left, y + top), width, height, fill=False, joinstyle="miter")
-                outline.set(edgecolor=colour, linewidth=thickness)
-                self.shapes.append(outline)
+            for color, thickness in (("black", 4.5), (_color(view), 2.5)):  # black: for light images
+                self._rectangle((x + left, y + top), width, height, fill=False, edgecolor=color, linewidth=thickness)
         taken: list[tuple[float, float]] = []
         for view, (top, left, height, width) in enumerate(boxes):
             places = [
@@ -111,36 +115,25 @@ class Page:
             self.tag(*taken[-1], view)
 
     def png(self, width: int, height: int) -> bytes:
-        sheet = np.full((height, width, 3), 255, np.uint8)
-        for x, y, pixels in self.pictures:
-            bottom, right = y + pixels.shape[0], x + pixels.shape[1]
-            sheet[y - 1 : bottom + 1, x - 1 : right + 1] = FRAME  # a white picture has an edge too
-            sheet[y:bottom, x:right] = pixels
-        figure = Figure(figsize=(width / DPI, height / DPI), dpi=DPI)
-        FigureCanvasAgg(figure)
-        figure.figimage(sheet, origin="upper")  # pixel by pixel: nothing is resampled
-        from_top = Affine2D().scale(1, -1).translate(0, height)
-        for order, artist in enumerate([*self.shapes, *(Text(parse_math=False, **text) for text in self.texts)]):
-            artist.set(transform=from_top, zorder=order + 1)
-            figure.add_artist(artist)
+        self.figure.set_size_inches(width / DPI, height / DPI)
+        self.axes.set(xlim=(0, width), ylim=(height, 0))
         file = io.BytesIO()
         with warnings.catch_warnings():
             # Of a file's name in a script that the font lacks: boxes are drawn instead.
             warnings.filterwarnings("ignore", message="Glyph .* missing from font")
-            figure.savefig(file, format="png", dpi=DPI)
+            self.figure.savefig(file, format="png", dpi=DPI)
         return file.getvalue()
 
+    def _centered(self, x: float, y: float, text: str, size: float, color: str) -> Text:
+        style: dict[str, Any] = {"size": size, "weight": "bold", "color": color}
+        return self.axes.text(x, y, text, ha="center", va="center_baseline", parse_math=False, **style)
 
-def _colour(view: int) -> str:
-    return COLOURS[view % len(COLOURS)]
+    def _rectangle(self, corner: tuple[float, float], width: float, height: float, **style: Any) -> None:
+        self.axes.add_patch(Rectangle(corner, width, height, joinstyle="miter", **style))
 
 
-def resized(pixels: Pixels, zoom: float) -> Pixels:
-    """Each pixel repeated `zoom` times in both directions; or, below 1, reduced."""
-    if zoom >= 1:
-        return pixels.repeat(int(zoom), axis=0).repeat(int(zoom), axis=1)
-    height, width = (max(1, round(side * zoom)) for side in pixels.shape[:2])
-    return np.asarray(Image.fromarray(pixels).resize((width, height), Image.Resampling.LANCZOS))
+def _color(view: int) -> str:
+    return COLORS[view % len(COLORS)]
 
 
 @lru_cache(maxsize=4096)

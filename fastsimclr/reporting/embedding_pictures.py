@@ -1,6 +1,7 @@
 """What an encoder's features look like: a map of the images, and a few of them beside their nearest neighbours."""
 
 from collections.abc import Sequence
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -19,7 +20,7 @@ Names = dict[int, str]  # a label's class
 LEGEND = 20  # classes; of more the names are in the map itself
 TITLE_FONT, MARGIN = 18.0, 24
 PLOT, PLOT_PAD, NARROWEST = 900, 24, 480
-COLOURS = ("#1f77b4", "#ff7f0e", "#2ca02c", "#d62728", "#9467bd", "#8c564b", "#e377c2", "#17becf", "#bcbd22", "#333333")
+COLORS = ("#1f77b4", "#ff7f0e", "#2ca02c", "#d62728", "#9467bd", "#8c564b", "#e377c2", "#17becf", "#bcbd22", "#333333")
 GREY, RED = "#b8b8bd", "#c8102e"
 NAME_HIDES = 25  # pixels: classes up to twice as high
 NAME_STEPS = range(0, 45, 9)  # pixels from its class's middle that a name may be moved
@@ -48,7 +49,7 @@ def draw_map(title: str, notes: list[str], places: NDArray[np.float64], labels: 
 
     page = Page()
     y = page.text(MARGIN, MARGIN, [fitted(title, whole, TITLE_FONT, "bold")], size=TITLE_FONT, weight="bold") + 4
-    colours = dict(zip(present, _colours(at, labels, present, has_legend), strict=True))
+    colors = dict(zip(present, _colors(at, labels, present, has_legend), strict=True))
     named: list[tuple[int, float, float]] = []
     if present and not has_legend:
         named = _place_names(at, labels, present, names, (width, height))
@@ -57,28 +58,33 @@ def draw_map(title: str, notes: list[str], places: NDArray[np.float64], labels: 
             *notes,
             f"{len(present)} classes, " + (f"{left_out} of whose names have no room" if left_out else "named"),
         ]
-    y = page.text(MARGIN, y, wrapped(notes, whole, " · "), colour=FAINT) + 14
+    y = page.text(MARGIN, y, wrapped(notes, whole, " · "), color=FAINT) + 14
 
     page.frame(MARGIN - 1, y - 1, width + 2, height + 2, "#d1d1d6", 1)
     radius = float(np.clip(150 / np.sqrt(len(at)), 2.4, 6))
-    triangles = set(present[len(COLOURS) :]) if has_legend else set()
-    plain = GREY if present else COLOURS[0]
+    triangles = set(present[len(COLORS) :]) if has_legend else set()
+    plain = GREY if present else COLORS[0]
     shuffled = epoch_order(0, 0, len(at))  # no class covers the others because it comes last
-    for i in shuffled[np.argsort(labels[shuffled] != NO_LABEL, kind="stable")]:  # those without a label below
-        label = int(labels[i])
-        across, down = MARGIN + at[i, 0], y + at[i, 1]
-        page.dot(across, down, radius, colours.get(label, plain), triangle=label in triangles, opacity=0.8)
+    order = shuffled[np.argsort(labels[shuffled] != NO_LABEL, kind="stable")]  # those without a label below
+    kinds = labels[order].tolist()
+    page.dots(
+        at[order] + (MARGIN, y),
+        radius,
+        [colors.get(label, plain) for label in kinds],
+        [label in triangles for label in kinds],
+        opacity=0.8,
+    )
     for label, across, down in named:
-        page.label(MARGIN + across, y + down, names[label], _darker(colours[label]))
+        page.label(MARGIN + across, y + down, names[label], _darker(colors[label]))
 
     left, line = MARGIN + width + 24, y
     if has_legend:
-        page.text(left + 24, line, ["class"], colour=FAINT)
-        line = page.text(left + count_right, line, ["images"], colour=FAINT, align="right") + 6
+        page.text(left + 24, line, ["class"], color=FAINT)
+        line = page.text(left + count_right, line, ["images"], color=FAINT, align="right") + 6
     for label, word, count in zip(entries, words, counts, strict=True):
-        page.dot(left + 8, line + 7.5, 6, colours.get(label, plain), triangle=label in triangles)
+        page.dots(np.array([[left + 8, line + 7.5]]), 6, [colors.get(label, plain)], [label in triangles])
         page.text(left + 24, line, [word])
-        line = page.text(left + count_right, line, [count], colour=FAINT, align="right") + 5
+        line = page.text(left + count_right, line, [count], color=FAINT, align="right") + 5
     return page.png(whole + 2 * MARGIN, max(y + height, line) + MARGIN)
 
 
@@ -95,17 +101,17 @@ def _middles(at: NDArray[np.float64], labels: Labels, present: Sequence[int]) ->
     return np.array([np.median(at[labels == label], axis=0) for label in present])
 
 
-def _colours(at: NDArray[np.float64], labels: Labels, present: Sequence[int], in_order: bool) -> list[str]:
-    """A colour for each class: in their order, or, of many classes, each unlike those of the classes around it."""
+def _colors(at: NDArray[np.float64], labels: Labels, present: Sequence[int], in_order: bool) -> list[str]:
+    """A color for each class: in their order, or, of many classes, each unlike those of the classes around it."""
     if in_order or not present:
-        return [COLOURS[place % len(COLOURS)] for place in range(len(present))]
+        return [COLORS[place % len(COLORS)] for place in range(len(present))]
     middles = _middles(at, labels, present)
     chosen: list[int] = []
     for place in range(len(present)):
         away = np.linalg.norm(middles[:place] - middles[place], axis=1)
         nearest_of = [min((d for d, c in zip(away, chosen, strict=True) if c == k), default=np.inf) for k in range(10)]
         chosen.append(int(np.argmax(nearest_of)))
-    return [COLOURS[k] for k in chosen]
+    return [COLORS[k] for k in chosen]
 
 
 def _place_names(
@@ -136,9 +142,9 @@ def _place_names(
     return named
 
 
-def _darker(colour: str) -> str:
+def _darker(color: str) -> str:
     """For letters, which are thin."""
-    return "#" + "".join(f"{int(colour[k : k + 2], 16) * 6 // 10:02x}" for k in (1, 3, 5))
+    return "#" + "".join(f"{int(color[k : k + 2], 16) * 6 // 10:02x}" for k in (1, 3, 5))
 
 
 # The gallery
@@ -167,23 +173,24 @@ def draw_gallery(
     if known.any():
         alike = f"{(known & ~other).sum()} of {known.sum()} neighbours are of their query's class"
         notes = [*notes, f"{alike}; the others are framed in red and say “other”" if other.any() else alike]
-    y = page.text(MARGIN, y, wrapped(notes, whole, " · "), colour=FAINT) + 14
+    y = page.text(MARGIN, y, wrapped(notes, whole, " · "), color=FAINT) + 14
     page.text(lefts[0], y, ["query"], size=13, weight="bold")
     y = page.text(lefts[1], y, ["nearest neighbours, the most alike first"], size=13, weight="bold") + 8
     for row, query in enumerate(queries):
         images = [int(query), *neighbours[row].tolist()]
         bottoms = []
         for column, (left, image) in enumerate(zip(lefts, images, strict=True)):
-            page.picture(left, y, thumbnail(source, image, views))
+            stands_out = bool(column) and bool(other[row, column - 1])
+            border: dict[str, Any] = {"frame": RED, "thickness": FRAME} if stands_out else {}
+            page.image(left, y, thumbnail(source, image, views), **border)
             name = names.get(int(labels[image]), "")
             lines = ["query" if column == 0 else f"cosine {cosines[row, column - 1]:.3f}", source.name(image)]
-            below, colour, weight = y + THUMB + FRAME + 3, INK, "bold" if column == 0 else "normal"
-            if column and other[row, column - 1]:
-                page.frame(left - FRAME, y - FRAME, THUMB + 2 * FRAME, THUMB + 2 * FRAME, RED, FRAME)
-                name, colour = f"other: {name}", RED
+            below, color, weight = y + THUMB + FRAME + 3, INK, "bold" if column == 0 else "normal"
+            if stands_out:
+                name, color = f"other: {name}", RED
             if names:
-                below = page.text(left, below, [_from_start(name, weight)], colour=colour, weight=weight)
-            bottoms.append(page.text(left, below, [fitted(line, THUMB) for line in lines], colour=FAINT))
+                below = page.text(left, below, [_from_start(name, weight)], color=color, weight=weight)
+            bottoms.append(page.text(left, below, [fitted(line, THUMB) for line in lines], color=FAINT))
         y = max(bottoms) + ROW_GAP
     return page.png(whole + 2 * MARGIN, y - ROW_GAP + MARGIN)
 

@@ -16,11 +16,11 @@ from fastsimclr.data.augmentation import Views
 from fastsimclr.data.params import draw_views
 from fastsimclr.data.sources import NO_LABEL
 from fastsimclr.data.torchvision import decoded
-from fastsimclr.reporting.contact_sheet import FAINT, TAG, Page, Pixels, fitted, resized, wrapped
-from fastsimclr.run_folder import write_whole
+from fastsimclr.reporting.contact_sheet import FAINT, TAG, Page, Pixels, fitted, wrapped
+from fastsimclr.run_folder import check_new, write_whole
 
 SHOWN = 224  # a view of up to half this side is enlarged by a whole number, one far larger is reduced to it
-TEXT_WIDTH = 220  # of a column at least: two changes of colour on a line
+TEXT_WIDTH = 220  # of a column at least: two changes of color on a line
 HEAD_FONT, TITLE_FONT = 13.0, 18.0
 MARGIN, GAP = 20, 18
 
@@ -75,7 +75,7 @@ def write_preview(options: argparse.Namespace, others: list[str]) -> str:
     notes = [
         [f"recipe: {recipe}", *changes, f"seed {config.seed}", f"epoch {options.epoch}", by],
         describe_recipe(views),
-        ["under a view: its crop, width×height at left,top", "then what is done to its colours, in that order"],
+        ["under a view: its crop, width×height at left,top", "then what is done to its colors, in that order"],
     ]
     png, (width, height) = draw_sheet(title, notes, rows, views)
     write_whole(Path(options.output), lambda file: file.write_bytes(png))
@@ -190,41 +190,39 @@ def draw_sheet(title: str, notes: list[list[str]], rows: list[Row], recipe: View
     """The sheet as a PNG file's bytes, and its width and height."""
     zoom = _zoom(max(of_view.image_size for of_view in recipe.recipes))  # one for all: a small view looks small
     originals = [_zoom(*row.original.shape[:2]) for row in rows]
-    shown = [[resized(view, zoom) for view in row.views] for row in rows]
     widths = [max(TEXT_WIDTH, *(round(row.original.shape[1] * z) for row, z in zip(rows, originals, strict=True)))]
-    widths += [max(TEXT_WIDTH, view.shape[1]) for view in shown[0]]
+    widths += [max(TEXT_WIDTH, round(view.shape[1] * zoom)) for view in rows[0].views]
     lefts = np.cumsum([MARGIN, *(width + GAP for width in widths)]).tolist()
     whole = lefts[-1] - GAP - MARGIN
 
     page = Page()
     y = page.text(MARGIN, MARGIN, [fitted(title, whole, TITLE_FONT, "bold")], size=TITLE_FONT, weight="bold") + 6
     for phrases in notes:
-        y = page.text(MARGIN, y, wrapped(phrases, whole, " · "), colour=FAINT)
+        y = page.text(MARGIN, y, wrapped(phrases, whole, " · "), color=FAINT)
     y += GAP
 
     below = page.text(MARGIN, y, ["image and crops"], size=HEAD_FONT, weight="bold")
-    bottoms = [page.text(MARGIN, below, _shown_at(originals), colour=FAINT)]
+    bottoms = [page.text(MARGIN, below, _shown_at(originals), color=FAINT)]
     for view, of_view in enumerate(recipe.recipes):
         head = f"view {view + 1}: {of_view.image_size}×{of_view.image_size}"
         left = lefts[view + 1]
         page.tag(left, y, view)
         below = page.text(left + TAG + 6, y, [head], size=HEAD_FONT, weight="bold")
         own = wrapped([*_shown_at([zoom]), *_own_changes(recipe, view)], widths[view + 1])
-        bottoms.append(page.text(left, below, own, colour=FAINT))
+        bottoms.append(page.text(left, below, own, color=FAINT))
     y = max(bottoms) + 6
 
-    for row, row_zoom, row_shown in zip(rows, originals, shown, strict=True):
-        original = resized(row.original, row_zoom)
-        page.picture(MARGIN, y, original)
+    for row, row_zoom in zip(rows, originals, strict=True):
+        bottom = page.image(MARGIN, y, row.original, row_zoom)
         page.crops(MARGIN, y, [drawn["box"] * row_zoom for drawn in row.drawn])
         height, width = row.original.shape[:2]
         lines = [fitted(row.name, widths[0]), fitted(f"{width}×{height}{row.label}", widths[0])]
-        bottoms = [page.text(MARGIN, y + original.shape[0] + 5, lines, colour=FAINT)]
-        for view, (pixels, drawn, of_view) in enumerate(zip(row_shown, row.drawn, recipe.recipes, strict=True)):
+        bottoms = [page.text(MARGIN, bottom + 5, lines, color=FAINT)]
+        for view, (pixels, drawn, of_view) in enumerate(zip(row.views, row.drawn, recipe.recipes, strict=True)):
             left = lefts[view + 1]
-            page.picture(left, y, pixels)
+            bottom = page.image(left, y, pixels, zoom)
             lines = [line for phrases in parameters(drawn, of_view) for line in wrapped(phrases, widths[view + 1])]
-            bottoms.append(page.text(left, y + pixels.shape[0] + 5, lines))
+            bottoms.append(page.text(left, bottom + 5, lines))
         y = max(bottoms) + GAP
     size = (lefts[-1] - GAP + MARGIN, y - GAP + MARGIN)
     return page.png(*size), size
