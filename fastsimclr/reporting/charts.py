@@ -69,15 +69,6 @@ class Line:
 
 
 @dataclass(frozen=True)
-class Level:
-    """A horizontal line to compare with."""
-
-    name: str
-    y: float
-    place: int
-
-
-@dataclass(frozen=True)
 class Chart:
     """A chart as page.html shows it. data: what page.js shows under the pointer."""
 
@@ -96,11 +87,14 @@ def line_chart(
     x_unit: str,
     lines: Sequence[Line],
     *,
-    levels: Sequence[Level] = (),
+    untrained: dict[int, float] | None = None,
     from_zero: bool = False,
     note: str = "",
 ) -> Chart | None:
-    """Curves over one axis. Where a line is smooth, what it smooths is drawn faint behind it."""
+    """Curves over one axis. Where a line is smooth, what it smooths is drawn faint behind it.
+
+    untrained: values to compare with, by the places of their runs.
+    """
     lines = [line for line in lines if len(line.curve.y)]
     if not lines:
         return None
@@ -119,10 +113,10 @@ def line_chart(
             axes.plot(line.curve.x, y, color=color, linewidth=2, linestyle=style, gid="line")
             if line.dots or len(y) == 1:
                 axes.plot(line.curve.x, y, "o", color=color, markerfacecolor=PAPER, markeredgewidth=2, clip_on=False)
-        for level in levels:
-            axes.axhline(level.y, color=COLORS[level.place % len(COLORS)], linewidth=1.5, linestyle=(0, (1.5, 3)))
-            if len(levels) == 1:
-                axes.text(1, level.y, level.name, transform=axes.get_yaxis_transform(), ha="right", va="bottom")
+        for place, level in (untrained or {}).items():
+            axes.axhline(level, color=COLORS[place % len(COLORS)], linewidth=1.5, linestyle=(0, (1.5, 3)))
+            if len(lines) == 1:
+                axes.text(1, level, "untrained", transform=axes.get_yaxis_transform(), ha="right", va="bottom")
         left, right = min(line.curve.ends[0] for line in lines), max(line.curve.ends[1] for line in lines)
         axes.set_xlim(left, right if right > left else left + 1)
         if from_zero and axes.dataLim.y0 >= 0:

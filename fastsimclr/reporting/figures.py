@@ -4,7 +4,7 @@ from collections.abc import Sequence
 
 import numpy as np
 
-from fastsimclr.reporting.charts import Chart, Level, Line, line_chart, share_chart
+from fastsimclr.reporting.charts import Chart, Line, line_chart, share_chart
 from fastsimclr.reporting.curves import Floats, reduce
 from fastsimclr.reporting.numbers import count, duration, number, percent
 from fastsimclr.reporting.run_record import Run
@@ -116,15 +116,16 @@ def epochs(run: Run) -> str:
 
 def _knn_chart(runs: Sequence[Run]) -> Chart | None:
     by_epoch = all(run.steps_per_epoch for run in runs)
-    found, levels = [], []
+    found: list[Line] = []
+    untrained: dict[int, float] = {}
     for place, run in enumerate(runs):
         x = np.array([knn.step / (run.steps_per_epoch or 1) if by_epoch else knn.step for knn in run.knn], np.float64)
         y = np.array([100 * knn.accuracy for knn in run.knn], np.float64)
         found.append(Line(run.name, place, reduce(x, y), dots=len(y) <= 60))
         if run.untrained_knn is not None:
-            levels.append(Level("untrained", 100 * run.untrained_knn, place))
-    note = "Dotted: the untrained encoder." if len(levels) > 1 else ""
-    return line_chart("kNN accuracy", "%", "epoch" if by_epoch else "step", found, levels=levels, note=note)
+            untrained[place] = 100 * run.untrained_knn
+    note = "Dotted: the untrained encoder." if len(found) > 1 and untrained else ""
+    return line_chart("kNN accuracy", "%", "epoch" if by_epoch else "step", found, untrained=untrained, note=note)
 
 
 def _x(run: Run, by_epoch: bool) -> Floats:
