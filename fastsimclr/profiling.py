@@ -38,10 +38,11 @@ class StageClock:
     def __init__(self, device: torch.device) -> None:
         self._device = device
         self._inside = [OTHER]
-        self.restart()
+        self._cuts = [(OTHER, self._now())]
+        self._started = time.perf_counter()
 
     def restart(self) -> None:
-        """Begin the step anew: what has passed since the last one's end belongs to none."""
+        """Begin the step again: the time since the end of the last one belongs to no step."""
         self._cuts = [(OTHER, self._now())]
         self._started = time.perf_counter()
 

@@ -140,3 +140,33 @@ def lazy():
 """
     expected = {"a.b", "c.d", "fastsimclr.data.f", "fastsimclr.g.h", "i", "j.k"}
     assert set(imports(source, "fastsimclr.data")) == expected
+
+
+def assigned_outside_init(source: str) -> Iterator[str]:
+    """Attributes of self, as Class.attribute, that a method other than __init__ is the first to assign."""
+    for owner in ast.walk(ast.parse(source)):
+        if not isinstance(owner, ast.ClassDef):
+            continue
+        known = {node.target.id for node in owner.body if isinstance(node, ast.AnnAssign)}  # type: ignore[union-attr]
+        methods = [node for node in owner.body if isinstance(node, ast.FunctionDef)]
+        for method in sorted(methods, key=lambda method: method.name != "__init__"):
+            for node in ast.walk(method):
+                if not isinstance(node, ast.Attribute) or not isinstance(node.ctx, ast.Store):
+                    continue
+                if ast.unparse(node.value) != "self" or node.attr in known:
+                    continue
+                if method.name == "__init__":
+                    known.add(node.attr)
+                else:
+                    yield f"{owner.name}.{node.attr}"
+
+
+def test_no_attribute_is_first_assigned_outside_init() -> None:
+    found = [
+        f"{path.relative_to(ROOT)}: {name}"
+        for path in sorted((ROOT / "fastsimclr").rglob("*.py"))
+        for name in assigned_outside_init(path.read_text())
+    ]
+    assert not found
+    late = "class A:\n  b: int\n  def f(self):\n    self.b = self.c = 1\n    self.d += 1\n  def __init__(self):\n    self.d = 1"
+    assert list(assigned_outside_init(late)) == ["A.c"]

@@ -13,8 +13,7 @@ from fastsimclr import encoder
 from fastsimclr.cli import COMMANDS, main
 
 ROOT = Path(__file__).resolve().parents[1]
-HEAVY_HELP = {"preview", "report"}  # their parsers still import what draws
-HELP = [[name, "--help"] for name in COMMANDS if name not in HEAVY_HELP] + [["evaluate", "knn", "--help"]]
+HELP = [[name, "--help"] for name in COMMANDS] + [["evaluate", "knn", "--help"]]
 OPTIONAL = ["matplotlib", "sklearn", "tensorboard", "torch.utils.tensorboard", "nvidia.dali", "jsonargparse"]
 
 
