@@ -168,5 +168,15 @@ def test_no_attribute_is_first_assigned_outside_init() -> None:
         for name in assigned_outside_init(path.read_text())
     ]
     assert not found
-    late = "class A:\n  b: int\n  def f(self):\n    self.b = self.c = 1\n    self.d += 1\n  def __init__(self):\n    self.d = 1"
+    late = """
+class A:
+    b: int
+
+    def f(self):
+        self.b = self.c = 1
+        self.d += 1
+
+    def __init__(self):
+        self.d = 1
+"""
     assert list(assigned_outside_init(late)) == ["A.c"]

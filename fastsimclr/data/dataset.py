@@ -79,8 +79,8 @@ def open_dataset(
             source = scanned.source
             skipped = list(dict.fromkeys([*(skipped or []), *scanned.bad]))  # `val` may be `train`
         checked.append(source)
-    if skipped_to is not None and world.is_first:
-        list_skipped(skipped_to, skipped or [])
+    if skipped is not None and skipped_to is not None and world.is_first:
+        list_skipped(skipped_to, skipped)
     prepared, prepared_val = together(
         lambda: [source and prepare(source, backend, world.device)[0] for source in checked], world
     )

@@ -53,8 +53,7 @@ def decode_all(source: EncodedSource) -> ArraySource:
         except UserError:
             threads.shutdown(cancel_futures=True)
             raise
-    names = np.array([source.name(index) for index in range(len(source))])
-    return ArraySource("decoded", images, source.labels, source.classes, names)
+    return ArraySource("decoded", images, source.labels, source.classes, source)
 
 
 class MemoryFront:

@@ -47,6 +47,10 @@ class Source(ABC):
     def name(self, index: int) -> str:
         """What to call image `index` in a message: its file, or its place in an archive."""
 
+    def class_name(self, label: int) -> str:
+        """The name of the class with this label."""
+        return self.classes[label]
+
     @abstractmethod
     def subset(self, kept: NDArray[np.int64]) -> "Source":
         """The images `kept` (K,) alone, in that order. Classes stay as they are, also those of no image."""
@@ -61,17 +65,20 @@ class ArraySource(Source):
         images: Tensor,
         labels: NDArray[np.int64],
         classes: Sequence[str],
-        names: NDArray[np.str_] | None = None,
+        origin: "EncodedSource | None" = None,
     ) -> None:
-        """names: (N,) of the images; None: `title` and a number."""
-        self.title, self.images, self.labels, self.classes, self.names = title, images, labels, classes, names
+        """origin: the same images in the files that they were decoded from."""
+        self.title, self.images, self.labels, self.classes, self.origin = title, images, labels, classes, origin
 
     def name(self, index: int) -> str:
-        return f"{self.title}[{index}]" if self.names is None else str(self.names[index])
+        return f"{self.title}[{index}]" if self.origin is None else self.origin.name(index)
+
+    def class_name(self, label: int) -> str:
+        return super().class_name(label) if self.origin is None else self.origin.class_name(label)
 
     def subset(self, kept: NDArray[np.int64]) -> "ArraySource":
-        names = None if self.names is None else self.names[kept]
-        return ArraySource(self.title, self.images[torch.from_numpy(kept)], self.labels[kept], self.classes, names)
+        origin = None if self.origin is None else self.origin.subset(kept)
+        return ArraySource(self.title, self.images[torch.from_numpy(kept)], self.labels[kept], self.classes, origin)
 
 
 class EncodedSource(Source):
@@ -149,6 +156,10 @@ class TarSource(EncodedSource):
 
     def locations(self) -> tuple[Sequence[str], NDArray[np.int64], NDArray[np.int64]]:
         return self.shards, self.places[:, 0], self.places[:, 1]
+
+    def class_name(self, label: int) -> str:
+        """Numbers name themselves: they may have gaps."""
+        return str(label) if all(name.isdigit() for name in self.classes) else self.classes[label]
 
     def subset(self, kept: NDArray[np.int64]) -> "TarSource":
         part = TarSource(self.shards, self.members[kept], self.places[kept], self.labels[kept], self.classes)

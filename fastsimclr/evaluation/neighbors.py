@@ -10,7 +10,7 @@ from numpy.typing import NDArray
 
 from fastsimclr.data import Source
 from fastsimclr.data.params import epoch_order
-from fastsimclr.data.sources import NO_LABEL, TarSource
+from fastsimclr.data.sources import NO_LABEL
 from fastsimclr.errors import UserError
 
 METHODS = {"umap": "UMAP", "tsne": "t-SNE", "pca": "PCA"}
@@ -23,8 +23,7 @@ _QUERIES = 1 << 31  # an "epoch" that no other order is of: the map's images are
 def class_names(source: Source) -> dict[int, str]:
     """The class of each label that there is."""
     labels = np.unique(source.labels[source.labels != NO_LABEL]).tolist()
-    numbered = isinstance(source, TarSource) and all(name.isdigit() for name in source.classes)  # gaps and all
-    return {label: str(label) if numbered else source.classes[label] for label in labels}
+    return {label: source.class_name(label) for label in labels}
 
 
 def choose_method(wanted: str) -> tuple[str, str]:
