@@ -1,5 +1,5 @@
 """Encoders from files: a run's checkpoint, our exports, and other projects' checkpoints."""
 
-from fastsimclr.pretrained.load import LAST, TIMM_FILES, Pretrained, import_weights, load_encoder, open_pretrained
+from fastsimclr.pretrained.load import TIMM_FILES, Pretrained, import_weights, load_encoder, open_pretrained
 
-__all__ = ["LAST", "TIMM_FILES", "Pretrained", "import_weights", "load_encoder", "open_pretrained"]
+__all__ = ["TIMM_FILES", "Pretrained", "import_weights", "load_encoder", "open_pretrained"]

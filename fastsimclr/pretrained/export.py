@@ -19,8 +19,8 @@ from torch import Tensor, nn
 from fastsimclr.data.augmentation import Views
 from fastsimclr.errors import UserError
 from fastsimclr.models import Encoder
-from fastsimclr.pretrained.load import LAST, TIMM_FILES, Pretrained, open_pretrained
-from fastsimclr.run_folder import check_new, rename_whole
+from fastsimclr.pretrained.load import TIMM_FILES, Pretrained, open_pretrained
+from fastsimclr.run_folder import RunFolder, check_new, rename_whole
 
 OPSET = 18  # of ONNX, from 2022: any onnxruntime in use knows it
 TOLERANCE = 1e-4  # of the representation, relative to its largest element where that is above 1
@@ -39,7 +39,9 @@ def export(options: argparse.Namespace) -> str:
             f"--output: got {output}, expected a {'file' if form.suffixes else 'folder'}; give another name"
         )
     pretrained = open_pretrained(source)
-    if output.exists() and any(file.exists() and file.samefile(output) for file in (source, source / LAST)):
+    if output.exists() and any(
+        file.exists() and file.samefile(output) for file in (source, RunFolder(source).checkpoint)
+    ):
         raise UserError(f"--output: got {output}, which is --checkpoint itself; give another name")
     try:
         output.parent.mkdir(parents=True, exist_ok=True)

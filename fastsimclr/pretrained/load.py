@@ -13,9 +13,8 @@ from fastsimclr.errors import UserError
 from fastsimclr.models import ENCODERS, Encoder, encoder
 from fastsimclr.pretrained.layouts import Architecture, Weights, architecture_of, check_fits, find_weights
 from fastsimclr.pretrained.safe_pickle import read_foreign
-from fastsimclr.run_folder import is_checkpoint
+from fastsimclr.run_folder import RunFolder, is_checkpoint
 
-LAST = Path("checkpoints", "last.pt")
 TIMM_FILES = ("config.json", "model.safetensors")
 
 
@@ -84,12 +83,14 @@ def open_pretrained(path: str | Path, name: str | None = None) -> Pretrained:
 
 def _open(path: Path) -> Pretrained:
     if path.is_dir():
-        if (path / LAST).is_file():
-            return _open(path / LAST)
+        run = RunFolder(path)
+        if run.checkpoint.is_file():
+            return _open(run.checkpoint)
         if all((path / file).is_file() for file in TIMM_FILES):
             return _from_timm(path)
         raise UserError(
-            f"{path}: got a folder with neither {LAST} nor {' and '.join(TIMM_FILES)}, expected a run's folder or "
+            f"{path}: got a folder with neither {run.checkpoint.relative_to(path)} nor {' and '.join(TIMM_FILES)}, "
+            "expected a run's folder or "
             "timm's"
         )
     if not path.is_file():
