@@ -12,23 +12,23 @@ from collections.abc import Callable
 
 import pytest
 import torch
-from pytest_benchmark.fixture import BenchmarkFixture
 from timm.optim import Lars as TimmLars
 from torch import Tensor
 from torch.optim.optimizer import Optimizer
 from torchvision.models import resnet18, resnet50
 
-from benchmarks.interleaved import Check, describe, interleave
 from benchmarks.memory import peak_mib, settle_heap
-from benchmarks.sizes import SMALL
+from benchmarks.suite import DEVICE, SMALL, Check, Suite
 from fastsimclr.optim import LARS, is_norm_or_bias
 
 LR, WEIGHT_DECAY = 0.3, 1e-6
 MODEL, MODEL_NAME = (resnet18, "ResNet-18") if SMALL else (resnet50, "ResNet-50")
+# Of the distance that the weights moved: float32 rounding, and wd·‖w‖ and eps that timm and lightly add to ‖grad‖.
+BOUND = 1e-3
 
 
 class LoopLARS(Optimizer):
-    """LARS as it is usually written (barlowtwins, moco-v3): tensor by tensor, no host synchronisation; lr inside."""
+    """LARS as it is usually written (barlowtwins, moco-v3): tensor by tensor, no host synchronization; lr inside."""
 
     def __init__(self, params: list[Tensor]) -> None:
         super().__init__(params, {})
@@ -58,7 +58,7 @@ def decay_groups(params: list[Tensor]) -> list[dict[str, object]]:
 
 
 def contenders() -> tuple[dict[str, Callable[[list[Tensor]], Optimizer]], dict[str, str]]:
-    """The optimizers by name, ours first; and of those that are not here, why."""
+    """The optimizers by name, ours first; and of those that are not available, why."""
     found: dict[str, Callable[[list[Tensor]], Optimizer]] = {
         "fastsimclr": lambda params: LARS(params, lr=LR, weight_decay=WEIGHT_DECAY),
         "loop over tensors": LoopLARS,
@@ -67,66 +67,44 @@ def contenders() -> tuple[dict[str, Callable[[list[Tensor]], Optimizer]], dict[s
     }
     try:
         from lightly.utils.lars import LARS as LightlyLARS
-
-        found["lightly"] = lambda params: LightlyLARS(decay_groups(params), lr=LR, momentum=0.9)
     except ImportError as error:
         return found, {"lightly": str(error)}
+    found["lightly"] = lambda params: LightlyLARS(decay_groups(params), lr=LR, momentum=0.9)
     return found, {}
 
 
-def farthest(ours: list[Tensor], theirs: list[Tensor], start: list[Tensor]) -> float:
-    """The largest distance of theirs from ours, over the way that ours has gone, of any tensor."""
-    with torch.no_grad():
-        apart = [(p - q).norm() / (p - w0).norm() for p, q, w0 in zip(ours, theirs, start, strict=True)]
-        return float(torch.stack(apart).max())
+@torch.no_grad()
+def largest_error(ours: list[Tensor], theirs: list[Tensor], start: list[Tensor]) -> float:
+    """The largest distance of any tensor from ours, over the distance that ours moved."""
+    apart = [(p - q).norm() / (p - w0).norm() for p, q, w0 in zip(ours, theirs, start, strict=True)]
+    return float(torch.stack(apart).max())
 
 
 @pytest.mark.benchmark(group=f"LARS step, {MODEL_NAME}")
-def test_lars_step(benchmark: BenchmarkFixture, capsys: pytest.CaptureFixture[str]) -> None:
-    device = "cuda" if torch.cuda.is_available() else "cpu"
+def test_lars_step(suite: Suite) -> None:
     torch.manual_seed(0)
     settle_heap()
-    start = [p.detach().to(device) for p in MODEL().parameters()]
+    start = [p.detach().to(DEVICE) for p in MODEL().parameters()]
     # ‖grad‖ of 1e-2·‖w‖ or so; the optimizers share the gradients, none may write to them.
     grads = [1e-3 * torch.randn_like(p) for p in start]
     before = [g.clone() for g in grads]
-
-    params: dict[str, list[Tensor]] = {}
-    optimizers: dict[str, Optimizer] = {}
     found, missing = contenders()
-    for name, build in found.items():
-        params[name] = [p.clone().requires_grad_() for p in start]
-        for p, g in zip(params[name], grads, strict=True):
+    params = {name: [p.clone().requires_grad_() for p in start] for name in found}
+    for each in params.values():
+        for p, g in zip(each, grads, strict=True):
             p.grad = g
-        optimizers[name] = build(params[name])
-
-    timing = interleave(
-        benchmark,
-        {name: optimizer.step for name, optimizer in optimizers.items()},
-        rounds=2 if SMALL else 20,
-        warmup_rounds=1 if SMALL else 3,
-        synchronize=torch.cuda.synchronize if device == "cuda" else lambda: None,
-    )
-    with capsys.disabled():
-        print(f"\nLARS step, {MODEL_NAME}, {len(start)} tensors, {device}: {timing}")
-    # After timing: the first step makes the momenta, which stay.
-    peaks = {name: peak_mib(optimizer.step) for name, optimizer in optimizers.items()}
-
+    steps = {name: build(params[name]).step for name, build in found.items()}
+    sizes = {
+        "tensors": len(start),
+        "adapted_tensors": sum(not is_norm_or_bias(p) for p in start),
+        "parameters": sum(p.numel() for p in start),
+    }
+    suite.interleave(steps, sizes=sizes, rounds=2 if SMALL else 20)
+    peaks = {name: peak_mib(step) for name, step in steps.items()}  # the first step allocated the momenta
     assert all(torch.equal(g, b) for g, b in zip(grads, before, strict=True))
     ours, *rivals = params
-    # 1e-3 of the way gone: roundings in float32, and wd·‖w‖ and eps that timm and lightly add to ‖grad‖.
     checks = {
-        name: Check("weights, of the way gone", farthest(params[ours], params[name], start), 1e-3) for name in rivals
+        name: Check("weights, of the way gone", largest_error(params[ours], params[name], start), BOUND)
+        for name in rivals
     }
-    describe(
-        benchmark,
-        device=torch.cuda.get_device_name() if device == "cuda" else "cpu",
-        sizes={
-            "tensors": len(start),
-            "adapted_tensors": sum(not is_norm_or_bias(p) for p in start),
-            "parameters": sum(p.numel() for p in start),
-        },
-        peak_mib=peaks,
-        checks=checks,
-        missing=missing,
-    )
+    suite.record(peak_mib=peaks, checks=checks, missing=missing)

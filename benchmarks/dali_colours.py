@@ -1,11 +1,8 @@
 """Our DALI loader with the colours (fastsimclr/data/photometric.py) in DALI's own graph, on the CPU or on the GPU.
 
-Two kinds. "dali" follows the recipe change by change, in uint8 between them as torchvision does. "color_twist" is how
-DALI is mostly used: one matrix for the whole jitter, in a fixed order, with contrast about 128 and a hue turned in YIQ;
-its views are several levels off.
-
-Everything is drawn outside and comes in as values of each view, by which `if` sorts a batch (DALI's conditionals, which
-pipeline_def makes of it): 1.7 times as fast on a CPU as changing all views, most of them by neutral factors.
+It follows the recipe change by change, in uint8 between them as torchvision does. Everything is drawn outside and comes
+in as values of each view, by which `if` sorts a batch (DALI's conditionals, which pipeline_def makes of it): 1.7 times
+as fast on a CPU as changing all views, most of them by neutral factors.
 """
 
 from typing import Any
@@ -27,14 +24,10 @@ Inputs = dict[str, Any]  # by name: arrays (B, …); in the graph DALI's nodes, 
 
 
 class DaliColours(DaliFront):
-    """A front whose `crops` are whole views (B, S, S, 3), float32, by our draws. kind: "dali" or "color_twist"."""
-
-    def __init__(self, kind: str, *arguments: Any) -> None:
-        self._kind = kind
-        super().__init__(*arguments)
+    """A front whose `crops` are whole views (B, S, S, 3), float32, by our draws."""
 
     def _view_inputs(self, draws: Draws, recipe: Views) -> Inputs:
-        inputs = super()._view_inputs(draws, recipe) | colour_inputs(self._kind, draws, recipe)
+        inputs = super()._view_inputs(draws, recipe) | colour_inputs(draws, recipe)
         return {name: np.ascontiguousarray(values) for name, values in inputs.items()}
 
     def _build(self, **options: Any) -> Any:
@@ -44,17 +37,15 @@ class DaliColours(DaliFront):
         return finished(super()._view(images, inputs, recipe), inputs, recipe)
 
 
-def colour_inputs(kind: str, draws: Draws, recipe: Views) -> Inputs:
-    """What the graph of `recipe`, a view's own, needs of the draws (B,): nothing for what is never done."""
-    inputs: Inputs = {}
-    if recipe.jitter > 0:
-        inputs |= _twist_inputs(draws) if kind == "color_twist" else _split_inputs(draws)
+def colour_inputs(draws: Draws, recipe: Views) -> Inputs:
+    """What the graph of `recipe`, one view's, needs of the draws (B,): nothing for what is never done."""
+    inputs: Inputs = _jitter_inputs(draws) if recipe.jitter > 0 else {}
     if recipe.grey > 0:
         inputs["grey"] = draws["grey"]
     if recipe.blur > 0:
         sigma = draws["sigma"]
         inputs |= {"blurred": sigma > 0, "sigma": sigma}
-        # Behind three sigma nothing is to be seen, and small sigmas' weights are denormal numbers, which are slow.
+        # Beyond three sigma nothing is visible, and small sigmas' weights are denormal numbers, which are slow.
         inputs["window"] = np.minimum(2 * np.ceil(3 * sigma) + 1, blur_window(recipe)).astype(np.int32)
     if recipe.solarise > 0:
         inputs["solarise"] = draws["solarise"]
@@ -63,10 +54,8 @@ def colour_inputs(kind: str, draws: Draws, recipe: Views) -> Inputs:
 
 def finished(x: Any, inputs: Inputs, recipe: Views) -> Any:
     """The graph: a view HWC, float32, normalised, from its crop HWC uint8."""
-    if "twist_hue" in inputs:
-        x = _twist(x, inputs)
-    elif "before" in inputs:
-        x = _split(x, inputs)
+    if "before" in inputs:
+        x = _jitter(x, inputs)
     if inputs.get("grey"):  # None, and left out of the graph, where the recipe has none
         x = fn.color_space_conversion(_luma(x), image_type=types.GRAY, output_type=types.RGB)
     if inputs.get("blurred"):
@@ -86,36 +75,7 @@ def _luma(x: Any) -> Any:
     return fn.color_space_conversion(x, image_type=types.RGB, output_type=types.GRAY)
 
 
-# color_twist
-
-
-def _twist_inputs(draws: Draws) -> Inputs:
-    brightness, contrast, saturation, turn = draws["factors"].T
-    return {
-        "jitter": draws["jitter"],
-        "brightness": brightness,
-        "contrast": contrast,
-        "saturation": saturation,
-        "twist_hue": turn * 360,
-    }
-
-
-def _twist(x: Any, inputs: Inputs) -> Any:
-    if inputs["jitter"]:
-        x = fn.color_twist(
-            x,
-            brightness=inputs["brightness"],
-            contrast=inputs["contrast"],
-            saturation=inputs["saturation"],
-            hue=inputs["twist_hue"],
-        )
-    return x
-
-
-# Change by change
-
-
-def _split_inputs(draws: Draws) -> Inputs:
+def _jitter_inputs(draws: Draws) -> Inputs:
     """before, after: (B, 3), which of brightness, contrast and saturation come before the hue and after it, then NONE.
 
     So the hue, of many operators, stands in the graph once. The other inputs are `_turn_hue`'s, and the factors.
@@ -139,7 +99,7 @@ def _split_inputs(draws: Draws) -> Inputs:
     }
 
 
-def _split(x: Any, inputs: Inputs) -> Any:
+def _jitter(x: Any, inputs: Inputs) -> Any:
     for slot in range(3):
         x = _change(x, inputs["before"][slot], inputs)
     if inputs["turned"]:

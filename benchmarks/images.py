@@ -7,7 +7,7 @@ from pathlib import Path
 import numpy as np
 from PIL import Image
 
-from benchmarks.sizes import SMALL
+from benchmarks.suite import SMALL
 from fastsimclr.data import open_source
 from fastsimclr.data.memory import decode_all
 from fastsimclr.data.sources import ArraySource, EncodedSource

@@ -11,25 +11,26 @@ from enum import Enum
 from pathlib import Path
 from typing import Any
 
-from benchmarks.interleaved import Check, Spread
+from benchmarks.suite import Check, Spread
 
 TOO_WIDE = 0.2  # a spread above it is marked wherever it is shown
 
 
 class Mistake(Exception):
-    """The user's: one line that says what is wrong."""
+    """A user mistake, reported as one line."""
 
 
 class Kind(Enum):
-    FIRST = "ours"  # whom the others are compared with
+    FIRST = "ours"  # the one that the others are compared with
     OURS = "ours, set up otherwise"
+    TRIED = "ours, tried in benchmarks/ only"
     RIVAL = "others"
     YARDSTICK = "other work, as a yardstick"
 
 
 @dataclass(frozen=True)
 class Contender:
-    """One of those that were timed in turn.
+    """One contender of a benchmark.
 
     time_ms: of a call. ratio: its time over the first's of the same round, per image where both say how many they take;
     of the first None. images: of a call. peak_mib, check: None where it was not measured. differs: it computes
@@ -117,29 +118,8 @@ class Measured:
         return self.group, self.name, self.size
 
 
-def read(files: Iterable[str | Path]) -> tuple[list[Measured], list[str]]:
-    """All that is measured in these files; and of each file that has others, which are left out, why."""
-    measured: list[Measured] = []
-    left_out: list[str] = []
-    for file in map(Path, files):
-        page = load(file)
-        compared = [each for each in page["benchmarks"] if "milliseconds" in each["extra_info"]]
-        sized = [each for each in compared if "sizes" in each["extra_info"]]
-        measured += [of_benchmark(each, page, file.name) for each in sized]
-        if lacking := len(compared) - len(sized):
-            benchmarks = counted(lacking, "benchmark")
-            left_out.append(f"{file.name} is of an older form, which does not say the sizes: {benchmarks} left out")
-        if alone := len(page["benchmarks"]) - len(compared):
-            left_out.append(f"{file.name}: left out {counted(alone, 'benchmark')} without contenders")
-    return measured, left_out
-
-
 def counted(number: int | None, thing: str) -> str:
     return f"{'?' if number is None else number} {thing}{'' if number == 1 else 's'}"
-
-
-def quartiles(spread: Spread) -> str:
-    return f"{number(spread.median)} ({number(spread.lower)} to {number(spread.upper)})"
 
 
 def number(value: float) -> str:
@@ -149,33 +129,45 @@ def number(value: float) -> str:
     return f"{value:#.3g}".rstrip(".") if abs(value) >= 1e-3 else f"{value:.1g}"
 
 
-def load(file: Path) -> dict[str, Any]:
-    try:
-        page = json.loads(file.read_text())
-    except (OSError, UnicodeDecodeError, json.JSONDecodeError) as error:
-        raise Mistake(f"{file}: {error.strerror if isinstance(error, OSError) else 'is no JSON'}") from error
-    if not is_of_pytest_benchmark(page):
-        raise Mistake(f"{file}: is not what pytest benchmarks --benchmark-json=FILE writes")
-    return page
-
-
 def is_of_pytest_benchmark(page: object) -> bool:
     return isinstance(page, dict) and {"machine_info", "commit_info", "datetime", "benchmarks"} <= page.keys()
 
 
 def committed(folder: Path) -> list[Path]:
-    """The files in a folder that pytest-benchmark has written: other measurements lie beside them."""
+    """The files in a folder that pytest-benchmark has written, without other measurements."""
     return [file for file in sorted(folder.glob("*.json")) if is_of_pytest_benchmark(json.loads(file.read_text()))]
 
 
-def of_benchmark(benchmark: dict[str, Any], page: dict[str, Any], source: str) -> Measured:
+def read(files: Iterable[str | Path]) -> tuple[list[Measured], list[str]]:
+    """All that is measured in these files; and of each file that has others, which are left out, why."""
+    measured: list[Measured] = []
+    left_out: list[str] = []
+    for file in map(Path, files):
+        try:
+            page = json.loads(file.read_text())
+        except (OSError, UnicodeDecodeError, json.JSONDecodeError) as error:
+            raise Mistake(f"{file}: {error.strerror if isinstance(error, OSError) else 'is no JSON'}") from error
+        if not is_of_pytest_benchmark(page):
+            raise Mistake(f"{file}: is not what pytest benchmarks --benchmark-json=FILE writes")
+        compared = [each for each in page["benchmarks"] if "milliseconds" in each["extra_info"]]
+        sized = [each for each in compared if "sizes" in each["extra_info"]]
+        measured += [_measured(each, page, file.name) for each in sized]
+        if lacking := len(compared) - len(sized):
+            benchmarks = counted(lacking, "benchmark")
+            left_out.append(f"{file.name} is of an older form, which does not say the sizes: {benchmarks} left out")
+        if alone := len(page["benchmarks"]) - len(compared):
+            left_out.append(f"{file.name}: left out {counted(alone, 'benchmark')} without contenders")
+    return measured, left_out
+
+
+def _measured(benchmark: dict[str, Any], page: dict[str, Any], source: str) -> Measured:
     info = benchmark["extra_info"]
-    first, *others = (contender(name, info) for name in info["milliseconds"])
+    first, *others = (_contender(name, info) for name in info["milliseconds"])
     return Measured(
         group=benchmark["group"] or benchmark["name"],
         name=benchmark["name"],
         sizes=tuple((name, str(value)) for name, value in info["sizes"].items()),
-        setup=setup(page, info["device"]),
+        setup=_setup(page, info["device"]),
         source=source,
         rounds=info["rounds"],
         contenders=(first, *sorted(others, key=lambda each: each.ratio.median if each.ratio else 0.0)),
@@ -184,17 +176,16 @@ def of_benchmark(benchmark: dict[str, Any], page: dict[str, Any], source: str) -
     )
 
 
-def contender(name: str, info: dict[str, Any]) -> Contender:
+def _contender(name: str, info: dict[str, Any]) -> Contender:
     first = next(iter(info["milliseconds"]))
     images = info.get("images", {})
-    ratio = None
-    kind = Kind.FIRST
+    ratio, kind = None, Kind.FIRST
     if name != first:
-        # interleave knows of calls only: this is the one place where a ratio becomes one of images.
+        # The suite knows of calls only: this is the one place where a ratio becomes one of images.
         scale = images[first] / images[name] if {first, name} <= images.keys() else 1.0
         ratio = Spread(**{each: scale * value for each, value in info["speedup"][name].items()})
-        kind = Kind.OURS if name in info.get("ours", ()) else Kind.RIVAL
-        kind = Kind.YARDSTICK if name in info.get("yardsticks", ()) else kind
+        kinds = {"yardsticks": Kind.YARDSTICK, "tried": Kind.TRIED, "ours": Kind.OURS}
+        kind = next((kind for key, kind in kinds.items() if name in info.get(key, ())), Kind.RIVAL)
     check = info.get("checks", {}).get(name)
     return Contender(
         name=name,
@@ -209,7 +200,7 @@ def contender(name: str, info: dict[str, Any]) -> Contender:
     )
 
 
-def setup(page: dict[str, Any], device: str) -> Setup:
+def _setup(page: dict[str, Any], device: str) -> Setup:
     machine, commit = page["machine_info"], page["commit_info"]
     known = commit.get("id") not in (None, "", "unknown", "unversioned")
     packages = machine.get("packages", {}).items()

@@ -4,8 +4,8 @@
     python -m benchmarks.report NEW... --compare BASE [--fail-above 1.15]
     python -m benchmarks.report [FILE...] --readme README.md [--check]
 
-Without a FILE: those in benchmarks/results. Exit code 1: we have regressed, or the README is out of date; 2: a mistake
-of the caller's, in one line on stderr.
+Without a FILE: those in benchmarks/results. Exit code 1: we have regressed, or the README is out of date; 2: a user
+mistake, in one line on stderr.
 """
 
 import argparse
@@ -14,22 +14,19 @@ from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import NoReturn
 
-from benchmarks import charts, regression
-from benchmarks.measured import (
-    TOO_WIDE,
-    Contender,
-    Kind,
-    Measured,
-    Mistake,
-    Setup,
-    committed,
-    counted,
-    number,
-    quartiles,
-    read,
-)
+from benchmarks import charts
+from benchmarks.measured import TOO_WIDE, Contender, Kind, Measured, Mistake, Setup, committed, counted, number, read
+from benchmarks.suite import Spread
 
 RESULTS = Path(__file__).parent / "results"
+RULE = (
+    "A rival's ratio is its time over ours in the same run, so that the machine's speed cancels. We have regressed "
+    "where a ratio has fallen by more than the factor, base / new > FACTOR, and the quartiles of both runs do not "
+    "overlap (where they do, it is within the noise); or where our peak memory has grown by more than the factor and "
+    "by 1 MiB. Compared is what has the same name, sizes, device and number of threads in both."
+)
+REGRESSED, IN_NOISE, FINE = "REGRESSED", "within the noise", "ok"
+LEAST_MIB = 1.0  # below, a factor says nothing
 BEGIN, END = "<!-- benchmarks: begin -->", "<!-- benchmarks: end -->"
 
 INTRODUCTION = f"""# Benchmarks
@@ -47,6 +44,10 @@ on.
 def table(head: Sequence[str], rows: Iterable[Sequence[str]]) -> list[str]:
     lines = [head, ["---"] * len(head), *rows]
     return ["| " + " | ".join(cell.replace("|", "\\|") for cell in row) + " |" for row in lines]
+
+
+def quartiles(spread: Spread) -> str:
+    return f"{number(spread.median)} ({number(spread.lower)} to {number(spread.upper)})"
 
 
 def footnotes(measured: Iterable[Measured]) -> dict[Setup, int]:
@@ -77,24 +78,22 @@ def losses(measured: Sequence[Measured], numbers: dict[Setup, int]) -> list[str]
     lines = []
     for each in measured:
         for rival in each.rivals:
-            lost = [*slower(rival), *larger(rival, each.first)]
-            if lost:
+            if lost := lost_to(rival, each.first):
                 where = f"{each.group}, {each.size}, {on(each.setup, numbers)}"
                 note = f"; {rival.note}" if rival.note else ""
                 lines.append(f"- {where}: **{rival.name}** {', and '.join(lost)}{note}")
     return lines or ["No rival is faster than ours, or smaller, in anything measured here."]
 
 
-def slower(rival: Contender) -> Iterable[str]:
-    """In what words we are slower, if we are."""
+def lost_to(rival: Contender, first: Contender) -> list[str]:
+    """In what ours is slower or larger."""
+    lost = []
     if rival.ratio and rival.ratio.median < 1:
         unsure = ", within the noise" if rival.ratio.upper >= 1 else ""
-        yield f"takes {quartiles(rival.ratio)} times as long as ours{unsure}"
-
-
-def larger(rival: Contender, first: Contender) -> Iterable[str]:
+        lost.append(f"takes {quartiles(rival.ratio)} times as long as ours{unsure}")
     if rival.peak_mib is not None and first.peak_mib is not None and rival.peak_mib < first.peak_mib:
-        yield f"holds {number(rival.peak_mib)} MiB at most, ours {number(first.peak_mib)}"
+        lost.append(f"holds {number(rival.peak_mib)} MiB at most, ours {number(first.peak_mib)}")
+    return lost
 
 
 def on(setup: Setup, numbers: dict[Setup, int]) -> str:
@@ -137,7 +136,7 @@ def row(each: Contender, measured: Measured, numbers: dict[Setup, int]) -> list[
 
 
 def same_function(each: Contender) -> str:
-    """The cell that says by what a contender was found to compute the same function as the first, or why not."""
+    """How a contender was found to compute the same function as the first, or why not."""
     if each.check:
         return f"{each.check.what}: {each.check.error:.1g} ≤ {each.check.bound:g}"
     if each.differs:
@@ -150,7 +149,9 @@ def remarks(same: Sequence[Measured], numbers: dict[Setup, int]) -> list[str]:
     lines = []
     for measured in same:
         where = f" ({on(measured.setup, numbers)})" if len(same) > 1 else ""
-        lines += [f"- {each.name}{where}: {each.note}" for each in measured.contenders if each.note]
+        for each in measured.contenders:
+            notes = [each.kind.value] * (each.kind is Kind.TRIED) + [each.note] * bool(each.note)
+            lines += [f"- {each.name}{where}: {'; '.join(notes)}"] if notes else []
         lines += [f"- not here: {name}{where}: {why}" for name, why in measured.missing.items()]
     return ["", *lines] if lines else []
 
@@ -183,11 +184,11 @@ def own_figure(first: Contender) -> str:
 
 
 def others(measured: Measured) -> str:
-    def listed(kind: Kind) -> str:
-        return "; ".join(times(each) for each in measured.contenders if each.kind is kind)
-
-    variants = listed(Kind.OURS)
-    return listed(Kind.RIVAL) + (f"; ours, set up otherwise: {variants}" if variants else "")
+    listed = {
+        kind: "; ".join(times(each) for each in measured.contenders if each.kind is kind)
+        for kind in (Kind.RIVAL, Kind.OURS, Kind.TRIED)
+    }
+    return "; ".join(each if kind is Kind.RIVAL else f"{kind.value}: {each}" for kind, each in listed.items() if each)
 
 
 def times(other: Contender) -> str:
@@ -234,28 +235,89 @@ def write_report(folder: Path, measured: Sequence[Measured], left_out: Sequence[
 
 
 def judge(base_file: Path, new: Sequence[Measured], factor: float) -> int:
+    """Print the comparison with the base; returns 1 if anything has regressed."""
     base, left_out = read([base_file])
     if not base:
         raise Mistake(f"nothing to compare with: {'; '.join(left_out) or f'no benchmark in {base_file}'}")
-    comparisons = regression.compare(base, new, factor)
-    print(regression.table(comparisons))
-    for line in (*regression.in_one_only(base, new), *regression.versions_changed(base, new)):
+    known = {identity(each): each for each in base}
+    common = [(known[identity(each)], each) for each in new if identity(each) in known]
+    if not common:
+        raise Mistake(f"no benchmark in common: the base has {names(base)}; the new one {names(new)}")
+    rows = [row for pair in common for row in compared(*pair, factor)]
+    head = ("benchmark", "figure", "base (quartiles)", "new (quartiles)", "times worse", "")
+    widths = [max(map(len, column)) for column in zip(head, *rows, strict=True)]
+    for cells in (head, *rows):
+        print("  ".join(f"{cell:{width}}" for cell, width in zip(cells, widths, strict=True)).rstrip())
+    for line in only_in_one(base, new):
         print(line)
-    regressed = sum(each.verdict == regression.REGRESSED for each in comparisons)
-    print(f"{regressed} of {len(comparisons)} figures regressed by more than {factor:g}")
+    regressed = sum(verdict == REGRESSED for *_, verdict in rows)
+    print(f"{regressed} of {len(rows)} figures regressed by more than {factor:g}")
     return int(regressed > 0)
+
+
+def identity(measured: Measured) -> tuple[object, ...]:
+    return (*measured.key, measured.setup.device, measured.setup.threads)
+
+
+def where(setup: Setup) -> str:
+    return f"{setup.device}, {counted(setup.threads, 'thread')}"
+
+
+def ratios(measured: Measured) -> dict[str, Spread]:
+    """What does not change with our code, by name: rivals and yardsticks."""
+    outside = [each for each in measured.contenders if each.kind in (Kind.RIVAL, Kind.YARDSTICK)]
+    return {each.name: each.ratio for each in outside if each.ratio}
+
+
+def names(measured: Sequence[Measured]) -> str:
+    """The names on each device, shortened: it goes into one line."""
+    found = sorted({f"{each.name} ({where(each.setup)})" for each in measured})
+    return ", ".join(found[:3]) + (f" and {len(found) - 3} more" if len(found) > 3 else "") or "none"
+
+
+def compared(base: Measured, new: Measured, factor: float) -> list[tuple[str, ...]]:
+    """A row of each figure that both have: benchmark, figure, base, new, how many times worse, verdict."""
+    rows = []
+    title = f"{new.group}: {new.size}"
+    before = ratios(base)
+    for name, now in ratios(new).items():
+        if then := before.get(name):
+            worse = then.median / now.median
+            verdict = FINE if worse <= factor else REGRESSED if now.upper < then.lower else IN_NOISE
+            rows.append((title, f"rival: {name}", str(then), str(now), f"{worse:.2f}", verdict))
+    then_mib, now_mib = base.first.peak_mib, new.first.peak_mib
+    if then_mib is not None and now_mib is not None:
+        grown = now_mib > factor * then_mib and now_mib > then_mib + LEAST_MIB
+        worse = now_mib / then_mib if then_mib else 1.0 if not now_mib else float("inf")
+        verdict = REGRESSED if grown else FINE
+        rows.append((title, "our peak MiB", f"{then_mib:.1f}", f"{now_mib:.1f}", f"{worse:.2f}", verdict))
+    return rows
+
+
+def only_in_one(base: Sequence[Measured], new: Sequence[Measured]) -> list[str]:
+    """Rivals and versions of packages that only one of the runs has."""
+
+    def rivals(run: Sequence[Measured]) -> dict[str, None]:
+        return {
+            f"{each.name} ({each.size}; {where(each.setup)}), {other}": None for each in run for other in ratios(each)
+        }
+
+    def versions(run: Sequence[Measured]) -> dict[str, None]:
+        return {f"{name} {version}": None for each in run for name, version in each.setup.packages}
+
+    before, now = rivals(base) | versions(base), rivals(new) | versions(new)
+    lines = [f"only in the base: {each}" for each in before if each not in now]
+    return lines + [f"only in the new run: {each}" for each in now if each not in before]
 
 
 class Parser(argparse.ArgumentParser):
     def error(self, message: str) -> NoReturn:
-        """In one line, as all our mistakes are; argparse's own prints its usage before."""
+        """In one line, without argparse's usage."""
         self.exit(2, f"{self.prog}: {message}\n")
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    parser = Parser(
-        prog="python -m benchmarks.report", description=(__doc__ or "").split("\n")[0], epilog=f"{regression.RULE}"
-    )
+    parser = Parser(prog="python -m benchmarks.report", description=(__doc__ or "").split("\n")[0], epilog=RULE)
     parser.add_argument("files", nargs="*", type=Path, metavar="FILE", help="(default: those in benchmarks/results)")
     parser.add_argument("--output", type=Path, metavar="DIR", help="write report.md and its charts there")
     parser.add_argument("--readme", type=Path, metavar="README.md", help="write the table between its two marker lines")

@@ -1,4 +1,4 @@
-"""Who trains in bench_train.py: our loop, and lightly's example of SimCLR in plain PyTorch. The latter's model is
+"""The training loops of bench_train.py: ours, and lightly's example of SimCLR in plain PyTorch. The latter's model is
 torchvision's, of the same layers and weights as ours.
 
 lightly's is examples/pytorch/simclr.py of lightly-ai/lightly as it is written: its transform in a DataLoader, one view
@@ -7,7 +7,6 @@ the user (strengths of the colour changes, temperature), and so is the number of
 """
 
 import copy
-import os
 import resource
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import nullcontext
@@ -15,16 +14,14 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
-from numpy.typing import NDArray
-from PIL import Image
 from torch import Tensor, nn
 from torch.amp import GradScaler
-from torch.utils.data import DataLoader, Dataset
+from torch.utils.data import DataLoader
 
 from benchmarks.nt_xent_contenders import dense
-from benchmarks.view_peers import lightly_transform
+from benchmarks.suite import CORES, DEVICE
+from benchmarks.view_peers import EachImage, lightly_transform, open_pillow
 from fastsimclr import Views
 from fastsimclr.data import ViewLoader, open_views
 from fastsimclr.data.sources import ArraySource
@@ -36,9 +33,6 @@ from fastsimclr.precision import choose_precision
 from fastsimclr.training.step import Step
 
 LR = 0.06  # the example's
-DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-DEVICE_NAME = torch.cuda.get_device_name() if DEVICE.type == "cuda" else "cpu"
-CORES = len(os.sched_getaffinity(0))
 
 
 def simclr(name: str, stem: str, image_size: int) -> SimCLR:
@@ -121,23 +115,10 @@ def views_of(loader: ViewLoader) -> Callable[[], Iterator[Sequence[Tensor]]]:
     return lambda: (batch.views for batch in loader)
 
 
-class PillowImages(Dataset[Any]):
-    """What torchvision.datasets.CIFAR10 does with its arrays."""
-
-    def __init__(self, images: NDArray[np.uint8], transform: Callable[[Image.Image], list[Tensor]]) -> None:
-        self.images, self.transform = images, transform
-
-    def __len__(self) -> int:
-        return len(self.images)
-
-    def __getitem__(self, index: int) -> tuple[list[Tensor], int]:
-        return self.transform(Image.fromarray(self.images[index])), 0
-
-
 def lightly_loader(source: ArraySource, views: Views, batch_size: int) -> "DataLoader[Any]":
     """Raises ImportError where lightly is not installed."""
     return DataLoader(
-        PillowImages(source.images.numpy(), lightly_transform(views)),
+        EachImage(tuple(source.images.numpy()), open_pillow, lightly_transform(views)),
         batch_size=batch_size,
         shuffle=True,
         drop_last=True,
@@ -148,7 +129,7 @@ def lightly_loader(source: ArraySource, views: Views, batch_size: int) -> "DataL
 
 
 def lightly_loop(model: SimCLR, loader: "DataLoader[Any]", temperature: float, *, tuned: bool) -> Contender:
-    """tuned: under bf16 autocast and channels-last, as who knows PyTorch well would change two lines of it."""
+    """tuned: under bf16 autocast and channels-last, two lines that an expert would change."""
     from lightly.loss import NTXentLoss as LightlyLoss
 
     model = with_plain_convolutions(copy.deepcopy(model))
@@ -168,7 +149,7 @@ def lightly_loop(model: SimCLR, loader: "DataLoader[Any]", temperature: float, *
     return Contender(
         model,
         torch.optim.SGD(model.parameters(), lr=LR),
-        lambda: (views for views, _ in loader),
+        lambda: loader,
         backward,
         torch.bfloat16 if tuned else torch.float32,
         together=False,
@@ -187,8 +168,7 @@ def open_small_views(source: ArraySource, views: Views, batch_size: int, precisi
 
 
 def large_step(batch_size: int, micro_batch_size: int, name: str) -> Callable[[], float]:
-    """A step of ResNet-18 at 32² in micro-batches with the loss of that name, "ours" or "dense"; returns the
-    loss. The weights stay, so that both have the same."""
+    """A step of ResNet-18 at 32² in micro-batches with the loss "ours" or "dense"; returns the loss. Weights stay."""
     torch.manual_seed(0)
     model = simclr("resnet18", "imagenet", 32).to(memory_format=torch.channels_last)  # type: ignore[call-overload]
     chosen = choose_precision("auto", DEVICE)
@@ -201,15 +181,14 @@ def large_step(batch_size: int, micro_batch_size: int, name: str) -> Callable[[]
         model.zero_grad(set_to_none=True)
         return loss
 
-    # What is made once, as threads and their scratch, is not of the step.
+    # What is allocated once, such as threads and their scratch, does not count.
     step.backward([view[: 2 * micro_batch_size] for view in views], 2 * micro_batch_size)
     model.zero_grad(set_to_none=True)
     return run
 
 
 def fits(batch_size: int, micro_batch_size: int, name: str, limit_mib: float) -> bool:
-    """Whether that step ends where it gets so much memory beyond what is held before it; for a process of its own,
-    which it limits for good."""
+    """Whether that step fits into so much memory beyond what is held before it. Limits its process for good."""
     run = large_step(batch_size, micro_batch_size, name)
     if DEVICE.type == "cuda":
         total = torch.cuda.get_device_properties(DEVICE).total_memory

@@ -1,15 +1,17 @@
-"""Who else makes two augmented views in bench_views.py: torchvision, lightly, Kornia and WebDataset, as their users do.
+"""The rivals of bench_views.py: torchvision, lightly, Kornia and WebDataset, used as their documentation shows.
 
 All of them work in a DataLoader's processes. These are forked from a server that has imported what they need, because
 to fork this process would copy locks that threads of torch or DALI hold; they start as fast as forked ones, and share
 the packages' memory as those do. No DALI is imported here, so none is in that server.
 
-lightly, Kornia and WebDataset are imported where they are used: they may not be there.
+lightly, Kornia and WebDataset are imported where they are used: they may not be installed.
 """
 
 import multiprocessing
-from collections.abc import Callable, Iterator
-from typing import TYPE_CHECKING, Any
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -19,16 +21,57 @@ from torch.utils.data import DataLoader, Dataset
 from torchvision.io import decode_image
 from torchvision.transforms import v2
 
+from benchmarks.suite import CORES, DEVICE
 from fastsimclr import Views
 from fastsimclr.data.images import decode
 
-if TYPE_CHECKING:
-    from benchmarks.view_contenders import Loader, Photos, Setting
+GRID = 8  # pixels a side that the decoding stage passes on: whole images are of many sizes
+PRELOADED = ("benchmarks.view_peers", "torch.utils.data._utils.worker", "lightly.transforms")
+PRELOADED += ("webdataset", "fastsimclr.data.torchvision")  # those not installed are ignored
 
-GRID = 8  # pixels a side that the decoding stage hands on: view_contenders.GRID
-Images = tuple[Any, ...]  # names of files, or arrays (H, W, 3) uint8
-PRELOADED = ("benchmarks.view_peers", "torch.utils.data._utils.worker", "lightly.transforms", "lightly.data")
-PRELOADED += ("webdataset", "fastsimclr.data.torchvision")  # what is not there is passed over
+Loader = Iterable[Sequence[Tensor]]
+Transform = Callable[[Any], Sequence[Tensor]]
+
+
+@dataclass(frozen=True)
+class Photos:
+    """The same photographs as contenders read them: files of one folder, and as many tar shards as workers."""
+
+    folder: Path
+    files: tuple[str, ...]
+    shards: tuple[str, ...]
+
+    def __len__(self) -> int:
+        return len(self.files)
+
+
+@dataclass(frozen=True)
+class Setting:
+    """How a contender is opened. workers: processes or threads; 0 for none."""
+
+    views: Views
+    batch_size: int
+    workers: int
+    shuffle: bool = True
+
+
+@dataclass(frozen=True)
+class Contender:
+    """open: makes the loader of photographs (`Photos`) or of small images (an ArraySource).
+
+    same_draws: equal seeds give the same views as ours. tried: ours, but not part of the package. requires: the package
+    that it needs. recipe: what it has fixed of the recipe, for comparison. slow: it gets one copy of the images where
+    others get several. differs: it computes another function, and is not held to ours. note: what else to know of it.
+    """
+
+    open: Callable[[Any, Setting], Loader]
+    same_draws: bool = False
+    tried: bool = False
+    requires: str = ""
+    recipe: dict[str, Any] = field(default_factory=dict)
+    slow: bool = False
+    differs: bool = False
+    note: str = ""
 
 
 def start_server() -> None:
@@ -40,30 +83,7 @@ def start_server() -> None:
     first.join()
 
 
-class Each(Dataset[Any]):
-    """Files, or arrays, each opened once and made into a tuple of tensors."""
-
-    def __init__(self, images: Images, read: Callable[[Any], Any], make: Callable[[Any], tuple[Tensor, ...]]) -> None:
-        self.images, self.read, self.make = images, read, make
-
-    def __len__(self) -> int:
-        return len(self.images)
-
-    def __getitem__(self, index: int) -> tuple[Tensor, ...]:
-        return self.make(self.read(self.images[index]))
-
-
-class Twice:
-    """Two views of an image."""
-
-    def __init__(self, transform: Callable[[Any], Tensor]) -> None:
-        self.transform = transform
-
-    def __call__(self, image: Any) -> tuple[Tensor, ...]:
-        return self.transform(image), self.transform(image)
-
-
-def loader(dataset: Any, setting: "Setting", **options: Any) -> Any:
+def open_loader(dataset: Any, setting: Setting, **options: Any) -> Any:
     """A DataLoader as their examples open it, with workers that stay from epoch to epoch."""
     return DataLoader(
         dataset,
@@ -74,17 +94,59 @@ def loader(dataset: Any, setting: "Setting", **options: Any) -> Any:
     )
 
 
+class EachImage(Dataset[Any]):
+    """Files, or arrays (H, W, 3) uint8, each opened once and made into a sequence of tensors."""
+
+    def __init__(self, images: tuple[Any, ...], read: Callable[[Any], Any], make: Transform) -> None:
+        self.images, self.read, self.make = images, read, make
+
+    def __len__(self) -> int:
+        return len(self.images)
+
+    def __getitem__(self, index: int) -> Sequence[Tensor]:
+        return self.make(self.read(self.images[index]))
+
+
+def in_workers(read: Callable[[Any], Any], transform: Callable[[Views], Transform]) -> Callable[[Any, Setting], Loader]:
+    """Opens a DataLoader whose workers read each image and transform it, as the recipe says."""
+
+    def opened(data: Any, setting: Setting) -> Loader:
+        images = data.files if isinstance(data, Photos) else tuple(data.images.numpy())
+        loader: Loader = open_loader(EachImage(images, read, transform(setting.views)), setting)
+        return loader
+
+    return opened
+
+
+def in_webdataset(transform: Callable[[Views], Transform]) -> Callable[[Any, Setting], Loader]:
+    """Opens WebDataset's reader of tar shards, one a worker, with its Pillow decoder."""
+
+    def opened(photos: Photos, setting: Setting) -> Loader:
+        import webdataset as wds
+
+        dataset = wds.WebDataset(list(photos.shards), shardshuffle=len(photos.shards) if setting.shuffle else False)
+        if setting.shuffle:
+            dataset = dataset.shuffle(1000)  # the samples that its examples keep to draw from
+        dataset = dataset.decode("pil").to_tuple("jpg").map_tuple(transform(setting.views)).map(first_of)
+        loader: Loader = open_loader(dataset.batched(setting.batch_size), setting, batch_size=None, shuffle=False)
+        return loader
+
+    return opened
+
+
+def first_of(sample: tuple[Any, ...]) -> Any:
+    return sample[0]
+
+
 # Reading and decoding
 
 
 def open_pillow(image: Any) -> Image.Image:
-    if isinstance(image, str):
-        return Image.open(image).convert("RGB")
-    return Image.fromarray(image)
+    return Image.open(image).convert("RGB") if isinstance(image, str) else Image.fromarray(image)
 
 
-def open_tensor(image: Any) -> Tensor:
-    return decode_image(image, "RGB")
+def open_tensor(file: str) -> Tensor:
+    return decode_image(file, "RGB")
 
 
 def open_ours(file: str) -> Tensor:
@@ -97,41 +159,22 @@ def grid_of_pillow(image: Image.Image) -> tuple[Tensor, ...]:
 
 
 def grid_of_tensor(image: Tensor) -> tuple[Tensor, ...]:
-    """The same pixels as Pillow's and DALI's nearest neighbours: those at the middle of each cell."""
+    """The same pixels as Pillow's and DALI's nearest neighbors: those at the middle of each cell."""
     rows, columns = (((torch.arange(GRID) + 0.5) * (side / GRID)).long() for side in image.shape[1:])
     return (image[:, rows[:, None], columns],)
 
 
-def our_decode(photos: "Photos", setting: "Setting") -> "Loader":
-    return loader(Each(photos.files, open_ours, grid_of_tensor), setting)
+# torchvision and lightly
 
 
-def pillow_decode(photos: "Photos", setting: "Setting") -> "Loader":
-    return loader(Each(photos.files, open_pillow, grid_of_pillow), setting)
+class Twice:
+    """Two views of an image."""
 
+    def __init__(self, steps: list[torch.nn.Module]) -> None:
+        self.transform = v2.Compose(steps)
 
-def torchvision_decode(photos: "Photos", setting: "Setting") -> "Loader":
-    return loader(Each(photos.files, open_tensor, grid_of_tensor), setting)
-
-
-# torchvision
-
-
-def window(views: Views) -> int:
-    return max(3, int(views.image_size * views.blur_kernel) // 2 * 2 + 1)
-
-
-def crop_and_flip(views: Views) -> list[torch.nn.Module]:
-    filter_ = v2.InterpolationMode(views.interpolation)
-    return [
-        v2.RandomResizedCrop(views.image_size, views.scale, views.ratio, interpolation=filter_, antialias=True),
-        v2.RandomHorizontalFlip(views.flip),
-    ]
-
-
-def jitter_and_grey(views: Views) -> list[torch.nn.Module]:
-    jitter = v2.ColorJitter(views.brightness, views.contrast, views.saturation, views.hue)
-    return [v2.RandomApply([jitter], views.jitter), v2.RandomGrayscale(views.grey)]
+    def __call__(self, image: Any) -> tuple[Tensor, ...]:
+        return self.transform(image), self.transform(image)
 
 
 class PillowBlur(torch.nn.Module):
@@ -147,50 +190,41 @@ class PillowBlur(torch.nn.Module):
         return image.filter(ImageFilter.GaussianBlur(float(torch.empty(()).uniform_(*self.sigma))))
 
 
-def finish(views: Views) -> list[torch.nn.Module]:
-    return [v2.ToDtype(torch.float32, scale=True), v2.Normalize(list(views.mean), list(views.std))]
+def window(views: Views) -> int:
+    return max(3, int(views.image_size * views.blur_kernel) // 2 * 2 + 1)
 
 
-def recipe_on_pillow(views: Views) -> Twice:
+def crop_and_flip(views: Views) -> list[torch.nn.Module]:
+    filter_ = v2.InterpolationMode(views.interpolation)
+    return [
+        v2.RandomResizedCrop(views.image_size, views.scale, views.ratio, interpolation=filter_, antialias=True),
+        v2.RandomHorizontalFlip(views.flip),
+    ]
+
+
+def recipe(views: Views, blur: torch.nn.Module, *last: torch.nn.Module) -> Twice:
+    jitter = v2.ColorJitter(views.brightness, views.contrast, views.saturation, views.hue)
+    colors = [v2.RandomApply([jitter], views.jitter), v2.RandomGrayscale(views.grey)]
+    finish = [*last, v2.ToDtype(torch.float32, scale=True), v2.Normalize(list(views.mean), list(views.std))]
+    return Twice([*crop_and_flip(views), *colors, *([blur] if views.blur else []), *finish])
+
+
+def views_on_pillow(views: Views) -> Twice:
     """The fastest recipe of torchvision's with the same semantics, lightly's list: all on Pillow's images."""
-    blur = [PillowBlur(views)] if views.blur else []
-    return Twice(v2.Compose([*crop_and_flip(views), *jitter_and_grey(views), *blur, v2.PILToTensor(), *finish(views)]))
+    return recipe(views, PillowBlur(views), v2.PILToTensor())
+
+
+def views_on_tensors(views: Views) -> Twice:
+    """torchvision's v2 transforms on uint8 tensors, with its GaussianBlur."""
+    return recipe(views, v2.RandomApply([v2.GaussianBlur(window(views), views.blur_sigma)], views.blur))
 
 
 def crops_on_pillow(views: Views) -> Twice:
-    return Twice(v2.Compose([*crop_and_flip(views), v2.PILToTensor()]))
+    return Twice([*crop_and_flip(views), v2.PILToTensor()])
 
 
 def crops_on_tensors(views: Views) -> Twice:
-    return Twice(v2.Compose(crop_and_flip(views)))
-
-
-def images_of(data: Any) -> Images:
-    """The files of photographs; or small images as they are."""
-    return data.files if hasattr(data, "files") else tuple(data.images.numpy())
-
-
-def pillow_crops(photos: "Photos", setting: "Setting") -> "Loader":
-    return loader(Each(photos.files, open_pillow, crops_on_pillow(setting.views)), setting)
-
-
-def pillow_views(data: Any, setting: "Setting") -> "Loader":
-    return loader(Each(images_of(data), open_pillow, recipe_on_pillow(setting.views)), setting)
-
-
-def tensor_crops(photos: "Photos", setting: "Setting") -> "Loader":
-    return loader(Each(photos.files, open_tensor, crops_on_tensors(setting.views)), setting)
-
-
-def tensor_views(photos: "Photos", setting: "Setting") -> "Loader":
-    """torchvision's v2 transforms on uint8 tensors, with its GaussianBlur."""
-    views = setting.views
-    blur = v2.RandomApply([v2.GaussianBlur(window(views), views.blur_sigma)], views.blur)
-    recipe = Twice(v2.Compose([*crop_and_flip(views), *jitter_and_grey(views), blur, *finish(views)]))
-    return loader(Each(photos.files, open_tensor, recipe), setting)
-
-
-# lightly
+    return Twice(crop_and_flip(views))
 
 
 def lightly_transform(views: Views) -> Any:
@@ -214,128 +248,53 @@ def lightly_transform(views: Views) -> Any:
     )
 
 
-class Lightly:
-    """lightly's SimCLRTransform in its dataset and a DataLoader, as in its SimCLR example."""
-
-    def __init__(self, data: Any, setting: "Setting") -> None:
-        from lightly.data import LightlyDataset
-
-        transform = lightly_transform(setting.views)
-        if hasattr(data, "folder"):
-            dataset = LightlyDataset(str(data.folder), transform)
-        else:
-            dataset = LightlyDataset.from_torch_dataset(Labelled(images_of(data)), transform)
-        self._loader = loader(dataset, setting)
-
-    def __iter__(self) -> Iterator[tuple[Tensor, ...]]:
-        for views, _, _ in self._loader:
-            yield tuple(views)
-
-
-class Labelled(Dataset[Any]):
-    """Small images as torchvision's CIFAR10 gives them."""
-
-    transform: Any = None
-
-    def __init__(self, images: Images) -> None:
-        self.images = images
-
-    def __len__(self) -> int:
-        return len(self.images)
-
-    def __getitem__(self, index: int) -> tuple[Any, int]:
-        return self.transform(Image.fromarray(self.images[index])), 0
-
-
 # Kornia
 
 
 class Kornia:
-    """Kornia's augmentations of whole batches, on the loader's device: in this process, with all cores' threads.
+    """Kornia's augmentations of whole batches, on the device: in this process, with all cores' threads.
 
     Photographs are of many sizes and no batch before they are cropped: workers decode and crop them by torchvision, and
-    Kornia changes the colours. Small images are a batch from the start, and Kornia does everything.
+    Kornia changes the colors. Small images are a batch from the start, and Kornia does everything.
     """
 
-    def __init__(self, data: Any, setting: "Setting") -> None:
+    def __init__(self, data: Any, setting: Setting) -> None:
         import kornia.augmentation as K
 
         views = setting.views
-        size = (views.image_size, views.image_size)
         self._setting = setting
+        self._crops: Loader = ()
         self._images: Tensor | None = None
-        first: list[Any] = []
-        if hasattr(data, "files"):
-            self._crops = tensor_crops(data, setting)
+        steps: list[Any] = []
+        if isinstance(data, Photos):
+            self._crops = in_workers(open_tensor, crops_on_tensors)(data, setting)
         else:
             self._images = data.images.permute(0, 3, 1, 2).contiguous()  # (N, 3, h, w) uint8
-            filter_ = views.interpolation.upper()
-            first = [
-                K.RandomResizedCrop(size, views.scale, views.ratio, resample=filter_),
-                K.RandomHorizontalFlip(p=views.flip),
-            ]
-        blur = [K.RandomGaussianBlur((window(views),) * 2, views.blur_sigma, p=views.blur)] if views.blur else []
-        self._augment = K.AugmentationSequential(
-            *first,
-            K.ColorJitter(views.brightness, views.contrast, views.saturation, views.hue, p=views.jitter),
-            K.RandomGrayscale(p=views.grey),
-            *blur,
-            K.Normalize(torch.tensor(views.mean), torch.tensor(views.std)),
-            data_keys=["input"],
-        )
+            size, filter_ = (views.image_size,) * 2, views.interpolation.upper()
+            crop = K.RandomResizedCrop(size, views.scale, views.ratio, resample=filter_)
+            steps = [crop, K.RandomHorizontalFlip(p=views.flip)]
+        steps.append(K.ColorJitter(views.brightness, views.contrast, views.saturation, views.hue, p=views.jitter))
+        steps.append(K.RandomGrayscale(p=views.grey))
+        if views.blur:
+            steps.append(K.RandomGaussianBlur((window(views),) * 2, views.blur_sigma, p=views.blur))
+        steps.append(K.Normalize(torch.tensor(views.mean), torch.tensor(views.std)))
+        self._augment = K.AugmentationSequential(*steps, data_keys=["input"])
 
-    def _batches(self) -> Iterator[tuple[Tensor, ...]]:
+    def _batches(self) -> Iterator[Sequence[Tensor]]:
         if self._images is None:
             yield from self._crops
             return
         number = len(self._images)
         order = torch.randperm(number) if self._setting.shuffle else torch.arange(number)
         for chosen in order.split(self._setting.batch_size):
-            batch = self._images[chosen]
-            yield batch, batch
+            yield (self._images[chosen],) * 2
 
+    @torch.no_grad()
     def __iter__(self) -> Iterator[tuple[Tensor, ...]]:
         before = torch.get_num_threads()
-        torch.set_num_threads(self._setting.cores)
+        torch.set_num_threads(CORES)
         try:
-            with torch.no_grad():
-                for batch in self._batches():
-                    yield tuple(self._augment(view.to(self._setting.device).float() / 255) for view in batch)
+            for batch in self._batches():
+                yield tuple(self._augment(view.to(DEVICE).float() / 255) for view in batch)
         finally:
             torch.set_num_threads(before)
-
-
-# WebDataset
-
-
-class WebDatasets:
-    """WebDataset's reader of tar shards, one a worker, and its Pillow decoder; `make` sees the decoded image."""
-
-    def __init__(self, photos: "Photos", setting: "Setting", make: Callable[[Image.Image], tuple[Tensor, ...]]) -> None:
-        import webdataset as wds
-
-        dataset = wds.WebDataset(list(photos.shards), shardshuffle=len(photos.shards) if setting.shuffle else False)
-        if setting.shuffle:
-            dataset = dataset.shuffle(1000)  # the samples that its examples keep to draw from
-        dataset = dataset.decode("pil").to_tuple("jpg").map_tuple(make).map(first_of).batched(setting.batch_size)
-        self._loader = loader(dataset, setting, batch_size=None, shuffle=False)
-
-    def __iter__(self) -> Iterator[tuple[Tensor, ...]]:
-        for batch in self._loader:
-            yield tuple(batch)
-
-
-def first_of(sample: tuple[Any, ...]) -> Any:
-    return sample[0]
-
-
-def webdataset_decode(photos: "Photos", setting: "Setting") -> "Loader":
-    return WebDatasets(photos, setting, grid_of_pillow)
-
-
-def webdataset_crops(photos: "Photos", setting: "Setting") -> "Loader":
-    return WebDatasets(photos, setting, crops_on_pillow(setting.views))
-
-
-def webdataset_views(photos: "Photos", setting: "Setting") -> "Loader":
-    return WebDatasets(photos, setting, recipe_on_pillow(setting.views))

@@ -1,16 +1,22 @@
 """python -m benchmarks.report: what it makes of the JSON of `pytest benchmarks`, and when it says we have regressed."""
 
 import json
-from collections.abc import Mapping
+import os
+import re
+import shutil
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
 import pytest
 from pytest_benchmark.fixture import BenchmarkFixture
 
-from benchmarks.interleaved import Check, Spread, describe, interleave
 from benchmarks.measured import Kind, read
 from benchmarks.report import BEGIN, END, main
+from benchmarks.suite import MIN_ROUNDS, Budget, Check, Spread, Suite
 
 ROOT = Path(__file__).resolve().parents[1]
 Ratio = tuple[float, float, float]  # lower quartile, median, upper quartile
@@ -56,9 +62,11 @@ def row(text: str, contender: str) -> list[str]:
 
 
 def test_the_report_reads_what_a_benchmark_leaves(benchmark: BenchmarkFixture, tmp_path: Path) -> None:
-    interleave(benchmark, {"ours": lambda: sum(range(10)), "theirs": lambda: sum(range(10_000))}, rounds=5)
+    suite = Suite(benchmark)
+    contenders = {"ours": lambda: sum(range(10)), "theirs": lambda: sum(range(10_000))}
+    suite.interleave(contenders, sizes={"views": 8}, rounds=5)
     check = Check("sum, relative", 1e-7, 1e-3)
-    describe(benchmark, device="cpu", sizes={"views": 8}, peak_mib={"ours": 2.5}, checks={"theirs": check})
+    suite.record(device="cpu", peak_mib={"ours": 2.5}, checks={"theirs": check})
     page = {"group": None, "name": "test_sum", "extra_info": json.loads(json.dumps(benchmark.extra_info))}
     (found,), older = read([results(tmp_path / "one.json", page)])
     assert not older
@@ -70,15 +78,15 @@ def test_the_report_reads_what_a_benchmark_leaves(benchmark: BenchmarkFixture, t
 
 
 def test_whoever_is_compared_is_checked_or_said_to_differ(benchmark: BenchmarkFixture, tmp_path: Path) -> None:
-    work = {"ours": lambda: 1, "theirs": lambda: 1, "rough": lambda: 1, "product": lambda: 1}
-    interleave(benchmark, work, rounds=2)
-    said: dict[str, Any] = {"device": "cpu", "sizes": {}, "yardsticks": ["product"], "notes": {"rough": "0.01 off"}}
+    suite = Suite(benchmark)
+    suite.interleave(dict.fromkeys(("ours", "theirs", "rough", "product"), lambda: 1), sizes={}, rounds=2)
+    said: dict[str, Any] = {"device": "cpu", "yardsticks": ["product"], "notes": {"rough": "0.01 off"}}
     with pytest.raises(AssertionError, match="not checked, and not said to differ: rough, theirs"):
-        describe(benchmark, **said)
+        suite.record(**said)
     said |= {"checks": {"theirs": Check("sum", 0.0, 1e-3)}, "differing": ["rough"]}
     with pytest.raises(AssertionError, match="how far off they are is not in the notes: rough"):
-        describe(benchmark, **said | {"notes": {}})
-    describe(benchmark, **said)
+        suite.record(**said | {"notes": {}})
+    suite.record(**said)
     page = {"group": None, "name": "test_sum", "extra_info": json.loads(json.dumps(benchmark.extra_info))}
     text = report(tmp_path, results(tmp_path / "one.json", page))
     checks = {name: row(text, name)[-1] for name in ("**ours**", "theirs", "rough", "product")}
@@ -89,6 +97,83 @@ def test_whoever_is_compared_is_checked_or_said_to_differ(benchmark: BenchmarkFi
         "product": "other work",
     }
     assert "- rough: 0.01 off" in text
+
+
+# The rounds and the time budget
+
+
+def wait(seconds: float) -> Callable[[], None]:
+    return lambda: time.sleep(seconds)
+
+
+@pytest.mark.parametrize(
+    ("share", "least", "most"),
+    [(100.0, 8, 8), (0.1, MIN_ROUNDS, 5), (0.001, MIN_ROUNDS, MIN_ROUNDS)],  # a round takes 0.012 s
+)
+def test_rounds_adapt_to_the_time_that_is_left(
+    benchmark: BenchmarkFixture, share: float, least: int, most: int
+) -> None:
+    suite = Suite(benchmark, budget=Budget(100.0))
+    suite.share = share
+    timing = suite.interleave({"ours": wait(0.002), "theirs": wait(0.004)}, sizes={}, rounds=8)
+    assert least <= timing.rounds <= most
+    assert benchmark.extra_info["rounds"] == timing.rounds
+
+
+def test_tests_share_what_is_left(benchmark: BenchmarkFixture) -> None:
+    assert Suite(benchmark, budget=Budget(100.0), tests=4).share == pytest.approx(25, abs=1)
+    benchmark(lambda: None)
+
+
+def test_too_few_rounds_are_none(benchmark: BenchmarkFixture) -> None:
+    lines: list[str] = []
+    suite = Suite(benchmark, "sums", Budget(0.5), say=lines.append)
+    with pytest.raises(pytest.skip.Exception, match=r"3 rounds take \d+ s, and 0 s are left of BENCH_SECONDS=0\.5"):
+        suite.interleave({"ours": wait(0.1), "theirs": wait(0.1)}, sizes={"views": 8})
+    assert lines[-1].startswith("sums: skipped: 3 rounds take")
+    with pytest.raises(pytest.skip.Exception, match=r"first calls took longer than is left of BENCH_SECONDS=0\.1"):
+        Suite(benchmark, budget=Budget(0.1)).interleave({"ours": wait(0.2), "theirs": wait(9)}, sizes={})
+    benchmark(lambda: None)
+
+
+SUITE = """
+import time
+from benchmarks.suite import Check, Suite
+
+def test_first(suite: Suite) -> None:
+    suite.interleave({"ours": lambda: time.sleep(0.01), "theirs": lambda: time.sleep(0.03)}, sizes={"views": 8})
+    suite.record(checks={"theirs": Check("sum", 0.0, 1.0)}, missing={"gone": "not installed"})
+    time.sleep(1.0)
+
+def test_second(suite: Suite) -> None:
+    raise AssertionError("the time is over")
+"""
+
+
+def test_each_contender_is_shown_and_the_budget_holds(tmp_path: Path) -> None:
+    """In a process of its own, whose output pytest captures."""
+    shutil.copy(ROOT / "benchmarks" / "conftest.py", tmp_path)
+    (tmp_path / "bench_sums.py").write_text(SUITE)
+    command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", "-c", str(ROOT / "pyproject.toml")]
+    done = subprocess.run(
+        [*command, f"--rootdir={tmp_path}", str(tmp_path)],
+        env={**os.environ, "BENCH_SECONDS": "1", "PYTHONPATH": str(ROOT)},
+        capture_output=True,
+        text=True,
+    )
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert re.search(
+        r"^bench_sums test_first \| views 8 \| ours \| 1\d(\.\d+)? ms \| 1 x ours$", done.stdout, re.MULTILINE
+    )
+    for line in (
+        r"bench_sums test_first \| views 8 \| ours \| [\d.]+ ms \| 1 x ours",
+        r"bench_sums test_first \| views 8 \| theirs \| [\d.]+ ms \| [\d.]+ x ours",
+        r"bench_sums test_first: views 8; .+; \d+ rounds, median \(quartiles\)",
+        r"  gone +not measured: not installed",
+    ):
+        assert re.search(f"^{line}$", done.stdout, re.MULTILINE), line
+    assert "bench_sums.py::test_second: skipped: BENCH_SECONDS=1 are over" in done.stdout
+    assert "1 passed, 1 skipped" in done.stdout
 
 
 def test_another_function_is_no_result() -> None:
@@ -135,20 +220,23 @@ def test_ratios_are_per_image(tmp_path: Path) -> None:
 
 def test_losses_are_published_beside_wins(tmp_path: Path) -> None:
     rivals = {"faster": (0.7, 0.8, 0.9), "about as fast": (0.9, 0.99, 1.1), "slower": STEADY}
-    # Neither another way of ours nor other work is a rival.
-    rivals |= {"ours, bf16": (0.4, 0.5, 0.6), "product": (0.1, 0.1, 0.1)}
-    file = results(tmp_path / "a.json", measured(rivals, ours=["ours, bf16"], yardsticks=["product"]))
+    # Neither another setup of ours, nor a variant that only benchmarks/ has, nor other work is a rival.
+    rivals |= {"ours, bf16": (0.4, 0.5, 0.6), "product": (0.1, 0.1, 0.1), "variant": (0.6, 0.6, 0.6)}
+    kinds = {"ours": ["ours, bf16"], "tried": ["variant"], "yardsticks": ["product"]}
+    file = results(tmp_path / "a.json", measured(rivals, **kinds))
     (found,), _ = read([file])
     assert [each.name for each in found.contenders] == [
         "ours",
         "product",
         "ours, bf16",
+        "variant",
         "faster",
         "about as fast",
         "slower",
     ]
-    assert [each.kind for each in found.contenders[:3]] == [Kind.FIRST, Kind.YARDSTICK, Kind.OURS]
+    assert [each.kind for each in found.contenders[:4]] == [Kind.FIRST, Kind.YARDSTICK, Kind.OURS, Kind.TRIED]
     text = report(tmp_path, file)
+    assert "- variant: ours, tried in benchmarks/ only\n" in text
     lost = [line for line in text.partition("## Where we lose")[2].partition("##")[0].splitlines() if line]
     assert [line.split("**")[1] for line in lost] == ["faster", "about as fast"]
     assert "0.800 (0.700 to 0.900) times as long as ours" in lost[0]
@@ -305,8 +393,10 @@ def test_a_mistake_is_one_line_and_exit_code_2(tmp_path: Path, capsys: pytest.Ca
 
 
 def test_the_readme_gets_a_row_of_each_headline(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    more = {"peak_mib": {"ours": 12, "dense": 840, "lightly": 1076}, "yardsticks": ["product"], "ours": ["bf16"]}
+    more = {"peak_mib": {"ours": 12, "dense": 840, "lightly": 1076}, "yardsticks": ["product"]}
+    more |= {"ours": ["bf16"], "tried": ["variant"]}
     rivals = {"lightly": (6.0, 8.0, 10.0), "product": STEADY, "dense": (0.9, 0.95, 0.97), "bf16": (0.5, 0.5, 0.5)}
+    rivals |= {"variant": (2, 2, 2)}
     file = results(
         tmp_path / "a.json",
         measured(rivals, **more),
@@ -325,7 +415,7 @@ def test_the_readme_gets_a_row_of_each_headline(tmp_path: Path, capsys: pytest.C
     rows = [line for line in text.splitlines() if line.startswith("| ") and "---" not in line][1:]
     assert rows == [
         "| loss; views 512 | CPU [1] | 10.0 ms (ours) | dense **0.950×**; lightly 8.00× ⚠; "
-        "ours, set up otherwise: bf16 0.500× | 12.0, 840 |",
+        "ours, set up otherwise: bf16 0.500×; ours, tried in benchmarks/ only: variant 2.00× | 12.0, 840 |",
         "| views; views 512 | CPU [1] | 6,400 images/s (ours) | loop 3.00× |  |",
     ]
     assert "⚠: the ratio's quartiles" in text
