@@ -26,6 +26,8 @@ MODEL, MODEL_NAME = (resnet18, "ResNet-18") if SMALL else (resnet50, "ResNet-50"
 # Of the distance that the weights moved: float32 rounding, and wd·‖w‖ and eps that timm and lightly add to ‖grad‖.
 BOUND = 1e-3
 
+Build = Callable[[list[Tensor]], Optimizer]
+
 
 class LoopLARS(Optimizer):
     """LARS as it is usually written (barlowtwins, moco-v3): tensor by tensor, no host synchronization; lr inside."""
@@ -57,9 +59,9 @@ def decay_groups(params: list[Tensor]) -> list[dict[str, object]]:
     ]
 
 
-def contenders() -> tuple[dict[str, Callable[[list[Tensor]], Optimizer]], dict[str, str]]:
+def contenders() -> tuple[dict[str, Build], dict[str, str]]:
     """The optimizers by name, ours first; and of those that are not available, why."""
-    found: dict[str, Callable[[list[Tensor]], Optimizer]] = {
+    found: dict[str, Build] = {
         "fastsimclr": lambda params: LARS(params, lr=LR, weight_decay=WEIGHT_DECAY),
         "loop over tensors": LoopLARS,
         "timm (multi-tensor)": lambda params: TimmLars(decay_groups(params), lr=LR, momentum=0.9, foreach=True),
@@ -71,6 +73,21 @@ def contenders() -> tuple[dict[str, Callable[[list[Tensor]], Optimizer]], dict[s
         return found, {"lightly": str(error)}
     found["lightly"] = lambda params: LightlyLARS(decay_groups(params), lr=LR, momentum=0.9)
     return found, {}
+
+
+def prepare(build: Build, start: list[Tensor], grads: list[Tensor]) -> tuple[list[Tensor], Optimizer]:
+    """Copies of the weights, with the gradients that all share, and their optimizer."""
+    params = [p.clone().requires_grad_() for p in start]
+    for p, g in zip(params, grads, strict=True):
+        p.grad = g
+    return params, build(params)
+
+
+def after_steps(build: Build, start: list[Tensor], grads: list[Tensor]) -> list[Tensor]:
+    params, optimizer = prepare(build, start, grads)
+    for _ in range(5):
+        optimizer.step()
+    return params
 
 
 @torch.no_grad()
@@ -89,11 +106,7 @@ def test_lars_step(suite: Suite) -> None:
     grads = [1e-3 * torch.randn_like(p) for p in start]
     before = [g.clone() for g in grads]
     found, missing = contenders()
-    params = {name: [p.clone().requires_grad_() for p in start] for name in found}
-    for each in params.values():
-        for p, g in zip(each, grads, strict=True):
-            p.grad = g
-    steps = {name: build(params[name]).step for name, build in found.items()}
+    steps = {name: prepare(build, start, grads)[1].step for name, build in found.items()}
     sizes = {
         "tensors": len(start),
         "adapted_tensors": sum(not is_norm_or_bias(p) for p in start),
@@ -102,9 +115,10 @@ def test_lars_step(suite: Suite) -> None:
     suite.interleave(steps, sizes=sizes, rounds=2 if SMALL else 20)
     peaks = {name: peak_mib(step) for name, step in steps.items()}  # the first step allocated the momenta
     assert all(torch.equal(g, b) for g, b in zip(grads, before, strict=True))
-    ours, *rivals = params
+    moved = {name: after_steps(build, start, grads) for name, build in found.items()}
+    ours, *rivals = moved
     checks = {
-        name: Check("weights, of the way gone", largest_error(params[ours], params[name], start), BOUND)
+        name: Check("weights, of the way gone", largest_error(moved[ours], moved[name], start), BOUND)
         for name in rivals
     }
     suite.record(peak_mib=peaks, checks=checks, missing=missing)

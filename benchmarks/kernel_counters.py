@@ -44,18 +44,16 @@ def launch(sizes: Sequence[tuple[int, int]]) -> None:
     for views, width in sizes:
         z1, z2 = (torch.randn(views // 2, width, device="cuda", requires_grad=True) for _ in range(2))
         for precision in PRECISIONS:
-            for profiled in (False, True):
-                torch.cuda.synchronize()
-                if profiled:
-                    torch.cuda.profiler.start()
-                torch.autograd.grad(nt_xent(z1, z2, 0.1, backend="fused", precision=precision), (z1, z2))
-                torch.cuda.synchronize()
-                if profiled:
-                    torch.cuda.profiler.stop()
+            torch.autograd.grad(nt_xent(z1, z2, 0.1, backend="fused", precision=precision), (z1, z2))
+            torch.cuda.synchronize()
+            torch.cuda.profiler.start()
+            torch.autograd.grad(nt_xent(z1, z2, 0.1, backend="fused", precision=precision), (z1, z2))
+            torch.cuda.synchronize()
+            torch.cuda.profiler.stop()
 
 
 def known_metrics(ncu: str) -> dict[str, str]:
-    """Those of METRICS that this ncu has for the GPU at hand: it refuses the whole run for one unknown name."""
+    """Those of METRICS that this ncu has for this GPU: it refuses the whole run for one unknown name."""
     listed = subprocess.run([ncu, "--query-metrics"], capture_output=True, text=True)
     names = {line.split()[0] for line in listed.stdout.splitlines() if line.strip()}
     known = {name: metric for name, metric in METRICS.items() if metric.partition(".")[0] in names}
@@ -64,6 +62,13 @@ def known_metrics(ncu: str) -> dict[str, str]:
 
 def read_rows(log: str, metrics: dict[str, str]) -> list[dict[str, float | str | None]]:
     """One dict per profiled kernel, from the lines of ncu's output that are CSV: a header, the units, the kernels."""
+
+    def number(text: str | None) -> float | None:
+        try:
+            return float((text or "").replace(",", ""))
+        except ValueError:  # "n/a"
+            return None
+
     rows = csv.DictReader(line for line in log.splitlines() if line.startswith('"'))
     return [
         {"kernel_name": row["Kernel Name"]} | {name: number(row.get(metric)) for name, metric in metrics.items()}
@@ -72,15 +77,8 @@ def read_rows(log: str, metrics: dict[str, str]) -> list[dict[str, float | str |
     ]
 
 
-def number(text: str | None) -> float | None:
-    try:
-        return float((text or "").replace(",", ""))
-    except ValueError:  # "n/a"
-        return None
-
-
 def assign(rows: Iterable[dict[str, Any]], sizes: Sequence[tuple[int, int]]) -> list[dict[str, Any]]:
-    """The rows with what they measured, which the order of the launches tells."""
+    """The rows with what they measured, known from the order of the launches."""
     rows = list(rows)
     cases = [
         {"views": views, "width": width, "precision": precision, "kernel": kernel}
@@ -120,16 +118,10 @@ def main(arguments: Sequence[str] | None = None) -> None:
     rows = read_rows(text, metrics)
     if code or not rows:
         raise SystemExit(f"{text}\nncu failed with exit code {code}, after {len(rows)} kernels")
-    result = {
-        "what": "hardware counters of the loss's kernels, by Nsight Compute",
-        "metrics": metrics,
-        "unknown_here": sorted(set(METRICS.values()) - set(metrics.values())),
-        "rows": assign(rows, sizes),
-    }
+    result = {"metrics": metrics, "rows": assign(rows, sizes)}
     options.json.write_text(json.dumps(result, indent=2) + "\n")
     for row in result["rows"]:
-        figures = ", ".join(f"{name} {row[name]:,.4g}" for name in metrics if row[name] is not None)
-        print(f"{row['views']} x {row['width']}, {row['precision']}, {row['kernel']}: {figures}")
+        print(json.dumps(row))
 
 
 if __name__ == "__main__":

@@ -203,24 +203,18 @@ def memory(measured: Measured) -> str:
     return ", ".join("?" if each is None else number(each) for each in known) if known[0] is not None else ""
 
 
-def between_markers(text: str, inner: str, path: Path) -> str:
-    before, begin, rest = text.partition(BEGIN)
-    _, end, after = rest.partition(END)
-    if not begin or not end:
-        raise Mistake(f"{path}: has no lines {BEGIN} and {END}")
-    return f"{before}{BEGIN}\n{inner}\n{END}{after}"
-
-
 def update_readme(path: Path, measured: Sequence[Measured], *, check: bool) -> int:
     try:
         text = path.read_text()
     except OSError as error:
         raise Mistake(f"{path}: {error.strerror}") from error
-    made = between_markers(text, summary(measured), path)
+    before, begin, rest = text.partition(BEGIN)
+    _, end, after = rest.partition(END)
+    if not begin or not end:
+        raise Mistake(f"{path}: has no lines {BEGIN} and {END}")
+    made = f"{before}{BEGIN}\n{summary(measured)}\n{END}{after}"
     if check:
-        print(
-            f"{path}: {'as measured' if made == text else 'out of date: python -m benchmarks.report --readme mends it'}"
-        )
+        print(f"{path}: {'as measured' if made == text else 'out of date: run python -m benchmarks.report --readme'}")
         return int(made != text)
     path.write_text(made)
     return 0

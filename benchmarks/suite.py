@@ -160,7 +160,7 @@ class Suite:
             self._show(name, seconds[name], seconds[ours])
 
         def lead_in(name: str) -> None:
-            if last[name] < LONG_CALL_SECONDS:
+            if name in short:
                 contenders[name]()
                 self.synchronize()
 
@@ -178,7 +178,8 @@ class Suite:
                     self.skip(f"its first calls took longer than is left of BENCH_SECONDS={self.budget.seconds:g}")
             if time.monotonic() - start > min(WARM_UP_SECONDS, WARM_UP_PART * self.share):
                 break
-        round_seconds = sum(each if each >= LONG_CALL_SECONDS else 2 * each for each in last.values())
+        short = {name for name, each in last.items() if each < LONG_CALL_SECONDS}
+        round_seconds = sum(2 * each if name in short else each for name, each in last.items())
         rounds = self._affordable(rounds, round_seconds)
         for each in seconds.values():
             each.clear()
