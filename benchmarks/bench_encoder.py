@@ -21,13 +21,12 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from benchmarks.memory import peak_mib
-from benchmarks.suite import DEVICE, ON_GPU, SMALL, Check, Suite, one_line, relative_error
+from benchmarks.suite import DEVICE, NO_TIME_TO_COMPILE, ON_GPU, SMALL, Check, Suite, one_line, relative_error
 from benchmarks.train_contenders import simclr, with_plain_convolutions
 from fastsimclr.malloc import keep_freed_memory
 from fastsimclr.precision import choose_precision
 
 BRANCH_SCALE = 0.2
-COMPILE_SECONDS = 60  # on two cores; 100 s for both models
 FP32_BOUNDS = 1e-3, 5e-2  # another order of summation; measured 4e-5 and 0.01
 
 
@@ -98,23 +97,22 @@ class Pass:
 
 
 def prepare(case: Case, suite: Suite) -> tuple[dict[str, Pass], dict[str, str]]:
-    """The contenders, each called once; and of those that are left out, why."""
+    """The contenders, compiled where they should be; and of those that are left out, why."""
     precision = choose_precision("auto", DEVICE)
     passes: dict[str, Pass] = {}
     missing: dict[str, str] = {}
     for name, (bf16, channels_last, compiled, torchvisions) in CONTENDERS.items():
         if bf16 and precision.autocast != torch.bfloat16:
             missing[name] = precision.why
-        elif compiled and (SMALL or suite.share_left() < 2 * COMPILE_SECONDS):
-            missing[name] = f"takes {COMPILE_SECONDS} s to compile: not at small sizes, nor in so few BENCH_SECONDS"
+        elif compiled and not suite.may_compile():
+            missing[name] = NO_TIME_TO_COMPILE
         else:
+            passes[name] = Pass(case, bf16, channels_last, compiled, torchvisions)
             try:
-                passes[name] = Pass(case, bf16, channels_last, compiled, torchvisions)
-                passes[name]()
+                if compiled:
+                    passes[name]()
             except Exception as error:
-                if not compiled:
-                    raise
-                passes.pop(name, None)
+                del passes[name]
                 missing[name] = f"does not compile: {one_line(error)}"
     return passes, missing
 

@@ -136,8 +136,10 @@ def free_memory() -> None:
     torch.cuda.empty_cache()
 
 
-@functools.lru_cache(maxsize=1)  # its tests come in a row; they share what is compiled
-def prepare(views: int, width: int) -> Size:
+PREPARED: dict[tuple[int, int], Size] = {}  # of one size: its tests come in a row, and share what is compiled
+
+
+def prepare(views: int, width: int, suite: Suite) -> Size:
     free_memory()
     torch.manual_seed(0)
     settle_heap()
@@ -146,7 +148,10 @@ def prepare(views: int, width: int) -> Size:
     z1, z2 = ((x + 0.5 * torch.randn_like(x)).requires_grad_() for _ in range(2))
     with warnings.catch_warnings():  # other packages' imports, and the compiler's
         warnings.simplefilter("ignore")
-        size = Size(z1, z2, *(contenders(views, width, DEVICE) if WITH_RIVALS else our_losses(DEVICE)))
+        found, missing = our_losses(DEVICE)
+        if WITH_RIVALS:
+            found, missing = contenders(views, width, DEVICE, compiling=suite.may_compile())
+        size = Size(z1, z2, found, missing)
         results: dict[str, tuple[Tensor, ...]] = {}
         for name, contender in list(size.found.items()):
             try:
@@ -230,7 +235,10 @@ def judge(timing: Timing, size: Size, views: int, width: int) -> tuple[list[str]
 )
 def test_nt_xent(suite: Suite, views: int, width: int, replayed: bool, part: str) -> None:
     suite.benchmark.group = f"NT-Xent, {part}{', replayed' if replayed else ''}"
-    size = prepare(views, width)
+    if (views, width) not in PREPARED:
+        PREPARED.clear()
+        PREPARED[views, width] = prepare(views, width, suite)
+    size = PREPARED[views, width]
     replays, refused = capture_all(size, part) if replayed else ({}, {})
     steps = {name: replays.get(name) or functools.partial(size.run, name, part) for name in size.found}
     a, b = (torch.randn(MATRIX, MATRIX, device=DEVICE, dtype=MATRIX_DTYPE) for _ in range(2))

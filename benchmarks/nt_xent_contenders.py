@@ -7,7 +7,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from benchmarks.suite import SMALL
+from benchmarks.suite import NO_TIME_TO_COMPILE
 from fastsimclr._extension import why_unavailable
 from fastsimclr.loss import nt_xent
 
@@ -95,7 +95,9 @@ def our_losses(device: torch.device) -> tuple[dict[str, Contender], dict[str, st
     return fused | tiled, {}
 
 
-def contenders(views: int, width: int, device: torch.device) -> tuple[dict[str, Contender], dict[str, str]]:
+def contenders(
+    views: int, width: int, device: torch.device, *, compiling: bool
+) -> tuple[dict[str, Contender], dict[str, str]]:
     """The losses by name, the one that the others are compared with first; and of those that are left out, why.
 
     Nothing is called or compiled yet: one that fails at its first call is for the caller to leave out.
@@ -136,8 +138,8 @@ def contenders(views: int, width: int, device: torch.device) -> tuple[dict[str, 
     else:
         compiled["FlexAttention, bf16"] = (flex_attention_loss(views, device), None)
     for name, (function, bound) in compiled.items():
-        if SMALL:  # compilation takes longer than everything else
-            missing[name] = "is compiled: not at small sizes"
-        else:
+        if compiling:
             found[name] = Contender(torch.compile(function, dynamic=False), bound)
+        else:
+            missing[name] = NO_TIME_TO_COMPILE
     return found, missing

@@ -36,6 +36,8 @@ MIN_ROUNDS = 3
 WARM_UP_ROUNDS, WARM_UP_SECONDS, WARM_UP_PART = 3, 2.0, 0.1  # at least one round; the part is of a test's share
 LONG_CALL_SECONDS = 1.0
 TIMED_PART = 0.6  # of a test's share; the rest is for checks and memory
+COMPILE_SECONDS = 60.0  # that torch.compile may take on two cores
+NO_TIME_TO_COMPILE = "is compiled: not at small sizes, nor without time for it"
 SHOW_SECONDS = 10.0  # between two lines of the same contender
 
 
@@ -127,6 +129,10 @@ class Suite:
     def share_left(self) -> float:
         return self.share - (time.monotonic() - self._started)
 
+    def may_compile(self) -> bool:
+        """Whether there is time to compile a contender and to measure it."""
+        return not SMALL and self.budget.left() > 2 * COMPILE_SECONDS
+
     def skip(self, reason: str) -> NoReturn:
         self.say(f"{self.name}: skipped: {reason}")
         pytest.skip(reason)
@@ -174,13 +180,16 @@ class Suite:
         for _ in range(1 if SMALL else WARM_UP_ROUNDS):
             for name in contenders:
                 call(name)
-                if self.budget.left() <= 0:
-                    self.skip(f"its first calls took longer than is left of BENCH_SECONDS={self.budget.seconds:g}")
+                # At the least, until all are warm and have their rounds; not an hour for the first of ten slow ones.
+                calls = len(contenders) - len(last) + min(MIN_ROUNDS, rounds) * len(contenders)
+                self._require(calls * min(last.values()), rounds)
             if time.monotonic() - start > min(WARM_UP_SECONDS, WARM_UP_PART * self.share):
                 break
         short = {name for name, each in last.items() if each < LONG_CALL_SECONDS}
         round_seconds = sum(2 * each if name in short else each for name, each in last.items())
-        rounds = self._affordable(rounds, round_seconds)
+        self._require(min(MIN_ROUNDS, rounds) * round_seconds, rounds)
+        fit = int(min(rounds, TIMED_PART * max(0.0, self.share_left()) / round_seconds))
+        rounds = max(fit, min(MIN_ROUNDS, rounds))
         for each in seconds.values():
             each.clear()
         self.benchmark.pedantic(call, args=(ours,), setup=call_rivals, rounds=rounds)
@@ -198,16 +207,12 @@ class Suite:
         self.benchmark.extra_info.update(asdict(timing))
         return timing
 
-    def _affordable(self, rounds: int, round_seconds: float) -> int:
-        """As many rounds as fit into this test's share, from MIN_ROUNDS on; skips the test where these do not fit."""
-        least = min(MIN_ROUNDS, rounds)
-        if least * round_seconds > self.budget.left():
-            self.skip(
-                f"{least} rounds take {least * round_seconds:.0f} s, and {self.budget.left():.0f} s are left of "
-                f"BENCH_SECONDS={self.budget.seconds:g}"
-            )
-        fit = TIMED_PART * max(0.0, self.share_left()) / round_seconds
-        return rounds if fit >= rounds else max(least, int(fit))
+    def _require(self, seconds: float, rounds: int) -> None:
+        """Skip the test if its fewest rounds take longer than is left."""
+        left = max(0.0, self.budget.left())
+        if seconds > left:
+            least = f"{min(MIN_ROUNDS, rounds)} rounds take about {seconds:.0f} s"
+            self.skip(f"{least}, and {left:.0f} s are left of BENCH_SECONDS={self.budget.seconds:g}")
 
     def synchronize(self) -> None:
         if ON_GPU:
