@@ -23,7 +23,7 @@ a process that may take no more than the mean of the two peaks: ours has to end 
 
 import gc
 import itertools
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from multiprocessing import get_context
 from pathlib import Path
@@ -34,7 +34,7 @@ from torch import Tensor
 
 from benchmarks.images import photographs, small_images
 from benchmarks.memory import peak_mib
-from benchmarks.suite import CORES, DEVICE, ON_GPU, SMALL, Check, Suite, Timing, verdict
+from benchmarks.suite import CORES, DEVICE, ON_GPU, SMALL, Check, Suite, verdict
 from benchmarks.train_contenders import (
     Contender,
     fits,
@@ -137,11 +137,6 @@ def test_step(suite: Suite, stem: str) -> None:
     for name, contender in contenders.items():
         views = [view.to(contender.dtype) for view in made] if contender.together else made
         peaks[name] = peak_mib(lambda contender=contender, views=views: contender.update(views))  # type: ignore[misc]
-    targets = []
-    if LIGHTLY in contenders and not SMALL:
-        if not ON_GPU:
-            targets.append(verdict("times faster than lightly's loop", timing.speedup[LIGHTLY].median, at_least=1.5))
-        targets.append(verdict("peak over that of lightly's loop", peaks[OURS] / peaks[LIGHTLY], at_most=1))
     notes = dict.fromkeys((OURS, CEILING), auto.why)
     suite.record(
         images=dict.fromkeys(contenders, steps * BATCH),
@@ -151,9 +146,12 @@ def test_step(suite: Suite, stem: str) -> None:
         notes=notes | {name: f"{CORES} workers" for name in (LIGHTLY, LIGHTLY_TUNED) if name in contenders},
         ours=[name for name in (OURS_FP32,) if name in contenders],
         yardsticks=[CEILING],
-        targets=targets,
         images_from=images_from,
     )
+    if LIGHTLY in contenders:
+        suite.judge(verdict("peak over that of lightly's loop", peaks[OURS] / peaks[LIGHTLY], at_most=1))
+        if not ON_GPU:
+            suite.judge(verdict("times faster than lightly's loop", timing.speedup[LIGHTLY].median, at_least=1.5))
     for each in loaders.values():
         each.close()
 
@@ -192,9 +190,9 @@ def test_large_batch(suite: Suite) -> None:
 
 
 def against_ceiling(
-    suite: Suite, loader: ViewLoader, encoder: tuple[str, str], recipe: Views, batch: int, temperature: float
-) -> tuple[Timing, Callable[[list[str]], None]]:
-    """Time ours and its ceiling; returns what records them with the verdicts on their targets."""
+    suite: Suite, loader: ViewLoader, encoder: tuple[str, str], recipe: Views, temperature: float
+) -> tuple[float, float]:
+    """Time ours and its ceiling; returns our images a second, and what part of the ceiling that is."""
     steps = len(loader)
     start = simclr(*encoder, recipe.image_size)
     made = [view.clone() for view in next(iter(loader)).views]
@@ -202,22 +200,13 @@ def against_ceiling(
         OURS: ours(start, views_of(loader), temperature, "auto"),
         CEILING: ours(start, lambda: itertools.repeat(made, steps), temperature, "auto"),
     }
-    timing = suite.interleave(
-        {name: contender.epoch for name, contender in contenders.items()},
-        sizes={"encoder": encoder[0], "image_size": recipe.image_size, "batch_size": batch, "steps": steps},
-        rounds=2 if SMALL else 5,
-    )
-
-    def record(targets: list[str]) -> None:
-        suite.record(
-            images=dict.fromkeys(contenders, steps * batch),
-            notes={OURS: choose_precision("auto", DEVICE).why},
-            yardsticks=[CEILING],
-            targets=[] if SMALL else targets,
-        )
-        loader.close()
-
-    return timing, record
+    sizes = {"encoder": encoder[0], "image_size": recipe.image_size, "batch_size": len(made[0]), "steps": steps}
+    epochs = {name: contender.epoch for name, contender in contenders.items()}
+    timing = suite.interleave(epochs, sizes=sizes, rounds=2 if SMALL else 5)
+    images, why = steps * len(made[0]), choose_precision("auto", DEVICE).why
+    suite.record(images=dict.fromkeys(contenders, images), notes={OURS: why}, yardsticks=[CEILING])
+    loader.close()
+    return 1e3 * images / timing.milliseconds[OURS].median, timing.speedup[CEILING].median
 
 
 @pytest.mark.gpu
@@ -231,14 +220,8 @@ def test_photographs(suite: Suite, tmp_path: Path) -> None:
         (tmp_path / f"{number:05}.jpg").write_bytes(file)
     dtype = choose_precision("auto", DEVICE).view_dtype
     loader = open_views(str(tmp_path), Views(), batch, backend="dali", device=DEVICE, drop_last=True, dtype=dtype)
-    timing, record = against_ceiling(suite, loader, ("resnet50", "imagenet"), Views(), batch, 0.1)
-    rate = 1e3 * batch * steps / timing.milliseconds[OURS].median
-    record(
-        [
-            verdict("part of the ceiling", timing.speedup[CEILING].median, at_least=0.95),
-            verdict("source images/s", rate, at_least=1500),
-        ]
-    )
+    rate, part = against_ceiling(suite, loader, ("resnet50", "imagenet"), Views(), 0.1)
+    suite.judge(verdict("part of the ceiling", part, at_least=0.95), verdict("source images/s", rate, at_least=1500))
 
 
 @pytest.mark.gpu
@@ -248,9 +231,8 @@ def test_cifar10_epoch(suite: Suite) -> None:
     batch = 32 if SMALL else 512
     source, _ = small_images(2 * batch if SMALL else None)
     loader = open_small_views(source, small_views(), batch, "auto")
-    timing, record = against_ceiling(suite, loader, ("resnet18", "small"), small_views(), batch, TEMPERATURE)
-    seconds = timing.milliseconds[OURS].median / 1e3 * 50_000 / (len(loader) * batch)
-    record([verdict("seconds an epoch", seconds, at_most=3)])
+    rate, _ = against_ceiling(suite, loader, ("resnet18", "small"), small_views(), TEMPERATURE)
+    suite.judge(verdict("seconds an epoch", 50_000 / rate, at_most=3))
 
 
 @pytest.mark.gpu
@@ -268,5 +250,5 @@ def test_loss_share(suite: Suite) -> None:
 
     sizes = {"encoder": "resnet50", "image_size": image_size, "batch_size": batch, "micro_batch_size": micro}
     timing = suite.interleave({"step": step.epoch, "loss": loss}, sizes=sizes, rounds=5)
-    targets = [] if SMALL else [verdict("loss / step", timing.speedup["loss"].median, at_most=0.01)]
-    suite.record(images={"step": batch}, yardsticks=["loss"], headline=False, targets=targets)
+    suite.record(images={"step": batch}, yardsticks=["loss"], headline=False)
+    suite.judge(verdict("loss / step", timing.speedup["loss"].median, at_most=0.01))

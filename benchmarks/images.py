@@ -1,4 +1,4 @@
-"""The images that benchmarks read: those of ../shared/data where they are, else built in or made here."""
+"""The images that benchmarks read: those of ../shared/data where they exist, else built in or synthetic."""
 
 import io
 import tarfile
@@ -16,7 +16,7 @@ SHARED = Path(__file__).resolve().parents[2] / "shared" / "data"
 
 
 def small_images(count: int | None = None) -> tuple[ArraySource, str]:
-    """The first `count` images (None: all), decoded, of CIFAR-10 or else of the digits; and which."""
+    """The first `count` images (None: all), decoded, of CIFAR-10 or else of the digits; and their name."""
     found = (SHARED / "cifar10").is_dir() and not SMALL
     source = open_source(str(SHARED / "cifar10" / "train-{0..4}.tar") if found else "digits")
     source = source.subset(np.arange(min(count or len(source), len(source))))
@@ -27,7 +27,7 @@ def small_images(count: int | None = None) -> tuple[ArraySource, str]:
 
 
 def photographs(count: int) -> tuple[list[bytes], str]:
-    """At most `count` JPEG files: the first of the archive, or else synthetic ones; and which."""
+    """At most `count` JPEG files: the first of the archive, or else synthetic ones; and their origin."""
     archive = SHARED / "photos" / "flowers_300.tar"
     if not archive.is_file():
         return synthetic(count), "synthetic"
@@ -51,7 +51,7 @@ def synthetic(number: int) -> list[bytes]:
 
 
 def four_to_three(file: bytes) -> bytes:
-    """The middle of an image at a ratio of 4 to 3, of which a crop of the whole area is the whole image for everyone.
+    """The middle of an image at a ratio of 4 to 3, so that a crop of the whole area is the whole image.
 
     Where no such crop fits into an image, torchvision and we take its middle, DALI and Kornia any part.
     """

@@ -1,4 +1,4 @@
-"""What a call holds at most: by torch's allocator, and by the system for what has processes of its own."""
+"""Peak memory of a call: of torch's allocator, or of this process with all its workers."""
 
 import ctypes
 import gc
@@ -47,7 +47,7 @@ def tree_mib(process: int | None = None) -> float:
             for task in (folder / "task").iterdir():
                 waiting += map(int, (task / "children").read_text().split())
             rollup = (folder / "smaps_rollup").read_text()
-        except (FileNotFoundError, ProcessLookupError):  # it has ended meanwhile
+        except (FileNotFoundError, ProcessLookupError):  # it has ended in the meantime
             continue
         total += sum(int(line.split()[1]) for line in rollup.splitlines() if line.startswith("Pss:")) / 1024
     return total
@@ -72,7 +72,7 @@ def most_mib(call: Callable[[], object]) -> float:
 
 
 def trimmed_mib() -> float:
-    """Memory held now, less what the heap of this process keeps without need, so that nobody uses up another's."""
+    """Memory held now, after the heap returned what it keeps unused: the next contender shall not reuse it."""
     gc.collect()
     getattr(ctypes.CDLL(None), "malloc_trim", lambda _: 0)(0)
     return tree_mib()

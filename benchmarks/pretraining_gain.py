@@ -2,7 +2,7 @@
 
     python -m benchmarks.pretraining_gain --train 'cifar10/train-0.tar' --val cifar10/test.tar --json OUT.json
 
-Each seed has its own weights, views and order; the images are the same. All is done by the package's own commands.
+Each seed has its own weights, views and order; the images are the same. The package's own commands do everything.
 Both encoders are measured by kNN (k=20) and by logistic regression (--solver lbfgs), on representations h.
 """
 
@@ -79,7 +79,7 @@ def write_subset(path: str, images: int, folder: Path) -> str:
 
 def one_seed(seed: int, train: str, val: str, epochs: int, folder: Path) -> dict[str, Any]:
     row: dict[str, Any] = {"seed": seed}
-    # A learning rate this small leaves an untrained encoder, in a checkpoint: but for its BatchNorm statistics, which
+    # A learning rate this small leaves an untrained encoder in a checkpoint, except for its BatchNorm statistics, which
     # have seen one step's views, to the advantage of the untrained one.
     for state, changes in {"untrained": {"max_steps": 1, "optim.lr": 1e-12}, "trained": {}}.items():
         run = folder / f"{state}-{seed}"

@@ -242,7 +242,6 @@ class Suite:
         yardsticks: Collection[str] = (),
         differing: Collection[str] = (),
         headline: bool = True,
-        targets: Sequence[str] = (),
         **more: object,
     ) -> None:
         """Print what was measured, and put what `benchmarks.report` needs beside the times into benchmark.extra_info.
@@ -252,7 +251,7 @@ class Suite:
         setups of the package. tried: variants of it that exist in benchmarks/ alone. yardsticks: those that do other
         work, e.g. a plain matrix product; none of these is a rival. differing: rivals that compute another function, or
         in less precision; how far off they are is in their notes. All others but the first have to be checked.
-        headline: whether it gets a row in README.md. targets: verdicts.
+        headline: whether it gets a row in README.md.
         """
         info = self.benchmark.extra_info
         unchecked = set(info["speedup"]) - {*(checks or {}), *yardsticks, *differing}
@@ -272,7 +271,7 @@ class Suite:
             yardsticks=list(yardsticks),
             differing=list(differing),
             headline=headline,
-            targets=list(targets),
+            targets=[],
             **more,
         )
         self._show_all(info)
@@ -294,8 +293,12 @@ class Suite:
             self.say("; ".join(cells))
         for name, why in info["missing"].items():
             self.say(f"  {name:42} not measured: {why}")
-        for target in info["targets"]:
-            self.say(f"  target, {target}")
+
+    def judge(self, *verdicts: str) -> None:
+        """Print and record whether targets are met; at small sizes they mean nothing."""
+        for each in () if SMALL else verdicts:
+            self.say(f"  target, {each}")
+            self.benchmark.extra_info["targets"].append(each)
 
 
 def listed(sizes: Mapping[str, object]) -> str:

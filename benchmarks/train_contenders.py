@@ -96,7 +96,7 @@ def ours(
     precision: str,
     micro_batch_size: int | None = None,
 ) -> Contender:
-    """What a step of fastsimclr.train is, with its defaults but for the optimizer, which is the example's."""
+    """A step of fastsimclr.train at its defaults, except for the optimizer, which is the example's."""
     chosen = choose_precision(precision, DEVICE)
     model = copy.deepcopy(model).to(memory_format=torch.channels_last)  # type: ignore[call-overload]
     scaler = chosen.grad_scaler(DEVICE)
