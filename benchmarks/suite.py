@@ -163,7 +163,7 @@ class Suite:
             self.synchronize()
             last[name] = time.perf_counter() - start
             seconds[name].append(last[name] / repeats)
-            self._show(name, seconds[name], seconds[ours])
+            self._show(name, seconds[name], seconds[ours] or [last[ours] / repeats])  # at first ours is yet to come
 
         def lead_in(name: str) -> None:
             if name in short:

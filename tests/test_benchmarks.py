@@ -138,6 +138,17 @@ def test_too_few_rounds_are_none(benchmark: BenchmarkFixture) -> None:
     benchmark(lambda: None)
 
 
+def test_every_call_can_be_shown(benchmark: BenchmarkFixture, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("benchmarks.suite.SHOW_SECONDS", 0.0)
+    lines: list[str] = []
+    suite = Suite(benchmark, "sums", say=lines.append)
+    suite.interleave({"ours": wait(0.001), "theirs": wait(0.002)}, sizes={"views": 8}, rounds=4)
+    shown = [line.split(" | ")[2] for line in lines]
+    assert shown[:2] == ["ours", "theirs"]
+    assert shown[-8:] == ["theirs", "ours"] * 4
+    assert all(re.search(r"\| [\d.]+ ms \| [\d.]+ x ours$", line) for line in lines)
+
+
 SUITE = """
 import time
 from benchmarks.suite import Check, Suite
