@@ -133,7 +133,7 @@ def test_too_few_rounds_are_none(benchmark: BenchmarkFixture) -> None:
     with pytest.raises(pytest.skip.Exception, match=r"3 rounds take about 1 s, and 0 s are left of BENCH_SECONDS=0\.5"):
         suite.interleave(slow, sizes={"views": 8})
     assert calls == ["ours"], "one slow call is enough to know"
-    assert lines[0].startswith("sums | views 8 | ours | 10")
+    assert lines[0].startswith("sums | views 8 | ours | ")
     assert lines[-1].startswith("sums: skipped: 3 rounds take")
     benchmark(lambda: None)
 
@@ -175,9 +175,6 @@ def test_each_contender_is_shown_and_the_budget_holds(tmp_path: Path) -> None:
         text=True,
     )
     assert done.returncode == 0, done.stdout + done.stderr
-    assert re.search(
-        r"^bench_sums test_first \| views 8 \| ours \| 1\d(\.\d+)? ms \| 1 x ours$", done.stdout, re.MULTILINE
-    )
     for line in (
         r"bench_sums test_first \| views 8 \| ours \| [\d.]+ ms \| 1 x ours",
         r"bench_sums test_first \| views 8 \| theirs \| [\d.]+ ms \| [\d.]+ x ours",
