@@ -1,11 +1,10 @@
 """Tables and charts of what `pytest benchmarks --benchmark-json=FILE` has measured, on one device or on several.
 
     python -m benchmarks.report FILE... --output DIR                 # report.md, and a chart of each group
-    python -m benchmarks.report NEW... --compare BASE [--fail-above 1.15]
     python -m benchmarks.report [FILE...] --readme README.md [--check]
 
-Without a FILE: those in benchmarks/results. Exit code 1: we have regressed, or the README is out of date; 2: a user
-mistake, in one line on stderr.
+Without a FILE: those in benchmarks/results. Exit code 1: the README is out of date; 2: a user mistake, in one line
+on stderr.
 """
 
 import argparse
@@ -19,14 +18,6 @@ from benchmarks.measured import TOO_WIDE, Contender, Kind, Measured, Mistake, Se
 from benchmarks.suite import Spread
 
 RESULTS = Path(__file__).parent / "results"
-RULE = (
-    "A rival's ratio is its time over ours in the same run, so that the machine's speed cancels. We have regressed "
-    "where a ratio has fallen by more than the factor, base / new > FACTOR, and the quartiles of both runs do not "
-    "overlap (where they do, it is within the noise); or where our peak memory has grown by more than the factor and "
-    "by 1 MiB. Compared is what has the same name, sizes, device and number of threads in both."
-)
-REGRESSED, IN_NOISE, FINE = "REGRESSED", "within the noise", "ok"
-LEAST_MIB = 1.0  # below, a factor says nothing
 BEGIN, END = "<!-- benchmarks: begin -->", "<!-- benchmarks: end -->"
 
 INTRODUCTION = f"""# Benchmarks
@@ -228,82 +219,6 @@ def write_report(folder: Path, measured: Sequence[Measured], left_out: Sequence[
     print(folder / "report.md")
 
 
-def judge(base_file: Path, new: Sequence[Measured], factor: float) -> int:
-    """Print the comparison with the base; returns 1 if anything has regressed."""
-    base, left_out = read([base_file])
-    if not base:
-        raise Mistake(f"nothing to compare with: {'; '.join(left_out) or f'no benchmark in {base_file}'}")
-    known = {identity(each): each for each in base}
-    common = [(known[identity(each)], each) for each in new if identity(each) in known]
-    if not common:
-        raise Mistake(f"no benchmark in common: the base has {names(base)}; the new one {names(new)}")
-    rows = [row for pair in common for row in compared(*pair, factor)]
-    head = ("benchmark", "figure", "base (quartiles)", "new (quartiles)", "times worse", "")
-    widths = [max(map(len, column)) for column in zip(head, *rows, strict=True)]
-    for cells in (head, *rows):
-        print("  ".join(f"{cell:{width}}" for cell, width in zip(cells, widths, strict=True)).rstrip())
-    for line in only_in_one(base, new):
-        print(line)
-    regressed = sum(verdict == REGRESSED for *_, verdict in rows)
-    print(f"{regressed} of {len(rows)} figures regressed by more than {factor:g}")
-    return int(regressed > 0)
-
-
-def identity(measured: Measured) -> tuple[object, ...]:
-    return (*measured.key, measured.setup.device, measured.setup.threads)
-
-
-def where(setup: Setup) -> str:
-    return f"{setup.device}, {counted(setup.threads, 'thread')}"
-
-
-def ratios(measured: Measured) -> dict[str, Spread]:
-    """What does not change with our code, by name: rivals and yardsticks."""
-    outside = [each for each in measured.contenders if each.kind in (Kind.RIVAL, Kind.YARDSTICK)]
-    return {each.name: each.ratio for each in outside if each.ratio}
-
-
-def names(measured: Sequence[Measured]) -> str:
-    """The names on each device, shortened: it goes into one line."""
-    found = sorted({f"{each.name} ({where(each.setup)})" for each in measured})
-    return ", ".join(found[:3]) + (f" and {len(found) - 3} more" if len(found) > 3 else "") or "none"
-
-
-def compared(base: Measured, new: Measured, factor: float) -> list[tuple[str, ...]]:
-    """A row of each figure that both have: benchmark, figure, base, new, how many times worse, verdict."""
-    rows = []
-    title = f"{new.group}: {new.size}"
-    before = ratios(base)
-    for name, now in ratios(new).items():
-        if then := before.get(name):
-            worse = then.median / now.median
-            verdict = FINE if worse <= factor else REGRESSED if now.upper < then.lower else IN_NOISE
-            rows.append((title, f"rival: {name}", str(then), str(now), f"{worse:.2f}", verdict))
-    then_mib, now_mib = base.first.peak_mib, new.first.peak_mib
-    if then_mib is not None and now_mib is not None:
-        grown = now_mib > factor * then_mib and now_mib > then_mib + LEAST_MIB
-        worse = now_mib / then_mib if then_mib else 1.0 if not now_mib else float("inf")
-        verdict = REGRESSED if grown else FINE
-        rows.append((title, "our peak MiB", f"{then_mib:.1f}", f"{now_mib:.1f}", f"{worse:.2f}", verdict))
-    return rows
-
-
-def only_in_one(base: Sequence[Measured], new: Sequence[Measured]) -> list[str]:
-    """Rivals and versions of packages that only one of the runs has."""
-
-    def rivals(run: Sequence[Measured]) -> dict[str, None]:
-        return {
-            f"{each.name} ({each.size}; {where(each.setup)}), {other}": None for each in run for other in ratios(each)
-        }
-
-    def versions(run: Sequence[Measured]) -> dict[str, None]:
-        return {f"{name} {version}": None for each in run for name, version in each.setup.packages}
-
-    before, now = rivals(base) | versions(base), rivals(new) | versions(new)
-    lines = [f"only in the base: {each}" for each in before if each not in now]
-    return lines + [f"only in the new run: {each}" for each in now if each not in before]
-
-
 class Parser(argparse.ArgumentParser):
     def error(self, message: str) -> NoReturn:
         """In one line, without argparse's usage."""
@@ -311,22 +226,18 @@ class Parser(argparse.ArgumentParser):
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    parser = Parser(prog="python -m benchmarks.report", description=(__doc__ or "").split("\n")[0], epilog=RULE)
+    parser = Parser(prog="python -m benchmarks.report", description=(__doc__ or "").split("\n")[0])
     parser.add_argument("files", nargs="*", type=Path, metavar="FILE", help="(default: those in benchmarks/results)")
     parser.add_argument("--output", type=Path, metavar="DIR", help="write report.md and its charts there")
     parser.add_argument("--readme", type=Path, metavar="README.md", help="write the table between its two marker lines")
     parser.add_argument(
         "--check", action="store_true", help="with --readme: write nothing, exit with 1 if it would differ"
     )
-    parser.add_argument("--compare", type=Path, metavar="BASE", help="exit with 1 if we have regressed since this file")
-    parser.add_argument("--fail-above", type=float, default=1.15, metavar="FACTOR", help="of --compare (default: 1.15)")
     asked = parser.parse_args(arguments)
-    if not (asked.output or asked.readme or asked.compare):
-        parser.error("say what to make: --output, --readme or --compare")
+    if not (asked.output or asked.readme):
+        parser.error("say what to make: --output or --readme")
     if asked.check and not asked.readme:
         parser.error("--check goes with --readme")
-    if asked.fail_above < 1:
-        parser.error("--fail-above is a factor, 1 or more")
     try:
         measured, left_out = read(asked.files or committed(RESULTS))
         if not measured and not asked.readme:
@@ -335,9 +246,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         if asked.output:
             write_report(asked.output, measured, left_out)
         if asked.readme:
-            code = max(code, update_readme(asked.readme, measured, check=asked.check))
-        if asked.compare:
-            code = max(code, judge(asked.compare, measured, asked.fail_above))
+            code = update_readme(asked.readme, measured, check=asked.check)
         for line in left_out:
             print(line)
         return code

@@ -113,13 +113,6 @@ STAGES = (
         "nt_xent.json",
         environment={"BENCH_RIVALS": "0", "BENCH_SIZES": "8192x128,32768x128,131072x256"},
     ),
-    Stage(
-        "counters",
-        60,
-        ("{python}", "-m", "benchmarks.kernel_counters", "--json={out}/counters.json"),
-        programs=("ncu",),
-        refusal="ERR_NVGPUCTRPERM|LibraryNotLoaded|Failed to initialize the profiler",
-    ),
     benchmark("view_kernels", 40, "bench_view_kernels.py", "view_kernels.json", modules=("yaml",)),
     Stage("offsets", 60, GPU_TESTS, (OFFSETS,), proofs=passed(), refusal=r"needs \d+ GiB"),
     Stage(

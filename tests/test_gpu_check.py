@@ -17,7 +17,7 @@ import pytest
 import torch
 from pictures import jpeg, photo, write_tar
 
-from benchmarks import kernel_counters, learning, nt_xent_accuracy
+from benchmarks import learning, nt_xent_accuracy
 from fastsimclr._extension import why_unavailable
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -203,31 +203,6 @@ def test_features_share_a_mean() -> None:
     unit = torch.nn.functional.normalize(torch.cat([z1, z2]).double(), dim=1)
     unrelated = (unit @ unit.T)[:100, 128:].triu(1)
     assert unrelated[unrelated != 0].mean() > 0.9
-
-
-# What ncu writes with --csv --page raw: lines of its own, a header, the units and a line per kernel.
-NCU = """==PROF== Connected to process 7
-"ID","Process ID","Kernel Name","gpu__time_duration.sum","smsp__issue_active.avg.pct_of_peak_sustained_active"
-"","","","ns","%"
-"0","7","void fastsimclr::forward_kernel<Shape<128, 1>, 1>(ForwardParams)","41,216","70.5"
-"1","7","void fastsimclr::backward_kernel<Shape<128, 1>, 1>(BackwardParams)","98,080","n/a"
-"2","7","void fastsimclr::forward_kernel<Shape<128, 2>, 1>(ForwardParams)","120,000","60"
-"3","7","void fastsimclr::backward_kernel<Shape<128, 2>, 1>(BackwardParams)","250,000","61"
-"""
-
-
-def test_counters_are_read() -> None:
-    metrics = {name: kernel_counters.METRICS[name] for name in ("nanoseconds", "issue_active_percent")}
-    read = kernel_counters.read_rows(NCU, metrics)
-    rows = kernel_counters.assign(read, kernel_counters.parse_sizes("8192x128"))
-    assert [(row["precision"], row["kernel"], row["nanoseconds"], row["issue_active_percent"]) for row in rows] == [
-        ("medium", "forward", 41216, 70.5),
-        ("medium", "backward", 98080, None),
-        ("highest", "forward", 120000, 60),
-        ("highest", "backward", 250000, 61),
-    ]
-    with pytest.raises(SystemExit, match="expected the launches of"):
-        kernel_counters.assign(read[:3], [(8192, 128)])
 
 
 def test_learning_runs_as_many_minutes_as_there_is_time_for(tmp_path: Path) -> None:
