@@ -8,8 +8,6 @@ All have the machine's cores: as many DataLoader workers, or DALI or torch threa
 ../shared/data/photos where they exist, else synthetic ones of their size, several copies of each; slow contenders get
 one copy. Small images are CIFAR-10's of ../shared/data, else the digits.
 
-After timing each contender's result is checked: see view_comparison.py.
-
 Peak memory is that of an untimed epoch, beyond what this process held before the loader was opened: of this process and
 all its workers, sampled every 50 ms, what several share counted once (PSS). So packages that this process has imported
 are in nobody's figure. Everybody's workers, ours and rivals', are forked from one server, which has imported what they
@@ -33,9 +31,21 @@ from benchmarks.dali_colours import DaliColours
 from benchmarks.images import four_to_three, photographs, small_images
 from benchmarks.memory import settle_heap
 from benchmarks.suite import CORES, DEVICE, ON_GPU, SMALL, Check, Suite
-from benchmarks.view_comparison import PIXELS_BOUND, ROUNDS, WORKERS, Comparison, Images, Looks, pixels_apart
-from benchmarks.view_contenders import by_dali, dali_color_twist, dali_crop_and_flip, dali_grid, our_crops, our_views
-from benchmarks.view_peers import GRID, Contender, Loader, Photos, Setting, in_webdataset, in_workers
+from benchmarks.view_contenders import (
+    PIXELS_BOUND,
+    ROUNDS,
+    WORKERS,
+    Images,
+    by_dali,
+    compare,
+    dali_color_twist,
+    dali_crop_and_flip,
+    dali_grid,
+    our_crops,
+    our_views,
+    pixels_apart,
+)
+from benchmarks.view_peers import GRID, Contender, Photos, Setting, in_webdataset, in_workers
 from fastsimclr import Views
 from fastsimclr.data import open_source, open_views
 from fastsimclr.data.dali import DaliFront
@@ -102,6 +112,7 @@ LIGHTLY = Contender(
     recipe={"interpolation": "bilinear"},
     note="bilinear, as it has fixed it",
 )
+TWISTED = "another function: at equal draws color_twist is 11.6 levels of 255 off"
 ONE_ORDER = "one order of the jitter's changes for a whole batch"
 
 
@@ -116,7 +127,7 @@ def test_decode(suite: Suite, photos: Images) -> None:
         "torchvision's decode_image, DataLoader": Contender(in_workers(peers.open_tensor, of_tensor)),
         "WebDataset, its Pillow decoder": Contender(in_webdataset(of_pillow), requires="webdataset"),
     }
-    Comparison(contenders, SETTING, photos, GRID, torch.uint8).run(suite, headline=False)
+    compare(suite, contenders, SETTING, photos, GRID, torch.uint8, headline=False)
 
 
 @pytest.mark.benchmark(group="two crops of photographs")
@@ -131,7 +142,7 @@ def test_crops(suite: Suite, photos: Images) -> None:
         "WebDataset, torchvision on Pillow": Contender(in_webdataset(peers.crops_on_pillow), requires="webdataset"),
     }
     setting = replace(SETTING, views=CROPS)
-    Comparison(contenders, setting, photos, CROPS.image_size, torch.uint8).run(suite, headline=False)
+    compare(suite, contenders, setting, photos, CROPS.image_size, torch.uint8, headline=False)
 
 
 @pytest.mark.benchmark(group="views of photographs")
@@ -145,14 +156,14 @@ def test_photographs(suite: Suite, photos: Images) -> None:
     on_tensors = Contender(in_workers(peers.open_tensor, peers.views_on_tensors), slow=True)
     contenders = {
         **fastest_first(ours, "fastsimclr, DALI"),
-        "DALI's reader and color_twist": by_dali(dali_color_twist, differs=True),
+        "DALI's reader and color_twist": by_dali(dali_color_twist, differs=True, note=TWISTED),
         "torchvision on Pillow, ImageFilter blur": Contender(in_workers(peers.open_pillow, peers.views_on_pillow)),
         f"torchvision v2 on tensors, GaussianBlur({peers.window(RECIPE)})": on_tensors,
         "lightly's SimCLRTransform": LIGHTLY,
         "Kornia on batches": Contender(peers.Kornia, requires="kornia", slow=True, note=kornia),
         "WebDataset, torchvision on Pillow": Contender(in_webdataset(peers.views_on_pillow), requires="webdataset"),
     }
-    Comparison(contenders, SETTING, photos, RECIPE.image_size, torch.float32).run(suite)
+    compare(suite, contenders, SETTING, photos, RECIPE.image_size, torch.float32)
 
 
 @pytest.mark.benchmark(group="views of small images")
@@ -169,33 +180,7 @@ def test_small_images(suite: Suite, photos: Images) -> None:
         "Kornia on batches": Contender(peers.Kornia, requires="kornia", slow=True, note=kornia),
     }
     setting = Setting(Views.preset("cifar10"), 64 if SMALL else 500, WORKERS)
-    Comparison(contenders, setting, Images(whole, once, few, origin), 32, torch.float32).run(suite)
-
-
-LESS_WORK = {
-    "no blur": {"blur": 0.0},
-    "no jitter": {"jitter": 0.0},
-    "half the jitter": {"brightness": 0.4, "contrast": 0.4, "saturation": 0.4, "hue": 0.1},
-    "no grey views": {"grey": 0.0},
-    "no turn of the hue": {"hue": 0.0},
-    "whole images": {"scale": (0.9, 1.0)},
-}
-
-
-def test_the_checks_notice_less_work(photos: Images) -> None:
-    """A loader that leaves out a step of the recipe differs from ours by averages over its views."""
-    torch.set_num_threads(CORES)
-
-    def loader(views: Views) -> Loader:
-        return our_views("torchvision").open(photos.once, Setting(views, BATCH, 0))
-
-    again = loader(RECIPE)
-    ours, other_draws = (Looks.of(again, RECIPE) for _ in range(2))  # the second time: later epochs
-    share, where = other_draws.apart(ours)
-    assert share <= 1, f"{where}: {share}"
-    recipes = {name: replace(RECIPE, **changes) for name, changes in LESS_WORK.items()}
-    noticed = {name: Looks.of(loader(views), views).apart(ours) for name, views in recipes.items()}
-    assert SMALL or all(share > 1 for share, _ in noticed.values()), noticed
+    compare(suite, contenders, setting, Images(whole, once, few, origin), 32, torch.float32)
 
 
 @pytest.mark.benchmark(group="stages of a photograph's views")

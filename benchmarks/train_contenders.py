@@ -12,16 +12,14 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.amp import GradScaler
-from torch.utils.data import DataLoader
 
 from benchmarks.nt_xent_contenders import dense
 from benchmarks.suite import CORES, DEVICE
-from benchmarks.view_peers import EachImage, lightly_transform, open_pillow
+from benchmarks.view_peers import EachImage, Loader, Setting, lightly_transform, open_loader, open_pillow
 from fastsimclr import Views
 from fastsimclr.data import ViewLoader, open_views
 from fastsimclr.data.sources import ArraySource
@@ -115,20 +113,13 @@ def views_of(loader: ViewLoader) -> Callable[[], Iterator[Sequence[Tensor]]]:
     return lambda: (batch.views for batch in loader)
 
 
-def lightly_loader(source: ArraySource, views: Views, batch_size: int) -> "DataLoader[Any]":
+def lightly_loader(source: ArraySource, views: Views, batch_size: int) -> Loader:
     """Raises ImportError where lightly is not installed."""
-    return DataLoader(
-        EachImage(tuple(source.images.numpy()), open_pillow, lightly_transform(views)),
-        batch_size=batch_size,
-        shuffle=True,
-        drop_last=True,
-        num_workers=CORES,
-        persistent_workers=True,  # else each epoch would begin with starting them
-        multiprocessing_context="forkserver",
-    )
+    images = EachImage(tuple(source.images.numpy()), open_pillow, lightly_transform(views))
+    return open_loader(images, Setting(views, batch_size, CORES), drop_last=True)
 
 
-def lightly_loop(model: SimCLR, loader: "DataLoader[Any]", temperature: float, *, tuned: bool) -> Contender:
+def lightly_loop(model: SimCLR, loader: Loader, temperature: float, *, tuned: bool) -> Contender:
     """tuned: under bf16 autocast and channels-last, two lines that an expert would change."""
     from lightly.loss import NTXentLoss as LightlyLoss
 

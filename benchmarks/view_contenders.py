@@ -1,23 +1,169 @@
-"""Our loaders in bench_views.py, and DALI as it is used elsewhere."""
+"""Our loaders in bench_views.py, DALI as it is used elsewhere, and how all loaders are compared.
+
+All are opened on the same images, timed in alternation, and checked to make the same views. Ours are compared at the
+whole recipe, as equal seeds draw equal views. Rivals draw on their own: they are compared where the recipe leaves
+nothing to chance, which is reading, decoding, resizing, flipping, blurring and normalizing.
+"""
 
 import functools
-from collections.abc import Callable, Iterator
+import gc
+import importlib
+import itertools
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass, replace
 from typing import Any
 
 import nvidia.dali.fn as fn
 import nvidia.dali.types as types
+import torch
 from nvidia.dali import pipeline_def
 from nvidia.dali.plugin.pytorch import DALIGenericIterator, LastBatchPolicy
 from torch import Tensor
 
-from benchmarks.suite import DEVICE, ON_GPU
-from benchmarks.view_peers import GRID, Contender, Photos, Setting
+from benchmarks.memory import most_mib, settle_heap, trimmed_mib
+from benchmarks.suite import CORES, DEVICE, ON_GPU, SMALL, Check, Suite, one_line
+from benchmarks.view_peers import GRID, Contender, Loader, Photos, Setting
 from fastsimclr import Views
 from fastsimclr.data import open_source, open_views
 from fastsimclr.data.dali import DaliFront
 from fastsimclr.data.loader import Front, Job
 from fastsimclr.data.sampler import Sampler
 from fastsimclr.data.torchvision import TorchvisionFront
+
+PIXELS_BOUND = 1.5  # mean levels of 255, between two loaders of ours: tests/test_loaders.py
+ROUNDS = 2 if SMALL else 5
+WORKERS = min(16, CORES)
+
+
+@dataclass(frozen=True)
+class Images:
+    """What contenders are opened on: an epoch, a slow contender's epoch, and a few of a ratio of 4 to 3."""
+
+    whole: Any
+    once: Any
+    few: Any
+    origin: str
+
+
+class Opened:
+    """A contender's loader, of which an epoch has run. side, dtype: of each view that a batch has to consist of."""
+
+    def __init__(self, contender: Contender, setting: Setting, data: Images, side: int, dtype: torch.dtype) -> None:
+        if contender.requires:
+            importlib.import_module(contender.requires)  # else its imports are in its memory
+        images = data.once if contender.slow else data.whole
+        before = trimmed_mib()
+        self.side, self.dtype, self.images = side, dtype, len(images)
+        self.loader = open_on(contender, images, setting)
+        self.peak_mib = most_mib(self.epoch) - before
+
+    def epoch(self) -> None:
+        seen = 0
+        for batch in self.loader:
+            for view in batch:
+                assert view.shape[1:] == (3, self.side, self.side)
+                assert view.dtype == self.dtype
+                view.to(DEVICE, non_blocking=True)
+            seen += len(batch[0])
+        assert seen == self.images
+
+
+def open_on(contender: Contender, images: Any, setting: Setting) -> Loader:
+    return contender.open(images, replace(setting, batch_size=min(setting.batch_size, len(images))))
+
+
+def close(loader: Loader) -> None:
+    getattr(loader, "close", lambda: None)()
+
+
+def levels(view: Tensor, views: Views) -> Tensor:
+    """A view's pixels in levels of 255, float32 on the CPU, from uint8 or from normalized ones."""
+    view = view.detach().cpu()
+    if view.dtype == torch.uint8:
+        return view.float()
+    mean, std = (torch.tensor(each).view(3, 1, 1) for each in (views.mean, views.std))
+    return (view.float() * std + mean) * 255
+
+
+def pixels_apart(some: Loader, others: Loader, views: Views) -> float:
+    """Mean difference in levels of 255 of two unshuffled loaders' views. Both have to show as many."""
+    total, pixels = 0.0, 0
+    for left, right in itertools.zip_longest(some, others, fillvalue=()):
+        for a, b in zip(left, right, strict=True):
+            total += float((levels(a, views) - levels(b, views)).abs().sum())
+            pixels += a.numel()
+    return total / pixels
+
+
+def without_chance(views: Views) -> Views:
+    """The recipe with the same steps, none of them random; the color jitter, which has no such form, left out."""
+    blur = {"blur": 1.0, "blur_sigma": (1.0, 1.0)} if views.blur else {}
+    return replace(views, scale=(1.0, 1.0), flip=1.0, jitter=0.0, grey=0.0, **blur)
+
+
+def check_pixels(ours: Contender, other: Contender, setting: Setting, few: Any, side: int) -> Check:
+    views = replace(setting.views, **other.recipe)
+    what = "decoded pixels" if side == GRID else "views of equal seeds"
+    if side != GRID and not other.same_draws:
+        views, what = without_chance(views), "views with nothing random"
+    setting = replace(setting, views=views, workers=0, shuffle=False)
+    pair = [open_on(each, few, setting) for each in (other, ours)]
+    check = Check(f"{what}, mean levels of 255", pixels_apart(*pair, views), PIXELS_BOUND)
+    for loader in pair:
+        close(loader)
+    return check
+
+
+def compare(
+    suite: Suite,
+    contenders: Mapping[str, Contender],
+    setting: Setting,
+    data: Images,
+    side: int,
+    dtype: torch.dtype,
+    headline: bool = True,
+) -> None:
+    """Open, time, check and record the contenders; the first is ours. side, dtype: see `Opened`."""
+    opened: dict[str, Opened] = {}
+    missing: dict[str, str] = {}
+    for name, contender in contenders.items():
+        try:
+            opened[name] = Opened(contender, setting, data, side, dtype)
+        except Exception as error:
+            if not contender.requires:
+                raise
+            missing[name] = one_line(error)
+    settle_heap()
+    sizes = {"image_size": setting.views.image_size, "views": 2, "batch_size": setting.batch_size}
+    epochs = {name: each.epoch for name, each in opened.items()}
+    suite.interleave(epochs, sizes=sizes | {"workers": WORKERS, "cores": CORES}, rounds=ROUNDS)
+    ours, *names = opened
+    others = {name: contenders[name] for name in names}
+    suite.record(
+        images={name: each.images for name, each in opened.items()},
+        peak_mib={name: each.peak_mib for name, each in opened.items()},
+        checks={
+            name: check_pixels(contenders[ours], each, setting, data.few, side)
+            for name, each in others.items()
+            if not each.differs
+        },
+        missing=missing,
+        notes={name: each.note for name, each in others.items() if each.note},
+        ours=[name for name, each in others.items() if each.same_draws and not each.tried],
+        tried=[name for name, each in others.items() if each.tried],
+        differing=[name for name, each in others.items() if each.differs],
+        headline=headline,
+        images_from=data.origin,
+        torch_threads=torch.get_num_threads(),
+    )
+    for each in opened.values():
+        close(each.loader)
+    opened.clear()
+    epochs.clear()
+    gc.collect()  # rivals' workers end with their loaders
+
+
+# Ours
 
 
 class OurViews:
@@ -134,8 +280,7 @@ def dali_crop_and_flip(images: Any, views: Views, place: str) -> Any:
 def dali_color_twist(images: Any, views: Views, place: str) -> Any:
     """The usual SimCLR graph: two crops, color_twist, blur, normalize.
 
-    One matrix for the whole jitter, in a fixed order, with contrast about 128 and a hue turned in YIQ: its views are
-    11.6 levels of 255 off ours at equal draws.
+    One matrix for the whole jitter, in a fixed order, with contrast about 128 and a hue turned in YIQ.
     """
     x = dali_crop(images, views, place)
     jittered = fn.random.coin_flip(probability=views.jitter, dtype=types.BOOL)

@@ -1,10 +1,8 @@
 """The rivals of bench_views.py: torchvision, lightly, Kornia and WebDataset, used as their documentation shows.
 
 All of them work in a DataLoader's processes. These are forked from a server that has imported what they need, because
-to fork this process would copy locks that threads of torch or DALI hold; they start as fast as forked ones, and share
-the packages' memory as those do. No DALI is imported here, so none is in that server.
-
-lightly, Kornia and WebDataset are imported where they are used: they may not be installed.
+to fork this process would copy locks that threads of torch or DALI hold. DALI is not imported here, so the server has
+no DALI. lightly, Kornia and WebDataset are imported where they are used: they may not be installed.
 """
 
 import multiprocessing
@@ -83,15 +81,16 @@ def start_server() -> None:
     first.join()
 
 
-def open_loader(dataset: Any, setting: Setting, **options: Any) -> Any:
+def open_loader(dataset: Any, setting: Setting, **options: Any) -> Loader:
     """A DataLoader as their examples open it, with workers that stay from epoch to epoch."""
-    return DataLoader(
+    loader: Loader = DataLoader(
         dataset,
         num_workers=setting.workers,
         persistent_workers=setting.workers > 0,
         multiprocessing_context="forkserver" if setting.workers else None,
         **{"batch_size": setting.batch_size, "shuffle": setting.shuffle} | options,
     )
+    return loader
 
 
 class EachImage(Dataset[Any]):
@@ -112,8 +111,7 @@ def in_workers(read: Callable[[Any], Any], transform: Callable[[Views], Transfor
 
     def opened(data: Any, setting: Setting) -> Loader:
         images = data.files if isinstance(data, Photos) else tuple(data.images.numpy())
-        loader: Loader = open_loader(EachImage(images, read, transform(setting.views)), setting)
-        return loader
+        return open_loader(EachImage(images, read, transform(setting.views)), setting)
 
     return opened
 
@@ -128,8 +126,7 @@ def in_webdataset(transform: Callable[[Views], Transform]) -> Callable[[Any, Set
         if setting.shuffle:
             dataset = dataset.shuffle(1000)  # the samples that its examples keep to draw from
         dataset = dataset.decode("pil").to_tuple("jpg").map_tuple(transform(setting.views)).map(first_of)
-        loader: Loader = open_loader(dataset.batched(setting.batch_size), setting, batch_size=None, shuffle=False)
-        return loader
+        return open_loader(dataset.batched(setting.batch_size), setting, batch_size=None, shuffle=False)
 
     return opened
 
