@@ -2,20 +2,14 @@
 
     python -m pytest benchmarks/bench_nt_xent.py --benchmark-json=benchmarks/results/nt_xent-DEVICE.json
 
-BENCH_SIZES=8192x128,32768x128 selects the sizes (views x width of a projection); on a GPU those with a target come
-first. BENCH_RIVALS=0 times only our fastest implementation in both precisions, on a GPU as CUDA-graph replays, and
-checks them against one call of the tiled loss. BENCH_SMALL=1: 256 views, two rounds, nothing compiled.
+BENCH_SIZES=8192x128,32768x128 selects the sizes (views x width of a projection). BENCH_RIVALS=0 times only our fastest
+implementation in both precisions, and checks them against one call of the tiled loss.
 
-Each size is timed as a whole step (forward and backward) and as the forward of one, and on a GPU both again, replayed
-from a CUDA graph, where a call from Python costs more than the kernels. What can't be captured is timed as called, and
-the table says so. On a GPU a call's time is that of several in a row, then one wait for the device.
-
-Beside them runs a plain matrix product: bf16 of 8192 on a GPU, float32 of 2048 on a CPU. TFLOP/s count 5 M^2 D for
-every contender, which is what the fused kernel computes (the upper triangle of M^2 D in the forward, 4 M^2 D in the
-backward); so they compare as the times do. The tiled loss needs 4 M^2 D, as both its passes use that the similarities
-are symmetric; the time of these at the product's rate is its lower bound.
-
-Peak memory is what torch's allocator holds at most beyond the inputs, gradients included.
+Each size is timed as a whole step (forward and backward) and as the forward of one. On a GPU a call's time is that of
+several in a row, then one wait for the device. Beside them runs a plain matrix product: bf16 of 8192 on a GPU, float32
+of 2048 on a CPU. The tiled loss needs 4 M^2 D, as both its passes use that the similarities are symmetric; the time of
+these at the product's rate is its lower bound. Peak memory is what torch's allocator holds at most beyond the inputs,
+gradients included.
 
 Leave the machine alone meanwhile, or measure one thread (OMP_NUM_THREADS=1). A loss in many small steps waits for its
 slowest thread at each of them: where another process takes a core, it suffers far more than one in a few large steps,
@@ -27,7 +21,6 @@ import gc
 import itertools
 import os
 import warnings
-from collections.abc import Callable
 from dataclasses import dataclass, field
 
 import pytest
@@ -53,7 +46,6 @@ STEP, FORWARD = "forward + backward", "forward"
 MATMUL = "matrix product"
 MATRIX, MATRIX_DTYPE = (8192, torch.bfloat16) if ON_GPU else (512 if SMALL else 2048, torch.float32)
 WITH_RIVALS = os.environ.get("BENCH_RIVALS") != "0"
-LARGEST_REPLAYED = 32768  # above, a call from Python is lost in the kernels' time
 # By parts of the device's name, then (views, width): what is bounded, and how. On Hopper: what mma.sync kernels reach
 # at 75 to 85 % of the bounds of shared memory and tensor cores.
 FASTER_THAN = "times faster than "
@@ -86,34 +78,16 @@ def sizes() -> list[tuple[int, int]]:
     return sorted(pairs, key=lambda size: (size not in HOPPER, size[1] != 128))
 
 
-def is_replayed(views: int) -> tuple[bool, ...]:
-    """Whether a size is timed as called, as replayed, or as both."""
-    if not ON_GPU:
-        return (False,)
-    if not WITH_RIVALS:
-        return (True,)
-    return (False, True) if views <= LARGEST_REPLAYED else (False,)
-
-
-CASES = [
-    (views, width, replayed, part)
-    for views, width in sizes()
-    for replayed in is_replayed(views)
-    for part in (STEP, FORWARD)
-]
-
-
 @dataclass
 class Size:
-    """The inputs of one size, the contenders, and what does not depend on how they are timed."""
+    """The inputs of one size, and the losses that run at it."""
 
     z1: Tensor
     z2: Tensor
     found: dict[str, Contender]
     missing: dict[str, str]
-    reference: str = ""
     expected: tuple[Tensor, ...] = ()
-    """The loss and the gradients by `reference`."""
+    """The dense loss and its gradients, or where it does not fit those of the tiled loss."""
     peak_mib: dict[str, float] = field(default_factory=dict)
 
     def run(self, name: str, part: str) -> tuple[Tensor, ...]:
@@ -125,11 +99,6 @@ class Size:
         apart = [relative_error(*pair) for pair in zip(result, self.expected, strict=False)]
         return apart[0], max(apart[1:], default=0.0)
 
-    def leave_out(self, name: str, why: str) -> None:
-        self.missing[name] = why
-        del self.found[name]
-        free_memory()
-
 
 def free_memory() -> None:
     gc.collect()
@@ -139,7 +108,7 @@ def free_memory() -> None:
 PREPARED: dict[tuple[int, int], Size] = {}  # of one size: its tests come in a row, and share what is compiled
 
 
-def prepare(views: int, width: int, suite: Suite) -> Size:
+def prepare(views: int, width: int, compiling: bool) -> Size:
     free_memory()
     torch.manual_seed(0)
     settle_heap()
@@ -148,69 +117,22 @@ def prepare(views: int, width: int, suite: Suite) -> Size:
     z1, z2 = ((x + 0.5 * torch.randn_like(x)).requires_grad_() for _ in range(2))
     with warnings.catch_warnings():  # other packages' imports, and the compiler's
         warnings.simplefilter("ignore")
-        found, missing = our_losses(DEVICE)
-        if WITH_RIVALS:
-            found, missing = contenders(views, width, DEVICE, compiling=suite.may_compile())
-        size = Size(z1, z2, found, missing)
-        results: dict[str, tuple[Tensor, ...]] = {}
+        size = Size(z1, z2, *(contenders(views, DEVICE, compiling=compiling) if WITH_RIVALS else our_losses(DEVICE)))
         for name, contender in list(size.found.items()):
             try:
-                results[name] = size.run(name, STEP)
+                size.run(name, STEP)
                 size.peak_mib[name] = peak_mib(lambda name=name: size.run(name, STEP))  # type: ignore[misc]
-            except torch.OutOfMemoryError:
-                size.leave_out(name, "out of memory")
             except Exception as error:
-                if contender.ours:
+                if contender.ours and not isinstance(error, torch.OutOfMemoryError):
                     raise
-                size.leave_out(name, f"it does not run here: {one_line(error)}")
-    size.reference = "dense" if "dense" in size.found else "tiled"
-    size.expected = results[size.reference]
+                size.missing[name] = one_line(error)
+                del size.found[name]
+                free_memory()
+    size.expected = size.run("dense" if "dense" in size.found else "tiled", STEP)
     if not WITH_RIVALS:
         kind = next(iter(size.found)).partition(",")[0]
         size.found = {name: each for name, each in size.found.items() if name.partition(",")[0] == kind}
-    for name, contender in list(size.found.items()):
-        errors, bound = size.errors(results[name]), contender.bound or (float("inf"), float("inf"))
-        if not (errors[0] <= bound[0] and errors[1] <= bound[1]):
-            problem = f"another function: relative errors of loss and gradients {errors}, beyond {bound}"
-            assert not contender.ours, f"{name}: {problem}"
-            size.leave_out(name, problem)
     return size
-
-
-def capture_step(size: Size, name: str, part: str) -> Callable[[], tuple[Tensor, ...]]:
-    """A replay of the step from a CUDA graph."""
-    side = torch.cuda.Stream()
-    side.wait_stream(torch.cuda.current_stream())
-    with torch.cuda.stream(side):
-        for _ in range(3):
-            size.run(name, part)
-    torch.cuda.current_stream().wait_stream(side)
-    graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
-        result = size.run(name, part)
-    result[0].fill_(torch.nan)  # the replay has to write it; checked after timing
-
-    def replay() -> tuple[Tensor, ...]:
-        graph.replay()
-        return result
-
-    return replay
-
-
-def capture_all(size: Size, part: str) -> tuple[dict[str, Callable[[], tuple[Tensor, ...]]], dict[str, str]]:
-    """Replays by name; and of those that have none, why."""
-    replays: dict[str, Callable[[], tuple[Tensor, ...]]] = {}
-    refused: dict[str, str] = {}
-    for name, contender in size.found.items():
-        free_memory()
-        refused[name] = contender.not_captured
-        if not contender.not_captured:
-            try:
-                replays[name] = capture_step(size, name, part)
-                del refused[name]
-            except Exception as error:  # out of memory, too: each graph has memory of its own
-                refused[name] = one_line(error)
-    return replays, refused
 
 
 def judge(timing: Timing, size: Size, views: int, width: int) -> tuple[list[str], bool]:
@@ -229,18 +151,16 @@ def judge(timing: Timing, size: Size, views: int, width: int) -> tuple[list[str]
 
 @pytest.mark.filterwarnings("default")  # other packages' warnings are no reason to stop
 @pytest.mark.parametrize(
-    ("views", "width", "replayed", "part"),
-    CASES,
-    ids=[f"{m}-{d}-{part.replace(' ', '')}-{'replayed' if replayed else 'called'}" for m, d, replayed, part in CASES],
+    ("views", "width", "part"),
+    [pytest.param(*size, part, id=f"{size[0]}-{size[1]}-{part}") for size in sizes() for part in (STEP, FORWARD)],
 )
-def test_nt_xent(suite: Suite, views: int, width: int, replayed: bool, part: str) -> None:
-    suite.benchmark.group = f"NT-Xent, {part}{', replayed' if replayed else ''}"
+def test_nt_xent(suite: Suite, views: int, width: int, part: str) -> None:
+    suite.benchmark.group = f"NT-Xent, {part}"
     if (views, width) not in PREPARED:
         PREPARED.clear()
-        PREPARED[views, width] = prepare(views, width, suite)
+        PREPARED[views, width] = prepare(views, width, suite.may_compile())
     size = PREPARED[views, width]
-    replays, refused = capture_all(size, part) if replayed else ({}, {})
-    steps = {name: replays.get(name) or functools.partial(size.run, name, part) for name in size.found}
+    steps = {name: functools.partial(size.run, name, part) for name in size.found}
     a, b = (torch.randn(MATRIX, MATRIX, device=DEVICE, dtype=MATRIX_DTYPE) for _ in range(2))
     product = torch.empty_like(a)
     timing = suite.interleave(
@@ -257,15 +177,11 @@ def test_nt_xent(suite: Suite, views: int, width: int, replayed: bool, part: str
             checks[name] = Check("loss, relative", loss, contender.bound[0])
         else:
             of_step = f", gradients {gradients:.1g}" if part == STEP else ""
-            notes[name] = f"of less precision: loss {loss:.1g}{of_step} off {size.reference}"
-    for name, why in refused.items():
-        notes[name] = "; ".join(filter(None, [notes.get(name), f"timed as called, not captured: {why}"]))
-    flop = (5 if part == STEP else 1) * views**2 * width
+            notes[name] = f"of less precision: loss {loss:.1g}{of_step} off float32"
+    targets, has_targets = judge(timing, size, views, width) if part == STEP else ([], False)
     _, *others = size.found
-    judged = part == STEP and replayed == is_replayed(views)[-1]
-    targets, has_targets = judge(timing, size, views, width) if judged else ([], False)
     suite.record(
-        peak_mib={name: size.peak_mib[name] for name in size.found} if part == STEP else {},
+        peak_mib=size.peak_mib if part == STEP else {},
         checks=checks,
         missing=size.missing,
         notes=notes,
@@ -273,8 +189,5 @@ def test_nt_xent(suite: Suite, views: int, width: int, replayed: bool, part: str
         yardsticks=[MATMUL],
         differing=[name for name in others if size.found[name].bound is None],
         headline=has_targets,
-        flop=flop,
-        tflops={name: flop / timing.milliseconds[name].median / 1e9 for name in size.found},
-        matmul_tflops=2 * MATRIX**3 / timing.milliseconds[MATMUL].median / 1e9,
     )
     suite.judge(*targets)
