@@ -2,10 +2,8 @@
 
     python -m pytest benchmarks/bench_optimizer.py --benchmark-json=benchmarks/results/lars-DEVICE.json
 
-On a CPU a step is bound by memory traffic, of which the multi-tensor form saves little, and by what a temporary costs.
 In a fresh process glibc hands the pages of every freed temporary back to the system, and a step written as a loop is
-several times slower than after the first activation of a training run, which raises that threshold to its highest. Only
-the latter is a fair figure, so `settle_heap` comes first. On a GPU it is launches that a step is bound by.
+several times slower than in a training run, whose activations raise that threshold: so `settle_heap` comes first.
 """
 
 from collections.abc import Callable

@@ -2,20 +2,14 @@
 
     python -m pytest benchmarks/bench_train.py --benchmark-json=benchmarks/results/train-DEVICE.json
 
-ResNet-18 on CIFAR-10 of ../shared/data (else the digits) at batch 256, with both stems: ImageNet's, as lightly's
-example has it, and the paper's for small images. Ours is what `python -m fastsimclr.train` runs at its defaults: bf16
-where the CPU has it, channels-last, images kept decoded, both views through the model in one batch. To show what is due
-to what: ours in float32, and, where the hardware has bf16, lightly's loop under bf16 autocast and channels-last. All
-have lightly's optimizer, SGD of lr 0.06. The ceiling is ours on one batch of views made before.
+ResNet-18 on CIFAR-10 of ../shared/data (else the digits) at batch 256, with both stems. Ours is what
+`python -m fastsimclr.train` runs at its defaults. All have lightly's optimizer, SGD of lr 0.06. The ceiling is ours on
+one batch of views made before.
 
-A call is a whole epoch of a few steps, so that no worker makes views for one contender while another is timed; times
-are of a call. lightly's workers stay from one epoch to the next.
-
-After timing all get the weights that ours ended with and the same views, and their losses are compared with the dense
-loss of torchvision's model in float32. Batch normalization is over both views of a batch in ours, and over each
-separately in lightly's loop: so it is in the loss that each is compared with. Peak memory is what torch's allocator
-holds at most in a step, without the loader. On a GPU further: ResNet-50 at 224² against its ceiling, CIFAR-10's epoch,
-and the loss's part of a step at batch 4096.
+A call is a whole epoch of a few steps, so that no worker makes views for one contender while another is timed. After
+timing all get the weights that ours ended with and the same views, and their losses are compared with the dense loss of
+torchvision's model in float32. Batch normalization is over both views of a batch in ours, and over each separately in
+lightly's loop: so it is in the loss that each is compared with. Peak memory is of a step, without the loader.
 
 test_large_batch: a step of batch 4096 in micro-batches of 256, with our loss and with the dense one. Each runs again in
 a process that may take no more than the mean of the two peaks: ours has to end there, the other must not.

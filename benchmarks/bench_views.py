@@ -3,15 +3,12 @@
     python -m pytest benchmarks/bench_views.py --benchmark-json=benchmarks/results/views-DEVICE.json
 
 Photographs at 224² in three stages (decoding alone, two crops of each, the whole recipe), small images at 32². A call
-is a whole epoch, so that no contender works ahead while another is timed; filling a pipeline is in it for everybody.
-All have the machine's cores: as many DataLoader workers, or DALI or torch threads. Photographs are those of
-../shared/data/photos where they exist, else synthetic ones of their size, several copies of each; slow contenders get
-one copy. Small images are CIFAR-10's of ../shared/data, else the digits.
+is a whole epoch, so that no contender works ahead while another is timed. All have the machine's cores: as many
+DataLoader workers, or DALI or torch threads. Photographs come in several copies; slow contenders get one.
 
 Peak memory is that of an untimed epoch, beyond what this process held before the loader was opened: of this process and
-all its workers, sampled every 50 ms, what several share counted once (PSS). So packages that this process has imported
-are in nobody's figure. Everybody's workers, ours and rivals', are forked from one server, which has imported what they
-need before: what it takes is in nobody's figure either.
+all its workers (PSS). Packages that this process or the server that workers are forked from has imported are in
+nobody's figure.
 """
 
 import gc

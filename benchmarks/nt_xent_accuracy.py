@@ -2,9 +2,8 @@
 
     python -m benchmarks.nt_xent_accuracy --json accuracy.json [--views 8192,32768] [--width 128] [--backend fused]
 
-Tensor cores truncate while they accumulate. Where all features share a mean, all products have one sign, so that the
-truncation errors of a sum add up instead of averaging out: the hardest case for precision "highest", which promises
-1e-5. The float64 values are those of the tiled loss, whose memory is O(M D). Exit code 1: an error is above its bound.
+Tensor cores truncate while they accumulate. Where all features share a mean, all products have one sign, and the errors
+of a sum add up: the hardest case for precision "highest", which promises 1e-5. Exit code 1: an error above its bound.
 """
 
 import argparse

@@ -1,16 +1,12 @@
-"""The training loops of bench_train.py: ours, and lightly's example of SimCLR in plain PyTorch. The latter's model is
-torchvision's, of the same layers and weights as ours.
-
-lightly's is examples/pytorch/simclr.py of lightly-ai/lightly as it is written: its transform in a DataLoader, one view
-after the other through the model, its loss, SGD of lr 0.06, float32. Its numbers are ours here, where it leaves them to
-the user (strengths of the colour changes, temperature), and so is the number of its workers: the machine's cores.
+"""The training loops of bench_train.py: ours, and lightly's examples/pytorch/simclr.py as it is written, with
+torchvision's model: its transform in a DataLoader, one view after the other through the model, its loss, SGD, float32.
 """
 
 import copy
 import resource
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import nullcontext
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 
 import torch
@@ -31,6 +27,7 @@ from fastsimclr.precision import choose_precision
 from fastsimclr.training.step import Step
 
 LR = 0.06  # the example's
+NO_SCALER = GradScaler(DEVICE.type, enabled=False)
 
 
 def simclr(name: str, stem: str, image_size: int) -> SimCLR:
@@ -62,23 +59,16 @@ class Contender:
     """Of the views, and of the model's products."""
     together: bool = True
     """Both views go through the model, and so through its batch normalisation, in one batch."""
-    scaler: GradScaler = field(default_factory=lambda: GradScaler(DEVICE.type, enabled=False))
-    """Of the gradients that `backward` leaves; enabled under fp16 alone."""
 
     def update(self, views: Sequence[Tensor]) -> Tensor:
         loss = self.backward(views)
-        self.scaler.step(self.optimizer)
-        self.scaler.update()
+        self.optimizer.step()
         self.optimizer.zero_grad(set_to_none=True)
         return loss
 
     def epoch(self) -> None:
-        total = torch.zeros((), device=DEVICE)
-        steps = 0
-        for views in self.batches():
-            total += self.update(views)
-            steps += 1
-        self.mean_loss = float(total / steps)
+        losses = [self.update(views) for views in self.batches()]
+        float(torch.stack(losses).mean())  # as a log has it: waits for the device
 
     def loss(self, views: Sequence[Tensor]) -> float:
         """Of these views, in the precision that is timed."""
@@ -97,15 +87,13 @@ def ours(
     """A step of fastsimclr.train at its defaults, except for the optimizer, which is the example's."""
     chosen = choose_precision(precision, DEVICE)
     model = copy.deepcopy(model).to(memory_format=torch.channels_last)  # type: ignore[call-overload]
-    scaler = chosen.grad_scaler(DEVICE)
-    step = Step(model, NTXentLoss(temperature, precision="highest"), chosen, micro_batch_size, scaler)
+    step = Step(model, NTXentLoss(temperature, precision="highest"), chosen, micro_batch_size, NO_SCALER)
     return Contender(
         model,
         build_optimizer("sgd", model.parameters(), LR, momentum=0.0, weight_decay=0.0),
         batches,
         lambda views: step.backward(views, len(views[0])),
         chosen.view_dtype,
-        scaler=scaler,
     )
 
 
@@ -114,7 +102,6 @@ def views_of(loader: ViewLoader) -> Callable[[], Iterator[Sequence[Tensor]]]:
 
 
 def lightly_loader(source: ArraySource, views: Views, batch_size: int) -> Loader:
-    """Raises ImportError where lightly is not installed."""
     images = EachImage(tuple(source.images.numpy()), open_pillow, lightly_transform(views))
     return open_loader(images, Setting(views, batch_size, CORES), drop_last=True)
 
@@ -164,7 +151,7 @@ def large_step(batch_size: int, micro_batch_size: int, name: str) -> Callable[[]
     model = simclr("resnet18", "imagenet", 32).to(memory_format=torch.channels_last)  # type: ignore[call-overload]
     chosen = choose_precision("auto", DEVICE)
     loss = {"ours": NTXentLoss(0.1, precision="highest"), "dense": dense}[name]
-    step = Step(model, loss, chosen, micro_batch_size, chosen.grad_scaler(DEVICE))
+    step = Step(model, loss, chosen, micro_batch_size, NO_SCALER)
     views = [torch.randn(batch_size, 3, 32, 32, device=DEVICE).to(chosen.view_dtype) for _ in range(2)]
 
     def run() -> float:
