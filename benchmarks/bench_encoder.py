@@ -141,5 +141,4 @@ def test_encoder(suite: Suite, case: Case) -> None:
         missing=missing,
         notes=notes,
         ours=[name for name in others if not name.startswith("torchvision's")],
-        precision_of_a_run=choose_precision("auto", DEVICE).why,
     )

@@ -176,8 +176,6 @@ def test_large_batch(suite: Suite) -> None:
             for name, fit in fitting.items()
         },
         headline=False,
-        limit_mib=limit,
-        fits_within_limit=fitting,
     )
     assert fitting[LARGE_OURS]
     assert not fitting.get(LARGE_DENSE, False)

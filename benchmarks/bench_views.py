@@ -230,7 +230,6 @@ def test_stages(suite: Suite, photos: Images) -> None:
         yardsticks=list(stages),
         headline=False,
         images_from=photos.origin,
-        torch_threads=1,
     )
 
 

@@ -83,7 +83,7 @@ def ratios(axes: Axes, measured: Measured) -> None:
             axes.plot([ratio.lower, ratio.upper], [row, row], color="black", linewidth=1.2, marker="|")
     axes.axvline(1, color=COLORS[Kind.FIRST], linewidth=1, linestyle=":", zorder=0)
     axes.set_xlabel("times as long as ours takes; median, quartiles", fontsize=8)
-    title = f"{measured.size}\n{measured.setup.short}, commit {measured.setup.commit}"
+    title = f"{measured.size}\n{measured.device}, commit {measured.commit}"
     axes.set_title(title, fontsize=9, loc="left")
 
 

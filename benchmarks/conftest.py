@@ -93,6 +93,4 @@ def pytest_benchmark_update_machine_info(config: pytest.Config, machine_info: di
         gpu=torch.cuda.get_device_name() if ON_GPU else None,
         python=".".join(cpu.get("python_version", "unknown").split(".")[:3]),
         packages=packages,
-        # glibc's allocator decides how dear a temporary is: see bench_optimizer.py.
-        malloc={name: value for name, value in os.environ.items() if name.startswith("MALLOC_")},
     )

@@ -58,42 +58,19 @@ class Contender:
 
 
 @dataclass(frozen=True)
-class Setup:
-    """What it was measured on; equal ones are one footnote. device: the GPU's name, or the CPU's."""
-
-    device: str
-    on_gpu: bool
-    processor: str
-    cores: int | None
-    threads: int | None
-    python: str
-    packages: tuple[tuple[str, str], ...]
-    commit: str
-    date: str
-
-    @property
-    def short(self) -> str:
-        return self.device.removeprefix("NVIDIA ") if self.on_gpu else "CPU"
-
-    def __str__(self) -> str:
-        parts = [
-            f"{self.device}, on {self.processor}" if self.on_gpu else self.device,
-            f"{counted(self.cores, 'core')}, {counted(self.threads, 'thread')}",
-            ", ".join(f"{name} {version}" for name, version in (("Python", self.python), *self.packages)),
-            f"commit {self.commit}",
-            self.date,
-        ]
-        return "; ".join(parts)
-
-
-@dataclass(frozen=True)
 class Measured:
-    """One benchmark on one device. contenders: the first, then the fastest first. source: the file's name."""
+    """One benchmark on one device.
+
+    device: "CPU", or the GPU's short name. setup: what it was measured on; equal ones are one footnote. source: the
+    file's name. contenders: the first, then the fastest first.
+    """
 
     group: str
     name: str
     sizes: tuple[tuple[str, str], ...]
-    setup: Setup
+    device: str
+    commit: str
+    setup: str
     source: str
     rounds: int
     contenders: tuple[Contender, ...]
@@ -150,24 +127,23 @@ def read(files: Iterable[str | Path]) -> tuple[list[Measured], list[str]]:
         if not is_of_pytest_benchmark(page):
             raise Mistake(f"{file}: is not what pytest benchmarks --benchmark-json=FILE writes")
         compared = [each for each in page["benchmarks"] if "milliseconds" in each["extra_info"]]
-        sized = [each for each in compared if "sizes" in each["extra_info"]]
-        measured += [_measured(each, page, file.name) for each in sized]
-        if lacking := len(compared) - len(sized):
-            benchmarks = counted(lacking, "benchmark")
-            left_out.append(f"{file.name} is of an older form, which does not say the sizes: {benchmarks} left out")
+        measured += [_measured(each, page, file.name) for each in compared]
         if alone := len(page["benchmarks"]) - len(compared):
             left_out.append(f"{file.name}: left out {counted(alone, 'benchmark')} without contenders")
     return measured, left_out
 
 
 def _measured(benchmark: dict[str, Any], page: dict[str, Any], source: str) -> Measured:
-    info = benchmark["extra_info"]
+    info, commit_info = benchmark["extra_info"], page["commit_info"]
+    commit = (commit_info.get("id") or "unknown")[:7] + (" + changes" if commit_info.get("dirty") else "")
     first, *others = (_contender(name, info) for name in info["milliseconds"])
     return Measured(
         group=benchmark["group"] or benchmark["name"],
         name=benchmark["name"],
         sizes=tuple((name, str(value)) for name, value in info["sizes"].items()),
-        setup=_setup(page, info["device"]),
+        device="CPU" if info["device"] == "cpu" else info["device"].removeprefix("NVIDIA "),
+        commit=commit,
+        setup=_setup(page, info["device"], commit),
         source=source,
         rounds=info["rounds"],
         contenders=(first, *sorted(others, key=lambda each: each.ratio.median if each.ratio else 0.0)),
@@ -200,18 +176,15 @@ def _contender(name: str, info: dict[str, Any]) -> Contender:
     )
 
 
-def _setup(page: dict[str, Any], device: str) -> Setup:
-    machine, commit = page["machine_info"], page["commit_info"]
-    known = commit.get("id") not in (None, "", "unknown", "unversioned")
-    packages = machine.get("packages", {}).items()
-    return Setup(
-        device=machine.get("cpu", "unknown CPU") if device == "cpu" else device,
-        on_gpu=device != "cpu",
-        processor=machine.get("cpu", "unknown CPU"),
-        cores=machine.get("cores"),
-        threads=machine.get("torch_threads"),
-        python=machine.get("python", "unknown"),
-        packages=tuple((name, version) for name, version in packages if version != "not installed"),
-        commit=(commit["id"][:7] if known else "unknown") + (" + changes" if commit.get("dirty") else ""),
-        date=page["datetime"][:10],
-    )
+def _setup(page: dict[str, Any], device: str, commit: str) -> str:
+    machine = page["machine_info"]
+    cpu = machine.get("cpu", "unknown CPU")
+    versions = {"Python": machine.get("python", "unknown")} | machine.get("packages", {})
+    parts = [
+        cpu if device == "cpu" else f"{device}, on {cpu}",
+        f"{counted(machine.get('cores'), 'core')}, {counted(machine.get('torch_threads'), 'thread')}",
+        ", ".join(f"{name} {version}" for name, version in versions.items() if version != "not installed"),
+        f"commit {commit}",
+        page["datetime"][:10],
+    ]
+    return "; ".join(parts)

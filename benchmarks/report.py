@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import NoReturn
 
 from benchmarks import charts
-from benchmarks.measured import TOO_WIDE, Contender, Kind, Measured, Mistake, Setup, committed, counted, number, read
+from benchmarks.measured import TOO_WIDE, Contender, Kind, Measured, Mistake, committed, counted, number, read
 from benchmarks.suite import Spread
 
 RESULTS = Path(__file__).parent / "results"
@@ -41,7 +41,7 @@ def quartiles(spread: Spread) -> str:
     return f"{number(spread.median)} ({number(spread.lower)} to {number(spread.upper)})"
 
 
-def footnotes(measured: Iterable[Measured]) -> dict[Setup, int]:
+def footnotes(measured: Iterable[Measured]) -> dict[str, int]:
     """Numbers from 1, in order of first use."""
     return {setup: n for n, setup in enumerate(dict.fromkeys(each.setup for each in measured), 1)}
 
@@ -65,12 +65,12 @@ def report(measured: Sequence[Measured], left_out: Sequence[str]) -> str:
     return "\n".join(lines) + "\n"
 
 
-def losses(measured: Sequence[Measured], numbers: dict[Setup, int]) -> list[str]:
+def losses(measured: Sequence[Measured], numbers: dict[str, int]) -> list[str]:
     lines = []
     for each in measured:
         for rival in each.rivals:
             if lost := lost_to(rival, each.first):
-                where = f"{each.group}, {each.size}, {on(each.setup, numbers)}"
+                where = f"{each.group}, {each.size}, {on(each, numbers)}"
                 note = f"; {rival.note}" if rival.note else ""
                 lines.append(f"- {where}: **{rival.name}** {', and '.join(lost)}{note}")
     return lines or ["No rival is faster than ours, or smaller, in anything measured here."]
@@ -87,11 +87,11 @@ def lost_to(rival: Contender, first: Contender) -> list[str]:
     return lost
 
 
-def on(setup: Setup, numbers: dict[Setup, int]) -> str:
-    return f"{setup.short} [[{numbers[setup]}]](#measured-on)"
+def on(measured: Measured, numbers: dict[str, int]) -> str:
+    return f"{measured.device} [[{numbers[measured.setup]}]](#measured-on)"
 
 
-def section(same: Sequence[Measured], numbers: dict[Setup, int]) -> list[str]:
+def section(same: Sequence[Measured], numbers: dict[str, int]) -> list[str]:
     """One benchmark, on all devices."""
     with_images = any(each.images for measured in same for each in measured.contenders)
     head = ["on", "contender", "times ours (quartiles)", "spread", "ms (quartiles)", "images/s", "peak MiB", "check"]
@@ -101,7 +101,7 @@ def section(same: Sequence[Measured], numbers: dict[Setup, int]) -> list[str]:
         for measured in same
         for each in measured.contenders
     ]
-    rounds = ", ".join(f"{counted(each.rounds, 'round')} on {on(each.setup, numbers)} ({each.source})" for each in same)
+    rounds = ", ".join(f"{counted(each.rounds, 'round')} on {on(each, numbers)} ({each.source})" for each in same)
     return [
         f"### {same[0].size or same[0].name}",
         "",
@@ -112,10 +112,10 @@ def section(same: Sequence[Measured], numbers: dict[Setup, int]) -> list[str]:
     ]
 
 
-def row(each: Contender, measured: Measured, numbers: dict[Setup, int]) -> list[str]:
+def row(each: Contender, measured: Measured, numbers: dict[str, int]) -> list[str]:
     rate = each.images_per_second
     return [
-        on(measured.setup, numbers),
+        on(measured, numbers),
         f"**{each.name}**" if each.kind is Kind.FIRST else each.name,
         quartiles(each.ratio) if each.ratio else "1",
         f"**⚠ spread {each.spread:.0%}**" if each.spread > TOO_WIDE else f"{each.spread:.0%}" if each.ratio else "",
@@ -132,14 +132,13 @@ def same_function(each: Contender) -> str:
         return f"{each.check.what}: {each.check.error:.1g} ≤ {each.check.bound:g}"
     if each.differs:
         return "**differs**, see below"
-    unchecked = {Kind.FIRST: "the others are compared with it", Kind.YARDSTICK: "other work"}
-    return unchecked.get(each.kind, "not checked")  # of an older form
+    return "other work" if each.kind is Kind.YARDSTICK else "the others are compared with it"
 
 
-def remarks(same: Sequence[Measured], numbers: dict[Setup, int]) -> list[str]:
+def remarks(same: Sequence[Measured], numbers: dict[str, int]) -> list[str]:
     lines = []
     for measured in same:
-        where = f" ({on(measured.setup, numbers)})" if len(same) > 1 else ""
+        where = f" ({on(measured, numbers)})" if len(same) > 1 else ""
         for each in measured.contenders:
             notes = [each.kind.value] * (each.kind is Kind.TRIED) + [each.note] * bool(each.note)
             lines += [f"- {each.name}{where}: {'; '.join(notes)}"] if notes else []
@@ -156,7 +155,7 @@ def summary(measured: Sequence[Measured]) -> str:
     rows = [
         [
             f"{each.group}; {each.size}",
-            f"{each.setup.short} [{numbers[each.setup]}]",
+            f"{each.device} [{numbers[each.setup]}]",
             own_figure(each.first),
             others(each),
             memory(each),

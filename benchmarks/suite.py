@@ -1,8 +1,8 @@
 """Compare contenders on a noisy machine: in rounds, one call of each per round, by the median of the rounds' ratios.
 
-A machine that slows down for a second slows every contender of that round, and the ratio stays. Timing one contender
-after the other would put the slow second on one of them. Each timed call follows an untimed one of the same contender,
-so that nobody pays for the caches and the heap that the previous one left; calls that take a second need none.
+A machine that slows down for a second slows every contender of that round, and the ratio stays. Each timed call follows
+an untimed one of the same contender, so that nobody pays for the caches and the heap that the previous one left; calls
+that take a second need none.
 
     def test_sum(suite: Suite) -> None:                         # the fixture of conftest.py
         timing = suite.interleave({"ours": f, "theirs": g}, sizes={"numbers": 512})     # ours first
@@ -242,16 +242,14 @@ class Suite:
         yardsticks: Collection[str] = (),
         differing: Collection[str] = (),
         headline: bool = True,
-        **more: object,
+        images_from: str = "",
     ) -> None:
         """Print what was measured, and put what `benchmarks.report` needs beside the times into benchmark.extra_info.
 
-        device: "cpu", or the GPU's name. images: source images of a call of each contender, where a rate says more than
-        a time. peak_mib, checks, notes: by contender. missing: contenders that were not measured, and why. ours: other
-        setups of the package. tried: variants of it that exist in benchmarks/ alone. yardsticks: those that do other
-        work, e.g. a plain matrix product; none of these is a rival. differing: rivals that compute another function, or
-        in less precision; how far off they are is in their notes. All others but the first have to be checked.
-        headline: whether it gets a row in README.md.
+        images: source images of a call of each contender. missing: contenders that were not measured, and why.
+        ours: other setups of the package. tried: variants of it that exist in benchmarks/ alone. yardsticks: those that
+        do other work. None of these is a rival. differing: rivals that compute another function, or in less precision,
+        as their notes say. All others but the first have to be checked. headline: it gets a row in README.md.
         """
         info = self.benchmark.extra_info
         unchecked = set(info["speedup"]) - {*(checks or {}), *yardsticks, *differing}
@@ -271,8 +269,8 @@ class Suite:
             yardsticks=list(yardsticks),
             differing=list(differing),
             headline=headline,
+            images_from=images_from,
             targets=[],
-            **more,
         )
         self._show_all(info)
 

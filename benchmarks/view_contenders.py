@@ -154,7 +154,6 @@ def compare(
         differing=[name for name, each in others.items() if each.differs],
         headline=headline,
         images_from=data.origin,
-        torch_threads=torch.get_num_threads(),
     )
     for each in opened.values():
         close(each.loader)

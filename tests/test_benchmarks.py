@@ -290,15 +290,12 @@ def test_each_group_has_a_chart(tmp_path: Path) -> None:
         assert (tmp_path / "made" / name).read_bytes().startswith(b"\x89PNG")
 
 
-def test_an_older_form_is_named_and_left_out(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    older = measured({"dense": STEADY})
-    del older["extra_info"]["sizes"]
+def test_a_benchmark_without_contenders_is_left_out(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     alone = {"group": None, "name": "test_memory", "extra_info": {"mib": 3}}
-    files = [results(tmp_path / "new.json", measured({"d": STEADY})), results(tmp_path / "old.json", older, alone)]
+    files = [results(tmp_path / "new.json", measured({"d": STEADY})), results(tmp_path / "alone.json", alone)]
     text = report(tmp_path, *files)
-    line = "old.json is of an older form, which does not say the sizes: 1 benchmark left out"
+    line = "alone.json: left out 1 benchmark without contenders"
     assert line in text
-    assert "old.json: left out 1 benchmark without contenders" in text
     assert line in capsys.readouterr().out
 
 
@@ -307,9 +304,7 @@ def test_an_older_form_is_named_and_left_out(tmp_path: Path, capsys: pytest.Capt
 
 def mistakes(folder: Path) -> dict[str, list[Path | str]]:
     good = results(folder / "good.json", measured({"dense": STEADY}))
-    older = measured({"dense": STEADY})
-    del older["extra_info"]["sizes"]
-    old = results(folder / "old.json", older)
+    alone = results(folder / "alone.json", {"group": None, "name": "test_memory", "extra_info": {}})
     (folder / "list.json").write_text("[]")
     (folder / "text.json").write_text("no JSON")
     (folder / "plain.md").write_text("# No markers\n")
@@ -317,7 +312,7 @@ def mistakes(folder: Path) -> dict[str, list[Path | str]]:
         "missing.json: No such file": [folder / "missing.json", "--output", folder / "out"],
         "list.json: is not what pytest benchmarks": [folder / "list.json", "--output", folder / "out"],
         "text.json: is no JSON": [folder / "text.json", "--output", folder / "out"],
-        "old.json is of an older form": [old, "--output", folder / "out"],
+        "alone.json: left out 1 benchmark": [alone, "--output", folder / "out"],
         "say what to make": [good],
         "--check goes with --readme": [good, "--output", folder, "--check"],
         "plain.md: has no lines <!--": [good, "--readme", folder / "plain.md"],
