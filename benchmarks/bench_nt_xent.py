@@ -11,9 +11,8 @@ of 2048 on a CPU. The tiled loss needs 4 M^2 D, as both its passes use that the 
 these at the product's rate is its lower bound. Peak memory is what torch's allocator holds at most beyond the inputs,
 gradients included.
 
-Leave the machine alone meanwhile, or measure one thread (OMP_NUM_THREADS=1). A loss in many small steps waits for its
-slowest thread at each of them: where another process takes a core, it suffers far more than one in a few large steps,
-and no ratio corrects that.
+Leave the machine alone meanwhile, or measure one thread (OMP_NUM_THREADS=1): where another process takes a core, a loss
+in many small steps suffers far more than one in a few large steps, and no ratio corrects that.
 """
 
 import functools

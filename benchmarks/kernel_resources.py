@@ -3,9 +3,8 @@
     python -m benchmarks.kernel_resources [--archs 80 90] [--json benchmarks/results/kernel_resources.json]
 
 Registers and spills are ptxas's. Blocks that fit a multiprocessor follow from them, from __launch_bounds__ and from the
-shared memory, whose dynamic part only the launcher knows: `dynamic_shared`. Instructions are those of the disassembled
-machine code, each counted once: "loop" is one round of the hot loop, the innermost one that holds the most tensor-core
-instructions; both sides of a branch in it count.
+shared memory. Instructions are those of the disassembled machine code: "loop" is one round of the innermost loop with
+the most tensor-core instructions; both sides of a branch in it count.
 
 Needs nvcc, c++filt, and cuobjdump and nvdisasm: of PATH, of CUDA_HOME, or Triton's, which brings them.
 """
@@ -145,11 +144,7 @@ def reach(start: str, edges: Mapping[str, Sequence[str]], without: str = "") -> 
 
 
 def hot_loop(blocks: Mapping[str, Block]) -> set[str]:
-    """The innermost loop with the most tensor-core instructions; empty if there is none.
-
-    A loop is a natural one: a branch back to a block that every way to the branch leads through. By addresses alone,
-    a rare case that was moved behind the end and jumps back would look like one.
-    """
+    """The innermost natural loop with the most tensor-core instructions; empty if there is none."""
     after: dict[str, list[str]] = {}
     before: dict[str, list[str]] = {name: [] for name in blocks}
     for name, following in zip(blocks, [*list(blocks)[1:], None], strict=True):

@@ -37,10 +37,9 @@ def peak_mib(call: Callable[[], object]) -> float:
     return peak / 2**20
 
 
-def tree_mib(process: int | None = None) -> float:
-    """Memory of a process (this one) and all its descendants now; what several share counts once in all (PSS)."""
-    process = process or os.getpid()
-    total, waiting = 0.0, [process]
+def tree_mib() -> float:
+    """Memory of this process and all its descendants now; what several share counts once in all (PSS)."""
+    total, waiting = 0.0, [os.getpid()]
     while waiting:
         folder = Path("/proc", str(waiting.pop()))
         try:

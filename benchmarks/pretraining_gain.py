@@ -34,28 +34,25 @@ RECIPE = {
     "batch_size": 256,
     "knn_every": 0,
 }
+IMAGES, VAL_IMAGES, EPOCHS, SEEDS = 4000, 2000, 40, 3
 MEASURES = {"knn": ["knn", "--k=20"], "linear": ["linear", "--solver=lbfgs"]}
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--train", required=True, help="images with labels, of which --images are trained on")
-    parser.add_argument("--val", required=True, help="images with labels, of which --val_images are classified")
-    parser.add_argument("--images", type=int, default=4000)
-    parser.add_argument("--val_images", type=int, default=2000)
-    parser.add_argument("--epochs", type=int, default=40)
-    parser.add_argument("--seeds", type=int, default=3)
+    parser.add_argument("--train", required=True, help=f"images with labels, of which {IMAGES} are trained on")
+    parser.add_argument("--val", required=True, help=f"images with labels, of which {VAL_IMAGES} are classified")
     parser.add_argument("--json", type=Path, required=True)
     options = parser.parse_args()
     with tempfile.TemporaryDirectory() as folder:
-        train = write_subset(options.train, options.images, Path(folder) / "train")
-        val = write_subset(options.val, options.val_images, Path(folder) / "val")
-        rows = [one_seed(seed, train, val, options.epochs, Path(folder)) for seed in range(options.seeds)]
+        train = write_subset(options.train, IMAGES, Path(folder) / "train")
+        val = write_subset(options.val, VAL_IMAGES, Path(folder) / "val")
+        rows = [one_seed(seed, train, val, Path(folder)) for seed in range(SEEDS)]
     record = {
         "what": "top-1 accuracy of representations, trained against untrained, ResNet-18 with ImageNet's stem on 32x32",
-        "images": options.images,
-        "val_images": options.val_images,
-        "epochs": options.epochs,
+        "images": IMAGES,
+        "val_images": VAL_IMAGES,
+        "epochs": EPOCHS,
         "recipe": RECIPE,
         "device": f"{choose_precision('auto', torch.device('cpu')).why}, {torch.get_num_threads()} threads",
         "torch": torch.__version__,
@@ -77,13 +74,13 @@ def write_subset(path: str, images: int, folder: Path) -> str:
     return str(folder)
 
 
-def one_seed(seed: int, train: str, val: str, epochs: int, folder: Path) -> dict[str, Any]:
+def one_seed(seed: int, train: str, val: str, folder: Path) -> dict[str, Any]:
     row: dict[str, Any] = {"seed": seed}
     # A learning rate this small leaves an untrained encoder in a checkpoint, except for its BatchNorm statistics, which
     # have seen one step's views, to the advantage of the untrained one.
     for state, changes in {"untrained": {"max_steps": 1, "optim.lr": 1e-12}, "trained": {}}.items():
         run = folder / f"{state}-{seed}"
-        recipe = RECIPE | {"data.train": train, "epochs": epochs, "seed": seed, "output": run} | changes
+        recipe = RECIPE | {"data.train": train, "epochs": EPOCHS, "seed": seed, "output": run} | changes
         command("train", *(f"--{name}={value}" for name, value in recipe.items()))
         for measure in MEASURES.values():
             command("evaluate", *measure, f"--checkpoint={run}", f"--data.train={train}", f"--data.val={val}")
