@@ -18,10 +18,8 @@ from fastsimclr.data.params import DRAW
 from fastsimclr.data.photometric import photometric
 from fastsimclr.data.torchvision import crop
 from fastsimclr.preview import main
-from fastsimclr.reporting.contact_sheet import TAG, Page, fitted, text_width, wrapped
+from fastsimclr.reporting.contact_sheet import GAP, MARGIN, TAG, Page, fitted, text_width, wrapped
 from fastsimclr.reporting.preview import (
-    GAP,
-    MARGIN,
     TEXT_WIDTH,
     Row,
     describe_recipe,

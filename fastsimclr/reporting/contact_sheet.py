@@ -1,9 +1,10 @@
-"""A page of images and text as a PNG file: axes whose data coordinates are pixels from the top left."""
+"""Pages of images and text as PNG files: axes whose data coordinates are pixels from the top left."""
 
 import io
 import re
 import warnings
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, field
 from functools import lru_cache
 from typing import Any
 
@@ -11,7 +12,7 @@ import numpy as np
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 from matplotlib.font_manager import FontProperties
-from matplotlib.markers import MarkerStyle
+from matplotlib.lines import Line2D
 from matplotlib.patches import Rectangle
 from matplotlib.patheffects import withStroke
 from matplotlib.text import Text
@@ -21,9 +22,10 @@ from PIL import Image
 Pixels = NDArray[np.uint8]  # (height, width, 3)
 
 DPI = 72  # a point, matplotlib's unit of fonts and lines, is a pixel; and n / 72 * 72 is n in floating point, for all n
-FONT, TAG_FONT, LINE = 11.5, 10.5, 15
+FONT, TAG_FONT, HEAD_FONT, TITLE_FONT, LINE = 11.5, 10.5, 13.0, 18.0, 15
+MARGIN, GAP = 20, 18
 TAG = 14  # side of the number at a crop's corner
-INK, FAINT = "#1c1c1e", "#636366"
+INK, FAINT, RED = "#1c1c1e", "#636366", "#c8102e"
 FRAME = "#c8c8c8"
 COLORS = ("#ff453a", "#2f9bff", "#32d158", "#ffd60a", "#c77dff", "#ff9f0a", "#2ed9d9", "#ff7ac6")  # one a view
 
@@ -54,37 +56,55 @@ class Page:
         size: float = FONT,
         weight: str = "normal",
         color: str = INK,
-        align: str = "left",
     ) -> int:
-        """align: which part of a line x is: left, center or right. Returns where the next line would be."""
+        """Returns where the next line would be."""
         step = round(LINE * size / FONT)
         for line in lines:
             baseline = y + round(0.75 * step)  # the tops of letters differ
-            style: dict[str, Any] = {"size": size, "weight": weight, "color": color, "ha": align}
+            style: dict[str, Any] = {"size": size, "weight": weight, "color": color}
             self.axes.text(x, baseline, line, parse_math=False, **style)
             y += step
         return y
 
-    def label(self, x: float, y: float, text: str, color: str = INK) -> None:
+    def label(self, x: float, y: float, text: str) -> None:
         """A word on top of other things, on a white halo, its middle at x, y."""
-        self._centered(x, y, text, FONT, color).set_path_effects([withStroke(linewidth=3, foreground="white")])
+        self._centered(x, y, text, FONT, INK).set_path_effects([withStroke(linewidth=3, foreground="white")])
 
-    def dots(
-        self,
-        at: NDArray[np.float64],
-        radius: float,
-        colors: list[str],
-        triangles: list[bool],
-        opacity: float = 1,
-    ) -> None:
-        """Points of a plot, (N, 2), the last on top; some as triangles of about the same area."""
-        shapes = {kind: MarkerStyle("^" if kind else "o") for kind in (False, True)}
-        paths = {kind: shape.get_path().transformed(shape.get_transform()) for kind, shape in shapes.items()}
-        sizes: Any = [(2 * radius) ** 2 * (1.6 if triangle else 1) for triangle in triangles]
-        drawn = self.axes.scatter(
-            at[:, 0], at[:, 1], s=sizes, c=colors, edgecolors="white", linewidths=0.4, alpha=opacity
+    def dots(self, at: NDArray[np.float64], radius: float, colors: list[str], markers: list[str]) -> None:
+        """Points of a plot, (N, 2): of each marker, the last on top."""
+        for marker in dict.fromkeys(markers):
+            of_it = [k for k, each in enumerate(markers) if each == marker]
+            style: dict[str, Any] = {"s": (2 * radius) ** 2, "edgecolors": "white", "linewidths": 0.4, "alpha": 0.8}
+            self.axes.scatter(at[of_it, 0], at[of_it, 1], c=[colors[k] for k in of_it], marker=marker, **style)
+
+    def legend(self, x: float, y: float, entries: Sequence[tuple[str, str, str]]) -> None:
+        """entries: color, marker and text of each."""
+        handles = [Line2D([], [], color=color, marker=marker, linestyle="") for color, marker, _ in entries]
+        legend = self.axes.legend(
+            handles,
+            ["class"] * len(entries),
+            loc="upper left",
+            bbox_to_anchor=(x, y),
+            bbox_transform=self.axes.transData,
+            frameon=False,
+            borderpad=0,
+            borderaxespad=0,
+            labelspacing=0.7,
+            handlelength=1.4,
+            markerscale=1.8,
+            fontsize=FONT,
+            labelcolor=INK,
         )
-        drawn.set_paths([paths[triangle] for triangle in triangles])
+        for drawn, (_, _, text) in zip(legend.get_texts(), entries, strict=True):
+            drawn.set(text=text, parse_math=False)  # only now: a class may begin with "_", which hides a label
+
+    def heading(self, title: str, notes: list[list[str]], width: int) -> int:
+        """The title, and below it each note's phrases; returns where the content begins."""
+        lines = [fitted(title, width, TITLE_FONT, "bold")]
+        y = self.text(MARGIN, MARGIN, lines, TITLE_FONT, "bold") + 6
+        for phrases in notes:
+            y = self.text(MARGIN, y, wrapped(phrases, width, " · "), color=FAINT)
+        return y + GAP
 
     def frame(self, x: float, y: float, width: float, height: float, color: str, thickness: float) -> None:
         """An outline of these outer sides."""
@@ -96,7 +116,7 @@ class Page:
         self._rectangle((x, y), TAG, TAG, facecolor=_color(view), edgecolor="black", linewidth=0.5)
         self._centered(x + TAG / 2, y + TAG / 2 + 0.5, str(view + 1), TAG_FONT, "black")
 
-    def crops(self, x: int, y: int, boxes: list[NDArray[np.float64]]) -> None:
+    def crops(self, x: int, y: int, boxes: Sequence[NDArray[np.float64]]) -> None:
         """The outline of each view's crop (top, left, height, width) in an image at x, y; each with its number."""
         for view in sorted(range(len(boxes)), key=lambda view: -boxes[view][2] * boxes[view][3]):  # small ones on top
             top, left, height, width = boxes[view].tolist()
@@ -132,6 +152,63 @@ class Page:
         self.axes.add_patch(Rectangle(corner, width, height, joinstyle="miter", **style))
 
 
+@dataclass(frozen=True)
+class Head:
+    """What is above a column of a sheet. view: whose number and color it has, if it is of a view."""
+
+    text: str
+    notes: list[str] = field(default_factory=list)
+    view: int | None = None
+
+
+@dataclass(frozen=True)
+class Cell:
+    """An image of a sheet. Each list of phrases of its caption begins a line."""
+
+    pixels: Pixels
+    caption: list[list[str]] = field(default_factory=list)
+    faint: list[list[str]] = field(default_factory=list)
+    """The end of the caption, in a fainter color."""
+    zoom: float = 1
+    crops: Sequence[NDArray[np.float64]] = ()
+    stands_out: bool = False
+
+
+def draw_grid(
+    title: str, notes: list[list[str]], heads: list[Head], rows: list[list[Cell]], narrowest: int
+) -> tuple[bytes, tuple[int, int]]:
+    """Images with captions, in columns of at least `narrowest` pixels: a PNG file's bytes, its width and height."""
+    columns = list(zip(*rows, strict=True))
+    widths = [max(narrowest, *(round(cell.pixels.shape[1] * cell.zoom) for cell in column)) for column in columns]
+    lefts = np.cumsum([MARGIN, *(width + GAP for width in widths)]).tolist()
+    right = lefts.pop() - GAP
+    page = Page()
+    y = page.heading(title, notes, right - MARGIN)
+
+    bottoms = []
+    for left, width, head in zip(lefts, widths, heads, strict=False):  # the last head may be of several columns
+        if head.view is not None:
+            page.tag(left, y, head.view)
+        below = page.text(left + (TAG + 6) * (head.view is not None), y, [head.text], HEAD_FONT, "bold")
+        bottoms.append(page.text(left, below, wrapped(head.notes, width), color=FAINT))
+    y = max(bottoms) + 6
+
+    for row in rows:
+        bottoms = []
+        for left, width, cell in zip(lefts, widths, row, strict=True):
+            frame: dict[str, Any] = {"frame": RED, "thickness": 4} if cell.stands_out else {}
+            below = page.image(left, y, cell.pixels, cell.zoom, **frame) + 5
+            page.crops(left, y, [box * cell.zoom for box in cell.crops])
+            for phrases in cell.caption:
+                below = page.text(left, below, wrapped(phrases, width), color=RED if cell.stands_out else INK)
+            for phrases in cell.faint:
+                below = page.text(left, below, wrapped(phrases, width), color=FAINT)
+            bottoms.append(below)
+        y = max(bottoms) + GAP
+    size = (right + MARGIN, y - GAP + MARGIN)
+    return page.png(*size), size
+
+
 def _color(view: int) -> str:
     return COLORS[view % len(COLORS)]
 
@@ -158,7 +235,7 @@ def wrapped(phrases: list[str], width: int, separator: str = ", ") -> list[str]:
 
 
 def fitted(text: str, width: int, size: float = FONT, weight: str = "normal") -> str:
-    """The text, or as much of its end as is no wider than `width`: the end tells a file from its neighbours."""
+    """The text, or as much of its end as is no wider than `width`: the end tells a file from its neighbors."""
     text = cut = " ".join(text.encode(errors="replace").decode().split())  # a file's name may hold any byte
     while cut and text_width(text if cut == text else f"…{cut}", size, weight) > width:
         whole_folder = re.match(r".+?(?=/.|(?<=: ).)", cut)

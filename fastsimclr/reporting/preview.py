@@ -16,13 +16,11 @@ from fastsimclr.data.augmentation import Views
 from fastsimclr.data.params import draw_views
 from fastsimclr.data.sources import NO_LABEL
 from fastsimclr.data.torchvision import decoded
-from fastsimclr.reporting.contact_sheet import FAINT, TAG, Page, Pixels, fitted, wrapped
+from fastsimclr.reporting.contact_sheet import Cell, Head, Pixels, draw_grid
 from fastsimclr.run_folder import check_new, write_whole
 
 SHOWN = 224  # a view of up to half this side is enlarged by a whole number, one far larger is reduced to it
 TEXT_WIDTH = 220  # of a column at least: two changes of color on a line
-HEAD_FONT, TITLE_FONT = 13.0, 18.0
-MARGIN, GAP = 20, 18
 
 
 @dataclass(frozen=True)
@@ -189,51 +187,24 @@ def _label(source: Source, label: int) -> str:
 def draw_sheet(title: str, notes: list[list[str]], rows: list[Row], recipe: Views) -> tuple[bytes, tuple[int, int]]:
     """The sheet as a PNG file's bytes, and its width and height."""
     zoom = _zoom(max(of_view.image_size for of_view in recipe.recipes))  # one for all: a small view looks small
-    originals = [_zoom(*row.original.shape[:2]) for row in rows]
-    widths = [max(TEXT_WIDTH, *(round(row.original.shape[1] * z) for row, z in zip(rows, originals, strict=True)))]
-    widths += [max(TEXT_WIDTH, round(view.shape[1] * zoom)) for view in rows[0].views]
-    lefts = np.cumsum([MARGIN, *(width + GAP for width in widths)]).tolist()
-    whole = lefts[-1] - GAP - MARGIN
-
-    page = Page()
-    y = page.text(MARGIN, MARGIN, [fitted(title, whole, TITLE_FONT, "bold")], size=TITLE_FONT, weight="bold") + 6
-    for phrases in notes:
-        y = page.text(MARGIN, y, wrapped(phrases, whole, " · "), color=FAINT)
-    y += GAP
-
-    below = page.text(MARGIN, y, ["image and crops"], size=HEAD_FONT, weight="bold")
-    bottoms = [page.text(MARGIN, below, _shown_at(originals), color=FAINT)]
+    heads = [Head("image and crops")]
     for view, of_view in enumerate(recipe.recipes):
-        head = f"view {view + 1}: {of_view.image_size}×{of_view.image_size}"
-        left = lefts[view + 1]
-        page.tag(left, y, view)
-        below = page.text(left + TAG + 6, y, [head], size=HEAD_FONT, weight="bold")
-        own = wrapped([*_shown_at([zoom]), *_own_changes(recipe, view)], widths[view + 1])
-        bottoms.append(page.text(left, below, own, color=FAINT))
-    y = max(bottoms) + 6
-
-    for row, row_zoom in zip(rows, originals, strict=True):
-        bottom = page.image(MARGIN, y, row.original, row_zoom)
-        page.crops(MARGIN, y, [drawn["box"] * row_zoom for drawn in row.drawn])
+        shown = [f"shown ×{zoom:.2g}"] if zoom != 1 else []
+        size = f"{of_view.image_size}×{of_view.image_size}"
+        heads.append(Head(f"view {view + 1}: {size}", shown + _own_changes(recipe, view), view))
+    cells = []
+    for row in rows:
         height, width = row.original.shape[:2]
-        lines = [fitted(row.name, widths[0]), fitted(f"{width}×{height}{row.label}", widths[0])]
-        bottoms = [page.text(MARGIN, bottom + 5, lines, color=FAINT)]
-        for view, (pixels, drawn, of_view) in enumerate(zip(row.views, row.drawn, recipe.recipes, strict=True)):
-            left = lefts[view + 1]
-            bottom = page.image(left, y, pixels, zoom)
-            lines = [line for phrases in parameters(drawn, of_view) for line in wrapped(phrases, widths[view + 1])]
-            bottoms.append(page.text(left, bottom + 5, lines))
-        y = max(bottoms) + GAP
-    size = (lefts[-1] - GAP + MARGIN, y - GAP + MARGIN)
-    return page.png(*size), size
+        faint = [[row.name], [f"{width}×{height}{row.label}"]]
+        boxes = [drawn["box"] for drawn in row.drawn]
+        of_row = [Cell(row.original, faint=faint, zoom=_zoom(height, width), crops=boxes)]
+        for pixels, drawn, of_view in zip(row.views, row.drawn, recipe.recipes, strict=True):
+            of_row.append(Cell(pixels, parameters(drawn, of_view), zoom=zoom))
+        cells.append(of_row)
+    return draw_grid(title, notes, heads, cells, TEXT_WIDTH)
 
 
 def _zoom(height: int, width: int | None = None) -> float:
     """How many times its size a picture is shown: a whole number where it is enlarged, so that its pixels stay even."""
     room = min(SHOWN / height, 1.5 * SHOWN / (width or height))
     return float(int(room)) if room >= 1 else 1.0 if room > 0.77 else room
-
-
-def _shown_at(zooms: list[float]) -> list[str]:
-    """How much larger or smaller than they are pictures are shown, if all alike and not as they are."""
-    return [f"shown ×{zooms[0]:.2g}"] if set(zooms) == {zooms[0]} and zooms[0] != 1 else []
