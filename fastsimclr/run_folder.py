@@ -12,6 +12,8 @@ import torch
 from fastsimclr.errors import UserError
 
 FORMAT = 1
+MAP, GALLERY = "map.png", "gallery.png"
+"""The pictures in the output folder of fastsimclr.embed."""
 
 
 class RunFolder:
@@ -26,8 +28,12 @@ class RunFolder:
         self.tensorboard = self.path / "tensorboard"
         self.trace = self.path / "trace.json.gz"
         self.report = self.path / "report.html"
+        self.preview = self.path / "preview.png"
         self.evaluate = self.path / "evaluate"
+        self.knn = self.evaluate / "knn.json"
         self.embed = self.path / "embed"
+        self.map = self.embed / MAP
+        self.gallery = self.embed / GALLERY
 
     def __str__(self) -> str:
         return str(self.path)

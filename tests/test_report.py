@@ -28,7 +28,8 @@ from fastsimclr.report import MOST_RUNS, main
 from fastsimclr.reporting.charts import BOTTOM, COLORS, DASHES, TOP
 from fastsimclr.reporting.curves import MOST, reduce
 from fastsimclr.reporting.numbers import duration, number
-from fastsimclr.reporting.pieces import PIECES
+from fastsimclr.reporting.report import pieces
+from fastsimclr.run_folder import RunFolder
 
 ROOT = Path(__file__).resolve().parents[1]
 EVIL = '<script>alert("x")</script>&\'"><img src=http://example.com/x onerror=alert(1)>'
@@ -281,8 +282,8 @@ def test_each_piece_is_asked_for_in_options_that_its_command_has(
 ) -> None:
     folder = run_folder(tmp_path / "run", data__train=str(tmp_path / "gone"))
     add(folder, {"checkpoints/last.pt": "no checkpoint"})
-    for piece in PIECES:
-        module, *arguments = (word.replace("{run}", str(folder)).replace("{knn_k}", "20") for word in piece.command)
+    for piece in pieces(RunFolder(folder), "20"):
+        module, *arguments = piece.command
         assert importlib.import_module(f"fastsimclr.{module}").main(arguments) == 2
         said = capsys.readouterr().err
         assert str(tmp_path / "gone") in said or str(folder / "checkpoints" / "last.pt") in said, said
@@ -293,11 +294,10 @@ def test_a_run_of_nothing_but_its_record_says_what_would_make_the_rest(tmp_path:
     page = collect(folder)
     said = [node.text for node in page.all("p", class_="quiet")]
     assert len(said) == 3
-    for piece in PIECES:
+    for piece in pieces(RunFolder(folder), "20"):
         (sentence,) = (each for each in said if piece.what in each)
         command = sentence.split("python -m fastsimclr.")[1]
-        words = [word.replace("{run}", str(folder)).replace("{knn_k}", "20") for word in piece.command]
-        assert shlex.split(command) == words
+        assert shlex.split(command) == piece.command
         assert ("no checkpoints/last.pt" if "--checkpoint" in command else "not made yet") in sentence
     assert "Device" not in tiles(page)
     assert list(charts(page)) == ["Loss", "kNN accuracy", "Throughput", "Learning rate", "Where a step’s time goes"]

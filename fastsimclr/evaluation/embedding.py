@@ -34,7 +34,7 @@ from fastsimclr.malloc import keep_freed_memory
 from fastsimclr.precision import Precision, choose_precision
 from fastsimclr.pretrained import Pretrained, open_pretrained
 from fastsimclr.reporting import embedding_pictures
-from fastsimclr.run_folder import RunFolder, check_new, scan_cache, write_whole
+from fastsimclr.run_folder import GALLERY, MAP, RunFolder, check_new, scan_cache, write_whole
 
 FEWEST_IMAGES = 10  # of fewer there is no map, and all are each other's neighbours
 MOST_MAPPED = 5000  # UMAP and t-SNE take up to a minute for so many, and a map has no room for more
@@ -192,7 +192,7 @@ def _record(job: Embedding, options: argparse.Namespace, world: World, seconds: 
 def _land(job: Embedding, features: FeatureFile, record: dict[str, Any]) -> None:
     """Give all files their names, the features last: where they are, the others are theirs."""
     output = job.output
-    for name in (*(f"features.{kind}" for kind in FEATURE_FORMATS), "map.png", "gallery.png"):
+    for name in (*(f"features.{kind}" for kind in FEATURE_FORMATS), MAP, GALLERY):
         (output / name).unlink(missing_ok=True)
     write_whole(output / "images.csv", lambda file: _write_images(file, job.source))
     write_whole(output / "embed.json", lambda file: file.write_text(json.dumps(record, indent=2) + "\n"))
@@ -226,8 +226,8 @@ def _draw(job: Embedding, options: argparse.Namespace, features: NDArray[np.floa
         ]
         names, title = neighbors.class_names(job.source), f"{job.what}: nearest neighbours"
         png = embedding_pictures.draw_gallery(title, notes, job.source, job.views, names, queries, cosines, neighbours)
-        write_whole(job.output / "gallery.png", lambda file: file.write_bytes(png))
-        made.append("gallery.png")
+        write_whole(job.output / GALLERY, lambda file: file.write_bytes(png))
+        made.append(GALLERY)
     return made
 
 
@@ -254,8 +254,8 @@ def _draw_map(job: Embedding, options: argparse.Namespace, features: NDArray[np.
     notes = [by, f"{name}{how} of the normalised features", counted]
     labels, names = job.source.labels[shown], neighbors.class_names(job.source)
     png = embedding_pictures.draw_map(f"{job.what}: {name} map", notes, places, labels, names)
-    write_whole(job.output / "map.png", lambda file: file.write_bytes(png))
-    return f"map.png ({name}: {why})" if why else f"map.png ({name})"
+    write_whole(job.output / MAP, lambda file: file.write_bytes(png))
+    return f"{MAP} ({name}: {why})" if why else f"{MAP} ({name})"
 
 
 def _summary(job: Embedding, record: dict[str, Any], made: list[str]) -> str:

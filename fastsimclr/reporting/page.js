@@ -1,4 +1,4 @@
-// The values under the pointer or the finger; before printing, all that is folded is opened.
+// The values under the pointer or the finger.
 const made = (tag, properties, ...children) => {
   const element = Object.assign(document.createElement(tag), properties);
   element.append(...children);
@@ -42,4 +42,3 @@ for (const plot of document.querySelectorAll(".plot")) {
   plot.addEventListener("pointerleave", (event) => event.pointerType === "mouse" && hide());
   addEventListener("pointerdown", (event) => plot.contains(event.target) || hide()); // a tap beside it
 }
-addEventListener("beforeprint", () => document.querySelectorAll("details").forEach((each) => (each.open = true)));

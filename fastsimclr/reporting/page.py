@@ -2,42 +2,37 @@
 
 import base64
 import hashlib
+import io
+import warnings
 from collections.abc import Sequence
-from dataclasses import dataclass, field
 from importlib.resources import files
+from pathlib import Path
+from typing import NamedTuple
 
 import jinja2
 from markupsafe import Markup
+from PIL import Image
 
-from fastsimclr.reporting import figures, numbers, pieces, results, settings
-from fastsimclr.reporting.charts import COLORS, DASHES, stage_colors
-from fastsimclr.reporting.pictures import Picture, embedded
-from fastsimclr.reporting.pieces import Missing
+from fastsimclr.data.scan import SKIPPED_FILE
+from fastsimclr.reporting import figures, numbers, results, settings
+from fastsimclr.reporting.charts import COLORS, DASHES, VARIABLES, stage_colors
 from fastsimclr.reporting.run_record import Run
 from fastsimclr.version import __version__
 
 GENERATOR = "fastsimclr.report"
+WIDEST = 1600  # pixels of a picture
+TALLEST = 16383  # of a WebP
 
 
-@dataclass(frozen=True)
-class Entry:
-    """A run of the report. place: among those compared, from 0."""
+class Picture(NamedTuple):
+    """uri: its bytes; width and height in pixels."""
 
-    run: Run
-    place: int
-    missing: dict[str, Missing] = field(default_factory=dict)
-    """The missing pieces, by their files."""
-
-    def picture(self, file: str) -> Picture | str | None:
-        """A picture of the run's folder; why it can't be shown; or None if the folder has none."""
-        path = self.run.folder / file
-        try:
-            return embedded(path) if path.is_file() else None
-        except (OSError, ValueError) as error:
-            return f"{file} could not be read ({error})."
+    uri: str
+    width: int
+    height: int
 
 
-def page(entries: Sequence[Entry], made: str) -> str:
+def page(runs: Sequence[Run], made: str) -> str:
     """The whole page. made: when, and by what command."""
     environment = jinja2.Environment(
         autoescape=True,
@@ -46,11 +41,9 @@ def page(entries: Sequence[Entry], made: str) -> str:
         undefined=jinja2.StrictUndefined,
         extensions=["jinja2.ext.do"],
     )
-    runs = [entry.run for entry in entries]
     stages = [run.shares() for run in runs]
     script = _resource("page.js")
     return environment.from_string(_resource("page.html")).render(
-        entries=entries,
         runs=runs,
         several=len(runs) > 1,
         title=runs[0].name if len(runs) == 1 else f"{len(runs)} runs compared",
@@ -69,10 +62,29 @@ def page(entries: Sequence[Entry], made: str) -> str:
         colors=len(COLORS),
         figures=figures,
         numbers=numbers,
-        pieces=pieces,
+        picture=_picture,
         results=results,
         settings=settings,
+        skipped_file=SKIPPED_FILE,
+        variables=VARIABLES,
     )
+
+
+def _picture(file: Path) -> Picture | str | None:
+    """The picture in `file` as a data: URI; why it can't be shown; or None if there is no such file."""
+    if not file.is_file():
+        return None
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", Image.DecompressionBombWarning)  # a sheet of a hundred images is that large
+            image = Image.open(file).convert("RGB")
+    except (OSError, ValueError) as error:
+        return f"{file.name} could not be read ({error})."
+    image.thumbnail((WIDEST, image.height))
+    kind = "webp" if image.height <= TALLEST else "jpeg"
+    packed = io.BytesIO()
+    image.save(packed, kind, quality=85)
+    return Picture(f"data:image/{kind};base64,{base64.b64encode(packed.getvalue()).decode()}", *image.size)
 
 
 def _resource(name: str) -> str:

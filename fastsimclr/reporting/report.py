@@ -1,43 +1,62 @@
-"""Gathers what a report shows, and writes its page."""
+"""Gathers what a report shows, makes what other commands make of it, and writes its page."""
 
 import argparse
 import shlex
+import subprocess
+import sys
 import time
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
+from typing import NamedTuple
 
 from fastsimclr.config import Config
 from fastsimclr.errors import UserError
-from fastsimclr.reporting.page import GENERATOR, Entry, page
-from fastsimclr.reporting.pieces import gather
-from fastsimclr.reporting.run_record import Run, read_run, with_evaluations
-from fastsimclr.run_folder import check_new, write_whole
+from fastsimclr.reporting.page import GENERATOR, page
+from fastsimclr.reporting.run_record import Missing, Run, read_evaluations, read_run
+from fastsimclr.run_folder import RunFolder, check_new, write_whole
+
+
+class Piece(NamedTuple):
+    """A part of the page that another command makes. command: what follows `python -m fastsimclr.`."""
+
+    what: str
+    file: Path
+    command: list[str]
+
+
+def pieces(run: RunFolder, knn_k: str) -> list[Piece]:
+    """knn_k: as many neighbors as the run's own kNN curve asks."""
+    checkpoint = ["--checkpoint", str(run.checkpoint)]
+    preview = ["preview", "--config", str(run.config), "--output", str(run.preview)]
+    return [
+        Piece("contact sheet of the views", run.preview, preview),
+        Piece("map of the embedding", run.map, ["embed", *checkpoint, "--images", "2000"]),
+        Piece("evaluation by nearest neighbours", run.knn, ["evaluate", "knn", "--k", knn_k, *checkpoint]),
+    ]
 
 
 def write_report(options: argparse.Namespace, arguments: Sequence[str]) -> str:
     """Write the page that the options of fastsimclr.report ask for; returns the summary line to print."""
-    folders = [Path(folder) for folder in options.runs]
+    folders = [RunFolder(folder) for folder in options.runs]
     output = _output(options, folders)
-    runs = _told_apart([read_run(folder) for folder in folders])
-    entries = []
-    for place, each in enumerate(runs):
-        missing = gather(each.folder, each.config.get("knn_k", str(Config.knn_k)), make=not options.only_collect)
-        entries.append(Entry(with_evaluations(each), place, missing))
-    made = f"{time.strftime('%Y-%m-%d %H:%M')}, by python -m fastsimclr.report {shlex.join(arguments)}"
-    text = page(entries, made)
+    runs = []
+    for place, (folder, name) in enumerate(zip(folders, _names(folders), strict=True)):
+        runs.append(replace(read_run(folder), name=name, place=place))
+    runs = [read_evaluations(replace(run, missing=_gather(run, make=not options.only_collect))) for run in runs]
+    text = page(runs, f"{time.strftime('%Y-%m-%d %H:%M')}, by python -m fastsimclr.report {shlex.join(arguments)}")
     # A file's name may be no text.
     write_whole(output, lambda file: file.write_text(text, encoding="utf-8", errors="replace"))
-    left_out = [missing.what for entry in entries for missing in entry.missing.values()]
-    without = f"; without {', '.join(dict.fromkeys(left_out))}: the page says why" if left_out else ""
+    left_out = dict.fromkeys(missing.what for run in runs for missing in run.missing)
+    without = f"; without {', '.join(left_out)}: the page says why" if left_out else ""
     return f"{output}: {output.stat().st_size / 2**20:.1f} MiB, {', '.join(run.name for run in runs)}{without}"
 
 
-def _output(options: argparse.Namespace, folders: Sequence[Path]) -> Path:
+def _output(options: argparse.Namespace, folders: Sequence[RunFolder]) -> Path:
     """Where the page goes. Raises UserError if it must not go there."""
     if options.output is None and len(folders) > 1:
         raise UserError(f"--output: got none, expected a file name for a report of {len(folders)} runs")
-    own = folders[0] / "report.html"
+    own = folders[0].report
     output = Path(options.output) if options.output is not None else own
     if output.suffix.lower() not in (".html", ".htm"):
         raise UserError(f"--output: got {output}, expected a file name that ends in .html")
@@ -55,14 +74,51 @@ def _is_ours(file: Path) -> bool:
         return False
 
 
-def _told_apart(runs: Sequence[Run]) -> list[Run]:
-    """The runs by names that differ: of their folders as many last parts as that takes."""
-    paths = [run.folder.resolve() for run in runs]
+def _names(folders: Sequence[RunFolder]) -> list[str]:
+    """Names for the runs that differ: as many last parts of their folders as that takes."""
+    paths = [folder.path.resolve() for folder in folders]
     for place, path in enumerate(paths):
         if path in paths[:place]:
-            raise UserError(f"RUN_DIR: got {runs[place].folder} twice, expected each run once")
+            raise UserError(f"RUN_DIR: got {folders[place]} twice, expected each run once")
     for parts in range(1, 1 + max(len(path.parts) for path in paths)):
         names = ["/".join(path.parts[-parts:]) for path in paths]
         if len(set(names)) == len(names):
             break
-    return [replace(run, name=name) for run, name in zip(runs, names, strict=True)]
+    return names
+
+
+def _gather(run: Run, make: bool) -> list[Missing]:
+    """Make the pieces that a run lacks, if asked to; returns those that it still lacks."""
+    missing = []
+    for what, file, command in pieces(run.folder, run.config.get("knn_k", str(Config.knn_k))):
+        if file.exists():
+            continue
+        line = f"python -m fastsimclr.{shlex.join(command)}"
+        checkpoint = run.folder.checkpoint
+        if str(checkpoint) in command and not checkpoint.exists():
+            why = f"there is no {checkpoint.relative_to(run.folder.path)}"
+        elif not make:
+            why = "not made yet"
+        else:
+            print(f"fastsimclr.report: {line}", file=sys.stderr, flush=True)
+            why = _run(command)
+        if not file.exists():
+            missing.append(Missing(what, file, why or f"{file} was not written", line))
+    return missing
+
+
+def _run(command: list[str]) -> str:
+    """Run one of our commands; returns why it failed, if it did."""
+    done = subprocess.run(
+        [sys.executable, "-m", f"fastsimclr.{command[0]}", *command[1:]],
+        stdin=subprocess.DEVNULL,
+        capture_output=True,
+        text=True,
+        errors="replace",
+    )
+    if done.returncode == 0:
+        return ""
+    said = done.stderr.strip().splitlines() or [f"it ended with exit code {done.returncode}"]
+    why = said[-1].removeprefix(f"fastsimclr.{command[0]}: error: ")
+    print(f"fastsimclr.report: left out: {why}", file=sys.stderr, flush=True)
+    return why

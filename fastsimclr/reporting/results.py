@@ -1,7 +1,5 @@
 """Evaluations as tables: accuracies, those of the classes, and which class is taken for which."""
 
-from dataclasses import dataclass
-
 import numpy as np
 
 from fastsimclr.reporting.numbers import percent
@@ -10,32 +8,6 @@ from fastsimclr.reporting.run_record import Evaluation
 MOST_CLASSES = 30  # that are shown one by one, and against each other
 EXTREMES = 10
 MOST_PAIRS = 20
-
-
-@dataclass(frozen=True)
-class Cell:
-    """A cell of a confusion matrix that is not empty."""
-
-    count: int
-    share: float
-    hit: bool
-
-    @property
-    def shade(self) -> float:
-        """From 0 to 1. A mistake is rare: by its square root its shade is seen."""
-        return self.share if self.hit else self.share**0.5
-
-
-@dataclass(frozen=True)
-class Classes:
-    """An evaluation's classes one by one; of many the best and the worst."""
-
-    best: list[tuple[str, float]]
-    worst: list[tuple[str, float]]
-    between: int
-    """Classes that are not shown."""
-    unmeasured: int
-    """Classes without images to measure on."""
 
 
 def accuracies(evaluation: Evaluation) -> list[str]:
@@ -52,25 +24,22 @@ def accuracies(evaluation: Evaluation) -> list[str]:
     ]
 
 
-def per_class(evaluation: Evaluation) -> Classes:
-    """Each class's accuracy, best first."""
+def per_class(evaluation: Evaluation) -> list[tuple[str, float | None]]:
+    """Each class's accuracy, best first; of many the best and the worst, with a row without accuracy between them."""
     known = [(name, value) for name, value in evaluation.per_class.items() if value is not None]
     known.sort(key=lambda pair: -pair[1])
-    unmeasured = len(evaluation.per_class) - len(known)
     if len(known) <= MOST_CLASSES:
-        return Classes(known, [], 0, unmeasured)
-    return Classes(known[:EXTREMES], known[-EXTREMES:], len(known) - 2 * EXTREMES, unmeasured)
+        return [*known]
+    return [*known[:EXTREMES], (f"… {len(known) - 2 * EXTREMES:,} more", None), *known[-EXTREMES:]]
 
 
-def matrix(evaluation: Evaluation) -> list[list[Cell | None]]:
-    """Which class (row) was taken for which (column); empty for many classes, and where that was not kept."""
+def matrix(evaluation: Evaluation) -> list[list[tuple[int, float]]]:
+    """How many images, and what share of their class (row), were taken for which (column); empty for many classes,
+    and where that was not kept."""
     counts = evaluation.confusion
     if not counts.any() or len(counts) > MOST_CLASSES:
         return []
-    return [
-        [Cell(int(n), float(n / row.sum()), place == other) if n else None for other, n in enumerate(row)]
-        for place, row in enumerate(counts)
-    ]
+    return [[(int(n), float(n / max(row.sum(), 1))) for n in row] for row in counts]
 
 
 def mistakes(evaluation: Evaluation) -> list[list[str]]:

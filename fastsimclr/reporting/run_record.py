@@ -4,28 +4,37 @@ import json
 import math
 from array import array
 from collections.abc import Iterator
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import yaml
 
 from fastsimclr.errors import UserError
 from fastsimclr.reporting.curves import Floats
+from fastsimclr.run_folder import RunFolder
 
 STEP_NUMBERS = ("step", "epoch", "lr", "data_wait", "images_per_second", "step_ms", "images", "loss")
 PROTOCOLS = ("knn", "linear", "finetune", "supervised")
 """Of fastsimclr.evaluate, in the order of a report."""
 
 
-@dataclass(frozen=True)
-class Knn:
+class Knn(NamedTuple):
     """A measurement of kNN accuracy, a fraction, after `step` steps; step 0 is the untrained encoder's."""
 
     step: int
     epoch: int
     accuracy: float
+
+
+class Missing(NamedTuple):
+    """A part of the page that another command makes and that a run lacks: why, and the command that would make it."""
+
+    what: str
+    file: Path
+    why: str
+    command: str
 
 
 @dataclass(frozen=True)
@@ -41,7 +50,7 @@ class Evaluation:
     classes: list[str]
     per_class: dict[str, float | None]
     confusion: np.ndarray
-    """(C, C) images of class (row) taken for class (column); (0, 0) if the file has none."""
+    """(C, C) images of class (row) taken for class (column); empty if the file has none."""
     train_images: str
     """How many it learned from, and of how many."""
     val_images: str
@@ -50,11 +59,9 @@ class Evaluation:
 
 @dataclass(frozen=True)
 class Run:
-    """A run's folder."""
+    """A run, and its place among those of the report."""
 
-    folder: Path
-    name: str
-    """Of the folder: its last part; of several runs, as much of it as tells them apart."""
+    folder: RunFolder
     config: dict[str, str]
     """Every option by its whole name: {"loss.temperature": "0.2"}."""
     steps: dict[str, Floats]
@@ -66,9 +73,12 @@ class Run:
     skipped_images: int | None
     """None: there were no files to try."""
     environment: dict[str, Any]
-    evaluations: list[Evaluation]
     complaints: list[str]
-    """What else is there, but could not be read."""
+    """What else exists, but could not be read."""
+    evaluations: list[Evaluation] = field(default_factory=list)
+    missing: list[Missing] = field(default_factory=list)
+    name: str = ""
+    place: int = 0
 
     @property
     def last_step(self) -> int:
@@ -121,54 +131,45 @@ class Run:
         return {name: float(values[known].sum() / total[known].sum()) for name, values in self.stages_ms.items()}
 
 
-def read_run(folder: Path) -> Run:
-    """Read a run's folder, but for its evaluations. Raises UserError if it is none, or if its configuration or its
-    metrics are damaged."""
-    for name in ("config.yaml", "metrics.jsonl"):
-        if not (folder / name).is_file():
-            what = f"a folder without {name}" if folder.is_dir() else "a file" if folder.exists() else "nothing there"
-            raise UserError(f"{folder}: got {what}, expected a run's folder: the --output of fastsimclr.train")
+def read_run(folder: RunFolder) -> Run:
+    """Read a run's folder, except for its evaluations. Raises UserError if it is not a run's, or if its configuration
+    or its metrics are damaged."""
+    path = folder.path
+    for file in (folder.config, folder.metrics):
+        if not file.is_file():
+            what = f"a folder without {file.name}" if path.is_dir() else "a file" if path.exists() else "nothing there"
+            raise UserError(f"{path}: got {what}, expected a run's folder: the --output of fastsimclr.train")
     try:
-        config = yaml.safe_load((folder / "config.yaml").read_text())
-    except (OSError, ValueError, yaml.YAMLError) as error:
+        config = dict(flattened(yaml.safe_load(folder.config.read_text())))
+    except (OSError, ValueError, AttributeError, yaml.YAMLError) as error:
         raise UserError(
-            f"{folder / 'config.yaml'}: got no YAML ({error}), expected the file that train wrote"
+            f"{folder.config}: got no options as YAML ({error}), expected the file that train wrote"
         ) from error
-    if not isinstance(config, dict):
-        raise UserError(f"{folder / 'config.yaml'}: got {config!r}, expected the options that train wrote")
-    steps, stages, knn, skipped = _read_metrics(folder / "metrics.jsonl")
+    steps, stages, knn, skipped = _read_metrics(folder.metrics)
     complaints: list[str] = []
     environment: dict[str, Any] = {}
-    if (folder / "environment.json").is_file():
+    if folder.environment.is_file():
         try:
-            environment = dict(json.loads((folder / "environment.json").read_text()))
+            environment = dict(json.loads(folder.environment.read_text()))
         except (OSError, ValueError, TypeError) as error:
-            complaints.append(f"environment.json could not be read ({type(error).__name__}: {error})")
-    return Run(
-        folder=folder,
-        name=folder.resolve().name,
-        config=dict(flattened(config)),
-        steps=steps,
-        stages_ms=stages,
-        knn=knn,
-        skipped_images=skipped,
-        environment=environment,
-        evaluations=[],
-        complaints=complaints,
-    )
+            complaints.append(_complaint(folder, folder.environment, error))
+    return Run(folder, config, steps, stages, knn, skipped, environment, complaints)
 
 
-def with_evaluations(run: Run) -> Run:
-    """The run with what is in its evaluate/ by now."""
+def read_evaluations(run: Run) -> Run:
+    """The run with the evaluations that its folder holds by now."""
     evaluations, complaints = [], list(run.complaints)
-    for file in sorted((run.folder / "evaluate").glob("*.json")):
+    for file in sorted(run.folder.evaluate.glob("*.json")):
         try:
             evaluations.append(_evaluation(file))
         except (OSError, ValueError, TypeError, KeyError, AttributeError) as error:
-            complaints.append(f"evaluate/{file.name} could not be read ({type(error).__name__}: {error})")
-    order = {protocol: place for place, protocol in enumerate(PROTOCOLS)}
-    evaluations.sort(key=lambda each: order.get(each.protocol, len(order)))
+            complaints.append(_complaint(run.folder, file, error))
+    evaluations.sort(key=lambda each: PROTOCOLS.index(each.protocol))
     return replace(run, evaluations=evaluations, complaints=complaints)
+
+
+def _complaint(folder: RunFolder, file: Path, error: Exception) -> str:
+    return f"{file.relative_to(folder.path)} could not be read ({type(error).__name__}: {error})"
 
 
 def flattened(values: dict[str, Any], prefix: str = "") -> Iterator[tuple[str, str]]:
@@ -181,29 +182,21 @@ def flattened(values: dict[str, Any], prefix: str = "") -> Iterator[tuple[str, s
 
 
 def _read_metrics(file: Path) -> tuple[dict[str, Floats], dict[str, Floats], list[Knn], int | None]:
-    columns = {name: array("d") for name in STEP_NUMBERS}
-    stages: dict[str, array[float]] = {}
+    numbers = array("d")
+    stages: list[dict[str, float]] = []
     knn: list[Knn] = []
     skipped: int | None = None
     with open(file, "rb") as lines:
         for place, line in enumerate(lines, start=1):
-            if not line.strip():
-                continue
             try:
                 record = json.loads(line)
+                step = int(record["step"])
                 if "loss" in record:
-                    values = [float(record["step"] if name == "step" else record.get(name, np.nan)) for name in columns]
-                    parts = {name: float(ms) for name, ms in record.get("stages_ms", {}).items()}
-                    if not math.isfinite(values[0]):
-                        raise ValueError("a step without a number")
-                    for column, value in zip(columns.values(), values, strict=True):
-                        column.append(value)
-                    for name, ms in parts.items():
-                        column = stages.setdefault(name, array("d"))
-                        column.extend([np.nan] * (len(columns["loss"]) - 1 - len(column)))
-                        column.append(ms)
+                    values = [float(record.get(name, np.nan)) for name in STEP_NUMBERS]
+                    stages.append({name: float(ms) for name, ms in record.get("stages_ms", {}).items()})
+                    numbers.extend(values)
                 elif "knn_accuracy" in record:
-                    knn.append(Knn(int(record["step"]), int(record["epoch"]), float(record["knn_accuracy"])))
+                    knn.append(Knn(step, int(record["epoch"]), float(record["knn_accuracy"])))
                 elif "skipped_images" in record:
                     skipped = int(record["skipped_images"])
             except (ValueError, TypeError, KeyError, AttributeError, OverflowError) as error:
@@ -214,23 +207,23 @@ def _read_metrics(file: Path) -> tuple[dict[str, Floats], dict[str, Floats], lis
                     f"{file}: got {shown!r} in line {place}, expected a JSON object as train writes them; "
                     "remove that line"
                 ) from error
-    if not columns["loss"]:
+    if not stages:
         raise UserError(f"{file}: got no step in it, expected one at least; wait for the first, or train again")
-    arrays = {name: np.array(column) for name, column in columns.items()}
-    return arrays, _stages(arrays, {name: np.array(column) for name, column in stages.items()}), knn, skipped
+    columns = np.array(numbers).reshape(-1, len(STEP_NUMBERS)).T
+    steps = dict(zip(STEP_NUMBERS, columns, strict=True))
+    return steps, _stages(steps, stages), knn, skipped
 
 
-def _stages(steps: dict[str, Floats], measured: dict[str, Floats]) -> dict[str, Floats]:
+def _stages(steps: dict[str, Floats], measured: list[dict[str, float]]) -> dict[str, Floats]:
     """Each stage's milliseconds, (S,), with the rest of a step as a stage of its own."""
-    count = len(steps["loss"])
-    stages = {name: np.append(ms, np.full(count - len(ms), np.nan)) for name, ms in measured.items()}
+    names = dict.fromkeys(name for each in measured for name in each)
+    stages = {name: np.array([each.get(name, np.nan) for each in measured]) for name in names}
     if "data_wait" not in stages:
         stages = {"data_wait": 1000 * steps["data_wait"], **stages}
     rest = np.maximum(steps["step_ms"] - sum(stages.values()), 0)
     if len(stages) == 1:
         return {**stages, "compute": rest}
-    known = np.isfinite(rest)
-    if rest[known].sum() > 0.005 * steps["step_ms"][known].sum():
+    if np.nansum(rest) > 0.005 * np.nansum(steps["step_ms"]):
         stages["other"] = rest
     return stages
 
@@ -238,16 +231,17 @@ def _stages(steps: dict[str, Floats], measured: dict[str, Floats]) -> dict[str, 
 def _evaluation(file: Path) -> Evaluation:
     record = json.loads(file.read_text())
     classes = [str(name) for name in record.get("classes") or record["per_class"]]
-    confusion = np.array(record.get("confusion") or [], dtype=np.int64)
+    if record["protocol"] not in PROTOCOLS:
+        raise ValueError(f"got the protocol {record['protocol']!r}")
     return Evaluation(
         name=file.stem,
-        protocol=str(record["protocol"]),
+        protocol=record["protocol"],
         origin=str(record.get("origin", "")),
         top1=float(record["top1"]),
         top5=float(record["top5"]),
         classes=classes,
         per_class={str(name): value if value is None else float(value) for name, value in record["per_class"].items()},
-        confusion=confusion if confusion.shape == (len(classes), len(classes)) else np.empty((0, 0), np.int64),
+        confusion=np.array(record.get("confusion") or [], dtype=np.int64),
         train_images=_images(record.get("train") or {}),
         val_images=_images(record.get("val") or {}),
         settings=dict(record.get("settings") or {}),

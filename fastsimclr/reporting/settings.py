@@ -4,49 +4,27 @@ import dataclasses
 import shlex
 from collections import Counter
 from collections.abc import Sequence
-from dataclasses import dataclass
 from typing import Any
 
 import torch
 
-from fastsimclr.config import Config
+from fastsimclr.config import Config, parse
 from fastsimclr.models import SimCLR, encoder, projector
 from fastsimclr.reporting.run_record import Run, flattened
 
-ITS_OWN = {"output"}
-"""Options that differ from run to run by what they are."""
-
-
-@dataclass(frozen=True)
-class Option:
-    """An option of one run's configuration."""
-
-    name: str
-    value: str
-    changed: bool
-    """Whether it differs from the default."""
-
-
-def differing_options(runs: Sequence[Run]) -> list[str]:
-    """The options that are not the same for all runs."""
-    return differing([{k: v for k, v in run.config.items() if k not in ITS_OWN} for run in runs])
+OWN = "output"
+"""An option that differs from run to run by what it is."""
 
 
 def differing(found: Sequence[dict[str, str]]) -> list[str]:
     """The names whose values are not the same in all."""
-    names = dict.fromkeys(name for each in found for name in each)
+    names = dict.fromkeys(name for each in found for name in each if name != OWN)
     return [name for name in names if len({each.get(name) for each in found}) > 1]
 
 
-def configuration(run: Run) -> dict[str, list[Option]]:
-    """All options of a run, by their groups."""
-    usual = dict(flattened(dataclasses.asdict(Config())))
-    groups: dict[str, list[Option]] = {}
-    for name, value in run.config.items():
-        group, _, option = name.rpartition(".")
-        changed = name not in ITS_OWN and value != usual.get(name)
-        groups.setdefault(group or "run", []).append(Option(option, value, changed))
-    return groups
+def changed(run: Run) -> list[str]:
+    """The options of a run that are not the defaults."""
+    return differing([run.config, dict(flattened(dataclasses.asdict(Config()))) | {OWN: ""}])
 
 
 def environment(run: Run) -> dict[str, str]:
@@ -73,10 +51,9 @@ def device(run: Run) -> tuple[str, str]:
     kept = run.environment
     if "device" not in kept:
         return "", ""
-    gpus = kept.get("gpus") or []
     name = str(kept["device"])
-    if name.startswith("cuda") and gpus and isinstance(gpus[0], dict):
-        name = str(gpus[0].get("name", name))
+    if name.startswith("cuda") and kept.get("gpus"):
+        name = str(kept["gpus"][0]["name"])
     ranks = kept.get("world_size") or 1
     parts = [str(kept[key]).split(" (")[0] for key in ("precision", "loss_backend") if kept.get(key)]
     return (f"{ranks} × {name}" if ranks != 1 else name), " · ".join(parts)
@@ -84,21 +61,17 @@ def device(run: Run) -> tuple[str, str]:
 
 def parameters(run: Run) -> tuple[str, str]:
     """How many parameters the run's model has, and of what; both empty if its options don't say."""
-    config = {name.removeprefix("model."): value for name, value in run.config.items()}
     try:
+        config, _ = parse([f"--config={run.folder.config}"])
+        model = config.model
         with torch.device("meta"):  # sizes alone
-            body = encoder(
-                config["encoder"], int(config["width"]), config["stem"], image_size=int(config["data.image_size"])
-            )
-            hidden = config.get("hidden", "null")
-            head = projector(
-                body.out_features, None if hidden == "null" else int(hidden), int(config["out"]), int(config["layers"])
-            )
-    except (KeyError, ValueError):  # another version's options
+            body = encoder(model.encoder, model.width, model.stem, image_size=config.data.image_size)
+            head = projector(body.out_features, model.hidden, model.out, model.layers)
+    except ValueError:  # another version's options
         return "", ""
     whole = sum(parameter.numel() for parameter in SimCLR(body, head).parameters())
-    wide = f" ×{config['width']}" if config["width"] != "1" else ""
-    return f"{whole / 1e6:.1f} M", f"{config['encoder']}{wide} with its projection head"
+    wide = f" ×{model.width}" if model.width != 1 else ""
+    return f"{whole / 1e6:.1f} M", f"{model.encoder}{wide} with its projection head"
 
 
 def _worded(value: Any) -> Any:
