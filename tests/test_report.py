@@ -410,7 +410,7 @@ def test_of_several_runs_what_differs_is_listed_and_nothing_else(tmp_path: Path)
         ["optim.lr", "auto", "0.3", "0.3"],
     ]
     assert section(page, "environment").all("table")[0].rows() == [["", "a", "b", "c"], ["commit", "0", "1", "2"]]
-    (summary,) = [table for table in page.all("table") if "kNN" in table.rows()[0]]
+    (summary,) = [table for table in page.all("table") if "kNN accuracy" in table.rows()[0]]
     assert [row[0] for row in summary.rows()] == ["run", "a", "b", "c"]
     for chart in charts(page).values():
         assert [line["name"] for line in numbers_of(chart)["lines"]] == ["a", "b", "c"]

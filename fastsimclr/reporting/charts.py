@@ -27,7 +27,7 @@ VARIABLES = {f"--c{k}": color for k, color in enumerate(COLORS)} | {
     "--paper": PAPER,
     "--rest": REST,
 }
-"""What page.css calls each color that is drawn with; it gives them other values in the dark."""
+"""What page.css calls each color that is drawn with; there each has a value in the light and one in the dark."""
 WIDTH, HEIGHT = 480, 250  # a matplotlib point is a unit of the SVG: about a pixel of the page
 LEFT, RIGHT, TOP, BOTTOM = 48, 468, 8, 204  # of the plot within it
 STYLE: Any = {
@@ -213,7 +213,7 @@ def _data(
         "ends": ends,
         "plot": (LEFT / WIDTH, RIGHT / WIDTH),
         "lines": [
-            {"name": name, "color": color, "x": [_short(v, 7) for v in x], "y": [_short(v, 4) for v in y]}
+            {"name": name, "color": color, "x": [float(f"{v:.7g}") for v in x], "y": [float(f"{v:.4g}") for v in y]}
             for name, color, x, y in lines
         ],
     }
@@ -222,8 +222,3 @@ def _data(
 def _described(curve: Curve, unit: str) -> str:
     first, last, low, high = (number(float(v)) for v in (curve.y[0], curve.y[-1], curve.low.min(), curve.high.max()))
     return f"from {first} to {last} {unit}, lowest {low}, highest {high}"
-
-
-def _short(value: float, digits: int) -> float:
-    shortened = float(f"{value:.{digits}g}")
-    return int(shortened) if shortened == int(shortened) else shortened

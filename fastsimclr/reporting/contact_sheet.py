@@ -123,16 +123,12 @@ class Page:
             for color, thickness in (("black", 4.5), (_color(view), 2.5)):  # black: for light images
                 self._rectangle((x + left, y + top), width, height, fill=False, edgecolor=color, linewidth=thickness)
         taken: list[tuple[float, float]] = []
-        for view, (top, left, height, width) in enumerate(boxes):
-            places = [
-                (x + left + across, y + top + down)
-                for down in np.arange(0, max(1, height - TAG), TAG)
-                for across in np.arange(0, max(1, width - TAG), TAG)
-            ]
-            places += [(x + left + beside * TAG, y + top) for beside in range(len(boxes))]  # of crops that coincide
-            free = (p for p in places if all(abs(p[0] - q[0]) >= TAG or abs(p[1] - q[1]) >= TAG for q in taken))
-            taken.append(next(free, places[0]))
-            self.tag(*taken[-1], view)
+        for view, (top, left, _, _) in enumerate(boxes):
+            across, down = x + left, y + top
+            while any(abs(across - u) < TAG and abs(down - v) < TAG for u, v in taken):
+                across += TAG
+            taken.append((across, down))
+            self.tag(across, down, view)
 
     def png(self, width: int, height: int) -> bytes:
         self.figure.set_size_inches(width / DPI, height / DPI)

@@ -1,4 +1,4 @@
-"""What a run came to: its figures as tiles, those of several as a table, and their curves."""
+"""What a run came to: its figures, and its curves."""
 
 from collections.abc import Sequence
 
@@ -11,59 +11,37 @@ from fastsimclr.reporting.run_record import Run
 from fastsimclr.reporting.settings import device, parameters
 
 
-def tiles(run: Run) -> list[tuple[str, str, str]]:
-    """The figures that one looks for first: name, value, note."""
+def facts(run: Run) -> dict[str, tuple[str, str]]:
+    """The figures that one looks for first, as far as they are known: by their names, a value and a note."""
     loss, wait = run.steps["loss"], run.shares().get("data_wait")
-    waits = f"; {percent(wait)} waits for data" if wait is not None else ""
+    waits = f", {percent(wait)} of it waiting for data" if wait is not None else ""
     started = str(run.environment.get("started") or "")[:16].replace("T", " ")
     untrained = f"{percent(run.untrained_knn)} untrained" if run.untrained_knn is not None else ""
     neighbors = f"{run.config['knn_k']} neighbors" if "knn_k" in run.config else ""
-    shown = [
-        (
-            "Final loss",
+    shown = {
+        "Final loss": (
             number(loss[-1]),
             f"{number(loss[0])} at first; last epoch’s mean {number(run.last_epochs_loss)}",
         ),
-        ("kNN accuracy", share(run.trained_knn, ""), "; ".join(filter(None, [untrained, neighbors]))),
-        *(
-            (f"{each.name.capitalize()} top-1", percent(each.top1), f"top-5 {percent(each.top5)}")
+        "kNN accuracy": (
+            percent(run.trained_knn) if run.trained_knn is not None else "",
+            "; ".join(filter(None, [untrained, neighbors])),
+        ),
+        **{
+            f"{each.name.capitalize()} top-1": (percent(each.top1), f"top-5 {percent(each.top5)}")
             for each in run.evaluations
             if each.protocol != "knn"
+        },
+        "Throughput": (
+            f"{number(run.median('images_per_second'), 3)} images/s",
+            f"median step {number(run.median('step_ms'), 3)} ms{waits}",
         ),
-        ("Throughput", f"{number(run.median('images_per_second'), 3)} images/s", f"median of the steps{waits}"),
-        ("Trained", epochs(run), count(run.last_step, "step")),
-        ("Time in steps", duration(run.seconds), f"started {started}" if started else ""),
-        ("Parameters", *parameters(run)),
-        ("Device", *device(run)),
-    ]
-    return [tile for tile in shown if tile[1]]
-
-
-def summary(runs: Sequence[Run]) -> tuple[list[str], list[list[str]]]:
-    """The same of several runs, as a table: its head, and a row a run."""
-    protocols = list(dict.fromkeys(evaluation.name for run in runs for evaluation in run.evaluations))
-    head = ["final loss", "last epoch’s mean", "kNN", "untrained", *(f"{name} top-1" for name in protocols)]
-    head += ["images/s", "step", "waits for data", "trained", "steps", "time in steps", "device"]
-    rows = []
-    for run in runs:
-        top1 = {evaluation.name: evaluation.top1 for evaluation in run.evaluations}
-        rows.append(
-            [
-                number(run.steps["loss"][-1]),
-                number(run.last_epochs_loss),
-                share(run.trained_knn),
-                share(run.untrained_knn),
-                *(share(top1.get(name)) for name in protocols),
-                number(run.median("images_per_second"), 3),
-                f"{number(run.median('step_ms'), 3)} ms",
-                share(run.shares().get("data_wait")),
-                epochs(run),
-                f"{run.last_step:,}",
-                duration(run.seconds),
-                device(run)[0] or "–",
-            ]
-        )
-    return head, rows
+        "Trained": (epochs(run), count(run.last_step, "step")),
+        "Time in steps": (duration(run.seconds), f"started {started}" if started else ""),
+        "Parameters": parameters(run),
+        "Device": device(run),
+    }
+    return {name: fact for name, fact in shown.items() if fact[0]}
 
 
 def curves(runs: Sequence[Run]) -> list[Chart]:
@@ -89,18 +67,6 @@ def curves(runs: Sequence[Run]) -> list[Chart]:
         one = runs[0]
         charts.append(share_chart("Where a step’s time goes", x_unit, one.steps["step"], one.stages_ms, one.shares()))
     return [chart for chart in charts if chart is not None]
-
-
-def how_drawn(runs: Sequence[Run]) -> str:
-    """A note on the curves."""
-    bins = max(reduce(run.steps["step"], run.steps["loss"]).steps_a_bin for run in runs)
-    smooth = "Loss, throughput and step time" if len(runs) > 1 else "Loss and throughput"
-    faint = f"the lowest to the highest of up to {bins:,} steps" if bins > 1 else "each step"
-    return f"{smooth} are smoothed; behind them, faint: {faint}."
-
-
-def share(fraction: float | None, unknown: str = "–") -> str:
-    return unknown if fraction is None else percent(fraction)
 
 
 def epochs(run: Run) -> str:

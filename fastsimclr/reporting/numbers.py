@@ -13,8 +13,8 @@ def number(value: float, digits: int = 4) -> str:
     return f"{value:.{digits}g}".replace("e-0", "e-").replace("e+0", "e")
 
 
-def percent(fraction: float, decimals: int = 1) -> str:
-    return f"{100 * fraction:.{decimals}f} %" if math.isfinite(fraction) else "–"
+def percent(fraction: float | None) -> str:
+    return f"{100 * fraction:.1f} %" if fraction is not None and math.isfinite(fraction) else "–"
 
 
 def count(many: int, one: str, several: str | None = None) -> str:

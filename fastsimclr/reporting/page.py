@@ -15,7 +15,7 @@ from PIL import Image
 
 from fastsimclr.data.scan import SKIPPED_FILE
 from fastsimclr.reporting import figures, numbers, results, settings
-from fastsimclr.reporting.charts import COLORS, DASHES, VARIABLES, stage_colors
+from fastsimclr.reporting.charts import COLORS, DASHES, stage_colors
 from fastsimclr.reporting.run_record import Run
 from fastsimclr.version import __version__
 
@@ -60,13 +60,12 @@ def page(runs: Sequence[Run], made: str) -> str:
         environments=[settings.environment(run) for run in runs],
         dashes=DASHES,
         colors=len(COLORS),
-        figures=figures,
+        facts=[figures.facts(run) for run in runs],
         numbers=numbers,
         picture=_picture,
         results=results,
         settings=settings,
         skipped_file=SKIPPED_FILE,
-        variables=VARIABLES,
     )
 
 
