@@ -37,22 +37,17 @@ STYLE: Any = {
     "axes.labelcolor": INK,
     "axes.edgecolor": GRID,
     "axes.facecolor": "none",
-    "axes.formatter.limits": (-6, 6),
-    "axes.formatter.useoffset": False,
     "axes.grid": True,
     "axes.grid.axis": "y",
     "axes.axisbelow": True,
     "axes.spines.left": False,
     "axes.spines.right": False,
     "axes.spines.top": False,
-    "axes.xmargin": 0,
     "axes.ymargin": 0.04,
     "grid.color": GRID,
     "xtick.color": INK,
     "ytick.color": INK,
     "ytick.major.size": 0,
-    "xtick.major.pad": 5,
-    "lines.solid_capstyle": "round",
     "lines.scale_dashes": False,
 }
 
@@ -98,8 +93,9 @@ def line_chart(
     lines = [line for line in lines if len(line.curve.y)]
     if not lines:
         return None
+    left, right = min(line.curve.ends[0] for line in lines), max(line.curve.ends[1] for line in lines)
     figure = Figure()
-    with _axes(figure, x_unit) as axes:
+    with _axes(figure, x_unit, (left, right)) as axes:
         for line in lines:
             curve, color = line.curve, COLORS[line.place % len(COLORS)]
             if curve.steps_a_bin > 1:
@@ -117,8 +113,6 @@ def line_chart(
             axes.axhline(level, color=COLORS[place % len(COLORS)], linewidth=1.5, linestyle=(0, (1.5, 3)))
             if len(lines) == 1:
                 axes.text(1, level, "untrained", transform=axes.get_yaxis_transform(), ha="right", va="bottom")
-        left, right = min(line.curve.ends[0] for line in lines), max(line.curve.ends[1] for line in lines)
-        axes.set_xlim(left, right if right > left else left + 1)
         if from_zero and axes.dataLim.y0 >= 0:
             axes.set_ylim(bottom=0)
     described = "; ".join(f"{line.name}: {_described(line.curve, unit)}" for line in lines)
@@ -144,10 +138,9 @@ def share_chart(
     shares = {name: 100 * reduce(x[known], part[known]).y / total.y for name, part in parts.items()}
     colors = stage_colors(list(parts))
     figure = Figure()
-    with _axes(figure, x_unit) as axes:
+    with _axes(figure, x_unit, total.ends) as axes:
         axes.stackplot(total.x, *shares.values(), colors=[VARIABLES[colors[name]] for name in shares], linewidth=0)
-        left, right = total.ends
-        axes.set(xlim=(left, right if right > left else left + 1), ylim=(0, 100))
+        axes.set_ylim(0, 100)
     described = ", ".join(f"{name.replace('_', ' ')} {percent(share)}" for name, share in overall.items())
     lines = [(name.replace("_", " "), colors[name], total.x, share) for name, share in shares.items()]
     return Chart(
@@ -167,8 +160,8 @@ def stage_colors(names: Sequence[str]) -> dict[str, str]:
 
 
 @contextmanager
-def _axes(figure: Figure, x_unit: str) -> Iterator[Axes]:
-    """Axes in the style of all charts."""
+def _axes(figure: Figure, x_unit: str, ends: tuple[float, float]) -> Iterator[Axes]:
+    """Axes in the style of all charts, from end to end."""
     with matplotlib.rc_context(STYLE):
         figure.set_size_inches(WIDTH / 72, HEIGHT / 72)
         figure.patch.set_visible(False)
@@ -178,6 +171,7 @@ def _axes(figure: Figure, x_unit: str) -> Iterator[Axes]:
         axes.xaxis.set_major_locator(MaxNLocator(5, steps=[1, 2, 5, 10], integer=True))
         axes.yaxis.set_major_locator(MaxNLocator(5, steps=[1, 2, 5, 10]))
         yield axes
+        axes.set_xlim(ends[0], ends[1] if ends[1] > ends[0] else ends[0] + 1)
         for axis in (axes.xaxis, axes.yaxis):
             if max(axis.get_view_interval()) >= 1e4:
                 axis.set_major_formatter(EngFormatter(sep=""))  # 250k

@@ -5,7 +5,7 @@ from collections.abc import Sequence
 import numpy as np
 
 from fastsimclr.reporting.charts import Chart, Line, line_chart, share_chart
-from fastsimclr.reporting.curves import Floats, reduce
+from fastsimclr.reporting.curves import reduce
 from fastsimclr.reporting.numbers import count, duration, number, percent
 from fastsimclr.reporting.run_record import Run
 from fastsimclr.reporting.settings import device, parameters
@@ -51,9 +51,11 @@ def curves(runs: Sequence[Run]) -> list[Chart]:
     x_unit = "epoch" if by_epoch else "step"
 
     def lines(name: str, *, smooth: bool) -> list[Line]:
-        return [
-            Line(run.name, place, reduce(_x(run, by_epoch), run.steps[name]), smooth) for place, run in enumerate(runs)
-        ]
+        found = []
+        for place, run in enumerate(runs):
+            x = run.steps["step"] / ((by_epoch and run.steps_per_epoch) or 1)
+            found.append(Line(run.name, place, reduce(x, run.steps[name]), smooth))
+        return found
 
     charts = [
         line_chart("Loss", "NT-Xent", x_unit, lines("loss", smooth=True)),
@@ -71,28 +73,21 @@ def curves(runs: Sequence[Run]) -> list[Chart]:
 
 def epochs(run: Run) -> str:
     """How many of the configured epochs are done."""
-    asked, done = run.config.get("epochs", ""), run.epochs_done
-    if done is None:
-        return f"part of {asked} epochs" if asked else "part of an epoch"
-    whole = f"{round(done, 2):g}"
-    if asked and whole != asked:
-        return f"{whole} of {asked} epochs"
-    return "1 epoch" if whole == "1" else f"{whole} epochs"
+    asked, per_epoch = run.config["epochs"], run.steps_per_epoch
+    if per_epoch is None:
+        return f"part of {asked} epochs"
+    done = f"{run.last_step / per_epoch:.2f}".rstrip("0").rstrip(".")
+    return f"{done} of {asked} epochs" if done != asked else "1 epoch" if done == "1" else f"{done} epochs"
 
 
 def _knn_chart(runs: Sequence[Run]) -> Chart | None:
-    by_epoch = all(run.steps_per_epoch for run in runs)
     found: list[Line] = []
     untrained: dict[int, float] = {}
     for place, run in enumerate(runs):
-        x = np.array([knn.step / (run.steps_per_epoch or 1) if by_epoch else knn.step for knn in run.knn], np.float64)
+        x = np.array([knn.epoch for knn in run.knn], np.float64)
         y = np.array([100 * knn.accuracy for knn in run.knn], np.float64)
         found.append(Line(run.name, place, reduce(x, y), dots=len(y) <= 60))
         if run.untrained_knn is not None:
             untrained[place] = 100 * run.untrained_knn
     note = "Dotted: the untrained encoder." if len(found) > 1 and untrained else ""
-    return line_chart("kNN accuracy", "%", "epoch" if by_epoch else "step", found, untrained=untrained, note=note)
-
-
-def _x(run: Run, by_epoch: bool) -> Floats:
-    return run.steps["step"] / run.steps_per_epoch if by_epoch and run.steps_per_epoch else run.steps["step"]
+    return line_chart("kNN accuracy", "%", "epoch", found, untrained=untrained, note=note)

@@ -7,7 +7,6 @@ import warnings
 from collections.abc import Sequence
 from importlib.resources import files
 from pathlib import Path
-from typing import NamedTuple
 
 import jinja2
 from markupsafe import Markup
@@ -22,14 +21,6 @@ from fastsimclr.version import __version__
 GENERATOR = "fastsimclr.report"
 WIDEST = 1600  # pixels of a picture
 TALLEST = 16383  # of a WebP
-
-
-class Picture(NamedTuple):
-    """uri: its bytes; width and height in pixels."""
-
-    uri: str
-    width: int
-    height: int
 
 
 def page(runs: Sequence[Run], made: str) -> str:
@@ -69,8 +60,8 @@ def page(runs: Sequence[Run], made: str) -> str:
     )
 
 
-def _picture(file: Path) -> Picture | str | None:
-    """The picture in `file` as a data: URI; why it can't be shown; or None if there is no such file."""
+def _picture(file: Path) -> tuple[str, int, int] | str | None:
+    """The picture in `file` as a data: URI, its width and height; why it can't be shown; or None if it is missing."""
     if not file.is_file():
         return None
     try:
@@ -83,7 +74,7 @@ def _picture(file: Path) -> Picture | str | None:
     kind = "webp" if image.height <= TALLEST else "jpeg"
     packed = io.BytesIO()
     image.save(packed, kind, quality=85)
-    return Picture(f"data:image/{kind};base64,{base64.b64encode(packed.getvalue()).decode()}", *image.size)
+    return f"data:image/{kind};base64,{base64.b64encode(packed.getvalue()).decode()}", *image.size
 
 
 def _resource(name: str) -> str:

@@ -69,7 +69,6 @@ def write_preview(options: argparse.Namespace, others: list[str]) -> str:
     title = f"{config.data.train}: {len(rows)} of {len(source)} images" + (", unshuffled" if options.unshuffled else "")
     recipe = options.config or ("the defaults" if options.data else "digits, the demonstration's")
     changes = re.split(r" (?=--)", " ".join(others)) if others else []
-    changes = [f"{text[:40]}…" if len(text) > 48 else text for text in changes]
     notes = [
         [f"recipe: {recipe}", *changes, f"seed {config.seed}", f"epoch {options.epoch}", by],
         describe_recipe(views),

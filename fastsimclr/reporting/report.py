@@ -67,11 +67,7 @@ def _output(options: argparse.Namespace, folders: Sequence[RunFolder]) -> Path:
 
 def _is_ours(file: Path) -> bool:
     """Whether an earlier call has written it."""
-    try:
-        with open(file, "rb") as page:
-            return f'<meta name="generator" content="{GENERATOR} '.encode() in page.read(1000)
-    except OSError:
-        return False
+    return file.is_file() and f'<meta name="generator" content="{GENERATOR} '.encode() in file.read_bytes()[:1000]
 
 
 def _names(folders: Sequence[RunFolder]) -> list[str]:

@@ -16,8 +16,6 @@ from fastsimclr.reporting.curves import Floats
 from fastsimclr.run_folder import RunFolder
 
 STEP_NUMBERS = ("step", "epoch", "lr", "data_wait", "images_per_second", "step_ms", "images", "loss")
-PROTOCOLS = ("knn", "linear", "finetune", "supervised")
-"""Of fastsimclr.evaluate, in the order of a report."""
 
 
 class Knn(NamedTuple):
@@ -94,11 +92,6 @@ class Run:
         return next((knn.step / knn.epoch for knn in self.knn if knn.epoch > 0), None)
 
     @property
-    def epochs_done(self) -> float | None:
-        per_epoch = self.steps_per_epoch
-        return self.last_step / per_epoch if per_epoch else None
-
-    @property
     def untrained_knn(self) -> float | None:
         return next((knn.accuracy for knn in self.knn if knn.step == 0), None)
 
@@ -164,7 +157,6 @@ def read_evaluations(run: Run) -> Run:
             evaluations.append(_evaluation(file))
         except (OSError, ValueError, TypeError, KeyError, AttributeError) as error:
             complaints.append(_complaint(run.folder, file, error))
-    evaluations.sort(key=lambda each: PROTOCOLS.index(each.protocol))
     return replace(run, evaluations=evaluations, complaints=complaints)
 
 
@@ -231,11 +223,9 @@ def _stages(steps: dict[str, Floats], measured: list[dict[str, float]]) -> dict[
 def _evaluation(file: Path) -> Evaluation:
     record = json.loads(file.read_text())
     classes = [str(name) for name in record.get("classes") or record["per_class"]]
-    if record["protocol"] not in PROTOCOLS:
-        raise ValueError(f"got the protocol {record['protocol']!r}")
     return Evaluation(
         name=file.stem,
-        protocol=record["protocol"],
+        protocol=str(record["protocol"]),
         origin=str(record.get("origin", "")),
         top1=float(record["top1"]),
         top5=float(record["top5"]),

@@ -38,12 +38,10 @@ def environment(run: Run) -> dict[str, str]:
 
 def subtitle(run: Run) -> str:
     """What the run trained, and on what."""
-    config = run.config
-    about = [config.get("data.train"), config.get("model.encoder")]
-    about += [f"batch {config['batch_size']}"] if "batch_size" in config else []
-    about += [f"temperature {config['loss.temperature']}"] if "loss.temperature" in config else []
-    about += [f"commit {run.environment['commit']}"] if run.environment.get("commit") else []
-    return " · ".join(filter(None, about))
+    config, commit = run.config, run.environment.get("commit")
+    about = [config["data.train"], config["model.encoder"], f"batch {config['batch_size']}"]
+    about += [f"temperature {config['loss.temperature']}", *([f"commit {commit}"] if commit else [])]
+    return " · ".join(about)
 
 
 def device(run: Run) -> tuple[str, str]:
