@@ -175,7 +175,7 @@ def test_without_nvcc_the_extension_is_for_the_cpu_and_says_so(checkout: Path) -
         archive.extractall(checkout / "lib")
         found = {name for name in archive.namelist() if ".dist-info/" not in name}
     assert describe(checkout / "lib") == f"extension: CPU only ({reason})"
-    suffixes = {".py", ".css", ".js", ".yaml"}
+    suffixes = {".py", ".css", ".html", ".js", ".yaml"}
     expected = {path.relative_to(ROOT).as_posix() for path in ROOT.glob("fastsimclr/**/*") if path.suffix in suffixes}
     expected |= {f"fastsimclr/{name}" for name in ("_C.pyi", "py.typed", LIBRARY)}
     expected |= {f"fastsimclr/_build.{sys.implementation.cache_tag}.json"}
