@@ -172,7 +172,7 @@ def _try_all(
             found, failure = [], None
             try:
                 found = _try_for_a_round(source, waiting, pool, threads, stop)
-            except Exception as error:  # a fault of ours: the other ranks must not wait for this one
+            except Exception as error:  # an internal error: the other ranks must not wait for this one
                 failure = error
             everyone = gather_objects((found, len(waiting), stop(), repr(failure) if failure else ""), world)
             parts, left, stopped, failures = zip(*everyone, strict=True)

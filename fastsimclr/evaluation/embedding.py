@@ -50,10 +50,10 @@ class Embedding:
     data: str
     """A path, or a built-in set."""
     source: Source
-    there: int
-    """Images that there are, of which --images may take a part."""
+    available: int
+    """Images in the data, of which --images may take a part."""
     skipped: int
-    """Images that were left out, since they do not decode."""
+    """Images left out because they do not decode."""
     output: Path
     precision: Precision
     method: str
@@ -82,7 +82,10 @@ def embed_images(options: argparse.Namespace) -> None:
         together(lambda: features.fill(_batches(job, options, world)), world)
         seconds = time.perf_counter() - started
         if world.is_first:
-            record = _record(job, options, world, seconds) | {"skipped_images": job.skipped, "images_there": job.there}
+            record = _record(job, options, world, seconds) | {
+                "skipped_images": job.skipped,
+                "images_there": job.available,
+            }
             _land(job, features, record)
     finally:
         if world.is_first:
@@ -93,9 +96,8 @@ def embed_images(options: argparse.Namespace) -> None:
 
 
 def _open(options: argparse.Namespace, world: World) -> Embedding:
-    """Check the options and open the images. Raises UserError on all ranks for all that can be wrong before work."""
-
-    there = 0
+    """Check the options and open the images. Raises UserError on all ranks for a mistake in them."""
+    available = 0
 
     def check() -> tuple[Path, Pretrained, str]:
         output = Path(options.output) if options.output else RunFolder.for_results(options.checkpoint).embed
@@ -112,11 +114,11 @@ def _open(options: argparse.Namespace, world: World) -> Embedding:
 
     def select(train: Source, val: Source | None) -> tuple[Source, None]:
         """The held-out part of a built-in set, and as many images as --images says."""
-        nonlocal there
+        nonlocal available
         source = train if val is None else val
-        there = len(source)
-        if options.images is not None and options.images < there:
-            source = source.subset(np.sort(epoch_order(options.seed, 0, there)[: options.images]))
+        available = len(source)
+        if options.images is not None and options.images < available:
+            source = source.subset(np.sort(epoch_order(options.seed, 0, available)[: options.images]))
         return source, None
 
     output, pretrained, data = together(check, world)
@@ -137,7 +139,7 @@ def _open(options: argparse.Namespace, world: World) -> Embedding:
         views=replace((pretrained.views or Views()).plain(), **options.recipe),
         data=data,
         source=images.train,
-        there=there,
+        available=available,
         skipped=len(images.skipped or []),
         output=output,
         precision=choose_precision(options.precision, world.device),
@@ -249,8 +251,8 @@ def _draw_map(job: Embedding, options: argparse.Namespace, features: NDArray[np.
     name = neighbors.METHODS[method]
     components = min(neighbors.COMPONENTS, len(shown), features.shape[1])
     how = "" if method == "pca" else f" of the first {components} principal components"
-    some = len(shown) < len(features) or (options.images or job.there) < job.there
-    counted = f"{len(shown):,} images" + (f" of {job.there:,}, drawn by seed {options.seed}" if some else "")
+    some = len(shown) < len(features) or (options.images or job.available) < job.available
+    counted = f"{len(shown):,} images" + (f" of {job.available:,}, drawn by seed {options.seed}" if some else "")
     notes = [by, f"{name}{how} of the normalised features", counted]
     labels, names = job.source.labels[shown], neighbors.class_names(job.source)
     png = embedding_pictures.draw_map(f"{job.what}: {name} map", notes, places, labels, names)
