@@ -214,7 +214,7 @@ def collect(*arguments: Path | str) -> Node:
 
 @pytest.fixture(scope="module")
 def real(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A trained run, of which a map is there already; 210 photographs: the kNN evaluation asks 200 neighbours."""
+    """A trained run that already has a map; 210 photographs: the kNN evaluation asks 200 neighbours."""
     folder = tmp_path_factory.mktemp("real")
     write(folder / "photos", {f"{'ab'[i % 2]}/{i:03}.jpg": jpeg(photo(24, 24, seed=i)) for i in range(210)})
     options = ["--data.image_size=16", "--model.encoder=resnet18", "--model.stem=imagenet", "--model.hidden=32"]

@@ -460,7 +460,7 @@ def ranks_scan(rank: int, folder: str, run: str) -> dict[str, Any]:
 
 def ranks_break(rank: int, folder: str) -> None:
     def breaks(data: NDArray[np.uint8], name: str) -> torch.Tensor:
-        raise RuntimeError(f"a fault of ours on rank {rank}")
+        raise RuntimeError(f"an internal error on rank {rank}")
 
     if rank == 1:
         scan_module.__dict__["decode"] = breaks
@@ -492,7 +492,7 @@ def test_ranks_share_the_work_and_the_result(tmp_path: Path) -> None:
 
 
 def test_a_fault_on_one_rank_does_not_leave_the_other_waiting(tmp_path: Path) -> None:
-    with pytest.raises(RankError, match="a fault of ours on rank 1"):
+    with pytest.raises(RankError, match="an internal error on rank 1"):
         run_ranks(2, ranks_break, str(photo_folder(tmp_path, 9)), timeout_seconds=60)
 
 

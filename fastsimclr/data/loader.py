@@ -106,7 +106,7 @@ class ViewLoader:
     """An epoch's batches each time it is iterated over; `open_views` makes one.
 
     A batch depends on the source, the recipe, the seed, the epoch and its place in the order alone, so that a loader
-    with the state of another goes on exactly as that one would have.
+    with the state of another continues exactly as that one would have.
     """
 
     def __init__(

@@ -68,8 +68,10 @@ class Trainer:
             dtype=learner.precision.view_dtype,
         )
         self.loader = together(lambda: open_loader(self.data.train, self.views, self.loader_config), world)
+        steps_per_epoch = len(self.loader)
+        self.checkpoint_steps = max(1, round(config.checkpoint_every * steps_per_epoch))
         self.schedule = LRSchedule.over_epochs(
-            learner.peak_lr, config.epochs, len(self.loader), config.optim.warmup_epochs
+            learner.peak_lr, config.epochs, steps_per_epoch, config.optim.warmup_epochs
         )
         last_step = min(self.schedule.total_steps, config.max_steps or self.schedule.total_steps)
         self.progress = Progress(self.loader.state_dict(), last_step)
@@ -147,8 +149,7 @@ class Trainer:
         return accuracy
 
     def checkpoint_due(self) -> bool:
-        every = max(1, round(self.config.checkpoint_every * len(self.loader)))
-        return self.progress.step % every == 0 or self.progress.is_done
+        return self.progress.step % self.checkpoint_steps == 0 or self.progress.is_done
 
     def save(self) -> None:
         """Replace the run's checkpoint. A step whose loss is not finite is never saved."""
