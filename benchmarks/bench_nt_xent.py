@@ -70,9 +70,9 @@ TARGETS = {
 def sizes() -> list[tuple[int, int]]:
     """(views, width). On a GPU sizes with a target come first, then those of width 128: time may run out."""
     if named := os.environ.get("BENCH_SIZES"):
-        return [(int(views), int(width)) for views, width in (size.split("x") for size in named.split(","))]
+        return [(int(num_views), int(width)) for num_views, width in (size.split("x") for size in named.split(","))]
     if SMALL or not ON_GPU:
-        return [(views, 128) for views in ((256,) if SMALL else (512, 2048, 4096, 8192))]
+        return [(num_views, 128) for num_views in ((256,) if SMALL else (512, 2048, 4096, 8192))]
     pairs = itertools.product((512, 2048, 8192, 32768, 131072), (64, 128, 256))
     return sorted(pairs, key=lambda size: (size not in HOPPER, size[1] != 128))
 
@@ -107,16 +107,18 @@ def free_memory() -> None:
 PREPARED: dict[tuple[int, int], Size] = {}  # of one size: its tests come in a row, and share what is compiled
 
 
-def prepare(views: int, width: int, compiling: bool) -> Size:
+def prepare(num_views: int, width: int, compiling: bool) -> Size:
     free_memory()
     torch.manual_seed(0)
     settle_heap()
-    x = torch.randn(views // 2, width, device=DEVICE)
+    x = torch.randn(num_views // 2, width, device=DEVICE)
     # A loss of about 0.1 to 1, as in training: views that have much in common.
     z1, z2 = ((x + 0.5 * torch.randn_like(x)).requires_grad_() for _ in range(2))
     with warnings.catch_warnings():  # other packages' imports, and the compiler's
         warnings.simplefilter("ignore")
-        size = Size(z1, z2, *(contenders(views, DEVICE, compiling=compiling) if WITH_RIVALS else our_losses(DEVICE)))
+        size = Size(
+            z1, z2, *(contenders(num_views, DEVICE, compiling=compiling) if WITH_RIVALS else our_losses(DEVICE))
+        )
         for name, contender in list(size.found.items()):
             try:
                 size.run(name, STEP)
@@ -134,39 +136,39 @@ def prepare(views: int, width: int, compiling: bool) -> Size:
     return size
 
 
-def judge(timing: Timing, size: Size, views: int, width: int) -> tuple[list[str], bool]:
+def judge(timing: Timing, size: Size, num_views: int, width: int) -> tuple[list[str], bool]:
     """Verdicts on this size's targets, and whether it has any."""
     ours = next(iter(size.found))
     figures = {"ms": timing.milliseconds[ours].median, "peak MiB": size.peak_mib[ours]}
     figures |= {FASTER_THAN + name: ratio.median for name, ratio in timing.speedup.items()}
     # From the ratios of the rounds, so that a slow second does not count.
     figures["times its products at sgemm's rate"] = (
-        2 * MATRIX**3 / (4 * views**2 * width) / timing.speedup[MATMUL].median
+        2 * MATRIX**3 / (4 * num_views**2 * width) / timing.speedup[MATMUL].median
     )
     by_size = next((each for device, each in TARGETS.items() if device in DEVICE_NAME), {})
-    targets = by_size.get((views, width), {})
+    targets = by_size.get((num_views, width), {})
     return [verdict(what, figures[what], **bound) for what, bound in targets.items() if what in figures], bool(targets)
 
 
 @pytest.mark.filterwarnings("default")  # other packages' warnings are no reason to stop
 @pytest.mark.parametrize(
-    ("views", "width", "part"),
+    ("num_views", "width", "part"),
     [pytest.param(*size, part, id=f"{size[0]}-{size[1]}-{part}") for size in sizes() for part in (STEP, FORWARD)],
 )
-def test_nt_xent(suite: Suite, views: int, width: int, part: str) -> None:
+def test_nt_xent(suite: Suite, num_views: int, width: int, part: str) -> None:
     suite.benchmark.group = f"NT-Xent, {part}"
-    if (views, width) not in PREPARED:
+    if (num_views, width) not in PREPARED:
         PREPARED.clear()
-        PREPARED[views, width] = prepare(views, width, suite.may_compile())
-    size = PREPARED[views, width]
+        PREPARED[num_views, width] = prepare(num_views, width, suite.may_compile())
+    size = PREPARED[num_views, width]
     steps = {name: functools.partial(size.run, name, part) for name in size.found}
     a, b = (torch.randn(MATRIX, MATRIX, device=DEVICE, dtype=MATRIX_DTYPE) for _ in range(2))
     product = torch.empty_like(a)
     timing = suite.interleave(
         {**steps, MATMUL: lambda: torch.mm(a, b, out=product)},
-        sizes={"views": views, "width": width},
+        sizes={"views": num_views, "width": width},
         rounds=2 if SMALL else 15,
-        repeats=min(20, max(1, 81920 // views)) if ON_GPU else 1,
+        repeats=min(20, max(1, 81920 // num_views)) if ON_GPU else 1,
     )
     checks, notes = {}, {}
     for name, contender in size.found.items():
@@ -177,7 +179,7 @@ def test_nt_xent(suite: Suite, views: int, width: int, part: str) -> None:
         else:
             of_step = f", gradients {gradients:.1g}" if part == STEP else ""
             notes[name] = f"of less precision: loss {loss:.1g}{of_step} off float32"
-    targets, has_targets = judge(timing, size, views, width) if part == STEP else ([], False)
+    targets, has_targets = judge(timing, size, num_views, width) if part == STEP else ([], False)
     _, *others = size.found
     suite.record(
         peak_mib=size.peak_mib if part == STEP else {},

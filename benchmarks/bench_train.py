@@ -42,7 +42,7 @@ from benchmarks.train_contenders import (
     views_of,
     with_plain_convolutions,
 )
-from fastsimclr import Views
+from fastsimclr import Augmentation
 from fastsimclr.data import ViewLoader, open_views
 from fastsimclr.loss import nt_xent
 from fastsimclr.malloc import keep_freed_memory
@@ -182,7 +182,7 @@ def test_large_batch(suite: Suite) -> None:
 
 
 def against_ceiling(
-    suite: Suite, loader: ViewLoader, encoder: tuple[str, str], recipe: Views, temperature: float
+    suite: Suite, loader: ViewLoader, encoder: tuple[str, str], recipe: Augmentation, temperature: float
 ) -> tuple[float, float]:
     """Time ours and its ceiling; returns our images a second, and what part of the ceiling that is."""
     steps = len(loader)
@@ -211,8 +211,10 @@ def test_photographs(suite: Suite, tmp_path: Path) -> None:
     for number, file in zip(range(batch * steps), itertools.cycle(files), strict=False):
         (tmp_path / f"{number:05}.jpg").write_bytes(file)
     dtype = choose_precision("auto", DEVICE).view_dtype
-    loader = open_views(str(tmp_path), Views(), batch, backend="dali", device=DEVICE, drop_last=True, dtype=dtype)
-    rate, part = against_ceiling(suite, loader, ("resnet50", "imagenet"), Views(), 0.1)
+    loader = open_views(
+        str(tmp_path), Augmentation(), batch, backend="dali", device=DEVICE, drop_last=True, dtype=dtype
+    )
+    rate, part = against_ceiling(suite, loader, ("resnet50", "imagenet"), Augmentation(), 0.1)
     suite.judge(verdict("part of the ceiling", part, at_least=0.95), verdict("source images/s", rate, at_least=1500))
 
 

@@ -8,9 +8,9 @@ import pytest
 import torch
 
 from benchmarks.suite import DEVICE, SMALL, Suite
-from fastsimclr import Views
+from fastsimclr import Augmentation
 from fastsimclr.data.crop import crop
-from fastsimclr.data.params import draw
+from fastsimclr.data.params import sample_params
 from fastsimclr.data.photometric import photometric
 
 OURS, COPY, CIFAR10 = "photometric", "copy of as many bytes", "CIFAR-10, both views of all"
@@ -22,9 +22,9 @@ OURS, COPY, CIFAR10 = "photometric", "copy of as many bytes", "CIFAR-10, both vi
 def test_kernels(suite: Suite, dtype: torch.dtype) -> None:
     """The photometric kernels at the bytes that go in and out, each once, over what a copy of as many bytes reaches."""
     images = 8 if SMALL else 512
-    views, small_views = Views(), Views.preset("cifar10")
+    augmentation, small_views = Augmentation(), Augmentation.preset("cifar10")
     crops = torch.randint(0, 256, (images, 224, 224, 3), dtype=torch.uint8, device=DEVICE)
-    draws = draw(views, 0, 0, np.arange(images), 0, np.full((images, 2), 400))
+    params = sample_params(augmentation, 0, 0, np.arange(images), 0, np.full((images, 2), 400))
     copied = crops.numel() * (1 + dtype.itemsize)
     source = torch.empty(copied // 2, dtype=torch.uint8, device=DEVICE)
     target = torch.empty_like(source)
@@ -34,12 +34,12 @@ def test_kernels(suite: Suite, dtype: torch.dtype) -> None:
         for first in range(0, len(small), 512):
             index = np.arange(first, min(first + 512, len(small)))
             for view, recipe in enumerate(small_views.recipes):
-                drawn = draw(small_views, 0, 0, index, view, np.full((len(index), 2), 32))
+                drawn = sample_params(small_views, 0, 0, index, view, np.full((len(index), 2), 32))
                 photometric(crop(small, index, drawn, recipe), drawn, recipe, dtype)
 
     timing = suite.interleave(
         {
-            OURS: lambda: photometric(crops, draws, views.recipes[0], dtype),
+            OURS: lambda: photometric(crops, params, augmentation.recipes[0], dtype),
             COPY: lambda: target.copy_(source),
             CIFAR10: cifar10,
         },

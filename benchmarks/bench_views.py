@@ -24,7 +24,7 @@ import torch
 from torch import Tensor
 
 from benchmarks import view_peers as peers
-from benchmarks.dali_colours import DaliColours
+from benchmarks.dali_colors import DaliColors
 from benchmarks.images import four_to_three, photographs, small_images
 from benchmarks.memory import settle_heap
 from benchmarks.suite import CORES, DEVICE, ON_GPU, SMALL, Check, Suite
@@ -43,21 +43,21 @@ from benchmarks.view_contenders import (
     pixels_apart,
 )
 from benchmarks.view_peers import GRID, Contender, Photos, Setting, in_webdataset, in_workers
-from fastsimclr import Views
+from fastsimclr import Augmentation
 from fastsimclr.data import open_source, open_views
-from fastsimclr.data.dali import DaliFront
+from fastsimclr.data.dali import DaliBackend
 from fastsimclr.data.images import decode
-from fastsimclr.data.params import draw_views
+from fastsimclr.data.params import sample_batch_params
 from fastsimclr.data.photometric import photometric
 from fastsimclr.data.sources import EncodedSource
-from fastsimclr.data.torchvision import TorchvisionFront
+from fastsimclr.data.torchvision import TorchvisionBackend
 from fastsimclr.data.torchvision import crop as crop_by_torchvision
 
 PHOTOS, COPIES, BATCH = (24, 1, 8) if SMALL else (128, 3, 32)
 FEW = 16  # images whose pixels are compared
 BATCHES = (20, 100) if SMALL else (400, 2000)  # of test_memory_stays_flat
-RECIPE = Views(image_size=64) if SMALL else Views()
-CROPS = replace(RECIPE, jitter=0.0, grey=0.0, blur=0.0)
+RECIPE = Augmentation(image_size=64) if SMALL else Augmentation()
+CROPS = replace(RECIPE, jitter_prob=0.0, grayscale_prob=0.0, blur_prob=0.0)
 SETTING = Setting(RECIPE, BATCH, WORKERS)
 # Other packages' warnings are no reason to stop; their workers end with this process.
 pytestmark = pytest.mark.filterwarnings("default")
@@ -118,7 +118,7 @@ def test_decode(suite: Suite, photos: Images) -> None:
     """Read and decode alone; of each image a grid of pixels is passed on."""
     of_pillow, of_tensor = (lambda _: peers.grid_of_pillow), (lambda _: peers.grid_of_tensor)
     contenders = {
-        "fastsimclr's decoder, DataLoader": Contender(in_workers(peers.open_ours, of_tensor), same_draws=True),
+        "fastsimclr's decoder, DataLoader": Contender(in_workers(peers.open_ours, of_tensor), same_params=True),
         "DALI's reader and decoder": by_dali(dali_grid, 1, note="also the decoder of our DALI loader"),
         "Pillow, DataLoader": Contender(in_workers(peers.open_pillow, of_pillow)),
         "torchvision's decode_image, DataLoader": Contender(in_workers(peers.open_tensor, of_tensor)),
@@ -130,7 +130,7 @@ def test_decode(suite: Suite, photos: Images) -> None:
 @pytest.mark.benchmark(group="two crops of photographs")
 def test_crops(suite: Suite, photos: Images) -> None:
     """Read, decode, and crop, resize and flip twice: uint8, before any color changes."""
-    ours = {"fastsimclr, torchvision": our_crops(TorchvisionFront), "fastsimclr, DALI": our_crops(DaliFront)}
+    ours = {"fastsimclr, torchvision": our_crops(TorchvisionBackend), "fastsimclr, DALI": our_crops(DaliBackend)}
     contenders = {
         **fastest_first(ours, "fastsimclr, DALI"),
         "DALI's reader and random_resized_crop": by_dali(dali_crop_and_flip),
@@ -138,7 +138,7 @@ def test_crops(suite: Suite, photos: Images) -> None:
         "torchvision v2 on tensors": Contender(in_workers(peers.open_tensor, peers.crops_on_tensors)),
         "WebDataset, torchvision on Pillow": Contender(in_webdataset(peers.crops_on_pillow), requires="webdataset"),
     }
-    setting = replace(SETTING, views=CROPS)
+    setting = replace(SETTING, augmentation=CROPS)
     compare(suite, contenders, setting, photos, CROPS.image_size, torch.uint8, headline=False)
 
 
@@ -147,7 +147,7 @@ def test_photographs(suite: Suite, photos: Images) -> None:
     ours = {
         "fastsimclr, torchvision": our_views("torchvision"),
         "fastsimclr, DALI": our_views("dali"),
-        "fastsimclr, DALI, colours too": our_crops(DaliColours, slow=True, tried=True),
+        "fastsimclr, DALI, colours too": our_crops(DaliColors, slow=True, tried=True),
     }
     kornia = f"colors in whole batches, after torchvision's crops; {ONE_ORDER}"
     on_tensors = Contender(in_workers(peers.open_tensor, peers.views_on_tensors), slow=True)
@@ -176,7 +176,7 @@ def test_small_images(suite: Suite, photos: Images) -> None:
         "lightly's SimCLRTransform": replace(LIGHTLY, slow=True),
         "Kornia on batches": Contender(peers.Kornia, requires="kornia", slow=True, note=kornia),
     }
-    setting = Setting(Views.preset("cifar10"), 64 if SMALL else 500, WORKERS)
+    setting = Setting(Augmentation.preset("cifar10"), 64 if SMALL else 500, WORKERS)
     compare(suite, contenders, setting, Images(whole, once, few, origin), 32, torch.float32)
 
 
@@ -191,19 +191,19 @@ def test_stages(suite: Suite, photos: Images) -> None:
     files = [source.read(int(i)) for i in index]
     images = [decode(file, "photo") for file in files]
     sizes = np.array([image.shape[1:] for image in images])
-    draws = draw_views(RECIPE, 0, 0, index, sizes)
+    params = sample_batch_params(RECIPE, 0, 0, index, sizes)
     recipe = RECIPE.recipes[0]
 
     def cropped() -> list[Tensor]:
         return [
             torch.stack([crop_by_torchvision(image, recipe, of_view[i : i + 1]) for i, image in enumerate(images)])
-            for of_view in draws
+            for of_view in params
         ]
 
     crops = cropped()
 
     def colors(*dtype: torch.dtype, **options: str) -> Callable[[], tuple[Tensor, ...]]:
-        return lambda: tuple(photometric(c, d, recipe, *dtype, **options) for c, d in zip(crops, draws, strict=True))
+        return lambda: tuple(photometric(c, d, recipe, *dtype, **options) for c, d in zip(crops, params, strict=True))
 
     photometry = {
         "photometry, float32": colors(),
@@ -213,7 +213,7 @@ def test_stages(suite: Suite, photos: Images) -> None:
     stages: dict[str, Callable[[], object]] = {
         "read": lambda: [source.read(int(i)) for i in index],
         "decode": lambda: [decode(file, "photo") for file in files],
-        "draw": lambda: draw_views(RECIPE, 0, 0, index, sizes),
+        "draw": lambda: sample_batch_params(RECIPE, 0, 0, index, sizes),
         "crop, resize, flip": cropped,
     }
     size = {"image_size": RECIPE.image_size, "views": 2, "batch_size": BATCH, "threads": 1}
@@ -239,7 +239,7 @@ def test_memory_stays_flat(suite: Suite, photos: Images, backend: str) -> None:
     """Resident memory after the batches that fill what is ever kept, and after five times as many."""
     few, many = BATCHES
     source = open_source("digits" if backend == "memory" else str(photos.whole.folder))
-    loader = open_views(source, Views(image_size=64), 4, backend=backend, device=DEVICE, workers=WORKERS)
+    loader = open_views(source, Augmentation(image_size=64), 4, backend=backend, device=DEVICE, workers=WORKERS)
 
     def resident_mib() -> float:
         gc.collect()

@@ -1,6 +1,6 @@
 """Relative errors of the fused loss and its gradient against float64, on features that share a large mean.
 
-    python -m benchmarks.nt_xent_accuracy --json accuracy.json [--views 8192,32768] [--width 128] [--backend fused]
+    python -m benchmarks.nt_xent_accuracy --json accuracy.json [--num_views 8192,32768] [--width 128] [--backend fused]
 
 Tensor cores truncate while they accumulate. Where all features share a mean, all products have one sign, and the errors
 of a sum add up: the hardest case for precision "highest", which promises 1e-5. Exit code 1: an error above its bound.
@@ -23,10 +23,10 @@ MEAN = 3.5  # in standard deviations: the cosine of unrelated rows is MEAN^2 / (
 BOUNDS = {"highest": 1e-5, "medium": None}  # bf16 products promise no bound here: their errors are recorded
 
 
-def features(views: int, width: int, device: torch.device) -> tuple[Tensor, Tensor]:
+def features(num_views: int, width: int, device: torch.device) -> tuple[Tensor, Tensor]:
     """Two views of views / 2 images, each (views / 2, width) float32."""
     random = torch.Generator().manual_seed(0)
-    image = torch.randn(views // 2, width, generator=random)
+    image = torch.randn(num_views // 2, width, generator=random)
     pair = [image + 0.5 * torch.randn(image.shape, generator=random) for _ in range(2)]
     z1, z2 = (MEAN + z * (width**0.5 / z.norm(dim=1, keepdim=True)) for z in pair)
     return z1.to(device), z2.to(device)
@@ -40,13 +40,13 @@ def losses_and_dz(z1: Tensor, z2: Tensor, **options: Any) -> tuple[Tensor, Tenso
     return losses.detach().double(), dz.double()
 
 
-def measure(views: int, width: int, precision: str, backend: str, device: torch.device) -> dict[str, Any]:
-    z1, z2 = features(views, width, device)
+def measure(num_views: int, width: int, precision: str, backend: str, device: torch.device) -> dict[str, Any]:
+    z1, z2 = features(num_views, width, device)
     exact_losses, exact_dz = losses_and_dz(z1.double(), z2.double(), backend="tiled", precision="highest")
     losses, dz = losses_and_dz(z1, z2, backend=backend, precision=precision)
     rows = (dz - exact_dz).norm(dim=1) / exact_dz.norm(dim=1)
     return {
-        "views": views,
+        "views": num_views,
         "width": width,
         "precision": precision,
         "loss": float(exact_losses.mean()),
@@ -67,7 +67,7 @@ def verdict(row: dict[str, Any]) -> str:
 
 def main(arguments: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--views", default="8192,32768")
+    parser.add_argument("--num_views", default="8192,32768")
     parser.add_argument("--width", type=int, default=128)
     parser.add_argument("--backend", default="fused")
     parser.add_argument("--json", type=Path, required=True)
@@ -80,13 +80,13 @@ def main(arguments: Sequence[str] | None = None) -> int:
         "backend": options.backend,
         "rows": [],
     }
-    for views in map(int, options.views.split(",")):
+    for num_views in map(int, options.num_views.split(",")):
         for precision in BOUNDS:
-            row = measure(views, options.width, precision, options.backend, device)
+            row = measure(num_views, options.width, precision, options.backend, device)
             record["rows"].append(row | {"verdict": verdict(row)})
             options.json.write_text(json.dumps(record, indent=2) + "\n")  # after each: the time may run out
             print(
-                f"{views} x {options.width}, {precision}: losses {row['losses_relative_error']:.2g}, "
+                f"{num_views} x {options.width}, {precision}: losses {row['losses_relative_error']:.2g}, "
                 f"dz {row['dz_relative_error']:.2g} (worst row {row['dz_worst_row']:.2g}); {verdict(row)}",
                 flush=True,
             )

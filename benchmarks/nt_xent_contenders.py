@@ -60,12 +60,12 @@ def our_losses(device: torch.device) -> tuple[dict[str, Contender], dict[str, st
     return fused | tiled, {}
 
 
-def contenders(views: int, device: torch.device, *, compiling: bool) -> tuple[dict[str, Contender], dict[str, str]]:
+def contenders(num_views: int, device: torch.device, *, compiling: bool) -> tuple[dict[str, Contender], dict[str, str]]:
     """The losses by name, the one that the others are compared with first; and why others are left out."""
     torch.compiler.reset()  # else the graphs of all sizes stay
     found, missing = our_losses(device)
     found["dense"] = Contender(dense, EXACT)
-    if device.type == "cuda" or views <= BF16_LARGEST_ON_CPU:
+    if device.type == "cuda" or num_views <= BF16_LARGEST_ON_CPU:
         found["dense, bf16"] = Contender(dense_bf16)
     else:
         missing["dense, bf16"] = f"on a CPU up to M={BF16_LARGEST_ON_CPU} only"
@@ -79,7 +79,7 @@ def contenders(views: int, device: torch.device, *, compiling: bool) -> tuple[di
         from pytorch_metric_learning.losses import NTXentLoss as MetricLearningLoss
         from pytorch_metric_learning.losses import SelfSupervisedLoss
 
-        if views > PML_LARGEST:
+        if num_views > PML_LARGEST:
             raise ImportError(f"takes M^3 memory: up to M={PML_LARGEST} only")
         loss = SelfSupervisedLoss(MetricLearningLoss(temperature=TEMPERATURE))
         found["pytorch-metric-learning"] = Contender(loss, EXACT)

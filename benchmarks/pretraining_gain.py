@@ -20,7 +20,7 @@ import torch
 from fastsimclr.data import open_source
 from fastsimclr.data.sources import EncodedSource
 from fastsimclr.environment import commit
-from fastsimclr.evaluation.labelled import class_balanced
+from fastsimclr.evaluation.labeled import class_balanced
 from fastsimclr.precision import choose_precision
 
 RECIPE = {

@@ -16,7 +16,7 @@ from torch.amp import GradScaler
 from benchmarks.nt_xent_contenders import dense
 from benchmarks.suite import CORES, DEVICE
 from benchmarks.view_peers import EachImage, Loader, Setting, lightly_transform, open_loader, open_pillow
-from fastsimclr import Views
+from fastsimclr import Augmentation
 from fastsimclr.data import ViewLoader, open_views
 from fastsimclr.data.sources import ArraySource
 from fastsimclr.loss import NTXentLoss
@@ -101,9 +101,9 @@ def views_of(loader: ViewLoader) -> Callable[[], Iterator[Sequence[Tensor]]]:
     return lambda: (batch.views for batch in loader)
 
 
-def lightly_loader(source: ArraySource, views: Views, batch_size: int) -> Loader:
-    images = EachImage(tuple(source.images.numpy()), open_pillow, lightly_transform(views))
-    return open_loader(images, Setting(views, batch_size, CORES), drop_last=True)
+def lightly_loader(source: ArraySource, augmentation: Augmentation, batch_size: int) -> Loader:
+    images = EachImage(tuple(source.images.numpy()), open_pillow, lightly_transform(augmentation))
+    return open_loader(images, Setting(augmentation, batch_size, CORES), drop_last=True)
 
 
 def lightly_loop(model: SimCLR, loader: Loader, temperature: float, *, tuned: bool) -> Contender:
@@ -134,15 +134,15 @@ def lightly_loop(model: SimCLR, loader: Loader, temperature: float, *, tuned: bo
     )
 
 
-def small_views() -> Views:
+def small_views() -> Augmentation:
     """The preset cifar10, with the filter that lightly's transform has, which is torchvision's default."""
-    preset = Views.preset("cifar10")
-    return Views(**{**vars(preset), "interpolation": "bilinear"})
+    preset = Augmentation.preset("cifar10")
+    return Augmentation(**{**vars(preset), "interpolation": "bilinear"})
 
 
-def open_small_views(source: ArraySource, views: Views, batch_size: int, precision: str) -> ViewLoader:
+def open_small_views(source: ArraySource, augmentation: Augmentation, batch_size: int, precision: str) -> ViewLoader:
     dtype = choose_precision(precision, DEVICE).view_dtype
-    return open_views(source, views, batch_size, device=DEVICE, drop_last=True, dtype=dtype)
+    return open_views(source, augmentation, batch_size, device=DEVICE, drop_last=True, dtype=dtype)
 
 
 def large_step(batch_size: int, micro_batch_size: int, name: str) -> Callable[[], float]:

@@ -23,12 +23,12 @@ from torch import Tensor
 from benchmarks.memory import most_mib, settle_heap, trimmed_mib
 from benchmarks.suite import CORES, DEVICE, ON_GPU, SMALL, Check, Suite, one_line
 from benchmarks.view_peers import GRID, Contender, Loader, Photos, Setting
-from fastsimclr import Views
+from fastsimclr import Augmentation
 from fastsimclr.data import open_source, open_views
-from fastsimclr.data.dali import DaliFront
-from fastsimclr.data.loader import Front, Job
+from fastsimclr.data.dali import DaliBackend
+from fastsimclr.data.loader import BatchRequest, CropBackend
 from fastsimclr.data.sampler import Sampler
-from fastsimclr.data.torchvision import TorchvisionFront
+from fastsimclr.data.torchvision import TorchvisionBackend
 
 PIXELS_BOUND = 1.5  # mean levels of 255, between two loaders of ours: tests/test_loaders.py
 ROUNDS = 2 if SMALL else 5
@@ -76,39 +76,39 @@ def close(loader: Loader) -> None:
     getattr(loader, "close", lambda: None)()
 
 
-def levels(view: Tensor, views: Views) -> Tensor:
+def levels(view: Tensor, augmentation: Augmentation) -> Tensor:
     """A view's pixels in levels of 255, float32 on the CPU, from uint8 or from normalized ones."""
     view = view.detach().cpu()
     if view.dtype == torch.uint8:
         return view.float()
-    mean, std = (torch.tensor(each).view(3, 1, 1) for each in (views.mean, views.std))
+    mean, std = (torch.tensor(each).view(3, 1, 1) for each in (augmentation.mean, augmentation.std))
     return (view.float() * std + mean) * 255
 
 
-def pixels_apart(some: Loader, others: Loader, views: Views) -> float:
+def pixels_apart(some: Loader, others: Loader, augmentation: Augmentation) -> float:
     """Mean difference in levels of 255 of two unshuffled loaders' views. Both have to show as many."""
     total, pixels = 0.0, 0
     for left, right in itertools.zip_longest(some, others, fillvalue=()):
         for a, b in zip(left, right, strict=True):
-            total += float((levels(a, views) - levels(b, views)).abs().sum())
+            total += float((levels(a, augmentation) - levels(b, augmentation)).abs().sum())
             pixels += a.numel()
     return total / pixels
 
 
-def without_chance(views: Views) -> Views:
+def without_randomness(augmentation: Augmentation) -> Augmentation:
     """The recipe with the same steps, none of them random; the color jitter, which has no such form, left out."""
-    blur = {"blur": 1.0, "blur_sigma": (1.0, 1.0)} if views.blur else {}
-    return replace(views, scale=(1.0, 1.0), flip=1.0, jitter=0.0, grey=0.0, **blur)
+    blur = {"blur": 1.0, "blur_sigma": (1.0, 1.0)} if augmentation.blur_prob else {}
+    return replace(augmentation, scale=(1.0, 1.0), flip_prob=1.0, jitter_prob=0.0, grayscale_prob=0.0, **blur)
 
 
 def check_pixels(ours: Contender, other: Contender, setting: Setting, few: Any, side: int) -> Check:
-    views = replace(setting.views, **other.recipe)
+    augmentation = replace(setting.augmentation, **other.recipe)
     what = "decoded pixels" if side == GRID else "views of equal seeds"
-    if side != GRID and not other.same_draws:
-        views, what = without_chance(views), "views with nothing random"
-    setting = replace(setting, views=views, workers=0, shuffle=False)
+    if side != GRID and not other.same_params:
+        augmentation, what = without_randomness(augmentation), "views with nothing random"
+    setting = replace(setting, augmentation=augmentation, workers=0, shuffle=False)
     pair = [open_on(each, few, setting) for each in (other, ours)]
-    check = Check(f"{what}, mean levels of 255", pixels_apart(*pair, views), PIXELS_BOUND)
+    check = Check(f"{what}, mean levels of 255", pixels_apart(*pair, augmentation), PIXELS_BOUND)
     for loader in pair:
         close(loader)
     return check
@@ -134,7 +134,7 @@ def compare(
                 raise
             missing[name] = one_line(error)
     settle_heap()
-    sizes = {"image_size": setting.views.image_size, "views": 2, "batch_size": setting.batch_size}
+    sizes = {"image_size": setting.augmentation.image_size, "views": 2, "batch_size": setting.batch_size}
     epochs = {name: each.epoch for name, each in opened.items()}
     suite.interleave(epochs, sizes=sizes | {"workers": WORKERS, "cores": CORES}, rounds=ROUNDS)
     ours, *names = opened
@@ -149,7 +149,7 @@ def compare(
         },
         missing=missing,
         notes={name: each.note for name, each in others.items() if each.note},
-        ours=[name for name, each in others.items() if each.same_draws and not each.tried],
+        ours=[name for name, each in others.items() if each.same_params and not each.tried],
         tried=[name for name, each in others.items() if each.tried],
         differing=[name for name, each in others.items() if each.differs],
         headline=headline,
@@ -171,7 +171,7 @@ class OurViews:
     def __init__(self, data: Any, setting: Setting, backend: str) -> None:
         self._loader = open_views(
             str(data.folder) if isinstance(data, Photos) else data,
-            setting.views,
+            setting.augmentation,
             setting.batch_size,
             backend=backend,
             device=DEVICE,
@@ -190,31 +190,33 @@ class OurViews:
 class OurCrops:
     """The first half of our loaders: read, decode, crop, resize, flip; by `DaliColours` also the colors."""
 
-    def __init__(self, photos: Photos, setting: Setting, front: type[Front]) -> None:
+    def __init__(self, photos: Photos, setting: Setting, crop_backend: type[CropBackend]) -> None:
         source = open_source(str(photos.folder))
         self._sampler = Sampler(len(source), setting.batch_size, 0, 1, 0, setting.shuffle)
-        if issubclass(front, DaliFront):
-            self._front: Front = front(source, setting.views, DEVICE, setting.batch_size, max(1, setting.workers))
+        if issubclass(crop_backend, DaliBackend):
+            self._crop_backend: CropBackend = crop_backend(
+                source, setting.augmentation, DEVICE, setting.batch_size, max(1, setting.workers)
+            )
         else:
-            self._front = TorchvisionFront(source, setting.views, DEVICE, setting.workers)
+            self._crop_backend = TorchvisionBackend(source, setting.augmentation, DEVICE, setting.workers)
 
     def __iter__(self) -> Iterator[tuple[Tensor, ...]]:
         epoch = self._sampler.epoch
-        jobs = (Job(self._sampler.seed, epoch, index) for index in self._sampler.remaining())
-        for made in self._front.crops(jobs):
+        requests = (BatchRequest(self._sampler.seed, epoch, index) for index in self._sampler.remaining())
+        for made in self._crop_backend.crops(requests):
             yield tuple(view.permute(0, 3, 1, 2) for view in made.crops)
         self._sampler.epoch = epoch + 1
 
     def close(self) -> None:
-        self._front.close()
+        self._crop_backend.close()
 
 
 def our_views(backend: str) -> Contender:
-    return Contender(functools.partial(OurViews, backend=backend), same_draws=True)
+    return Contender(functools.partial(OurViews, backend=backend), same_params=True)
 
 
-def our_crops(front: type[Front], **more: Any) -> Contender:
-    return Contender(functools.partial(OurCrops, front=front), same_draws=True, **more)
+def our_crops(crop_backend: type[CropBackend], **more: Any) -> Contender:
+    return Contender(functools.partial(OurCrops, crop_backend=crop_backend), same_params=True, **more)
 
 
 # DALI as it is used elsewhere
@@ -224,7 +226,7 @@ class DaliReader:
     """DALI's own reader and decoder, and `count` results of `make` for each image, as tensors on the device."""
 
     def __init__(
-        self, photos: Photos, setting: Setting, make: Callable[[Any, Views, str], Any], count: int = 2
+        self, photos: Photos, setting: Setting, make: Callable[[Any, Augmentation, str], Any], count: int = 2
     ) -> None:
         @pipeline_def(
             batch_size=setting.batch_size,
@@ -237,7 +239,7 @@ class DaliReader:
                 files=list(photos.files), random_shuffle=setting.shuffle, pad_last_batch=True, name="files"
             )
             images = fn.decoders.image(data, device="mixed" if ON_GPU else "cpu", output_type=types.RGB)
-            return tuple(make(images, setting.views, "gpu" if ON_GPU else "cpu") for _ in range(count))
+            return tuple(make(images, setting.augmentation, "gpu" if ON_GPU else "cpu") for _ in range(count))
 
         pipeline = graph()
         pipeline.build()
@@ -255,53 +257,53 @@ class DaliReader:
             yield tuple(batch[name].permute(0, 3, 1, 2) for name in self._names)
 
 
-def dali_grid(images: Any, views: Views, place: str) -> Any:
+def dali_grid(images: Any, augmentation: Augmentation, place: str) -> Any:
     return fn.resize(images, size=[GRID] * 2, interp_type=types.INTERP_NN, antialias=False, device=place)
 
 
-def dali_crop(images: Any, views: Views, place: str) -> Any:
+def dali_crop(images: Any, augmentation: Augmentation, place: str) -> Any:
     return fn.random_resized_crop(
         images,
-        size=[views.image_size] * 2,
-        random_aspect_ratio=list(views.ratio),
-        random_area=list(views.scale),
+        size=[augmentation.image_size] * 2,
+        random_aspect_ratio=list(augmentation.ratio),
+        random_area=list(augmentation.scale),
         interp_type=types.INTERP_CUBIC,
         antialias=True,
         device=place,
     )
 
 
-def dali_crop_and_flip(images: Any, views: Views, place: str) -> Any:
-    flip = fn.random.coin_flip(probability=views.flip)
-    return fn.flip(dali_crop(images, views, place), horizontal=flip, device=place)
+def dali_crop_and_flip(images: Any, augmentation: Augmentation, place: str) -> Any:
+    flip = fn.random.coin_flip(probability=augmentation.flip_prob)
+    return fn.flip(dali_crop(images, augmentation, place), horizontal=flip, device=place)
 
 
-def dali_color_twist(images: Any, views: Views, place: str) -> Any:
+def dali_color_twist(images: Any, augmentation: Augmentation, place: str) -> Any:
     """The usual SimCLR graph: two crops, color_twist, blur, normalize.
 
     One matrix for the whole jitter, in a fixed order, with contrast about 128 and a hue turned in YIQ.
     """
-    x = dali_crop(images, views, place)
-    jittered = fn.random.coin_flip(probability=views.jitter, dtype=types.BOOL)
+    x = dali_crop(images, augmentation, place)
+    jittered = fn.random.coin_flip(probability=augmentation.jitter_prob, dtype=types.BOOL)
     if jittered:
         x = fn.color_twist(
             x,
-            brightness=fn.random.uniform(range=(1 - views.brightness, 1 + views.brightness)),
-            contrast=fn.random.uniform(range=(1 - views.contrast, 1 + views.contrast)),
-            saturation=fn.random.uniform(range=(1 - views.saturation, 1 + views.saturation)),
-            hue=fn.random.uniform(range=(-360 * views.hue, 360 * views.hue)),
+            brightness=fn.random.uniform(range=(1 - augmentation.brightness, 1 + augmentation.brightness)),
+            contrast=fn.random.uniform(range=(1 - augmentation.contrast, 1 + augmentation.contrast)),
+            saturation=fn.random.uniform(range=(1 - augmentation.saturation, 1 + augmentation.saturation)),
+            hue=fn.random.uniform(range=(-360 * augmentation.hue, 360 * augmentation.hue)),
             device=place,
         )
-    grey = fn.random.coin_flip(probability=views.grey, dtype=types.BOOL)
+    grey = fn.random.coin_flip(probability=augmentation.grayscale_prob, dtype=types.BOOL)
     if grey:
         x = fn.saturation(x, saturation=0.0, device=place)
-    blurred = fn.random.coin_flip(probability=views.blur, dtype=types.BOOL)
+    blurred = fn.random.coin_flip(probability=augmentation.blur_prob, dtype=types.BOOL)
     if blurred:
-        x = fn.gaussian_blur(x, sigma=fn.random.uniform(range=views.blur_sigma), device=place)
-    flip = fn.random.coin_flip(probability=views.flip)
-    mean, std = ([255 * level for level in levels] for levels in (views.mean, views.std))
+        x = fn.gaussian_blur(x, sigma=fn.random.uniform(range=augmentation.blur_sigma), device=place)
+    flip = fn.random.coin_flip(probability=augmentation.flip_prob)
+    mean, std = ([255 * level for level in levels] for levels in (augmentation.mean, augmentation.std))
     return fn.crop_mirror_normalize(x, mirror=flip, mean=mean, std=std, output_layout="HWC", device=place)
 
 
-def by_dali(make: Callable[[Any, Views, str], Any], count: int = 2, **more: Any) -> Contender:
+def by_dali(make: Callable[[Any, Augmentation, str], Any], count: int = 2, **more: Any) -> Contender:
     return Contender(functools.partial(DaliReader, make=make, count=count), **more)

@@ -20,7 +20,7 @@ from torchvision.io import decode_image
 from torchvision.transforms import v2
 
 from benchmarks.suite import CORES, DEVICE
-from fastsimclr import Views
+from fastsimclr import Augmentation
 from fastsimclr.data.images import decode
 
 GRID = 8  # pixels a side that the decoding stage passes on: whole images are of many sizes
@@ -47,7 +47,7 @@ class Photos:
 class Setting:
     """How a contender is opened. workers: processes or threads; 0 for none."""
 
-    views: Views
+    augmentation: Augmentation
     batch_size: int
     workers: int
     shuffle: bool = True
@@ -63,7 +63,7 @@ class Contender:
     """
 
     open: Callable[[Any, Setting], Loader]
-    same_draws: bool = False
+    same_params: bool = False
     tried: bool = False
     requires: str = ""
     recipe: dict[str, Any] = field(default_factory=dict)
@@ -106,17 +106,19 @@ class EachImage(Dataset[Any]):
         return self.make(self.read(self.images[index]))
 
 
-def in_workers(read: Callable[[Any], Any], transform: Callable[[Views], Transform]) -> Callable[[Any, Setting], Loader]:
+def in_workers(
+    read: Callable[[Any], Any], transform: Callable[[Augmentation], Transform]
+) -> Callable[[Any, Setting], Loader]:
     """Opens a DataLoader whose workers read each image and transform it, as the recipe says."""
 
     def opened(data: Any, setting: Setting) -> Loader:
         images = data.files if isinstance(data, Photos) else tuple(data.images.numpy())
-        return open_loader(EachImage(images, read, transform(setting.views)), setting)
+        return open_loader(EachImage(images, read, transform(setting.augmentation)), setting)
 
     return opened
 
 
-def in_webdataset(transform: Callable[[Views], Transform]) -> Callable[[Any, Setting], Loader]:
+def in_webdataset(transform: Callable[[Augmentation], Transform]) -> Callable[[Any, Setting], Loader]:
     """Opens WebDataset's reader of tar shards, one a worker, with its Pillow decoder."""
 
     def opened(photos: Photos, setting: Setting) -> Loader:
@@ -125,7 +127,7 @@ def in_webdataset(transform: Callable[[Views], Transform]) -> Callable[[Any, Set
         dataset = wds.WebDataset(list(photos.shards), shardshuffle=len(photos.shards) if setting.shuffle else False)
         if setting.shuffle:
             dataset = dataset.shuffle(1000)  # the samples that its examples keep to draw from
-        dataset = dataset.decode("pil").to_tuple("jpg").map_tuple(transform(setting.views)).map(first_of)
+        dataset = dataset.decode("pil").to_tuple("jpg").map_tuple(transform(setting.augmentation)).map(first_of)
         return open_loader(dataset.batched(setting.batch_size), setting, batch_size=None, shuffle=False)
 
     return opened
@@ -177,9 +179,9 @@ class Twice:
 class PillowBlur(torch.nn.Module):
     """Pillow's Gaussian blur (three box filters), the usual shortcut of fast recipes."""
 
-    def __init__(self, views: Views) -> None:
+    def __init__(self, augmentation: Augmentation) -> None:
         super().__init__()
-        self.p, self.sigma = views.blur, views.blur_sigma
+        self.p, self.sigma = augmentation.blur_prob, augmentation.blur_sigma
 
     def forward(self, image: Image.Image) -> Image.Image:
         if torch.rand(()) >= self.p:
@@ -187,61 +189,70 @@ class PillowBlur(torch.nn.Module):
         return image.filter(ImageFilter.GaussianBlur(float(torch.empty(()).uniform_(*self.sigma))))
 
 
-def window(views: Views) -> int:
-    return max(3, int(views.image_size * views.blur_kernel) // 2 * 2 + 1)
+def window(augmentation: Augmentation) -> int:
+    return max(3, int(augmentation.image_size * augmentation.blur_kernel) // 2 * 2 + 1)
 
 
-def crop_and_flip(views: Views) -> list[torch.nn.Module]:
-    filter_ = v2.InterpolationMode(views.interpolation)
+def crop_and_flip(augmentation: Augmentation) -> list[torch.nn.Module]:
+    filter_ = v2.InterpolationMode(augmentation.interpolation)
     return [
-        v2.RandomResizedCrop(views.image_size, views.scale, views.ratio, interpolation=filter_, antialias=True),
-        v2.RandomHorizontalFlip(views.flip),
+        v2.RandomResizedCrop(
+            augmentation.image_size, augmentation.scale, augmentation.ratio, interpolation=filter_, antialias=True
+        ),
+        v2.RandomHorizontalFlip(augmentation.flip_prob),
     ]
 
 
-def recipe(views: Views, blur: torch.nn.Module, *last: torch.nn.Module) -> Twice:
-    jitter = v2.ColorJitter(views.brightness, views.contrast, views.saturation, views.hue)
-    colors = [v2.RandomApply([jitter], views.jitter), v2.RandomGrayscale(views.grey)]
-    finish = [*last, v2.ToDtype(torch.float32, scale=True), v2.Normalize(list(views.mean), list(views.std))]
-    return Twice([*crop_and_flip(views), *colors, *([blur] if views.blur else []), *finish])
+def recipe(augmentation: Augmentation, blur: torch.nn.Module, *last: torch.nn.Module) -> Twice:
+    jitter = v2.ColorJitter(augmentation.brightness, augmentation.contrast, augmentation.saturation, augmentation.hue)
+    colors = [v2.RandomApply([jitter], augmentation.jitter_prob), v2.RandomGrayscale(augmentation.grayscale_prob)]
+    finish = [
+        *last,
+        v2.ToDtype(torch.float32, scale=True),
+        v2.Normalize(list(augmentation.mean), list(augmentation.std)),
+    ]
+    return Twice([*crop_and_flip(augmentation), *colors, *([blur] if augmentation.blur_prob else []), *finish])
 
 
-def views_on_pillow(views: Views) -> Twice:
+def views_on_pillow(augmentation: Augmentation) -> Twice:
     """The fastest recipe of torchvision's with the same semantics, lightly's list: all on Pillow's images."""
-    return recipe(views, PillowBlur(views), v2.PILToTensor())
+    return recipe(augmentation, PillowBlur(augmentation), v2.PILToTensor())
 
 
-def views_on_tensors(views: Views) -> Twice:
+def views_on_tensors(augmentation: Augmentation) -> Twice:
     """torchvision's v2 transforms on uint8 tensors, with its GaussianBlur."""
-    return recipe(views, v2.RandomApply([v2.GaussianBlur(window(views), views.blur_sigma)], views.blur))
+    return recipe(
+        augmentation,
+        v2.RandomApply([v2.GaussianBlur(window(augmentation), augmentation.blur_sigma)], augmentation.blur_prob),
+    )
 
 
-def crops_on_pillow(views: Views) -> Twice:
-    return Twice([*crop_and_flip(views), v2.PILToTensor()])
+def crops_on_pillow(augmentation: Augmentation) -> Twice:
+    return Twice([*crop_and_flip(augmentation), v2.PILToTensor()])
 
 
-def crops_on_tensors(views: Views) -> Twice:
-    return Twice(crop_and_flip(views))
+def crops_on_tensors(augmentation: Augmentation) -> Twice:
+    return Twice(crop_and_flip(augmentation))
 
 
-def lightly_transform(views: Views) -> Any:
+def lightly_transform(augmentation: Augmentation) -> Any:
     """lightly's SimCLRTransform, set to our recipe. Raises ImportError where lightly is not installed."""
     from lightly.transforms import SimCLRTransform
 
     return SimCLRTransform(
-        input_size=views.image_size,
-        cj_prob=views.jitter,
+        input_size=augmentation.image_size,
+        cj_prob=augmentation.jitter_prob,
         cj_strength=1.0,
-        cj_bright=views.brightness,
-        cj_contrast=views.contrast,
-        cj_sat=views.saturation,
-        cj_hue=views.hue,
-        min_scale=views.scale[0],
-        random_gray_scale=views.grey,
-        gaussian_blur=views.blur,
-        sigmas=views.blur_sigma,
-        hf_prob=views.flip,
-        normalize={"mean": list(views.mean), "std": list(views.std)},
+        cj_bright=augmentation.brightness,
+        cj_contrast=augmentation.contrast,
+        cj_sat=augmentation.saturation,
+        cj_hue=augmentation.hue,
+        min_scale=augmentation.scale[0],
+        random_gray_scale=augmentation.grayscale_prob,
+        gaussian_blur=augmentation.blur_prob,
+        sigmas=augmentation.blur_sigma,
+        hf_prob=augmentation.flip_prob,
+        normalize={"mean": list(augmentation.mean), "std": list(augmentation.std)},
     )
 
 
@@ -258,7 +269,7 @@ class Kornia:
     def __init__(self, data: Any, setting: Setting) -> None:
         import kornia.augmentation as K
 
-        views = setting.views
+        augmentation = setting.augmentation
         self._setting = setting
         self._crops: Loader = ()
         self._images: Tensor | None = None
@@ -267,14 +278,24 @@ class Kornia:
             self._crops = in_workers(open_tensor, crops_on_tensors)(data, setting)
         else:
             self._images = data.images.permute(0, 3, 1, 2).contiguous()  # (N, 3, h, w) uint8
-            size, filter_ = (views.image_size,) * 2, views.interpolation.upper()
-            crop = K.RandomResizedCrop(size, views.scale, views.ratio, resample=filter_)
-            steps = [crop, K.RandomHorizontalFlip(p=views.flip)]
-        steps.append(K.ColorJitter(views.brightness, views.contrast, views.saturation, views.hue, p=views.jitter))
-        steps.append(K.RandomGrayscale(p=views.grey))
-        if views.blur:
-            steps.append(K.RandomGaussianBlur((window(views),) * 2, views.blur_sigma, p=views.blur))
-        steps.append(K.Normalize(torch.tensor(views.mean), torch.tensor(views.std)))
+            size, filter_ = (augmentation.image_size,) * 2, augmentation.interpolation.upper()
+            crop = K.RandomResizedCrop(size, augmentation.scale, augmentation.ratio, resample=filter_)
+            steps = [crop, K.RandomHorizontalFlip(p=augmentation.flip_prob)]
+        steps.append(
+            K.ColorJitter(
+                augmentation.brightness,
+                augmentation.contrast,
+                augmentation.saturation,
+                augmentation.hue,
+                p=augmentation.jitter_prob,
+            )
+        )
+        steps.append(K.RandomGrayscale(p=augmentation.grayscale_prob))
+        if augmentation.blur_prob:
+            steps.append(
+                K.RandomGaussianBlur((window(augmentation),) * 2, augmentation.blur_sigma, p=augmentation.blur_prob)
+            )
+        steps.append(K.Normalize(torch.tensor(augmentation.mean), torch.tensor(augmentation.std)))
         self._augment = K.AugmentationSequential(*steps, data_keys=["input"])
 
     def _batches(self) -> Iterator[Sequence[Tensor]]:

@@ -1,11 +1,11 @@
-// The part of the module that draws, crops and changes colours: draws.h, crop.h, photometric.h.
+// The bindings of the data path: view_params.h, crop.h, photometric.h.
 #include <algorithm>
 #include <array>
 
 #include "bindings.h"
 #include "crop.h"
-#include "draws.h"
 #include "photometric.h"
+#include "view_params.h"
 
 namespace py = pybind11;
 
@@ -21,17 +21,17 @@ void define_pixel_type(py::module_& module) {
 
 #ifndef FASTSIMCLR_EMULATION
 
-void define_draws(py::module_& module) {
+void define_sample_params(py::module_& module) {
   using namespace py::literals;
   using Range = std::array<double, 2>;
   using Factors = std::array<double, 4>;
   module.def(
-      "draw",
+      "sample_params",
       [](uint32_t seed, uint32_t epoch, uint32_t view, int64_t count, Address index, Address sizes,
          double center_fraction, const Range& scale, const Range& ratio, const Range& log_ratio,
          const Factors& factors_low, const Factors& factors_high, const Range& sigma,
          const std::array<double, 5>& probabilities, Address out) {
-        DrawParams p;
+        SampleParams p;
         p.seed = seed;
         p.epoch = epoch;
         p.view = view;
@@ -46,8 +46,8 @@ void define_draws(py::module_& module) {
         p.factors_high = factors_high;
         p.sigma = sigma;
         p.probabilities = probabilities;
-        p.out = pointer<Draw>(out);
-        draw(p);
+        p.out = pointer<ViewParams>(out);
+        sample_params(p);
       },
       py::kw_only(), "seed"_a, "epoch"_a, "view"_a, "count"_a, "index"_a, "sizes"_a, "center_fraction"_a, "scale"_a,
       "ratio"_a, "log_ratio"_a, "factors_low"_a, "factors_high"_a, "sigma"_a, "probabilities"_a, "out"_a,
@@ -57,15 +57,15 @@ void define_draws(py::module_& module) {
 #endif
 
 // The arguments that crop and photometric have on a CPU and on a GPU.
-CropParams crop_params(Address images, int height, int width, Address index, Address draws, int64_t views, int size,
-                       bool bicubic, Address out) {
+CropParams crop_params(Address images, int height, int width, Address index, Address view_params, int64_t num_views,
+                       int size, bool bicubic, Address out) {
   CropParams p;
   p.images = pointer<const uint8_t>(images);
   p.height = height;
   p.width = width;
   p.index = pointer<const int64_t>(index);
-  p.draws = pointer<const Draw>(draws);
-  p.views = views;
+  p.view_params = pointer<const ViewParams>(view_params);
+  p.num_views = num_views;
   p.size = size;
   p.bicubic = bicubic;
   p.out = pointer<uint8_t>(out);
@@ -74,11 +74,12 @@ CropParams crop_params(Address images, int height, int width, Address index, Add
 
 using PerChannel = std::array<float, 3>;
 
-PhotometricParams photometric_params(Address crops, Address draws, int64_t images, int height, int width, int blur_taps,
-                                     const PerChannel& scale, const PerChannel& shift, PixelType dtype, Address out) {
+PhotometricParams photometric_params(Address crops, Address view_params, int64_t images, int height, int width,
+                                     int blur_taps, const PerChannel& scale, const PerChannel& shift, PixelType dtype,
+                                     Address out) {
   PhotometricParams p;
   p.crops = pointer<const uint8_t>(crops);
-  p.draws = pointer<const Draw>(draws);
+  p.view_params = pointer<const ViewParams>(view_params);
   p.images = images;
   p.height = height;
   p.width = width;
@@ -97,20 +98,21 @@ void define_views_on_cpu(py::module_& module) {
   const py::call_guard<py::gil_scoped_release> release;
   module.def(
       "crop",
-      [](Address images, int height, int width, Address index, Address draws, int64_t views, int size, bool bicubic,
-         Address out, int threads) {
-        crop_on_cpu(crop_params(images, height, width, index, draws, views, size, bicubic, out), threads);
+      [](Address images, int height, int width, Address index, Address view_params, int64_t num_views, int size,
+         bool bicubic, Address out, int threads) {
+        crop_on_cpu(crop_params(images, height, width, index, view_params, num_views, size, bicubic, out), threads);
       },
-      py::kw_only(), "images"_a, "height"_a, "width"_a, "index"_a, "draws"_a, "views"_a, "size"_a, "bicubic"_a, "out"_a,
-      "threads"_a, release);
+      py::kw_only(), "images"_a, "height"_a, "width"_a, "index"_a, "view_params"_a, "num_views"_a, "size"_a,
+      "bicubic"_a, "out"_a, "threads"_a, release);
   module.def(
       "photometric",
-      [](Address crops, Address draws, int64_t images, int height, int width, int blur_taps, const PerChannel& scale,
-         const PerChannel& shift, PixelType dtype, Address out, int threads) {
-        photometric_on_cpu(photometric_params(crops, draws, images, height, width, blur_taps, scale, shift, dtype, out),
-                           threads);
+      [](Address crops, Address view_params, int64_t images, int height, int width, int blur_taps,
+         const PerChannel& scale, const PerChannel& shift, PixelType dtype, Address out, int threads) {
+        photometric_on_cpu(
+            photometric_params(crops, view_params, images, height, width, blur_taps, scale, shift, dtype, out),
+            threads);
       },
-      py::kw_only(), "crops"_a, "draws"_a, "images"_a, "height"_a, "width"_a, "blur_taps"_a, "scale"_a, "shift"_a,
+      py::kw_only(), "crops"_a, "view_params"_a, "images"_a, "height"_a, "width"_a, "blur_taps"_a, "scale"_a, "shift"_a,
       "dtype"_a, "out"_a, "threads"_a, release);
 }
 
@@ -125,26 +127,27 @@ void define_views_on_gpu(py::module_& module) {
   module.attr("MAX_BLUR_RADIUS") = max_blur_radius();
   module.def(
       "crop_cuda",
-      [](Address images, int height, int width, Address index, Address draws, int64_t views, int size, bool bicubic,
-         Address out, int device, Address stream) {
+      [](Address images, int height, int width, Address index, Address view_params, int64_t num_views, int size,
+         bool bicubic, Address out, int device, Address stream) {
         use_device(device);
-        check(crop(crop_params(images, height, width, index, draws, views, size, bicubic, out),
+        check(crop(crop_params(images, height, width, index, view_params, num_views, size, bicubic, out),
                    reinterpret_cast<cudaStream_t>(stream)),
               "crop");
       },
-      py::kw_only(), "images"_a, "height"_a, "width"_a, "index"_a, "draws"_a, "views"_a, "size"_a, "bicubic"_a, "out"_a,
-      "device"_a, "stream"_a, release);
+      py::kw_only(), "images"_a, "height"_a, "width"_a, "index"_a, "view_params"_a, "num_views"_a, "size"_a,
+      "bicubic"_a, "out"_a, "device"_a, "stream"_a, release);
   module.def(
       "photometric_cuda",
-      [](Address crops, Address draws, int64_t images, int height, int width, int blur_taps, const PerChannel& scale,
-         const PerChannel& shift, PixelType dtype, Address out, Address parts, float max_sigma, int device,
-         Address stream) {
+      [](Address crops, Address view_params, int64_t images, int height, int width, int blur_taps,
+         const PerChannel& scale, const PerChannel& shift, PixelType dtype, Address out, Address parts, float max_sigma,
+         int device, Address stream) {
         use_device(device);
-        check(photometric(photometric_params(crops, draws, images, height, width, blur_taps, scale, shift, dtype, out),
-                          pointer<float>(parts), max_sigma, reinterpret_cast<cudaStream_t>(stream)),
+        check(photometric(
+                  photometric_params(crops, view_params, images, height, width, blur_taps, scale, shift, dtype, out),
+                  pointer<float>(parts), max_sigma, reinterpret_cast<cudaStream_t>(stream)),
               "photometric");
       },
-      py::kw_only(), "crops"_a, "draws"_a, "images"_a, "height"_a, "width"_a, "blur_taps"_a, "scale"_a, "shift"_a,
+      py::kw_only(), "crops"_a, "view_params"_a, "images"_a, "height"_a, "width"_a, "blur_taps"_a, "scale"_a, "shift"_a,
       "dtype"_a, "out"_a, "parts"_a, "max_sigma"_a, "device"_a, "stream"_a, release);
 }
 
@@ -155,7 +158,7 @@ void define_views_on_gpu(py::module_& module) {
 void define_views(py::module_& module) {
   define_pixel_type(module);
 #ifndef FASTSIMCLR_EMULATION
-  define_draws(module);
+  define_sample_params(module);
   define_views_on_cpu(module);
 #endif
 #ifdef FASTSIMCLR_KERNELS

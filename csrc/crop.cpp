@@ -35,14 +35,14 @@ struct Scratch {
 };
 
 FASTSIMCLR_CLONES void one_view(const CropParams& p, int64_t view, Scratch& scratch) {
-  const Draw& draw = p.draws[view];
-  const Filter columns({draw.left, draw.width, p.size, p.bicubic}, p.size);
-  const Filter rows({draw.top, draw.height, p.size, p.bicubic}, p.size);
+  const ViewParams& view_params = p.view_params[view];
+  const Filter columns({view_params.left, view_params.width, p.size, p.bicubic}, p.size);
+  const Filter rows({view_params.top, view_params.height, p.size, p.bicubic}, p.size);
   const int64_t pitch = 3 * int64_t(p.size);
-  scratch.wide.resize(size_t(draw.height) * size_t(pitch));
+  scratch.wide.resize(size_t(view_params.height) * size_t(pitch));
   scratch.sums.resize(size_t(pitch));
-  for (int y = 0; y < draw.height; y++) {
-    const uint8_t* row = p.images + ((p.index[view] * p.height + draw.top + y) * p.width) * 3;
+  for (int y = 0; y < view_params.height; y++) {
+    const uint8_t* row = p.images + ((p.index[view] * p.height + view_params.top + y) * p.width) * 3;
     uint8_t* to = scratch.wide.data() + y * pitch;
     for (int i = 0; i < p.size; i++) {
       const float* weights = &columns.weights[size_t(i) * size_t(columns.taps)];
@@ -53,7 +53,7 @@ FASTSIMCLR_CLONES void one_view(const CropParams& p, int64_t view, Scratch& scra
         g += weights[k] * from[3 * k + 1];
         b += weights[k] * from[3 * k + 2];
       }
-      uint8_t* pixel = to + 3 * (draw.flip ? p.size - 1 - i : i);
+      uint8_t* pixel = to + 3 * (view_params.flip ? p.size - 1 - i : i);
       pixel[0] = rounded_level(r);
       pixel[1] = rounded_level(g);
       pixel[2] = rounded_level(b);
@@ -64,7 +64,8 @@ FASTSIMCLR_CLONES void one_view(const CropParams& p, int64_t view, Scratch& scra
     std::fill(sums, sums + pitch, 0.0f);
     for (int k = 0; k < rows.taps; k++) {
       const float weight = rows.weights[size_t(i) * size_t(rows.taps) + size_t(k)];
-      const uint8_t* __restrict__ from = &scratch.wide[size_t(rows.first[size_t(i)] - draw.top + k) * size_t(pitch)];
+      const uint8_t* __restrict__ from =
+          &scratch.wide[size_t(rows.first[size_t(i)] - view_params.top + k) * size_t(pitch)];
       for (int64_t x = 0; x < pitch; x++) sums[x] += weight * from[x];
     }
     uint8_t* __restrict__ to = p.out + (view * p.size + i) * pitch;
@@ -75,9 +76,9 @@ FASTSIMCLR_CLONES void one_view(const CropParams& p, int64_t view, Scratch& scra
 }  // namespace
 
 void crop_on_cpu(const CropParams& params, int threads) {
-  in_threads(threads, params.views, [&](auto next) {
+  in_threads(threads, params.num_views, [&](auto next) {
     Scratch scratch;
-    for (int64_t view; (view = next()) < params.views;) one_view(params, view, scratch);
+    for (int64_t view; (view = next()) < params.num_views;) one_view(params, view, scratch);
   });
 }
 

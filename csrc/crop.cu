@@ -28,15 +28,16 @@ __global__ void __launch_bounds__(kThreads) crop_kernel(CropParams p) {
   const int64_t view = blockIdx.x / unsigned(tiles);
   const int column0 = int(blockIdx.x % unsigned(tiles)) * kColumns;
   const int numbers = 3 * (p.size - column0 < kColumns ? p.size - column0 : kColumns);  // of a row: its channels
-  const Draw draw = p.draws[view];
-  const Side columns(draw.left, draw.width, p.size, p.bicubic), rows(draw.top, draw.height, p.size, p.bicubic);
+  const ViewParams view_params = p.view_params[view];
+  const Side columns(view_params.left, view_params.width, p.size, p.bicubic),
+      rows(view_params.top, view_params.height, p.size, p.bicubic);
   const uint8_t* image = p.images + p.index[view] * p.height * p.width * 3;
   auto* wide = reinterpret_cast<uint8_t*>(dynamic_shared());  // (rows of the crop, numbers)
 
-  for (int n = int(threadIdx.x); n < draw.height * numbers; n += kThreads) {
+  for (int n = int(threadIdx.x); n < view_params.height * numbers; n += kThreads) {
     const int y = n / numbers, x = column0 + n % numbers / 3, channel = n % numbers % 3;
-    const uint8_t* row = image + (int64_t(draw.top + y) * p.width + draw.left) * 3 + channel;
-    wide[n] = weighed(columns, draw.flip ? p.size - 1 - x : x, [=](int j) { return row[3 * int64_t(j)]; });
+    const uint8_t* row = image + (int64_t(view_params.top + y) * p.width + view_params.left) * 3 + channel;
+    wide[n] = weighed(columns, view_params.flip ? p.size - 1 - x : x, [=](int j) { return row[3 * int64_t(j)]; });
   }
   __syncthreads();  // the rows of a pixel are other threads' work
   uint8_t* out = p.out + (view * p.size * p.size + column0) * 3;
@@ -49,10 +50,10 @@ __global__ void __launch_bounds__(kThreads) crop_kernel(CropParams p) {
 }  // namespace
 
 cudaError_t crop(const CropParams& params, cudaStream_t stream) {
-  if (params.views == 0) return cudaSuccess;
+  if (params.num_views == 0) return cudaSuccess;
   const int64_t shared = int64_t(params.height) * kColumns * 3;
   if (shared > kMaxShared) return cudaErrorInvalidValue;
-  const int64_t blocks = params.views * ((params.size + kColumns - 1) / kColumns);
+  const int64_t blocks = params.num_views * ((params.size + kColumns - 1) / kColumns);
   return launch(crop_kernel, dim3(unsigned(blocks)), kThreads, size_t(shared), stream, params);
 }
 

@@ -1,6 +1,6 @@
 // Views cut out of decoded images of one size that lie in memory: crop, antialiased resize, flip. The filters are
 // torchvision's: a triangle or Keys' cubic with a = -0.5, as wide as an output pixel where the crop shrinks,
-// renormalised at the crop's border; rounded to levels after the columns, and again after the rows.
+// renormalized at the crop's border; rounded to levels after the columns, and again after the rows.
 #pragma once
 
 #ifdef FASTSIMCLR_EMULATION
@@ -11,20 +11,20 @@
 
 #include <cstdint>
 
-#include "draws.h"
 #include "pixel.h"
+#include "view_params.h"
 
 namespace fastsimclr {
 
 struct CropParams {
   const uint8_t* images = nullptr;  // (any number, height, width, 3)
   int height = 0, width = 0;
-  const int64_t* index = nullptr;  // (views,): the image of each view
-  const Draw* draws = nullptr;     // (views,)
-  int64_t views = 0;
+  const int64_t* index = nullptr;           // (num_views,): the image of each view
+  const ViewParams* view_params = nullptr;  // (num_views,)
+  int64_t num_views = 0;
   int size = 0;  // side of a view
   bool bicubic = true;
-  uint8_t* out = nullptr;  // (views, size, size, 3)
+  uint8_t* out = nullptr;  // (num_views, size, size, 3)
 };
 
 // One side of a crop: how its pixels [start, start + length) count in the pixels of the view.

@@ -1,5 +1,5 @@
 // Unit rows for the products, each row's length, and the cosine of each positive pair; and on the way back, what the
-// sums over the negatives become: the gradient through the normalisation.
+// sums over the negatives become: the gradient through the normalization.
 //
 // One warp takes one image, that is row i of z1 and row i of z2: it has both views of a pair at hand.
 //

@@ -38,15 +38,15 @@ FASTSIMCLR_INLINE void for_each_pixel(Strip strip, F change) {
   }
 }
 
-// part_of_grey: of contrast alone.
-FASTSIMCLR_INLINE void jitter(Strip strip, int change, float factor, float part_of_grey) {
+// gray_term: of contrast alone.
+FASTSIMCLR_INLINE void jitter(Strip strip, int change, float factor, float gray_term) {
   if (change == kBrightness) for_each_pixel(strip, [=](Pixel x) FASTSIMCLR_LAMBDA { return brightness(x, factor); });
   if (change == kContrast)
-    for_each_pixel(strip, [=](Pixel x) FASTSIMCLR_LAMBDA { return blend(x, factor, part_of_grey); });
+    for_each_pixel(strip, [=](Pixel x) FASTSIMCLR_LAMBDA { return blend(x, factor, gray_term); });
   if (change == kSaturation) for_each_pixel(strip, [=](Pixel x) FASTSIMCLR_LAMBDA { return saturation(x, factor); });
   if (change == kHue && factor != 0) {
-    const float turn = sixths(factor);
-    for_each_pixel(strip, [=](Pixel x) FASTSIMCLR_LAMBDA { return hue(x, turn); });
+    const float hue_shift = sixths(factor);
+    for_each_pixel(strip, [=](Pixel x) FASTSIMCLR_LAMBDA { return hue(x, hue_shift); });
   }
 }
 
@@ -62,7 +62,7 @@ FASTSIMCLR_INLINE uint16_t to_bf16(float x) {  // nearest even; x is finite
   return uint16_t((bits + 0x7fff + (bits >> 16 & 1)) >> 16);
 }
 
-// Interleaved, normalised, as T, from `first` on; `cast` makes one of a float.
+// Interleaved, normalized, as T, from `first` on; `cast` makes one of a float.
 template <class T, class Cast>
 FASTSIMCLR_INLINE void store(const PhotometricParams& p, Strip strip, int64_t first, Cast cast) {
   T* __restrict__ out = static_cast<T*>(p.out) + 3 * first;
@@ -74,9 +74,9 @@ FASTSIMCLR_INLINE void store(const PhotometricParams& p, Strip strip, int64_t fi
 }
 
 // A strip's last changes. first: its first pixel among those of all images.
-FASTSIMCLR_INLINE void finish(const PhotometricParams& p, const Draw& draw, Strip strip, int64_t first) {
-  if (draw.solarise)
-    for_each_pixel(strip, [](Pixel x) FASTSIMCLR_LAMBDA { return Pixel{solarise(x.r), solarise(x.g), solarise(x.b)}; });
+FASTSIMCLR_INLINE void finish(const PhotometricParams& p, const ViewParams& view_params, Strip strip, int64_t first) {
+  if (view_params.solarize)
+    for_each_pixel(strip, [](Pixel x) FASTSIMCLR_LAMBDA { return Pixel{solarize(x.r), solarize(x.g), solarize(x.b)}; });
   if (p.dtype == PixelType::kFloat32) store<float>(p, strip, first, [](float v) FASTSIMCLR_LAMBDA { return v; });
   if (p.dtype == PixelType::kBfloat16)
     store<uint16_t>(p, strip, first, [](float v) FASTSIMCLR_LAMBDA { return to_bf16(v); });
@@ -127,9 +127,10 @@ FASTSIMCLR_INLINE void weigh_row(float* to, const float* kernel, int radius, int
 }
 
 // Gaussian blur, separable, mirrored at the borders; each row goes on to its last changes at once.
-FASTSIMCLR_INLINE void blur_and_finish(const PhotometricParams& p, const Draw& draw, int64_t image, Scratch& scratch) {
+FASTSIMCLR_INLINE void blur_and_finish(const PhotometricParams& p, const ViewParams& view_params, int64_t image,
+                                       Scratch& scratch) {
   const int height = p.height, width = p.width;
-  const int radius = make_kernel(scratch.kernel, draw.sigma, p.blur_taps, height, width);
+  const int radius = make_kernel(scratch.kernel, view_params.sigma, p.blur_taps, height, width);
   const float* kernel = scratch.kernel.data();
   scratch.rows.resize(4 * size_t(width) + 2 * size_t(radius));
   float* middle = scratch.rows.data() + radius;  // a row with its mirrored ends
@@ -147,19 +148,20 @@ FASTSIMCLR_INLINE void blur_and_finish(const PhotometricParams& p, const Draw& d
       weigh_row(row, kernel, radius, width, [=](int k) FASTSIMCLR_LAMBDA { return middle + k; });
       for (int x = 0; x < width; x++) row[x] = float(int(row[x] + 0.5f));
     }
-    finish(p, draw, {blurred, blurred + width, blurred + 2 * width, width}, (image * height + y) * width);
+    finish(p, view_params, {blurred, blurred + width, blurred + 2 * width, width}, (image * height + y) * width);
   }
 }
 
 FASTSIMCLR_CLONES void one_image(const PhotometricParams& p, int64_t image, Scratch& scratch) {
-  const Draw& draw = p.draws[image];
+  const ViewParams& view_params = p.view_params[image];
   const int64_t size = int64_t(p.height) * p.width;
   float* planes = scratch.planes.data();
   const auto strip_at = [=](int64_t first) {
     return Strip{planes + first, planes + size + first, planes + 2 * size + first, std::min(kStrip, size - first)};
   };
-  const int contrast_step = int(std::find(draw.order, draw.order + 4, uint8_t(kContrast)) - draw.order);
-  const float contrast = draw.factors[kContrast];
+  const int contrast_step =
+      int(std::find(view_params.order, view_params.order + 4, uint8_t(kContrast)) - view_params.order);
+  const float contrast = view_params.factors[kContrast];
 
   int64_t total = 0;
   for (int64_t first = 0; first < size; first += kStrip) {  // up to the contrast, which is about the view's mean luma
@@ -171,19 +173,20 @@ FASTSIMCLR_CLONES void one_image(const PhotometricParams& p, int64_t image, Scra
       g[i] = crop[3 * i + 1];
       b[i] = crop[3 * i + 2];
     }
-    if (!draw.jitter) continue;
-    for (int step = 0; step < contrast_step; step++) jitter(strip, draw.order[step], draw.factors[draw.order[step]], 0);
+    if (!view_params.jitter) continue;
+    for (int step = 0; step < contrast_step; step++)
+      jitter(strip, view_params.order[step], view_params.factors[view_params.order[step]], 0);
     total += sum_of_luma(strip);
   }
-  const float part_of_mean = float(double(total) / double(size)) * (1 - contrast);
+  const float mean_term = float(double(total) / double(size)) * (1 - contrast);
   for (int64_t first = 0; first < size; first += kStrip) {  // from it on
     const Strip strip = strip_at(first);
-    for (int step = contrast_step; draw.jitter && step < 4; step++)
-      jitter(strip, draw.order[step], draw.factors[draw.order[step]], part_of_mean);
-    if (draw.grey) for_each_pixel(strip, [](Pixel x) FASTSIMCLR_LAMBDA { return grey(x); });
-    if (!(draw.sigma > 0)) finish(p, draw, strip, image * size + first);
+    for (int step = contrast_step; view_params.jitter && step < 4; step++)
+      jitter(strip, view_params.order[step], view_params.factors[view_params.order[step]], mean_term);
+    if (view_params.grayscale) for_each_pixel(strip, [](Pixel x) FASTSIMCLR_LAMBDA { return grayscale(x); });
+    if (!(view_params.sigma > 0)) finish(p, view_params, strip, image * size + first);
   }
-  if (draw.sigma > 0) blur_and_finish(p, draw, image, scratch);
+  if (view_params.sigma > 0) blur_and_finish(p, view_params, image, scratch);
 }
 
 }  // namespace

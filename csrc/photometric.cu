@@ -1,4 +1,4 @@
-// A view's colours in two kernels, the fewest that contrast and blur allow: the first sums the luma that contrast is
+// A view's colors in two kernels, the fewest that contrast and blur allow: the first sums the luma that contrast is
 // about, for which every pixel must be seen; the second does everything else and writes once.
 //
 // A block of the second one makes a tile of one view in shared memory. Where that view is blurred, the tile's
@@ -31,19 +31,19 @@ __device__ __forceinline__ Pixel read_pixel(const PhotometricParams& p, int64_t 
   return {float(from[0]), float(from[1]), float(from[2])};
 }
 
-__device__ __forceinline__ int step_of_contrast(const Draw& draw) {
+__device__ __forceinline__ int step_of_contrast(const ViewParams& view_params) {
   int step = 0;
-  while (step < 3 && draw.order[step] != kContrast) step++;
+  while (step < 3 && view_params.order[step] != kContrast) step++;
   return step;
 }
 
-// Steps [begin, end) of the jitter; part_of_mean: of contrast alone.
-__device__ __forceinline__ Pixel jittered(Pixel x, const Draw& draw, int begin, int end, float part_of_mean) {
+// Steps [begin, end) of the jitter; mean_term: of contrast alone.
+__device__ __forceinline__ Pixel jittered(Pixel x, const ViewParams& view_params, int begin, int end, float mean_term) {
   for (int step = begin; step < end; step++) {
-    const int change = draw.order[step];  // the same in all threads
-    const float factor = draw.factors[change];
+    const int change = view_params.order[step];  // the same in all threads
+    const float factor = view_params.factors[change];
     if (change == kBrightness) x = brightness(x, factor);
-    if (change == kContrast) x = blend(x, factor, part_of_mean);
+    if (change == kContrast) x = blend(x, factor, mean_term);
     if (change == kSaturation) x = saturation(x, factor);
     if (change == kHue && factor != 0) x = hue(x, sixths(factor));
   }
@@ -59,14 +59,14 @@ __device__ __forceinline__ float warp_sum(float x) {
 __global__ void __launch_bounds__(kThreads) luma_kernel(Kernel kernel) {
   const PhotometricParams& p = kernel.p;
   const int64_t image = blockIdx.x / kLumaParts, part = blockIdx.x % kLumaParts;
-  const Draw& draw = p.draws[image];  // read where it is used: a copy would lie in local memory
-  if (!draw.jitter) return;
+  const ViewParams& view_params = p.view_params[image];  // read where it is used: a copy would lie in local memory
+  if (!view_params.jitter) return;
   const int64_t pixels = int64_t(p.height) * p.width;
   const int64_t begin = pixels * part / kLumaParts, end = pixels * (part + 1) / kLumaParts;
-  const int contrast = step_of_contrast(draw);
+  const int contrast = step_of_contrast(view_params);
   uint32_t sum = 0;
   for (int64_t i = begin + threadIdx.x; i < end; i += kThreads)
-    sum += uint32_t(luma(jittered(read_pixel(p, image, i), draw, 0, contrast, 0)));
+    sum += uint32_t(luma(jittered(read_pixel(p, image, i), view_params, 0, contrast, 0)));
   auto* sums = reinterpret_cast<float*>(dynamic_shared());
   const float of_warp = warp_sum(float(sum));
   if (threadIdx.x % 32 == 0) sums[threadIdx.x / 32] = of_warp;
@@ -116,25 +116,25 @@ __global__ void __launch_bounds__(kThreads) photometric_kernel(Kernel kernel) {
   const unsigned tiles_x = unsigned(p.width + kTile - 1) / kTile, tiles_y = unsigned(p.height + kTile - 1) / kTile;
   const int64_t image = blockIdx.x / (tiles_x * tiles_y);
   const int x0 = int(blockIdx.x % tiles_x) * kTile, y0 = int(blockIdx.x / tiles_x % tiles_y) * kTile;
-  const Draw& draw = p.draws[image];  // read where it is used: a copy would lie in local memory
+  const ViewParams& view_params = p.view_params[image];  // read where it is used: a copy would lie in local memory
   float* weights = reinterpret_cast<float*>(dynamic_shared());  // (max_radius + 1,)
   float* tile = weights + kernel.max_radius + 1;                // (side, side, 3), with its surroundings
-  const int radius = draw.sigma > 0 ? make_kernel(weights, draw.sigma, kernel.max_radius) : 0;
+  const int radius = view_params.sigma > 0 ? make_kernel(weights, view_params.sigma, kernel.max_radius) : 0;
   const int side = kTile + 2 * radius, pitch = 3 * side;
 
-  float part_of_mean = 0;
-  if (draw.jitter) {
+  float mean_term = 0;
+  if (view_params.jitter) {
     static_assert(kLumaParts == 32, "one for each lane");
     const float total = warp_sum(kernel.parts[image * kLumaParts + threadIdx.x % 32]);
-    part_of_mean = total / float(int64_t(p.height) * p.width) * (1 - draw.factors[kContrast]);
+    mean_term = total / float(int64_t(p.height) * p.width) * (1 - view_params.factors[kContrast]);
   }
   for (int n = int(threadIdx.x); n < side * side; n += kThreads) {
     int x = mirrored(x0 - radius + n % side, p.width), y = mirrored(y0 - radius + n / side, p.height);
     x = x < 0 ? 0 : x;  // of a tile that the view does not fill: pixels that nothing is made of
     y = y < 0 ? 0 : y;
     Pixel pixel = read_pixel(p, image, int64_t(y) * p.width + x);
-    if (draw.jitter) pixel = jittered(pixel, draw, 0, 4, part_of_mean);
-    if (draw.grey) pixel = grey(pixel);
+    if (view_params.jitter) pixel = jittered(pixel, view_params, 0, 4, mean_term);
+    if (view_params.grayscale) pixel = grayscale(pixel);
     tile[3 * n] = pixel.r;
     tile[3 * n + 1] = pixel.g;
     tile[3 * n + 2] = pixel.b;
@@ -162,7 +162,7 @@ __global__ void __launch_bounds__(kThreads) photometric_kernel(Kernel kernel) {
   for (int n = int(threadIdx.x); n < kTile * kTile * 3; n += kThreads) {
     const int y = y0 + n / (3 * kTile), x = x0 + n % (3 * kTile) / 3, channel = n % 3;
     if (y >= p.height || x >= p.width) continue;
-    const float value = draw.solarise ? solarise(tile[n]) : tile[n];
+    const float value = view_params.solarize ? solarize(tile[n]) : tile[n];
     const float scale = channel == 0 ? p.scale[0] : channel == 1 ? p.scale[1] : p.scale[2];  // no array to index:
     const float shift = channel == 0 ? p.shift[0] : channel == 1 ? p.shift[1] : p.shift[2];  // that is local memory
     out[(int64_t(y) * p.width + x) * 3 + channel] = from_float<T>(value * scale + shift);

@@ -1,4 +1,4 @@
-// What happens to a view's colours: jitter in the order drawn, grey, blur, solarisation, normalisation, cast. What each
+// What happens to a view's colors: jitter in the order drawn, grey, blur, solarization, normalization, cast. What each
 // change does is in pixel.h.
 #pragma once
 
@@ -10,15 +10,15 @@
 
 #include <cstdint>
 
-#include "draws.h"
+#include "view_params.h"
 
 namespace fastsimclr {
 
 enum class PixelType { kFloat32, kBfloat16, kFloat16 };
 
 struct PhotometricParams {
-  const uint8_t* crops = nullptr;  // (images, height, width, 3)
-  const Draw* draws = nullptr;     // (images,)
+  const uint8_t* crops = nullptr;           // (images, height, width, 3)
+  const ViewParams* view_params = nullptr;  // (images,)
   int64_t images = 0;
   int height = 0, width = 0;
   int blur_taps = 3;           // odd: the most that a blur's kernel has

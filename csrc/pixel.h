@@ -1,4 +1,4 @@
-// What happens to one pixel's colours, the same on CPUs and GPUs: torchvision's operations on uint8 tensors, clamped
+// What happens to one pixel's colors, the same on CPUs and GPUs: torchvision's operations on uint8 tensors, clamped
 // and truncated to whole levels after each. fastsimclr/data/photometric.py holds the same in PyTorch: the tests'
 // oracle.
 #pragma once
@@ -11,7 +11,7 @@
 
 namespace fastsimclr {
 
-enum Change { kBrightness, kContrast, kSaturation, kHue };  // numbers of Draw::order
+enum Change { kBrightness, kContrast, kSaturation, kHue };  // numbers of ViewParams::order
 
 struct Pixel {  // levels 0 to 255, whole ones
   float r, g, b;
@@ -30,10 +30,10 @@ FASTSIMCLR_PIXEL Pixel brightness(Pixel x, float factor) {
   return {level(x.r * factor), level(x.g * factor), level(x.b * factor)};
 }
 
-// Away from or towards a grey: `part_of_grey` is that grey times (1 - factor). Of one for the whole view, its mean
+// Away from or towards a grey: `gray_term` is that grey times (1 - factor). Of one for the whole view, its mean
 // luma, it is contrast; of the pixel's own luma, saturation.
-FASTSIMCLR_PIXEL Pixel blend(Pixel x, float factor, float part_of_grey) {
-  return {level(part_of_grey + x.r * factor), level(part_of_grey + x.g * factor), level(part_of_grey + x.b * factor)};
+FASTSIMCLR_PIXEL Pixel blend(Pixel x, float factor, float gray_term) {
+  return {level(gray_term + x.r * factor), level(gray_term + x.g * factor), level(gray_term + x.b * factor)};
 }
 
 FASTSIMCLR_PIXEL Pixel saturation(Pixel x, float factor) { return blend(x, factor, luma(x) * (1 - factor)); }
@@ -48,25 +48,27 @@ FASTSIMCLR_PIXEL float channel_of_hue(float k, float value, float spread) {
 }
 
 // Turns the hue circle of HSV by `turn` sixths, from 0 to 6.
-FASTSIMCLR_PIXEL Pixel hue(Pixel x, float turn) {
+FASTSIMCLR_PIXEL Pixel hue(Pixel x, float hue_shift) {
   const float larger = x.g > x.b ? x.g : x.b, smaller = x.g < x.b ? x.g : x.b;
   const float value = x.r > larger ? x.r : larger, low = x.r < smaller ? x.r : smaller;
   const float spread = value - low;
   const bool red = value == x.r, green = value == x.g;
-  const float across = red ? x.g - x.b : green ? x.b - x.r : x.r - x.g;  // 0 where there is no colour
+  const float across = red ? x.g - x.b : green ? x.b - x.r : x.r - x.g;  // 0 where there is no color
   const float from = red ? 0.0f : green ? 2.0f : 4.0f;
-  float at = from + across / (spread == 0 ? 1.0f : spread) + turn;  // [-1, 11)
+  float at = from + across / (spread == 0 ? 1.0f : spread) + hue_shift;  // [-1, 11)
   at = at < 0 ? at + 6 : at;
   at = at >= 6 ? at - 6 : at;
   return {channel_of_hue(at + 5, value, spread), channel_of_hue(at + 3, value, spread),
           channel_of_hue(at + 1, value, spread)};
 }
 
-FASTSIMCLR_PIXEL float sixths(float turn) { return 6 * (turn < 0 ? turn + 1 : turn); }  // of a turn from -1 to 1
+FASTSIMCLR_PIXEL float sixths(float hue_shift) {
+  return 6 * (hue_shift < 0 ? hue_shift + 1 : hue_shift);
+}  // hue_shift: in [-1, 1]
 
-FASTSIMCLR_PIXEL Pixel grey(Pixel x) { return {luma(x), luma(x), luma(x)}; }
+FASTSIMCLR_PIXEL Pixel grayscale(Pixel x) { return {luma(x), luma(x), luma(x)}; }
 
-FASTSIMCLR_PIXEL float solarise(float x) { return x >= 128 ? 255 - x : x; }
+FASTSIMCLR_PIXEL float solarize(float x) { return x >= 128 ? 255 - x : x; }
 
 // Beyond both ends of `size` pixels the image is mirrored; `i` is at most that far outside.
 FASTSIMCLR_PIXEL int mirrored(int i, int size) { return i < 0 ? -i : i >= size ? 2 * size - 2 - i : i; }

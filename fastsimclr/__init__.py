@@ -6,7 +6,7 @@ from fastsimclr._lazy import export
 from fastsimclr.version import __version__
 
 if TYPE_CHECKING:
-    from fastsimclr.data.augmentation import Views
+    from fastsimclr.data.augmentation import Augmentation
     from fastsimclr.data.dataset import open_views
     from fastsimclr.data.loader import Batch
     from fastsimclr.errors import UserError
@@ -17,11 +17,11 @@ if TYPE_CHECKING:
 
 __all__ = [
     "LARS",
+    "Augmentation",
     "Batch",
     "NTXentLoss",
     "SimCLR",
     "UserError",
-    "Views",
     "__version__",
     "encoder",
     "import_weights",
@@ -34,7 +34,7 @@ __all__ = [
 __getattr__ = export(
     __name__,
     {
-        "fastsimclr.data.augmentation": ["Views"],
+        "fastsimclr.data.augmentation": ["Augmentation"],
         "fastsimclr.data.dataset": ["open_views"],
         "fastsimclr.data.loader": ["Batch"],
         "fastsimclr.errors": ["UserError"],

@@ -9,7 +9,7 @@ from typing import Any, Literal, TypeVar
 
 from jsonargparse import ArgumentParser, Namespace, set_parsing_settings
 
-from fastsimclr.data.augmentation import Views
+from fastsimclr.data.augmentation import Augmentation
 from fastsimclr.data.backends import Backend
 from fastsimclr.errors import UserError
 from fastsimclr.presets import preset_file
@@ -21,7 +21,7 @@ SWITCHES = ("--compile", "--force", "--profile")
 
 
 @dataclass(frozen=True)
-class DataConfig(Views):
+class DataConfig(Augmentation):
     """What is trained on, and how views are made of it."""
 
     train: str | None = None
@@ -44,9 +44,9 @@ class DataConfig(Views):
         super().__post_init__()
         self._expect("max_bad", 0 <= self.max_bad <= 1, "a fraction from 0 to 1")
 
-    def views_recipe(self) -> Views:
+    def augmentation(self) -> Augmentation:
         """The recipe alone."""
-        return Views(**{f.name: getattr(self, f.name) for f in fields(Views)})
+        return Augmentation(**{f.name: getattr(self, f.name) for f in fields(Augmentation)})
 
 
 @dataclass(frozen=True)

@@ -28,11 +28,11 @@ class World:
     device: torch.device
 
     @property
-    def is_first(self) -> bool:
+    def is_rank_zero(self) -> bool:
         return self.rank == 0
 
 
-ALONE = World(0, 1, torch.device("cpu"))
+SINGLE_PROCESS = World(0, 1, torch.device("cpu"))
 """This process and no other, on the CPU."""
 
 
@@ -191,7 +191,7 @@ def sum_over_ranks(x: Tensor, group: dist.ProcessGroup) -> Tensor:
     return _SumOverRanks.apply(x, group)
 
 
-def share(value: Any, world: World) -> Any:
+def broadcast_object(value: Any, world: World) -> Any:
     """The first rank's `value`, on all ranks (any picklable object)."""
     if world.world_size == 1:
         return value
@@ -209,14 +209,14 @@ def gather_objects(value: Any, world: World) -> list[Any]:
     return values
 
 
-def fail_together(failure: str | None, world: World) -> None:
+def raise_on_all_ranks(failure: str | None, world: World) -> None:
     """Raise UserError on all ranks if any has failed, with the first rank's reason that there is."""
     failures = [f for f in gather_objects(failure, world) if f is not None]
     if failures:
         raise UserError(failures[0])
 
 
-def together(part: Callable[[], Result], world: World) -> Result:
+def run_on_all_ranks(part: Callable[[], Result], world: World) -> Result:
     """The result of a part that has no collective in it: a rank that fails must not leave the others waiting.
 
     Raises UserError on all ranks if it does on any.
@@ -226,5 +226,5 @@ def together(part: Callable[[], Result], world: World) -> Result:
         result = part()
     except UserError as error:
         failure = str(error)
-    fail_together(failure, world)
+    raise_on_all_ranks(failure, world)
     return cast(Result, result)

@@ -16,7 +16,7 @@ from fastsimclr.cli import Parser, exit_code
 from fastsimclr.config import parse
 from fastsimclr.data.backends import BACKENDS
 from fastsimclr.errors import UserError
-from fastsimclr.evaluation.config import FEATURE_FORMATS, MAP_METHODS, MOST_QUERIES, PREPARATION
+from fastsimclr.evaluation.config import FEATURE_FORMATS, MAP_METHODS, MAX_QUERIES, PREPARATION
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -62,7 +62,7 @@ def _options(arguments: Sequence[str] | None) -> argparse.Namespace:
         ("images", 1, None),
         ("batch_size", 1, None),
         ("workers", 0, None),
-        ("gallery", 0, MOST_QUERIES),
+        ("gallery", 0, MAX_QUERIES),
         ("max_bad", 0, 1),
     ):
         value = getattr(options, name)

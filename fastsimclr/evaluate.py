@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 
 from fastsimclr.cli import exit_code
 from fastsimclr.config import parse_as
-from fastsimclr.data.augmentation import Views
+from fastsimclr.data.augmentation import Augmentation
 from fastsimclr.errors import UserError
 from fastsimclr.evaluation.config import PROTOCOLS, EvaluationConfig, SupervisedConfig
 
@@ -69,8 +69,8 @@ def configure(arguments: Sequence[str]) -> tuple[EvaluationConfig, str, "Pretrai
             "that, or another checkpoint"
         )
     defaults: dict[str, Any] = {}
-    if pretrained.views is not None:
-        defaults = {f"data.{f.name}": getattr(pretrained.views, f.name) for f in fields(Views)}
+    if pretrained.augmentation is not None:
+        defaults = {f"data.{f.name}": getattr(pretrained.augmentation, f.name) for f in fields(Augmentation)}
     if pretrained.config is not None and config.data.train is None:
         defaults |= {f"data.{name}": pretrained.config["data"].get(name) for name in ("train", "val")}
     config, text = parse_as(kind, options, f"evaluate {protocol}", about, defaults=defaults)

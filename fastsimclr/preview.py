@@ -15,7 +15,7 @@ from fastsimclr.cli import Parser, exit_code
 from fastsimclr.data.backends import BACKENDS
 from fastsimclr.errors import UserError
 
-MOST_IMAGES = 100  # Agg draws no more than 2^16 pixels in one direction
+MAX_IMAGES = 100  # Agg draws no more than 2^16 pixels in one direction
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -67,7 +67,7 @@ def _options(arguments: Sequence[str] | None) -> tuple[argparse.Namespace, list[
     for option in others:
         if option.startswith("--") and not option.startswith("--data."):
             parser.error(f"{option}: got an option that is not preview's, expected its own or --data.*")
-    for name, least, most in (("images", 1, MOST_IMAGES), ("epoch", 0, 2**32 - 1)):
+    for name, least, most in (("images", 1, MAX_IMAGES), ("epoch", 0, 2**32 - 1)):
         if not least <= getattr(options, name) <= most:
             raise UserError(f"--{name}: got {getattr(options, name)}, expected {least} to {most}")
     if Path(options.output).suffix.lower() != ".png":

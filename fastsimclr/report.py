@@ -13,7 +13,7 @@ from collections.abc import Sequence
 
 from fastsimclr.cli import Parser, exit_code
 
-MOST_RUNS = 40  # that differ in color or dash: 8 colors, 5 dashes
+MAX_RUNS = 40  # that differ in color or dash: 8 colors, 5 dashes
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -42,8 +42,8 @@ def _options(arguments: Sequence[str]) -> argparse.Namespace:
         "--only_collect", action="store_true", help="make nothing that is missing: show what the folders hold"
     )
     options = parser.parse_args(arguments)
-    if len(options.runs) > MOST_RUNS:
-        parser.error(f"got {len(options.runs)} runs, expected up to {MOST_RUNS}")
+    if len(options.runs) > MAX_RUNS:
+        parser.error(f"got {len(options.runs)} runs, expected up to {MAX_RUNS}")
     return options
 
 

@@ -57,7 +57,7 @@ class RunFolder:
 
     def save(self, state: dict[str, Any]) -> None:
         """Replace the checkpoint. state: tensors, numbers, strings and containers of them."""
-        with replacing(self.checkpoint) as partial, open(partial, "wb") as file:
+        with replace_atomically(self.checkpoint) as partial, open(partial, "wb") as file:
             torch.save(state | {"format": FORMAT}, file)
 
 
@@ -96,29 +96,29 @@ def check_new(output: Path, force: bool, option: str = "--output") -> None:
 
 
 @contextlib.contextmanager
-def replacing(path: Path, partial: Path | None = None) -> Iterator[Path]:
+def replace_atomically(path: Path, partial: Path | None = None) -> Iterator[Path]:
     """Write a file that replaces `path` atomically: the block fills the file `partial` (by default, path.partial).
 
     When the block ends, the file is flushed to the disk and renamed, so that `path` is never half written. If the block
     fails, `path` is left as it was.
     """
-    partial = partial or partial_of(path)
+    partial = partial or temporary_path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
     try:
         yield partial
-        rename_whole(partial, path)
+        rename_atomically(partial, path)
     except BaseException:
         with contextlib.suppress(OSError):  # the reason to report is the first one
             partial.unlink(missing_ok=True)
         raise
 
 
-def partial_of(path: Path) -> Path:
+def temporary_path(path: Path) -> Path:
     """The name of a file that is not yet complete."""
     return path.with_name(f"{path.name}.partial")
 
 
-def rename_whole(partial: Path, path: Path) -> None:
+def rename_atomically(partial: Path, path: Path) -> None:
     """Flush a complete file to the disk and give it its final name."""
     descriptor = os.open(partial, os.O_RDONLY)
     try:
@@ -130,14 +130,14 @@ def rename_whole(partial: Path, path: Path) -> None:
 
 def write_text(path: Path, text: str) -> None:
     """Replace a text file atomically."""
-    with replacing(path) as partial:
+    with replace_atomically(path) as partial:
         partial.write_text(text)
 
 
-def write_whole(output: Path, write: Callable[[Path], object]) -> None:
+def write_atomically(output: Path, write: Callable[[Path], object]) -> None:
     """Have `write` fill the file that is to replace the user's `output`. Raises UserError if it cannot be written."""
     try:
-        with replacing(output) as partial:
+        with replace_atomically(output) as partial:
             write(partial)
     except OSError as error:
         raise UserError(f"--output: got {output}, which cannot be written ({error.strerror})") from error

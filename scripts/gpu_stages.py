@@ -121,7 +121,7 @@ STAGES = (
         GPU_TESTS,
         ("tests/test_doctor.py",),
         {
-            "tests/test_dali_colours.py": ("nvidia.dali",),
+            "tests/test_dali_colors.py": ("nvidia.dali",),
             "tests/test_profiling.py": ("jsonargparse", "yaml", "tqdm", "tensorboard", "sklearn"),
         },
         proofs=passed(),

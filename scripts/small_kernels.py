@@ -14,9 +14,9 @@ from typing import Any
 import numpy as np
 import torch
 
-from fastsimclr import Views
+from fastsimclr import Augmentation
 from fastsimclr.data.crop import crop
-from fastsimclr.data.params import draw
+from fastsimclr.data.params import sample_params
 from fastsimclr.data.photometric import photometric
 from fastsimclr.loss import nt_xent
 
@@ -47,16 +47,23 @@ def check_views(device: str, backend: Any) -> None:
     index = np.arange(5)
     for interpolation in ("bilinear", "bicubic"):
         # Every change of colors for every view. 37: no multiple of a tile.
-        views = Views(image_size=37, interpolation=interpolation, jitter=1.0, grey=0.5, blur=1.0, solarise=0.5)
-        draws = draw(views, 0, 0, index, 0, np.full((5, 2), (45, 50)))
-        expected = crop(images, index, draws, views)
-        got = crop(images.to(device), index, draws, views, backend).cpu()
+        augmentation = Augmentation(
+            image_size=37,
+            interpolation=interpolation,
+            jitter_prob=1.0,
+            grayscale_prob=0.5,
+            blur_prob=1.0,
+            solarize_prob=0.5,
+        )
+        params = sample_params(augmentation, 0, 0, index, 0, np.full((5, 2), (45, 50)))
+        expected = crop(images, index, params, augmentation)
+        got = crop(images.to(device), index, params, augmentation, backend).cpu()
         levels = (got.int() - expected.int()).abs().float()
         # float32 sums in another order may round a half to the other level.
         report(f"crops, {interpolation}, levels", [float(levels.mean()), float(levels.max())], (0.02, 1.0))
         for dtype in (torch.float32, torch.bfloat16):
-            expected_view = photometric(expected, draws, views, dtype).float()
-            view = photometric(expected.to(device), draws, views, dtype, backend).cpu().float()
+            expected_view = photometric(expected, params, augmentation, dtype).float()
+            view = photometric(expected.to(device), params, augmentation, dtype, backend).cpu().float()
             error = float((view - expected_view).norm() / expected_view.norm())
             report(f"colors, {interpolation}, {dtype}", [error], (0.01,))
 

@@ -18,7 +18,7 @@ def one_thread() -> Iterator[None]:
 
 
 @pytest.fixture(params=["compiled", "pytorch", "emulated", pytest.param("gpu", marks=pytest.mark.gpu)])
-def implementation(request: pytest.FixtureRequest) -> tuple[native.Backend, str]:
+def implementation(request: pytest.FixtureRequest) -> tuple[native.Implementation, str]:
     """A backend of crops and colours, and the device of their tensors: C++, PyTorch, and the GPU's kernels, emulated
     and on a GPU."""
     backend, device = ("compiled", "cuda") if request.param == "gpu" else (request.param, "cpu")

@@ -159,7 +159,7 @@ class _Kernels:
 
     DataType = PixelType = types.SimpleNamespace(float32=0, bfloat16=1, float16=2)
     MAX_BLUR_RADIUS = LUMA_PARTS = 64
-    draw = staticmethod(_extension.compiled.draw) if _extension.compiled else None
+    sample_params = staticmethod(_extension.compiled.sample_params) if _extension.compiled else None
 
     def probe(self, device: int) -> str:
         return ""

@@ -137,9 +137,9 @@ def views_are_wrong() -> bool:
     """Crops and colours by the kernels, against PyTorch's operations."""
     import numpy as np
 
-    from fastsimclr import Views
+    from fastsimclr import Augmentation
     from fastsimclr.data.crop import crop
-    from fastsimclr.data.params import draw
+    from fastsimclr.data.params import sample_params
     from fastsimclr.data.photometric import photometric
 
     images = torch.from_numpy(np.random.default_rng(0).integers(0, 256, (12, 37, 45, 3)).astype(np.uint8))
@@ -147,10 +147,10 @@ def views_are_wrong() -> bool:
     for seed in range(1, 6):
         os.environ["FASTSIMCLR_EMULATION_SEED"] = str(seed)
         for size in (33, 70):  # a column of a second tile, and three tiles a side
-            recipe = Views(image_size=size, blur=0.7, blur_kernel=0.5, jitter=0.9, std=(1 / 255,) * 3)
-            draws = draw(recipe, seed, 0, index, 0, sizes)
-            crops = [crop(images, index, draws, recipe, backend) for backend in ("emulated", "pytorch")]
-            views = [photometric(crops[1], draws, recipe, backend=backend) for backend in ("emulated", "pytorch")]
+            recipe = Augmentation(image_size=size, blur_prob=0.7, blur_kernel=0.5, jitter_prob=0.9, std=(1 / 255,) * 3)
+            params = sample_params(recipe, seed, 0, index, 0, sizes)
+            crops = [crop(images, index, params, recipe, name) for name in ("emulated", "pytorch")]
+            views = [photometric(crops[1], params, recipe, backend=backend) for backend in ("emulated", "pytorch")]
             errors = [float((a.float() - b.float()).abs().mean()) for a, b in (crops, views)]
             # How close they are is test_crop.py's and test_photometric.py's to say.
             if not all(error < 0.1 for error in errors):  # nor NaN
@@ -160,7 +160,7 @@ def views_are_wrong() -> bool:
 
 
 def loss_is_wrong(one_shape: bool) -> bool:
-    from oracle import loss_and_gradients, relative_error, rows_of, views
+    from oracle import augmentation, loss_and_gradients, relative_error, rows_of
 
     cases = [(*case, p) for case in CASES for p in ("medium", "highest")]
     if one_shape:
@@ -168,7 +168,7 @@ def loss_is_wrong(one_shape: bool) -> bool:
     for seed in range(1, 9 if one_shape else 2):  # of the order in which threads run
         os.environ["FASTSIMCLR_EMULATION_SEED"] = str(seed)
         for m, d, temperature, precision in cases:
-            z1, z2 = views(m // 2, d, torch.float32, noise=0.5 if temperature > 0.01 else 5.0)
+            z1, z2 = augmentation(m // 2, d, torch.float32, noise=0.5 if temperature > 0.01 else 5.0)
             got = loss_and_gradients(rows_of("emulated", precision=precision), z1, z2, temperature)
             exact = loss_and_gradients(rows_of("reference"), z1.double(), z2.double(), temperature)
             errors = [relative_error(a, b) for a, b in zip(got[:2], exact[:2], strict=True)]

@@ -114,12 +114,12 @@ def test_using_the_exports_imports_only_what_they_need() -> None:
 import torch
 from PIL import Image
 from tempfile import TemporaryDirectory
-from fastsimclr import LARS, SimCLR, Views, encoder, load_encoder, nt_xent, open_views, projector
+from fastsimclr import LARS, Augmentation, SimCLR, encoder, load_encoder, nt_xent, open_views, projector
 model = SimCLR(encoder("resnet18", stem="small"), projector(512))
 with TemporaryDirectory() as folder:
     for number in range(4):
         Image.new("RGB", (16, 16), (number, 0, 0)).save(f"{folder}/{number}.png")
-    loader = open_views(folder, Views(image_size=16), 4, device=torch.device("cpu"))
+    loader = open_views(folder, Augmentation(image_size=16), 4, device=torch.device("cpu"))
     batch = next(iter(loader))
     loader.close()
 nt_xent(*(model(view) for view in batch.views)).backward()

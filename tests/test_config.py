@@ -4,7 +4,7 @@ from pathlib import Path
 
 import pytest
 
-from fastsimclr import UserError, Views
+from fastsimclr import Augmentation, UserError
 from fastsimclr.config import Config, parse
 from fastsimclr.presets import CONFIGS, preset_file
 
@@ -20,7 +20,7 @@ def test_without_data_the_demonstration_runs() -> None:
 def test_with_data_the_defaults_are_the_papers() -> None:
     config, _ = parse(["--data.train=photos"])
     assert config == Config(data=type(config.data)(train="photos"))
-    assert config.data.views_recipe() == Views()
+    assert config.data.augmentation() == Augmentation()
     assert (config.model.encoder, config.optim.name, config.loss.temperature) == ("resnet50", "lars", 0.1)
 
 

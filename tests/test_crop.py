@@ -10,27 +10,27 @@ from torch import Tensor
 from torchvision.transforms import InterpolationMode
 from torchvision.transforms.v2 import functional as TF
 
-from fastsimclr import Views
+from fastsimclr import Augmentation
 from fastsimclr.data import native
 from fastsimclr.data.crop import crop
-from fastsimclr.data.params import DRAW, Draws, draw
+from fastsimclr.data.params import VIEW_PARAMS, ViewParams, sample_params
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
 
 @pytest.fixture(autouse=True)
-def each(implementation: tuple[native.Backend, str]) -> None:
+def each(implementation: tuple[native.Implementation, str]) -> None:
     """Every test is of all."""
     global BACKEND, DEVICE
     BACKEND, DEVICE = implementation
 
 
-BACKEND: native.Backend = "auto"
+BACKEND: native.Implementation = "auto"
 DEVICE = "cpu"
 
 
-def crops(images: Tensor, index: np.ndarray, draws: Draws, recipe: Views) -> Tensor:
-    return crop(images.to(DEVICE), index, draws, recipe, BACKEND).cpu()
+def crops(images: Tensor, index: np.ndarray, params: ViewParams, recipe: Augmentation) -> Tensor:
+    return crop(images.to(DEVICE), index, params, recipe, BACKEND).cpu()
 
 
 def pictures(height: int, width: int) -> Tensor:
@@ -46,16 +46,16 @@ def pictures(height: int, width: int) -> Tensor:
     return torch.from_numpy(np.stack(each).astype(np.uint8))
 
 
-def by_torchvision(images: Tensor, index: np.ndarray, draws: Draws, recipe: Views) -> Tensor:
+def by_torchvision(images: Tensor, index: np.ndarray, params: ViewParams, recipe: Augmentation) -> Tensor:
     out = []
-    for i, of_view in zip(index, draws, strict=True):
+    for i, of_view in zip(index, params, strict=True):
         image, mode = images[int(i)].permute(2, 0, 1), InterpolationMode(recipe.interpolation)
         view = TF.resized_crop(image, *of_view["box"].tolist(), [recipe.image_size] * 2, mode, antialias=True)
         out.append(TF.horizontal_flip(view) if of_view["flip"] else view)
     return torch.stack(out).permute(0, 2, 3, 1)
 
 
-def exactly(images: Tensor, index: np.ndarray, draws: Draws, recipe: Views) -> tuple[Tensor, Tensor]:
+def exactly(images: Tensor, index: np.ndarray, params: ViewParams, recipe: Augmentation) -> tuple[Tensor, Tensor]:
     """The definition, in float64: weigh the columns, round, weigh the rows, round. And where float32 may differ: at
     levels that come from halves."""
 
@@ -72,7 +72,7 @@ def exactly(images: Tensor, index: np.ndarray, draws: Draws, recipe: Views) -> t
         return abs(x - np.floor(x) - 0.5) < 1e-4
 
     views, doubts = [], []
-    for i, of_view in zip(index, draws, strict=True):
+    for i, of_view in zip(index, params, strict=True):
         image, (top, left, h, w) = images[int(i)].numpy().astype(np.float64), of_view["box"].tolist()
         wide = np.einsum("xj,ijc->ixc", weights(left, w, image.shape[1]), image)
         rows = weights(top, h, image.shape[0])
@@ -84,11 +84,11 @@ def exactly(images: Tensor, index: np.ndarray, draws: Draws, recipe: Views) -> t
     return torch.from_numpy(np.stack(views).astype(np.uint8)), torch.from_numpy(np.stack(doubts))
 
 
-def expect_right(got: Tensor, images: Tensor, index: np.ndarray, draws: Draws, recipe: Views) -> None:
-    expected, doubt = exactly(images, index, draws, recipe)
+def expect_right(got: Tensor, images: Tensor, index: np.ndarray, params: ViewParams, recipe: Augmentation) -> None:
+    expected, doubt = exactly(images, index, params, recipe)
     assert torch.equal(got[~doubt], expected[~doubt])
     assert (got.int() - expected.int()).abs().max() <= 1
-    off = (got.int() - by_torchvision(images, index, draws, recipe).int()).abs()
+    off = (got.int() - by_torchvision(images, index, params, recipe).int()).abs()
     # torchvision's weights are fixed-point numbers of 16 bits: it is itself that far from the definition.
     assert off.max() <= 2
     assert off.float().mean() <= 0.05
@@ -107,45 +107,50 @@ def expect_right(got: Tensor, images: Tensor, index: np.ndarray, draws: Draws, r
     ],
 )
 def test_crops_are_the_definitions_and_torchvisions(height: int, width: int, size: int, interpolation: str) -> None:
-    images, recipe = pictures(height, width), Views(image_size=size, interpolation=interpolation)
+    images, recipe = pictures(height, width), Augmentation(image_size=size, interpolation=interpolation)
     index = np.arange(24) % len(images)
-    draws = draw(recipe, 1, 0, np.arange(24), 0, np.tile([height, width], (24, 1)))
-    assert 0 < draws["flip"].sum() < 24
-    got = crops(images, index, draws, recipe)
+    params = sample_params(recipe, 1, 0, np.arange(24), 0, np.tile([height, width], (24, 1)))
+    assert 0 < params["flip"].sum() < 24
+    got = crops(images, index, params, recipe)
     assert got.shape == (24, size, size, 3)
     assert got.dtype == torch.uint8
-    expect_right(got, images, index, draws, recipe)
-    assert exactly(images, index, draws, recipe)[1].float().mean() < 0.5, "and it is not halves that most come from"
-    other = draw(recipe, 2, 0, np.arange(24), 0, np.tile([height, width], (24, 1)))
+    expect_right(got, images, index, params, recipe)
+    assert exactly(images, index, params, recipe)[1].float().mean() < 0.5, "and it is not halves that most come from"
+    other = sample_params(recipe, 2, 0, np.arange(24), 0, np.tile([height, width], (24, 1)))
     wrong = crops(images, index, other, recipe).int() - got.int()
     assert wrong.abs().float().mean() > 5, "and the bound means something"
 
 
 def test_the_whole_image_at_its_own_size_is_itself() -> None:
-    images, recipe = pictures(37, 37), Views(image_size=37)
-    draws = np.zeros(len(images), DRAW)
-    draws["box"] = (0, 0, 37, 37)
-    assert torch.equal(crops(images, np.arange(len(images)), draws, recipe), images)
-    draws["flip"] = True
-    assert torch.equal(crops(images, np.arange(len(images)), draws, recipe), images.flip(2))
+    images, recipe = pictures(37, 37), Augmentation(image_size=37)
+    params = np.zeros(len(images), VIEW_PARAMS)
+    params["box"] = (0, 0, 37, 37)
+    assert torch.equal(crops(images, np.arange(len(images)), params, recipe), images)
+    params["flip"] = True
+    assert torch.equal(crops(images, np.arange(len(images)), params, recipe), images.flip(2))
 
 
 @pytest.mark.parametrize("box", [(0, 0, 1, 1), (11, 12, 1, 1), (0, 3, 12, 1), (5, 0, 1, 13)])
 def test_crops_of_a_single_pixel_or_line(box: tuple[int, int, int, int]) -> None:
-    images, recipe = pictures(12, 13), Views(image_size=9)
-    draws, index = np.zeros(len(images), DRAW), np.arange(len(images))
-    draws["box"] = box
-    expect_right(crops(images, index, draws, recipe), images, index, draws, recipe)
+    images, recipe = pictures(12, 13), Augmentation(image_size=9)
+    params, index = np.zeros(len(images), VIEW_PARAMS), np.arange(len(images))
+    params["box"] = box
+    expect_right(crops(images, index, params, recipe), images, index, params, recipe)
 
 
 def test_no_views_at_all() -> None:
-    assert crops(pictures(8, 8), np.arange(0), np.zeros(0, DRAW), Views(image_size=4)).shape == (0, 4, 4, 3)
+    assert crops(pictures(8, 8), np.arange(0), np.zeros(0, VIEW_PARAMS), Augmentation(image_size=4)).shape == (
+        0,
+        4,
+        4,
+        3,
+    )
 
 
 def test_threads_change_nothing() -> None:
-    images, recipe = pictures(32, 32), Views(image_size=32)
+    images, recipe = pictures(32, 32), Augmentation(image_size=32)
     index = np.arange(len(images))
-    draws = draw(recipe, 1, 0, index, 0, np.tile([32, 32], (len(images), 1)))
-    one = crops(images, index, draws, recipe)
+    params = sample_params(recipe, 1, 0, index, 0, np.tile([32, 32], (len(images), 1)))
+    one = crops(images, index, params, recipe)
     torch.set_num_threads(3)  # the fixture one_thread sets it back
-    assert torch.equal(crops(images, index, draws, replace(recipe)), one)
+    assert torch.equal(crops(images, index, params, replace(recipe)), one)

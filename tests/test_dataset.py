@@ -7,10 +7,10 @@ from pictures import jpeg, photo, write
 from ranks import run_ranks
 
 from fastsimclr.data import Source, open_views
-from fastsimclr.data.augmentation import Views
+from fastsimclr.data.augmentation import Augmentation
 from fastsimclr.data.dataset import Dataset, open_dataset
 from fastsimclr.data.sources import ArraySource, EncodedSource
-from fastsimclr.distributed import ALONE, World
+from fastsimclr.distributed import SINGLE_PROCESS, World
 from fastsimclr.errors import UserError
 
 
@@ -22,13 +22,13 @@ def folder(tmp_path: Path) -> Path:
 
 
 def test_a_built_in_set_brings_its_validation_images() -> None:
-    data = open_dataset("digits", None, world=ALONE)
+    data = open_dataset("digits", None, world=SINGLE_PROCESS)
     assert data.val is not None
     assert (len(data.train), len(data.val), data.skipped) == (1433, 364, None)
 
 
 def test_bad_images_are_left_out_and_listed_once(folder: Path, tmp_path: Path) -> None:
-    data = open_dataset(str(folder), str(folder), world=ALONE, max_bad=0.5, skipped_to=tmp_path)
+    data = open_dataset(str(folder), str(folder), world=SINGLE_PROCESS, max_bad=0.5, skipped_to=tmp_path)
     assert data.val is not None
     assert len(data.train) == len(data.val) == 2
     listed = (tmp_path / "skipped_images.txt").read_text().splitlines()
@@ -36,19 +36,19 @@ def test_bad_images_are_left_out_and_listed_once(folder: Path, tmp_path: Path) -
     assert len(listed) == 1
     assert listed[0].startswith(f"{folder}/a/3.jpg: ")
     (folder / "a" / "3.jpg").unlink()
-    open_dataset(str(folder), None, world=ALONE, skipped_to=tmp_path)
+    open_dataset(str(folder), None, world=SINGLE_PROCESS, skipped_to=tmp_path)
     assert not (tmp_path / "skipped_images.txt").exists(), "the list of an earlier run is removed"
 
 
 def test_too_many_bad_images_are_listed_and_the_option_is_named(folder: Path, tmp_path: Path) -> None:
     with pytest.raises(UserError, match=r"^--limit: got 1 of 3 images .*skipped_images\.txt names all"):
-        open_dataset(str(folder), None, world=ALONE, skipped_to=tmp_path, option="--limit")
+        open_dataset(str(folder), None, world=SINGLE_PROCESS, skipped_to=tmp_path, option="--limit")
     assert "a/3.jpg" in (tmp_path / "skipped_images.txt").read_text()
 
 
 def test_images_for_memory_are_decoded_once_and_keep_their_names(folder: Path) -> None:
-    files = open_dataset(str(folder), None, world=ALONE, backend="torchvision", max_bad=0.5).train
-    decoded = open_dataset(str(folder), None, world=ALONE, max_bad=0.5).train  # auto: small and of one size
+    files = open_dataset(str(folder), None, world=SINGLE_PROCESS, backend="torchvision", max_bad=0.5).train
+    decoded = open_dataset(str(folder), None, world=SINGLE_PROCESS, max_bad=0.5).train  # auto: small and of one size
     assert isinstance(files, EncodedSource)
     assert isinstance(decoded, ArraySource)
     assert (
@@ -59,7 +59,7 @@ def test_images_for_memory_are_decoded_once_and_keep_their_names(folder: Path) -
             f"{folder}/b/2.jpg",
         ]
     )
-    assert open_views(decoded, Views(image_size=8), 2).source is decoded
+    assert open_views(decoded, Augmentation(image_size=8), 2).source is decoded
 
 
 def open_on_a_rank(rank: int, path: str) -> str:
@@ -69,7 +69,9 @@ def open_on_a_rank(rank: int, path: str) -> str:
         return train, val
 
     try:
-        found: Dataset | None = open_dataset(path, None, world=World(rank, 2, ALONE.device), select=refuse_on_rank_1)
+        found: Dataset | None = open_dataset(
+            path, None, world=World(rank, 2, SINGLE_PROCESS.device), select=refuse_on_rank_1
+        )
     except UserError as error:
         return str(error)
     return str(found)

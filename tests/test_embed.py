@@ -25,7 +25,7 @@ from torchvision.transforms import InterpolationMode
 from torchvision.transforms.v2 import functional as TF
 from weights import lived_in, save_run
 
-from fastsimclr import UserError, Views, encoder, open_views
+from fastsimclr import Augmentation, UserError, encoder, open_views
 from fastsimclr.data import open_source
 from fastsimclr.data.images import decode
 from fastsimclr.distributed import World
@@ -73,7 +73,7 @@ def pixels_of(file: Path) -> NDArray[np.uint8]:
         return np.asarray(image.convert("RGB"))
 
 
-def colour(code: str) -> list[int]:
+def color(code: str) -> list[int]:
     return [int(code[k : k + 2], 16) for k in (1, 3, 5)]
 
 
@@ -93,7 +93,7 @@ def test_the_features_are_the_encoders_of_the_central_squares_in_the_files_order
     found = embed(run, tmp_path / "out")
     assert isinstance(found, np.memmap)
     assert found.dtype == np.float32
-    mean, std = ([[[value]] for value in values] for values in (Views().mean, Views().std))
+    mean, std = ([[[value]] for value in values] for values in (Augmentation().mean, Augmentation().std))
     files, model = sorted(Path(photos).rglob("*.jpg")), load_encoder(run)
     for row, file in enumerate(files):
         image = decode(np.fromfile(file, np.uint8), file.name)
@@ -184,10 +184,12 @@ def test_a_foreign_checkpoint_takes_its_recipe_from_the_options(
     recipe = ["--data.image_size=20", "--data.mean=[0.5, 0.4, 0.3]", "--data.std", "[0.3,0.2,0.1]"]
     recipe += ["--data.interpolation=bilinear", "--data.center_fraction=1"]
     found = embed(file, tmp_path / "out", f"--data={photos}", *recipe)
-    assert "seen at 20 pixels by the default recipe" in capsys.readouterr().out
+    assert "prepared with the default options at 20 pixels" in capsys.readouterr().out
     own = {"mean": (0.5, 0.4, 0.3), "std": (0.3, 0.2, 0.1), "interpolation": "bilinear", "center_fraction": 1.0}
-    views = Views(image_size=20, crop="center", flip=0, jitter=0, grey=0, blur=0, views=1, **own)
-    batch = next(iter(open_views(photos, views, IMAGES, shuffle=False)))
+    augmentation = Augmentation(
+        image_size=20, crop="center", flip_prob=0, jitter_prob=0, grayscale_prob=0, blur_prob=0, num_views=1, **own
+    )
+    batch = next(iter(open_views(photos, augmentation, IMAGES, shuffle=False)))
     with torch.inference_mode():
         torch.testing.assert_close(
             torch.from_numpy(np.array(found)), load_encoder(file)(batch.views[0]), rtol=1e-4, atol=1e-5
@@ -367,7 +369,7 @@ def test_ranks_that_see_other_folders_are_a_mistake_of_all(tmp_path: Path) -> No
         (["--checkpoint={run}", "--output=out", "--data.image_size=big"], ["--data.image_size: got big", "int"]),
         (["--checkpoint={run}", "--output=out", "--data.mean=0.5"], ["--data.mean"]),
         (["--checkpoint={run}", "--output=out", "--data.center_fraction=2"], ["--data.center_fraction: got 2.0"]),
-        (["--checkpoint={run}", "--output=out", "--data.flip=1"], ["--data.flip"]),
+        (["--checkpoint={run}", "--output=out", "--data.flip_prob=1"], ["--data.flip_prob"]),
         (["--checkpoint={run}", "--output=out", "--format=csv"], ["--format", "csv", "safetensors"]),
         (["--checkpoint={run}", "--output=out", "--images=0"], ["--images: got 0, expected at least 1"]),
         (["--checkpoint={run}", "--output=out", "--gallery=101"], ["--gallery: got 101, expected 0 to 100"]),
@@ -428,12 +430,12 @@ def test_the_nearest_are_those_of_all_cosines(tmp_path: Path, monkeypatch: pytes
     features = np.load(tmp_path / "features.npy", mmap_mode="r")
     monkeypatch.setattr(neighbors, "BLOCK_BYTES", 4 * 16 * 3)  # three rows at a time: fewer than neighbours
     queries = np.array([0, 64, 129])
-    cosines, neighbours = neighbors.nearest(features, queries, 8)
+    cosines, nearest = neighbors.nearest(features, queries, 8)
     unit = features / np.linalg.norm(features.astype(np.float64), axis=1, keepdims=True)
     every = unit[queries] @ unit.T
     every[[0, 1, 2], queries] = -np.inf
     expected = np.argsort(-every, axis=1)[:, :8]
-    assert np.array_equal(neighbours, expected)
+    assert np.array_equal(nearest, expected)
     np.testing.assert_allclose(cosines, np.take_along_axis(every, expected, 1), atol=1e-6)
     assert neighbors.nearest(features[:4], np.array([2]), 8)[1].shape == (1, 3)
 
@@ -499,7 +501,7 @@ def test_points_are_in_their_places_in_their_classes_colours(tmp_path: Path) -> 
     plot = sheet[80:, : pictures.MARGIN + pictures.PLOT]  # below the title
     middles = []
     for code in (*pictures.COLORS[:3], pictures.GREY):
-        shade = np.array(colour(code)) * 0.8 + 255 * 0.2  # points are a little transparent
+        shade = np.array(color(code)) * 0.8 + 255 * 0.2  # points are a little transparent
         y, x = np.nonzero(np.abs(plot - shade).max(2) < 4)
         middles.append((x.mean(), y.mean()))
     (x0, y0), (x1, y1), (x2, y2), (x3, y3) = middles
@@ -539,23 +541,23 @@ def test_names_in_the_map_do_not_overlap_and_stay_inside() -> None:
 
 
 def test_the_gallery_shows_each_image_and_frames_those_of_other_classes(photos: str, tmp_path: Path) -> None:
-    source, views = open_source(photos), Views()
+    source, augmentation = open_source(photos), Augmentation()
     names = neighbors.class_names(source)
     queries = np.array([0, 20])
-    neighbours = np.array([[1, 7, 2], [19, 18, 0]])  # seven of a, seven of b, seven of c
+    nearest = np.array([[1, 7, 2], [19, 18, 0]])  # seven of a, seven of b, seven of c
     cosines = np.array([[0.9, 0.8, 0.7], [0.9, 0.8, 0.7]], np.float32)
     file = tmp_path / "gallery.png"
-    file.write_bytes(pictures.draw_gallery("title", ["note"], source, views, names, queries, cosines, neighbours))
+    file.write_bytes(pictures.draw_gallery("title", ["note"], source, augmentation, names, queries, cosines, nearest))
     sheet = pixels_of(file)
     side = pictures.THUMB
     lefts = [pictures.MARGIN + k * (side + GAP) for k in range(4)]
     tops = []
-    for row, images in enumerate(np.concatenate([queries[:, None], neighbours], axis=1).tolist()):
+    for row, images in enumerate(np.concatenate([queries[:, None], nearest], axis=1).tolist()):
         for left, image in zip(lefts, images, strict=True):
-            strip, thumbnail = sheet[:, left : left + side], pictures.thumbnail(source, image, views)
+            strip, thumbnail = sheet[:, left : left + side], pictures.thumbnail(source, image, augmentation)
             top = next(y for y in range(len(strip) - side) if np.array_equal(strip[y : y + side], thumbnail))
             tops.append(top)
-            framed = sheet[top + side // 2, left - 2].tolist() == colour(RED)
+            framed = sheet[top + side // 2, left - 2].tolist() == color(RED)
             assert framed == (source.labels[image] != source.labels[queries[row]])
     assert len(set(tops[:4])) == len(set(tops[4:])) == 1, "aligned"
     assert tops[4] > tops[0] + side
@@ -567,12 +569,12 @@ def test_a_thumbnail_is_what_the_encoder_sees(tmp_path: Path) -> None:
     image[5:75, 65:135] = 255  # the central 70 of 80
     Image.fromarray(image).save(tmp_path / "square.png")
     source = open_source(str(tmp_path))
-    assert pictures.thumbnail(source, 0, Views()).min() == 255
-    assert pictures.thumbnail(source, 0, Views(center_fraction=1.0)).min() == 0
+    assert pictures.thumbnail(source, 0, Augmentation()).min() == 255
+    assert pictures.thumbnail(source, 0, Augmentation(center_fraction=1.0)).min() == 0
 
 
 def test_many_images_are_mapped_by_a_part_of_them(run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("fastsimclr.evaluation.embedding.MOST_MAPPED", 12)
+    monkeypatch.setattr("fastsimclr.evaluation.embedding.MAX_MAPPED", 12)
     mapped, project = [], neighbors.project
 
     def watched(features: NDArray[np.float32], method: str, seed: int) -> NDArray[np.float64]:

@@ -46,8 +46,8 @@ def evaluated(tmp_path: Path, *arguments: str) -> dict[str, Any]:
 def features(run: Path, source: Source) -> tuple[np.ndarray, np.ndarray]:
     """Representations, as float64, and labels."""
     found = open_pretrained(run)
-    assert found.views is not None
-    values, labels = embed(found.encoder, source, found.views, LoaderConfig(batch_size=256, backend="memory"))
+    assert found.augmentation is not None
+    values, labels = embed(found.encoder, source, found.augmentation, LoaderConfig(batch_size=256, backend="memory"))
     return values.double().numpy(), labels.numpy()
 
 

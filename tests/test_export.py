@@ -19,12 +19,14 @@ from torch import Tensor, nn
 from weights import images, lived_in, outputs, save_run
 
 import fastsimclr
-from fastsimclr import Views, encoder, load_encoder
+from fastsimclr import Augmentation, encoder, load_encoder
 from fastsimclr.export import FORMATS, main
 from fastsimclr.models import Encoder
 from fastsimclr.pretrained import export, open_pretrained
 
-RECIPE = Views(image_size=48, center_fraction=0.9, interpolation="bilinear", mean=(0.1, 0.2, 0.3), std=(0.4, 0.5, 0.6))
+RECIPE = Augmentation(
+    image_size=48, center_fraction=0.9, interpolation="bilinear", mean=(0.1, 0.2, 0.3), std=(0.4, 0.5, 0.6)
+)
 OPTIONS = [
     *("--data.image_size=48", "--data.center_fraction=0.9", "--data.interpolation=bilinear"),
     *("--data.mean=[0.1,0.2,0.3]", "--data.std=[0.4,0.5,0.6]"),
@@ -97,13 +99,13 @@ def test_safetensors_restore_all(width: int, stem: str, here: Path, capsys: pyte
     assert (again.name, again.width, again.stem) == ("resnet18", width, stem)
     assert torch.equal(outputs(again), outputs(model))
     first, second = open_pretrained("run"), open_pretrained("e.safetensors")
-    assert second.views == first.views == RECIPE
+    assert second.augmentation == first.augmentation == RECIPE
     assert (second.origin, second.config) == (first.origin, first.config)
     with safetensors.safe_open("e.safetensors", "pt") as file:
         assert set(file.keys()) == set(model.state_dict())
         header = file.metadata()
     assert (header["format"], header["encoder"], header["width"]) == ("fastsimclr", "resnet18", str(width))
-    assert json.loads(header["views"])["mean"] == [0.1, 0.2, 0.3]
+    assert json.loads(header["augmentation"])["mean"] == [0.1, 0.2, 0.3]
 
 
 @pytest.mark.parametrize(("name", "width", "stem"), [("resnet18", 2, "small"), ("resnet50", 1, "imagenet")])
@@ -186,7 +188,7 @@ def test_timm_creates_the_model_from_the_folder(here: Path, capsys: pytest.Captu
     assert tuned(torch.zeros(1, 3, 64, 64)).shape == (1, 7)
     torch.testing.assert_close(tuned.layer4[2].conv3.weight, model.layer4[2].conv3.weight)
     again = open_pretrained("folder", "resnet50")
-    assert (again.views, again.origin) == (RECIPE, "fastsimclr run, step 7")
+    assert (again.augmentation, again.origin) == (RECIPE, "fastsimclr run, step 7")
     assert torch.equal(outputs(again.encoder), outputs(model))
 
 
@@ -202,7 +204,7 @@ def test_another_projects_checkpoint_is_exported_with_what_is_known_of_it(
     assert "mean" not in said
     if form != "onnx":
         opened = open_pretrained(NAMES[form])
-        assert opened.views is None
+        assert opened.augmentation is None
         theirs.fc = nn.Identity()
         assert torch.equal(outputs(opened.encoder), outputs(theirs))
 
@@ -373,9 +375,9 @@ def test_the_process_says_one_line_and_nothing_else(here: Path) -> None:
 
 
 def test_a_run_with_several_sizes_of_views_keeps_them(here: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    recipe = replace(Views(), views=2, per_view=({}, {"image_size": 96, "scale": [0.05, 0.14]}))
+    recipe = replace(Augmentation(), num_views=2, per_view=({}, {"image_size": 96, "scale": [0.05, 0.14]}))
     save_run(Path("run"), encoder("resnet18"), '--data.per_view=[{}, {"image_size": 96, "scale": [0.05, 0.14]}]')
     exported("safetensors", capsys)
-    views = open_pretrained("e.safetensors").views
-    assert views == recipe
-    assert [of_view.image_size for of_view in views.recipes] == [224, 96]
+    augmentation = open_pretrained("e.safetensors").augmentation
+    assert augmentation == recipe
+    assert [of_view.image_size for of_view in augmentation.recipes] == [224, 96]

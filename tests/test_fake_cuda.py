@@ -20,7 +20,7 @@ from torch import Tensor
 from fastsimclr import _extension, nt_xent
 from fastsimclr.config import parse
 from fastsimclr.data import open_source, open_views
-from fastsimclr.data.augmentation import Views
+from fastsimclr.data.augmentation import Augmentation
 from fastsimclr.data.loader import LoaderConfig
 from fastsimclr.data.torchvision import _Crops
 from fastsimclr.distributed import World
@@ -42,8 +42,14 @@ WORLD = World(0, 1, GPU)
 LOADER = LoaderConfig(batch_size=8, backend="memory", world=WORLD)
 HOPPER, TURING = (9, 0), (7, 5)
 """With the extension's kernels and bf16; with PyTorch's operations and fp16."""
-COLORFUL = Views(
-    image_size=16, flip=1.0, jitter=1.0, grey=1.0, blur=1.0, solarise=1.0, per_view=({}, {"interpolation": "bilinear"})
+COLORFUL = Augmentation(
+    image_size=16,
+    flip_prob=1.0,
+    jitter_prob=1.0,
+    grayscale_prob=1.0,
+    blur_prob=1.0,
+    solarize_prob=1.0,
+    per_view=({}, {"interpolation": "bilinear"}),
 )
 """Everything happens to each view."""
 
@@ -133,13 +139,13 @@ def alike(outputs: tuple[Tensor, ...], fakes: tuple[Tensor, ...]) -> tuple[Tenso
     return outputs
 
 
-def views(backend: str, dtype: torch.dtype) -> None:
+def loader(backend: str, dtype: torch.dtype) -> None:
     source = real(open_source, "digits")
     with pytest.MonkeyPatch.context() as patch:
         for name in ("__init__", "__getitem__"):  # of worker processes, which do not use the GPU
             patch.setattr(_Crops, name, in_real(getattr(_Crops, name)))
-        loader = open_views(source, COLORFUL, 8, backend=backend, device=GPU, dtype=dtype, drop_last=True, workers=0)
-        batch = next(iter(loader))
+        batches = open_views(source, COLORFUL, 8, backend=backend, device=GPU, dtype=dtype, drop_last=True, workers=0)
+        batch = next(iter(batches))
     for view in batch.views:
         on_gpu(view, 8, 3, 16, 16, dtype=dtype)
         assert view.is_contiguous(memory_format=torch.channels_last)
@@ -198,9 +204,9 @@ CASES = [
     *(case(loss, backend, *options) for backend in ("auto", "tiled", "reference") for options in LOSSES),
     *(case(operators_of_the_loss, module, name, *options) for module, name in ((fused, "fused"), (tiled, "tiled"))
       for options in LOSSES),
-    case(views, "memory", torch.bfloat16),
-    case(views, "memory", torch.float16, capability=TURING),
-    case(views, "torchvision", torch.bfloat16),
+    case(loader, "memory", torch.bfloat16),
+    case(loader, "memory", torch.float16, capability=TURING),
+    case(loader, "torchvision", torch.bfloat16),
     case(knn),
     case(logistic_regression),
     case(classifier, True),
@@ -250,11 +256,11 @@ def left_on_the_cpu(function: Callable[..., Any]) -> Callable[..., Any]:
         ("fastsimclr.loss.tiled._negative_sums", HOPPER, operators_of_the_loss, (tiled, "tiled", *LOSSES[0])),
         ("fastsimclr.loss.tiled._negatives_gradient", HOPPER, operators_of_the_loss, (tiled, "tiled", *LOSSES[0])),
         ("fastsimclr.loss.fused._Kernels.floats", HOPPER, operators_of_the_loss, (fused, "fused", *LOSSES[0])),
-        ("fastsimclr.data.native.on_device", HOPPER, views, ("memory", torch.bfloat16)),
-        ("fastsimclr.data.photometric._luma", TURING, views, ("memory", torch.float16)),
-        ("fastsimclr.data.crop._weights", TURING, views, ("memory", torch.float16)),
+        ("fastsimclr.data.native.on_device", HOPPER, loader, ("memory", torch.bfloat16)),
+        ("fastsimclr.data.photometric._luma", TURING, loader, ("memory", torch.float16)),
+        ("fastsimclr.data.crop._weights", TURING, loader, ("memory", torch.float16)),
         ("fastsimclr.evaluation.knn.F.normalize", HOPPER, knn, ()),
-        ("fastsimclr.evaluation.linear._standardised", HOPPER, logistic_regression, ()),
+        ("fastsimclr.evaluation.linear._standardized", HOPPER, logistic_regression, ()),
     ],
 )
 def test_a_tensor_left_on_the_cpu_is_found(

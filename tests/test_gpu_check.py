@@ -189,7 +189,7 @@ def test_a_wrong_result_of_a_kernel_is_an_error(check: ModuleType) -> None:
 
 def test_accuracy_is_measured_and_judged(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     file = tmp_path / "accuracy.json"
-    assert nt_xent_accuracy.main(["--views=512", "--width=32", "--backend=tiled", f"--json={file}"]) == 0
+    assert nt_xent_accuracy.main(["--num_views=512", "--width=32", "--backend=tiled", f"--json={file}"]) == 0
     highest, medium = json.loads(file.read_text())["rows"]
     assert highest["verdict"] == "at most 1e-05: met"
     assert medium["verdict"] == "recorded"

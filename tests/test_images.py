@@ -10,7 +10,7 @@ from numpy.typing import NDArray
 from pictures import broken, jpeg, kinds, photo, photo_folder, write
 from PIL import Image, ImageOps
 
-from fastsimclr import Views
+from fastsimclr import Augmentation
 from fastsimclr.data import images, open_views
 from fastsimclr.data.images import as_ppm, decode, upright_size
 from fastsimclr.data.sampler import Sampler
@@ -19,7 +19,9 @@ from fastsimclr.errors import UserError
 FILES = kinds()
 BROKEN = broken()
 # Crops of whole squares, levels instead of normalised values; bilinear, as bicubic magnifies how decoders differ.
-PLAIN = Views(image_size=40, interpolation="bilinear", center_fraction=1.0, mean=(0, 0, 0), std=(1 / 255,) * 3).plain()
+PLAIN = Augmentation(
+    image_size=40, interpolation="bilinear", center_fraction=1.0, mean=(0, 0, 0), std=(1 / 255,) * 3
+).for_evaluation()
 
 
 def array(data: bytes) -> NDArray[np.uint8]:
@@ -133,7 +135,7 @@ def test_loaders_name_the_file_that_does_not_decode(tmp_path: Path, name: str, b
     bad = write(tmp_path, {f"b/{name}": BROKEN[name]}) / "b" / name
     # In mid-epoch: behind two batches that are whole.
     seed = next(s for s in range(99) if _batch_of(sorted(tmp_path.rglob("*.*")).index(bad), 16, 4, s) == 2)
-    loader = open_views(str(tmp_path), Views(image_size=16), 4, backend=backend, workers=workers, seed=seed)
+    loader = open_views(str(tmp_path), Augmentation(image_size=16), 4, backend=backend, workers=workers, seed=seed)
     batches = iter(loader)
     next(batches)
     next(batches)

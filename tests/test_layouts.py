@@ -17,10 +17,10 @@ from torchvision.models.resnet import BasicBlock, Bottleneck, ResNet
 from weights import lived_in, outputs
 
 from fastsimclr import UserError, import_weights
-from fastsimclr.data.augmentation import Views
+from fastsimclr.data.augmentation import Augmentation
 from fastsimclr.models import encoder
 from fastsimclr.pretrained import open_pretrained
-from fastsimclr.pretrained.layouts import GOOGLE_VIEWS, architecture_of, find_weights
+from fastsimclr.pretrained.layouts import GOOGLE_AUGMENTATION, architecture_of, find_weights
 
 State = dict[str, Any]
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -198,7 +198,7 @@ class Saved(NamedTuple):
     contents: Any
     origin: str
     built: tuple[str, int, str] = ("resnet18", 1, "imagenet")
-    views: Views | None = None
+    augmentation: Augmentation | None = None
 
 
 def saved_by_torchvision() -> Saved:
@@ -268,7 +268,7 @@ def saved_by_tonylins(width: int) -> Saved:
     model = tonylins(width)
     contents = {"state_dict": model.state_dict()}
     origin = "google-research's SimCLR by tonylins/simclr-converter"
-    return Saved(headless(model), contents, origin, ("resnet50", width, "imagenet"), GOOGLE_VIEWS)
+    return Saved(headless(model), contents, origin, ("resnet50", width, "imagenet"), GOOGLE_AUGMENTATION)
 
 
 def saved_by_separius() -> Saved:
@@ -277,7 +277,7 @@ def saved_by_separius() -> Saved:
     head = {"layers.0.weight": torch.zeros(4, 4)}
     contents = {"resnet": model.state_dict() | under("fc.", nn.Linear(2048, 10)), "head": head}
     origin = "google-research's SimCLRv2 by Separius/SimCLRv2-Pytorch"
-    return Saved(model, contents, origin, ("resnet50", 1, "imagenet"), GOOGLE_VIEWS)
+    return Saved(model, contents, origin, ("resnet50", 1, "imagenet"), GOOGLE_AUGMENTATION)
 
 
 def saved_by_moco() -> Saved:
@@ -353,7 +353,7 @@ def test_the_encoder_computes_what_the_projects_module_does(project: str, tmp_pa
     opened = open_pretrained(tmp_path / "theirs.pth")
     found = opened.encoder
     assert (found.name, found.width, found.stem) == saved.built
-    assert (opened.origin, opened.views, opened.config) == (saved.origin, saved.views, None)
+    assert (opened.origin, opened.augmentation, opened.config) == (saved.origin, saved.augmentation, None)
     # The same operations, but for the mean of Separius' and where memory is laid out otherwise.
     torch.testing.assert_close(outputs(found), outputs(saved.module), rtol=1e-5, atol=1e-5)
 
@@ -380,13 +380,13 @@ def test_shapes_say_the_architecture(name: str, width: int, small: bool) -> None
 def test_only_the_converters_own_file_is_taken_for_googles() -> None:
     """The recipe would be wrong for any other with the same names."""
     converted = tonylins(1).state_dict()
-    assert find_weights(converted).views == GOOGLE_VIEWS
+    assert find_weights(converted).augmentation == GOOGLE_AUGMENTATION
     trained = {name: value + 5 if name.endswith("num_batches_tracked") else value for name, value in converted.items()}
-    assert find_weights(trained).views is None
+    assert find_weights(trained).augmentation is None
     in_torchvisions_order = resnet("resnet50").state_dict()
     for name, value in converted.items():
         in_torchvisions_order[name] = value
-    assert find_weights(in_torchvisions_order).views is None
+    assert find_weights(in_torchvisions_order).augmentation is None
 
 
 def of_timm(name: str) -> Callable[[], State]:

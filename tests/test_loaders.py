@@ -14,7 +14,7 @@ from pictures import broken, encode, jpeg, kinds, photo, photo_folder, write
 from PIL import Image
 from torch import Tensor
 
-from fastsimclr import Views
+from fastsimclr import Augmentation
 from fastsimclr.data import Batch, Source, ViewLoader, choose_backend, open_source, open_views
 from fastsimclr.data.scan import scan
 from fastsimclr.data.sources import ArraySource, EncodedSource, FolderSource
@@ -22,7 +22,7 @@ from fastsimclr.errors import UserError
 
 SHARED = Path(__file__).resolve().parents[2] / "shared" / "data"
 IMAGES, BATCH = 23, 5  # four whole batches and one of three
-SMALL = Views(image_size=24)
+SMALL = Augmentation(image_size=24)
 pytestmark = pytest.mark.usefixtures("one_thread")
 FILE_BACKENDS = [("torchvision", 0), ("torchvision", 1), ("dali", 1), ("dali", 2)]
 
@@ -70,9 +70,9 @@ def same(left: list[Batch], right: list[Batch]) -> bool:
     )
 
 
-def differences(left: list[Batch], right: list[Batch], views: Views) -> Tensor:
+def differences(left: list[Batch], right: list[Batch], augmentation: Augmentation) -> Tensor:
     """Of all pixels of all views, in levels of 255."""
-    std = torch.tensor(views.std).view(3, 1, 1) * 255
+    std = torch.tensor(augmentation.std).view(3, 1, 1) * 255
     each = [
         ((v - w) * std).abs().flatten()
         for a, b in zip(left, right, strict=True)
@@ -108,9 +108,9 @@ def test_an_epoch_is_every_image_once_in_batches_of_known_form(photos: str, back
 
 @pytest.mark.parametrize("number", [1, 3])
 def test_as_many_views_as_asked_for(photos: str, number: int) -> None:
-    views = Views(image_size=16, views=number)
+    augmentation = Augmentation(image_size=16, num_views=number)
     for backend in ("torchvision", "dali"):
-        batches = closed(open_views(photos, views, BATCH, backend=backend, workers=0))
+        batches = closed(open_views(photos, augmentation, BATCH, backend=backend, workers=0))
         assert {len(batch.views) for batch in batches} == {number}
 
 
@@ -119,33 +119,35 @@ def test_as_many_views_as_asked_for(photos: str, number: int) -> None:
 
 @pytest.mark.parametrize("interpolation", ["bilinear", "bicubic"])
 def test_file_loaders_show_the_same_views(photos: str, interpolation: str) -> None:
-    views = Views(image_size=48, interpolation=interpolation)
-    expected = closed(open_views(photos, views, BATCH, backend="torchvision", workers=0, seed=3))
-    worker = closed(open_views(photos, views, BATCH, backend="torchvision", workers=1, seed=3))
+    augmentation = Augmentation(image_size=48, interpolation=interpolation)
+    expected = closed(open_views(photos, augmentation, BATCH, backend="torchvision", workers=0, seed=3))
+    worker = closed(open_views(photos, augmentation, BATCH, backend="torchvision", workers=1, seed=3))
     assert same(worker, expected)
-    dali = closed(open_views(photos, views, BATCH, backend="dali", seed=3))
+    dali = closed(open_views(photos, augmentation, BATCH, backend="dali", seed=3))
     assert indices(dali) == indices(expected)
-    assert differences(dali, expected, views).mean() <= 1.5
-    other = closed(open_views(photos, views, BATCH, backend="dali", seed=4))
-    assert differences(other, expected, views).mean() > 20, "and the bound means something"
+    assert differences(dali, expected, augmentation).mean() <= 1.5
+    other = closed(open_views(photos, augmentation, BATCH, backend="dali", seed=4))
+    assert differences(other, expected, augmentation).mean() > 20, "and the bound means something"
 
 
 @pytest.mark.parametrize("interpolation", ["bilinear", "bicubic"])
 def test_array_loaders_show_the_same_views(digits: ArraySource, interpolation: str) -> None:
     # Without photometry, which may magnify a level: resampling alone. 40 enlarges, 20 shrinks the 32 pixels' crops.
     for size in (40, 20):
-        views = Views(image_size=size, interpolation=interpolation, jitter=0, grey=0, blur=0)
+        augmentation = Augmentation(
+            image_size=size, interpolation=interpolation, jitter_prob=0, grayscale_prob=0, blur_prob=0
+        )
         memory, torchvision, dali = (
-            closed(open_views(digits, views, BATCH, backend=name, workers=0, seed=3))
+            closed(open_views(digits, augmentation, BATCH, backend=name, workers=0, seed=3))
             for name in ("memory", "torchvision", "dali")
         )
         assert indices(memory) == indices(torchvision) == indices(dali)
-        off = differences(memory, torchvision, views).round()
+        off = differences(memory, torchvision, augmentation).round()
         # torchvision's weights are fixed-point numbers: some halves fall to the other side, after each of two passes.
         assert (off > 0).float().mean() <= 0.025
         assert (off > 1).float().mean() <= 1e-4
         assert off.max() <= 2
-        assert differences(dali, torchvision, views).mean() <= 1.5
+        assert differences(dali, torchvision, augmentation).mean() <= 1.5
 
 
 def test_backend_auto_takes_memory_for_arrays_and_torchvision_without_a_gpu(photos: str, digits: ArraySource) -> None:
@@ -164,26 +166,28 @@ def test_a_view_does_not_depend_on_the_batch_size(photos: str) -> None:
             assert torch.allclose(of_small, large[0].views[number], atol=1e-5), backend
 
 
-MULTI_CROP = Views.multi_crop(small=3, small_size=16, image_size=32)
-BYOL = Views(image_size=24, per_view=({"blur": 1.0}, {"blur": 0.1, "solarise": 0.9, "interpolation": "bilinear"}))
+MULTI_CROP = Augmentation.multi_crop(small=3, small_size=16, image_size=32)
+BYOL = Augmentation(
+    image_size=24, per_view=({"blur_prob": 1.0}, {"blur_prob": 0.1, "solarize_prob": 0.9, "interpolation": "bilinear"})
+)
 
 
-@pytest.mark.parametrize("views", [MULTI_CROP, BYOL], ids=["multi_crop", "byol"])
+@pytest.mark.parametrize("augmentation", [MULTI_CROP, BYOL], ids=["multi_crop", "byol"])
 def test_views_of_their_own_recipes_are_the_same_in_every_loader(
-    photos: str, digits: ArraySource, views: Views
+    photos: str, digits: ArraySource, augmentation: Augmentation
 ) -> None:
-    def of(source: str | Source, backend: str, views: Views = views) -> list[Batch]:
-        return closed(open_views(source, views, BATCH, backend=backend, workers=0, seed=3))
+    def of(source: str | Source, backend: str, augmentation: Augmentation = augmentation) -> list[Batch]:
+        return closed(open_views(source, augmentation, BATCH, backend=backend, workers=0, seed=3))
 
     for source, backends in ((photos, ["torchvision", "dali"]), (digits, ["torchvision", "dali", "memory"])):
         expected, *others = (of(source, backend) for backend in backends)
-        sizes = [recipe.image_size for recipe in views.recipes]
+        sizes = [recipe.image_size for recipe in augmentation.recipes]
         assert [view.shape[2] for view in expected[0].views] == [view.shape[3] for view in expected[0].views] == sizes
         for other in others:
             assert indices(other) == indices(expected)
-            assert differences(other, expected, views).mean() <= 1.5
+            assert differences(other, expected, augmentation).mean() <= 1.5
     # And they are not all drawn alike.
-    alike = of(photos, "torchvision", Views(image_size=24))
+    alike = of(photos, "torchvision", Augmentation(image_size=24))
     assert differences(of(photos, "torchvision", BYOL), alike, BYOL).mean() > 5
 
 
@@ -412,9 +416,9 @@ def test_a_process_that_forgets_to_close_its_loader_ends(photos: str, ending: st
     # Workers ignore SIGTERM, with which multiprocessing ends those that are left at exit: it waited for ever.
     script = tmp_path / "script.py"
     script.write_text(
-        "from fastsimclr import Views, open_views\n"
+        "from fastsimclr import Augmentation, open_views\n"
         "if __name__ == '__main__':\n"
-        f"    loader = open_views({photos!r}, Views(image_size=24), 5, backend='torchvision', workers=2)\n"
+        f"    loader = open_views({photos!r}, Augmentation(image_size=24), 5, backend='torchvision', workers=2)\n"
         "    for batch in loader:\n"
         "        print(len(batch.index), flush=True)\n"
         f"        {ending or 'break'}\n"
@@ -458,11 +462,11 @@ def test_refuses_the_state_of_another_run(digits: ArraySource) -> None:
 @pytest.mark.skipif(not SHARED.is_dir(), reason="needs shared/data beside the repository")
 def test_real_photographs_are_the_same_in_both_loaders(backend: str) -> None:
     path = str(SHARED / "photos" / "flowers_300.tar")
-    views = Views(image_size=96)
-    expected = take(open_views(path, views, 16, backend="torchvision", workers=0, seed=3), batches=2)
-    got = take(open_views(path, views, 16, backend=backend, workers=0, seed=3), batches=2)
+    augmentation = Augmentation(image_size=96)
+    expected = take(open_views(path, augmentation, 16, backend="torchvision", workers=0, seed=3), batches=2)
+    got = take(open_views(path, augmentation, 16, backend=backend, workers=0, seed=3), batches=2)
     assert indices(got) == indices(expected)
-    assert differences(got, expected, views).mean() <= (0 if backend == "torchvision" else 1.5)
+    assert differences(got, expected, augmentation).mean() <= (0 if backend == "torchvision" else 1.5)
     assert np.isfinite([view.std().item() for batch in got for view in batch.views]).all()
 
 

@@ -24,17 +24,17 @@ print(resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before)
 
 BATCHES_HELD = """
 import numpy as np, torch
-from fastsimclr import Views
-from fastsimclr.data.params import draw_views
+from fastsimclr import Augmentation
+from fastsimclr.data.params import sample_batch_params
 from fastsimclr.data.photometric import photometric
 def resident():
     with open("/proc/self/status") as status:
         return next(int(line.split()[1]) for line in status if line.startswith("VmRSS")) / 1024
-images, views = 32, Views(image_size=224)
+images, augmentation = 32, Augmentation(image_size=224)
 crops = torch.zeros(images, 224, 224, 3, dtype=torch.uint8)
-draws = draw_views(views, 0, 0, np.arange(images), np.full((images, 2), 224))
+params = sample_batch_params(augmentation, 0, 0, np.arange(images), np.full((images, 2), 224))
 def batch(images=images):
-    return [photometric(crops[:images], each[:images], views) for each in draws]
+    return [photometric(crops[:images], each[:images], augmentation) for each in params]
 batch(1)
 before = resident()
 for _ in range(30):

@@ -12,7 +12,7 @@ import torchvision
 from torch import Tensor, nn
 
 from fastsimclr import SimCLR, encoder, projector
-from fastsimclr.models import synchronise_batch_norm
+from fastsimclr.models import synchronize_batch_norm
 from fastsimclr.models.cpu_conv import SmallMapConv2d
 from tests.ranks import run_ranks
 
@@ -174,7 +174,7 @@ def test_wrong_arguments_say_what_was_expected(make: object) -> None:
 
 def normalise_over_ranks(rank: int, batches: list[Tensor], weight: Tensor) -> tuple[Tensor, Tensor, dict[str, Tensor]]:
     module = batch_norm(batches[0], weight)
-    synced = synchronise_batch_norm(module, torch.device("cpu"))
+    synced = synchronize_batch_norm(module, torch.device("cpu"))
     x = batches[rank].clone().requires_grad_()
     y = synced(x)
     (y * torch.arange(y.numel(), dtype=y.dtype).view_as(y).sin()).sum().backward()

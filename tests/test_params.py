@@ -10,11 +10,11 @@ from numpy.typing import NDArray
 from scipy.stats import binomtest, chisquare, ks_2samp, kstest
 from torchvision.transforms.v2 import RandomResizedCrop
 
-from fastsimclr import Views
+from fastsimclr import Augmentation
 from fastsimclr.data import native
-from fastsimclr.data.params import DRAW, _philox, draw, draw_in_numpy, epoch_order
+from fastsimclr.data.params import VIEW_PARAMS, _philox, epoch_order, sample_params, sample_params_in_numpy
 
-VIEWS = Views()
+VIEWS = Augmentation()
 MANY = 20_000
 INDEX = np.arange(MANY)
 SIZES = np.full((MANY, 2), (375, 500))
@@ -62,18 +62,18 @@ def test_philox_takes_its_counter_and_key_as_documented(index: int) -> None:
 
 
 def test_a_draw_depends_on_seed_epoch_image_and_view_alone() -> None:
-    whole = draw(VIEWS, 3, 7, INDEX[:100], 0, SIZES[:100])
+    whole = sample_params(VIEWS, 3, 7, INDEX[:100], 0, SIZES[:100])
     order = np.random.default_rng(0).permutation(100)
-    permuted = draw(VIEWS, 3, 7, order, 0, SIZES[:100])
+    permuted = sample_params(VIEWS, 3, 7, order, 0, SIZES[:100])
     assert np.array_equal(permuted, whole[order])
     for part in (slice(0, 1), slice(37, 52)):
-        assert np.array_equal(draw(VIEWS, 3, 7, INDEX[:100][part], 0, SIZES[:100][part]), whole[part])
-    twice = draw(VIEWS, 3, 7, np.array([5, 5]), 0, SIZES[:2])
+        assert np.array_equal(sample_params(VIEWS, 3, 7, INDEX[:100][part], 0, SIZES[:100][part]), whole[part])
+    twice = sample_params(VIEWS, 3, 7, np.array([5, 5]), 0, SIZES[:2])
     assert twice[0] == twice[1]
     for other in (
-        draw(VIEWS, 4, 7, INDEX[:100], 0, SIZES[:100]),
-        draw(VIEWS, 3, 8, INDEX[:100], 0, SIZES[:100]),
-        draw(VIEWS, 3, 7, INDEX[:100], 1, SIZES[:100]),
+        sample_params(VIEWS, 4, 7, INDEX[:100], 0, SIZES[:100]),
+        sample_params(VIEWS, 3, 8, INDEX[:100], 0, SIZES[:100]),
+        sample_params(VIEWS, 3, 7, INDEX[:100], 1, SIZES[:100]),
     ):
         assert not (other["factors"] == whole["factors"]).all(axis=1).any()
         assert (other["box"] != whole["box"]).any(axis=1).mean() > 0.95
@@ -85,33 +85,35 @@ def test_both_implementations_draw_the_same() -> None:
     rng = np.random.default_rng(0)
     index = rng.integers(0, 1 << 40, MANY)
     sizes = np.exp(rng.uniform(0, np.log(3000), (MANY, 2))).astype(np.int64)
-    extreme = replace(VIEWS, ratio=(0.2, 5.0), scale=(1e-4, 1.0), solarise=0.3, saturation=1.7)
-    for recipe in (VIEWS, extreme, VIEWS.plain()):
-        drawn = draw(recipe, 0xDEADBEEF, 1 << 33, index, 0, sizes)
-        expected = draw_in_numpy(recipe, 0xDEADBEEF, 1 << 33, index, 0, sizes)
-        for field in DRAW.fields or ():
+    extreme = replace(VIEWS, ratio=(0.2, 5.0), scale=(1e-4, 1.0), solarize_prob=0.3, saturation=1.7)
+    for recipe in (VIEWS, extreme, VIEWS.for_evaluation()):
+        drawn = sample_params(recipe, 0xDEADBEEF, 1 << 33, index, 0, sizes)
+        expected = sample_params_in_numpy(recipe, 0xDEADBEEF, 1 << 33, index, 0, sizes)
+        for field in VIEW_PARAMS.fields or ():
             assert np.array_equal(drawn[field], expected[field]), field
 
 
 def test_each_view_is_drawn_by_its_own_recipe() -> None:
-    views = replace(VIEWS, per_view=({"blur": 1.0}, {"blur": 0.0, "solarise": 1.0, "scale": (0.01, 0.02)}))
-    first, second = (draw(views, 1, 0, INDEX[:100], view, SIZES[:100]) for view in range(2))
+    augmentation = replace(
+        VIEWS, per_view=({"blur_prob": 1.0}, {"blur_prob": 0.0, "solarize_prob": 1.0, "scale": (0.01, 0.02)})
+    )
+    first, second = (sample_params(augmentation, 1, 0, INDEX[:100], view, SIZES[:100]) for view in range(2))
     assert (first["sigma"] > 0).all()
-    assert not first["solarise"].any()
+    assert not first["solarize"].any()
     assert not second["sigma"].any()
-    assert second["solarise"].all()
+    assert second["solarize"].all()
     assert second["box"][:, 2:].prod(1).max() <= 0.025 * 375 * 500
 
 
 def test_probabilities_are_the_recipes() -> None:
-    recipe = replace(VIEWS, flip=0.3, jitter=0.8, grey=0.2, blur=0.6, solarise=0.4)
-    draws = draw(recipe, 1, 0, INDEX, 0, SIZES)
+    recipe = replace(VIEWS, flip_prob=0.3, jitter_prob=0.8, grayscale_prob=0.2, blur_prob=0.6, solarize_prob=0.4)
+    params = sample_params(recipe, 1, 0, INDEX, 0, SIZES)
     each = [
-        (draws["flip"], 0.3),
-        (draws["jitter"], 0.8),
-        (draws["grey"], 0.2),
-        (draws["sigma"] > 0, 0.6),
-        (draws["solarise"], 0.4),
+        (params["flip"], 0.3),
+        (params["jitter"], 0.8),
+        (params["grayscale"], 0.2),
+        (params["sigma"] > 0, 0.6),
+        (params["solarize"], 0.4),
     ]
     for got, p in each:
         assert binomtest(int(got.sum()), MANY, p).pvalue > LIKELY
@@ -122,34 +124,43 @@ def test_probabilities_are_the_recipes() -> None:
 
 @pytest.mark.parametrize("p", [0.0, 1.0])
 def test_never_and_always_mean_it(p: float) -> None:
-    draws = draw(replace(VIEWS, flip=p, jitter=p, grey=p, blur=p, solarise=p), 1, 0, INDEX, 0, SIZES)
-    for got in (draws["flip"], draws["jitter"], draws["grey"], draws["sigma"] > 0, draws["solarise"]):
+    params = sample_params(
+        replace(VIEWS, flip_prob=p, jitter_prob=p, grayscale_prob=p, blur_prob=p, solarize_prob=p),
+        1,
+        0,
+        INDEX,
+        0,
+        SIZES,
+    )
+    for got in (params["flip"], params["jitter"], params["grayscale"], params["sigma"] > 0, params["solarize"]):
         assert got.all() if p else not got.any()
 
 
 def test_factors_and_sigma_are_uniform_over_their_ranges() -> None:
-    draws = draw(replace(VIEWS, brightness=0.8, contrast=0.4, saturation=1.5, hue=0.2, blur=1.0), 1, 0, INDEX, 0, SIZES)
+    params = sample_params(
+        replace(VIEWS, brightness=0.8, contrast=0.4, saturation=1.5, hue=0.2, blur_prob=1.0), 1, 0, INDEX, 0, SIZES
+    )
     ranges = [(0.2, 1.8), (0.6, 1.4), (0.0, 2.5), (-0.2, 0.2)]  # saturation: not below 0
-    for column, (low, high) in zip([*draws["factors"].T, draws["sigma"]], [*ranges, (0.1, 2.0)], strict=True):
+    for column, (low, high) in zip([*params["factors"].T, params["sigma"]], [*ranges, (0.1, 2.0)], strict=True):
         assert low <= column.min()
         assert column.max() <= np.float32(high)
         assert kstest(column, "uniform", (low, high - low)).pvalue > LIKELY
 
 
 def test_all_orders_of_the_colour_changes_are_equally_frequent() -> None:
-    order = draw(VIEWS, 1, 0, INDEX, 0, SIZES)["order"]
+    order = sample_params(VIEWS, 1, 0, INDEX, 0, SIZES)["order"]
     assert (np.sort(order, axis=1) == np.arange(4)).all()
     found, count = np.unique(order, axis=0, return_counts=True)
     assert len(found) == 24
     assert chisquare(count).pvalue > LIKELY
 
 
-def crops(views: Views, height: int, width: int, seed: int = 1) -> NDArray[np.int64]:
-    return draw(views, seed, 0, INDEX, 0, np.full((MANY, 2), (height, width)))["box"]
+def crops(augmentation: Augmentation, height: int, width: int, seed: int = 1) -> NDArray[np.int64]:
+    return sample_params(augmentation, seed, 0, INDEX, 0, np.full((MANY, 2), (height, width)))["box"]
 
 
-def by_torchvision(views: Views, height: int, width: int) -> NDArray[np.int64]:
-    crop = RandomResizedCrop(views.image_size, scale=views.scale, ratio=views.ratio)
+def by_torchvision(augmentation: Augmentation, height: int, width: int) -> NDArray[np.int64]:
+    crop = RandomResizedCrop(augmentation.image_size, scale=augmentation.scale, ratio=augmentation.ratio)
     image = torch.empty(3, height, width, dtype=torch.uint8)
     torch.manual_seed(0)
     drawn = (crop.make_params([image]) for _ in range(MANY))
@@ -181,14 +192,14 @@ def test_crops_are_distributed_as_torchvisions(height: int, width: int) -> None:
         assert ks_2samp(of(ours), of(theirs)).pvalue > LIKELY, name
 
 
-@pytest.mark.parametrize("recipe", [VIEWS, replace(VIEWS, ratio=(0.2, 5.0), scale=(1e-4, 1.0)), VIEWS.plain()])
-def test_crops_lie_inside_the_image(recipe: Views) -> None:
+@pytest.mark.parametrize("recipe", [VIEWS, replace(VIEWS, ratio=(0.2, 5.0), scale=(1e-4, 1.0)), VIEWS.for_evaluation()])
+def test_crops_lie_inside_the_image(recipe: Augmentation) -> None:
     rng = np.random.default_rng(0)
     # Sides of 1 to 3,000, small ones often, and 4 billion pixels, whose product leaves 32 bits.
     sides = np.exp(rng.uniform(0, np.log(3000), (2, MANY))).astype(np.int64)
     sides[:, :10] = 65_536
     height, width = sides
-    top, left, h, w = draw(recipe, 2, 0, INDEX, 0, sides.T)["box"].T
+    top, left, h, w = sample_params(recipe, 2, 0, INDEX, 0, sides.T)["box"].T
     assert (np.minimum(top, left) >= 0).all()
     assert (np.minimum(h, w) >= 1).all()
     assert (top + h <= height).all()
@@ -196,14 +207,14 @@ def test_crops_lie_inside_the_image(recipe: Views) -> None:
 
 
 def test_center_crops_are_central_squares() -> None:
-    views = VIEWS.plain()
-    box = draw(views, 0, 0, INDEX[:3], 0, np.array([[100, 200], [1, 7], [333, 332]]))["box"]
+    augmentation = VIEWS.for_evaluation()
+    box = sample_params(augmentation, 0, 0, INDEX[:3], 0, np.array([[100, 200], [1, 7], [333, 332]]))["box"]
     assert box.tolist() == [[6, 56, 88, 88], [0, 3, 1, 1], [21, 21, 290, 290]]
 
 
 def test_scale_and_ratio_of_one_are_the_whole_image() -> None:
-    views = Views(scale=(1.0, 1.0), ratio=(1.0, 1.0))
-    assert (crops(views, 64, 64) == [0, 0, 64, 64]).all()
+    augmentation = Augmentation(scale=(1.0, 1.0), ratio=(1.0, 1.0))
+    assert (crops(augmentation, 64, 64) == [0, 0, 64, 64]).all()
 
 
 def test_the_order_of_an_epoch_is_a_permutation_of_its_own() -> None:

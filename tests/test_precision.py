@@ -15,7 +15,7 @@ from ranks import run_ranks
 from torch import Tensor, nn
 from torch.amp import GradScaler
 
-from fastsimclr import Views, nt_xent, precision
+from fastsimclr import Augmentation, nt_xent, precision
 from fastsimclr.config import parse
 from fastsimclr.data import open_source
 from fastsimclr.data.loader import LoaderConfig
@@ -209,7 +209,7 @@ def test_gradients_are_clipped_after_they_are_unscaled(tmp_path: Path, small_enc
 
 @pytest.mark.parametrize("frozen", [True, False])
 def test_a_classifier_trains_in_float16(frozen: bool, one_thread: None) -> None:
-    source, views = open_source("digits").subset(np.arange(64)), Views.preset("digits")
+    source, views = open_source("digits").subset(np.arange(64)), Augmentation.preset("digits")
     schedule = Schedule(epochs=3, lr=0.1, batch_size=16)
     loader = LoaderConfig(batch_size=16, backend="memory")
     losses, features = {}, {}

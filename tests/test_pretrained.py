@@ -24,7 +24,7 @@ from safetensors.torch import save_file
 from torch import nn
 from weights import lived_in, outputs, save_run
 
-from fastsimclr import UserError, Views, encoder, import_weights, load_encoder
+from fastsimclr import Augmentation, UserError, encoder, import_weights, load_encoder
 from fastsimclr.pretrained import open_pretrained
 from fastsimclr.run_folder import load_checkpoint
 from fastsimclr.train import main as train
@@ -53,7 +53,7 @@ def test_a_runs_folder_and_its_checkpoint_give_the_encoder_that_was_trained(here
     for path in ("run", Path("run/checkpoints/last.pt")):
         opened = open_pretrained(path, "resnet18")
         assert opened.origin == "fastsimclr run, step 1"
-        assert opened.views == Views(image_size=32)
+        assert opened.augmentation == Augmentation(image_size=32)
         assert opened.config is not None
         assert opened.config["data"]["train"] == "digits"
         assert opened.encoder.stem == "small"
@@ -125,8 +125,8 @@ def test_a_folder_that_timm_wrote_gives_encoder_and_recipe(here: Path) -> None:
     opened = open_pretrained("theirs")
     h = timm.layers.SelectAdaptivePool2d(flatten=True)(model.forward_features(torch.ones(1, 3, 64, 64)))
     torch.testing.assert_close(opened.encoder(torch.ones(1, 3, 64, 64)), h)
-    recipe = Views(image_size=96, interpolation="bilinear", center_fraction=0.9, mean=(0.1, 0.2, 0.3))
-    assert opened.views == replace(recipe, std=(0.4, 0.5, 0.6))
+    recipe = Augmentation(image_size=96, interpolation="bilinear", center_fraction=0.9, mean=(0.1, 0.2, 0.3))
+    assert opened.augmentation == replace(recipe, std=(0.4, 0.5, 0.6))
     config = json.loads(Path("theirs/config.json").read_text())
     for changes, words in (
         ({"architecture": "vit_base_patch16_224"}, "config.json: got the architecture vit_base_patch16_224, expected"),
@@ -206,13 +206,13 @@ BUILT = {
         (lambda: run_with(architecture={"encoder": "resnet18", "width": 9, "stem": "small"}), "run", "conv1.weight"),
         (lambda: run_with(config="data: ["), "run", "parts missing or wrong"),
         (lambda: run_with(config="5"), "run", "parts missing or wrong"),
-        (lambda: run_with(config="data: {flip: 7}"), "run", "flip: got 7"),
+        (lambda: run_with(config="data: {flip_prob: 7}"), "run", "flip_prob: got 7"),
         (lambda: ours(), "f.safetensors", "'encoder'"),
         (lambda: ours(**BUILT | {"width": "one"}), "f.safetensors", "'one'"),
         (lambda: ours(**BUILT | {"width": "5"}), "f.safetensors", "conv1.weight"),
         (lambda: ours(**BUILT | {"encoder": "resnet"}), "f.safetensors", "'resnet', expected one of resnet18"),
-        (lambda: ours(**BUILT | {"views": "{"}), "f.safetensors", "parts missing or wrong"),
-        (lambda: ours(**BUILT | {"views": '{"std": [0, 1, 1]}'}), "f.safetensors", "std: got"),
+        (lambda: ours(**BUILT | {"augmentation": "{"}), "f.safetensors", "parts missing or wrong"),
+        (lambda: ours(**BUILT | {"augmentation": '{"std": [0, 1, 1]}'}), "f.safetensors", "std: got"),
     ],
 )
 def test_what_is_no_encoder_is_refused_in_one_line(

@@ -12,9 +12,9 @@ from PIL import Image
 from torchvision.transforms import InterpolationMode
 from torchvision.transforms.v2 import functional as TF
 
-from fastsimclr import Views, open_views
+from fastsimclr import Augmentation, open_views
 from fastsimclr.config import parse
-from fastsimclr.data.params import DRAW
+from fastsimclr.data.params import VIEW_PARAMS
 from fastsimclr.data.photometric import photometric
 from fastsimclr.data.torchvision import crop
 from fastsimclr.preview import main
@@ -41,15 +41,17 @@ def photos(tmp_path_factory: pytest.TempPathFactory) -> str:
 
 def drawn(**values: object) -> np.void:
     """One draw: an unflipped crop with no change of colour, but for `values`."""
-    one = np.zeros(1, DRAW)
+    one = np.zeros(1, VIEW_PARAMS)
     one["box"], one["factors"], one["order"] = (30, 12, 98, 120), (1.21, 0.8, 1.1, 0.04), (3, 0, 2, 1)
     for name, value in values.items():
         one[name] = value
     return one[0]
 
 
-def rows_of(data: str, views: Views, *, backend: str = "auto", images: int = 3, seed: int = 0) -> list[Row]:
-    loader = open_views(data, views, images, backend=backend, seed=seed, workers=0)
+def rows_of(
+    data: str, augmentation: Augmentation, *, backend: str = "auto", images: int = 3, seed: int = 0
+) -> list[Row]:
+    loader = open_views(data, augmentation, images, backend=backend, seed=seed, workers=0)
     try:
         return take(loader, seed, 0)
     finally:
@@ -72,26 +74,28 @@ def where(part: NDArray[np.uint8], whole: NDArray[np.uint8], left: int) -> int:
 
 
 def test_the_words_are_those_of_the_draw() -> None:
-    assert parameters(drawn(), Views()) == [["120×98 at 12,30"], ["no jitter"], []]
-    everything = drawn(flip=True, jitter=True, grey=True, sigma=1.34, solarise=True)
-    assert parameters(everything, Views()) == [
+    assert parameters(drawn(), Augmentation()) == [["120×98 at 12,30"], ["no jitter"], []]
+    everything = drawn(flip=True, jitter=True, grayscale=True, sigma=1.34, solarize=True)
+    assert parameters(everything, Augmentation()) == [
         ["120×98 at 12,30", "flipped"],
         ["hue +0.04", "brightness ×1.21", "saturation ×1.10", "contrast ×0.80"],  # in the order applied
-        ["grey", "blur σ 1.3", "solarised"],
+        ["grayscale", "blur σ 1.3", "solarized"],
     ]
 
 
 def test_what_a_recipe_never_changes_is_not_named() -> None:
-    no_colour = Views(saturation=0.0, hue=0.0)
-    assert parameters(drawn(jitter=True), no_colour)[1] == ["brightness ×1.21", "contrast ×0.80"]
-    assert parameters(drawn(), Views(jitter=0.0))[1] == []
+    no_color = Augmentation(saturation=0.0, hue=0.0)
+    assert parameters(drawn(jitter=True), no_color)[1] == ["brightness ×1.21", "contrast ×0.80"]
+    assert parameters(drawn(), Augmentation(jitter_prob=0.0))[1] == []
 
 
 def test_the_recipe_is_described_by_its_values() -> None:
-    phrases = describe_recipe(Views(image_size=96, scale=(0.2, 1.0), flip=0.0, blur=0.25, blur_sigma=(0.1, 1.5)))
+    phrases = describe_recipe(
+        Augmentation(image_size=96, scale=(0.2, 1.0), flip_prob=0.0, blur_prob=0.25, blur_sigma=(0.1, 1.5))
+    )
     assert phrases[0] == "crop of 0.2–1 of the area, aspect ratio 0.75–1.33, bicubic to 96×96"
-    assert {"no flip", "blur 0.25 (σ 0.1–1.5)", "no solarise"} < set(phrases)
-    assert describe_recipe(Views().plain())[0] == "crop of the central 0.875, bicubic to 224×224"
+    assert {"no flip", "blur 0.25 (σ 0.1–1.5)", "no solarize"} < set(phrases)
+    assert describe_recipe(Augmentation().for_evaluation())[0] == "crop of the central 0.875, bicubic to 224×224"
 
 
 def test_lines_are_as_wide_as_they_may_be_and_break_between_phrases() -> None:
@@ -110,29 +114,31 @@ def test_lines_are_as_wide_as_they_may_be_and_break_between_phrases() -> None:
 
 @pytest.mark.parametrize("backend", BACKENDS)
 def test_the_views_are_the_crops_of_the_boxes_where_no_colour_changes(photos: str, backend: str) -> None:
-    recipe = Views(image_size=40, jitter=0.0, grey=0.0, blur=0.0)
+    recipe = Augmentation(image_size=40, jitter_prob=0.0, grayscale_prob=0.0, blur_prob=0.0)
     for row in rows_of(photos, recipe, backend=backend):
-        for view, draw in zip(row.views, row.drawn, strict=True):
+        for view, sample_params in zip(row.views, row.drawn, strict=True):
             image = torch.from_numpy(row.original).permute(2, 0, 1)
-            piece = TF.resized_crop(image, *draw["box"].tolist(), [40, 40], InterpolationMode.BICUBIC, antialias=True)
-            piece = TF.horizontal_flip(piece) if draw["flip"] else piece
+            piece = TF.resized_crop(
+                image, *sample_params["box"].tolist(), [40, 40], InterpolationMode.BICUBIC, antialias=True
+            )
+            piece = TF.horizontal_flip(piece) if sample_params["flip"] else piece
             off = np.abs(piece.permute(1, 2, 0).numpy().astype(int) - view)
             assert off.max() == 0 if backend == "torchvision" else off.mean() < 1.5  # DALI resamples in its own way
 
 
 def test_the_draws_are_those_that_the_views_were_made_by(photos: str) -> None:
-    recipe = Views(image_size=32, solarise=0.3)
+    recipe = Augmentation(image_size=32, solarize_prob=0.3)
     for row in rows_of(photos, recipe, backend="torchvision", images=IMAGES, seed=5):
-        for view, draw in zip(row.views, row.drawn, strict=True):
-            draws = np.array([draw])
-            made = crop(torch.from_numpy(row.original).permute(2, 0, 1), recipe, draws)
-            again = to_levels(photometric(made[None], draws, recipe)[0], recipe)
+        for view, sample_params in zip(row.views, row.drawn, strict=True):
+            params = np.array([sample_params])
+            made = crop(torch.from_numpy(row.original).permute(2, 0, 1), recipe, params)
+            again = to_levels(photometric(made[None], params, recipe)[0], recipe)
             assert np.array_equal(again, view)
 
 
 def test_levels_survive_normalisation() -> None:
     levels = torch.arange(256, dtype=torch.uint8).view(1, 16, 16).expand(3, 16, 16)
-    recipe = Views()
+    recipe = Augmentation()
     mean, std = (torch.tensor(values).view(3, 1, 1) for values in (recipe.mean, recipe.std))
     assert np.array_equal(to_levels((levels / 255 - mean) / std, recipe), levels.permute(1, 2, 0).numpy())
 
@@ -140,7 +146,7 @@ def test_levels_survive_normalisation() -> None:
 @pytest.mark.parametrize("backend", BACKENDS)
 def test_the_sheet_holds_every_pixel_of_every_view(photos: str, backend: str) -> None:
     small = {"image_size": 20, "scale": (0.05, 0.2)}
-    recipe = Views(image_size=48, views=4, per_view=({}, {"solarise": 1.0}, small, small))
+    recipe = Augmentation(image_size=48, num_views=4, per_view=({}, {"solarize_prob": 1.0}, small, small))
     rows = rows_of(photos, recipe, backend=backend)
     assert [view.shape for view in rows[0].views] == [(48, 48, 3)] * 2 + [(20, 20, 3)] * 2
     png, (width, height) = draw_sheet("title", [["a note"]], rows, recipe)
@@ -199,7 +205,7 @@ def test_without_options_it_shows_the_demonstration(
 
 
 def test_a_runs_configuration_gives_data_recipe_and_seed(photos: str, tmp_path: Path) -> None:
-    recipe = ["--config=cifar10", f"--data.train={photos}", "--data.views=3", "--seed=4"]
+    recipe = ["--config=cifar10", f"--data.train={photos}", "--data.num_views=3", "--seed=4"]
     config = tmp_path / "config.yaml"
     config.write_text(parse(recipe)[1])
     for name, options in (("file", [f"--config={config}"]), ("line", [*recipe, "--data.image_size=32"])):

@@ -24,7 +24,7 @@ from PIL import Image
 
 from fastsimclr import train
 from fastsimclr.config import Config
-from fastsimclr.report import MOST_RUNS, main
+from fastsimclr.report import MAX_RUNS, main
 from fastsimclr.reporting.charts import BOTTOM, COLORS, DASHES, TOP
 from fastsimclr.reporting.curves import MOST, reduce
 from fastsimclr.reporting.numbers import duration, number
@@ -423,7 +423,7 @@ def test_of_several_runs_what_differs_is_listed_and_nothing_else(tmp_path: Path)
 
 
 def test_as_many_runs_are_compared_as_differ_in_color_or_dash() -> None:
-    assert len({(place % len(COLORS), place % len(DASHES)) for place in range(MOST_RUNS)}) == MOST_RUNS
+    assert len({(place % len(COLORS), place % len(DASHES)) for place in range(MAX_RUNS)}) == MAX_RUNS
 
 
 def test_runs_that_are_alike_say_so(tmp_path: Path) -> None:

@@ -188,12 +188,12 @@ def test_only_what_is_new_or_has_changed_is_tried_again(tmp_path: Path, tried: l
     folder, run = photo_folder(tmp_path / "photos", 12), tmp_path / "run"
     write(folder, {"b/bad.jpg": b"bad", "c/gone.jpg": b"bad"})
     first = scan(opened(folder), max_bad=0.5, cache=run)
-    assert len(tried) == first.tried == 14
+    assert len(tried) == first.checked == 14
     tried.clear()
 
     second = scan(opened(folder), max_bad=0.5, cache=run)
     assert tried == []
-    assert second.tried == 0
+    assert second.checked == 0
     same(first, second)
 
     write(folder, {"a/new.jpg": jpeg(photo(30, 41)), "a/000.jpg": jpeg(photo(50, 61))})
@@ -305,14 +305,14 @@ def test_what_cannot_be_read_is_bad_but_not_remembered(tmp_path: Path) -> None:
         f"{folder}/a/link.jpg: cannot be read (No such file or directory)",
         f"{gone}: cannot be read (No such file or directory)",
     ]
-    assert scan(source, max_bad=0.5, cache=tmp_path).tried == 2
+    assert scan(source, max_bad=0.5, cache=tmp_path).checked == 2
     write(tmp_path, {"later.jpg": data, "photos/c/002.jpg": data})
     os.utime(gone, ns=(stat.st_atime_ns, stat.st_mtime_ns))
-    assert scan(source, max_bad=0, cache=tmp_path).tried == 2
+    assert scan(source, max_bad=0, cache=tmp_path).checked == 2
 
     result = scan(shrunk, max_bad=0.9, cache=tmp_path)
     assert result.bad[-1].startswith(f"{shard}: 3.jpg: got 0 of ")
-    tried = scan(shrunk, max_bad=0.9, cache=tmp_path).tried
+    tried = scan(shrunk, max_bad=0.9, cache=tmp_path).checked
     assert tried == len(result.bad)
 
 
@@ -330,7 +330,7 @@ def test_an_image_that_memory_did_not_suffice_for_is_not_remembered(
         patch.setattr(scan_module, "decode", fails)
         with pytest.raises(BadImages, match="expected some that can"):
             scan(opened(folder), max_bad=1, cache=tmp_path)
-    assert scan(opened(folder), max_bad=0, cache=tmp_path).tried == 6
+    assert scan(opened(folder), max_bad=0, cache=tmp_path).checked == 6
 
 
 def test_a_cache_that_cannot_be_written_is_said_before_the_work(tmp_path: Path, tried: list[str]) -> None:
@@ -351,7 +351,7 @@ def test_names_of_any_bytes_are_kept_apart(tmp_path: Path) -> None:
     assert len(first.bad) == 1
     assert first.bad[0].startswith(f"{folder}/\udcff.jpg: ")
     second = scan(opened(folder), max_bad=0.5, cache=tmp_path)
-    assert second.tried == 0
+    assert second.checked == 0
     same(first, second)
 
 
@@ -383,7 +383,7 @@ def test_a_scan_that_breaks_was_not_in_vain(tmp_path: Path, monkeypatch: pytest.
     with pytest.raises(MemoryError):
         scan(opened(folder), cache=tmp_path)
     monkeypatch.setattr(scan_module, "decode", decode)
-    assert 1 <= scan(opened(folder), cache=tmp_path).tried < 30
+    assert 1 <= scan(opened(folder), cache=tmp_path).checked < 30
 
 
 def test_long_scans_save_as_they_go(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -475,7 +475,7 @@ def test_ranks_share_the_work_and_the_result(tmp_path: Path) -> None:
     for result in results:
         same(alone, result["first"][0])
         same(alone, result["second"][0])
-        assert result["first"][0].tried == len(GOOD) + len(BAD)
+        assert result["first"][0].checked == len(GOOD) + len(BAD)
         assert result["second"][1] == [], "the first rank's cache serves all"
         assert len(result["alone"].source) == 1
     halves = [result["first"][1] for result in results]

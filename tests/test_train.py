@@ -178,7 +178,7 @@ def steps_if_whole(run: Path) -> list[str]:
     return [line for line in lines if line.endswith("\n") and '"loss"' in line]
 
 
-MULTI_CROP = ["--data.views=3", '--data.per_view=[{}, {}, {"image_size": 24, "scale": [0.05, 0.3]}]']
+MULTI_CROP = ["--data.num_views=3", '--data.per_view=[{}, {}, {"image_size": 24, "scale": [0.05, 0.3]}]']
 
 
 @pytest.mark.parametrize("views", [[], MULTI_CROP], ids=["two views", "multi-crop"])
@@ -276,7 +276,7 @@ def test_micro_batches_give_the_gradient_of_the_whole_batch(tmp_path: Path, view
         (["--data.train={photos}", "--batchsize=1"], ["--batchsize", "unrecognized"]),
         (["--data.train={photos}", "--epochs=many"], ["--epochs", "got many", "expected int"]),
         (["--data.train={photos}", "--model.encoder=vit"], ["--model.encoder", "got vit", "'resnet50'"]),
-        (["--data.train={photos}", "--data.flip=2"], ["--data.flip", "got 2.0", "expected a probability"]),
+        (["--data.train={photos}", "--data.flip_prob=2"], ["--data.flip_prob", "got 2.0", "expected a probability"]),
         (["--data.train={mixed}", "--data.backend=memory"], ["003.jpg: got 81x75 pixels", "images of one size"]),
         (["--data.train={photos}", "--resume={unreadable}/a/07.jpg"], ["07.jpg", "no checkpoint", "expected"]),
         (["--data.train={photos}", "--resume=gone.pt"], ["gone.pt", "no such file", "expected a checkpoint"]),
@@ -286,7 +286,7 @@ def test_micro_batches_give_the_gradient_of_the_whole_batch(tmp_path: Path, view
             ["--data.train={photos}", "--loss.backend=fused"],
             ["--loss.backend", "it is a CUDA kernel", 'use backend="auto"'],
         ),
-        (["--data.train={photos}", "--data.views=1"], ["--data.views", "got 1", "expected at least 2"]),
+        (["--data.train={photos}", "--data.num_views=1"], ["--data.num_views", "got 1", "expected at least 2"]),
     ],
 )
 def test_a_mistake_is_one_line_and_exit_code_2(

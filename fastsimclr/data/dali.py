@@ -14,10 +14,10 @@ from numpy.typing import NDArray
 from nvidia.dali import pipeline_def
 from torch import Tensor
 
-from fastsimclr.data.augmentation import Views
+from fastsimclr.data.augmentation import Augmentation
 from fastsimclr.data.images import as_ppm, decode, is_web_format, upright_size
-from fastsimclr.data.loader import Cropped, Job
-from fastsimclr.data.params import DRAW, Draws, draw_views
+from fastsimclr.data.loader import BatchRequest, CroppedBatch
+from fastsimclr.data.params import VIEW_PARAMS, ViewParams, sample_batch_params
 from fastsimclr.data.sources import ArraySource, EncodedSource, Source
 from fastsimclr.errors import UserError
 
@@ -26,27 +26,31 @@ _AHEAD = 2  # batches inside the pipeline
 _READ_AHEAD = 2  # further batches whose files are being read
 
 
-class DaliFront:
+class DaliBackend:
     """A pipeline whose order, crops and flips come from outside: they are the same in every loader.
 
     Threads read files and find each image's size by its header; the pipeline decodes it once and crops, resizes and
     flips it for each view. Its outputs are handed on without a copy (DLPack).
     """
 
-    def __init__(self, source: Source, views: Views, device: torch.device, batch_size: int, threads: int) -> None:
-        self.source, self.views, self.device = source, views, device
+    def __init__(
+        self, source: Source, augmentation: Augmentation, device: torch.device, batch_size: int, threads: int
+    ) -> None:
+        self.source, self.augmentation, self.device = source, augmentation, device
         self._readers = ThreadPoolExecutor(max_workers=max(2, threads), thread_name_prefix="fastsimclr-read")
-        self._jobs: Iterator[Job] = iter(())
-        self._reading: deque[tuple[Job, list[Future[NDArray[np.uint8]]]]] = deque()
-        self._inside: deque[tuple[Job, list[Draws]]] = deque()  # batches that the pipeline has taken, not given back
+        self._requests: Iterator[BatchRequest] = iter(())
+        self._reading: deque[tuple[BatchRequest, list[Future[NDArray[np.uint8]]]]] = deque()
+        self._inside: deque[tuple[BatchRequest, list[ViewParams]]] = (
+            deque()
+        )  # batches that the pipeline has taken, not given back
         self._bad_input: UserError | None = None
         self._lent: deque[tuple[torch.cuda.Event, tuple[Tensor, ...]]] = deque()
         self._batch_size, self._threads = batch_size, threads
-        self._names = [list(self._view_inputs(np.empty(0, DRAW), recipe)) for recipe in views.recipes]
+        self._names = [list(self._view_inputs(np.empty(0, VIEW_PARAMS), recipe)) for recipe in augmentation.recipes]
         self._pipeline = self._build()
 
-    def crops(self, jobs: Iterator[Job]) -> Generator[Cropped, None, None]:
-        self._jobs = jobs
+    def crops(self, requests: Iterator[BatchRequest]) -> Generator[CroppedBatch, None, None]:
+        self._requests = requests
         self._pipeline = self._pipeline or self._build()
         try:
             while (made := self._run()) is not None:
@@ -57,7 +61,7 @@ class DaliFront:
 
     def _empty(self) -> None:
         """Leave the pipeline empty for the next epoch, also where this one was abandoned."""
-        self._jobs = iter(())
+        self._requests = iter(())
         for _, files in self._reading:
             for file in files:
                 file.cancel()
@@ -66,12 +70,12 @@ class DaliFront:
             while self._pipeline is not None and self._run() is not None:  # None: it has taken note of the end
                 pass
 
-    def _lend(self, views: tuple[Tensor, ...]) -> None:
+    def _lend(self, augmentation: tuple[Tensor, ...]) -> None:
         """On a GPU, keep DALI from writing into buffers that torch's stream has still to read."""
         if self.device.type == "cuda":
             event = torch.cuda.Event()
             event.record()  # behind whatever the consumer has queued by now
-            self._lent.append((event, views))
+            self._lent.append((event, augmentation))
             while self._lent[0][0].query() and len(self._lent) > 1:
                 self._lent.popleft()
 
@@ -92,37 +96,39 @@ class DaliFront:
 
     def _inputs(self) -> tuple[Any, ...]:
         """DALI asks for the next batch: images, then each view's inputs."""
-        while len(self._reading) <= _READ_AHEAD and (job := next(self._jobs, None)) is not None:
-            self._reading.append((job, [self._readers.submit(self._read, index) for index in job.index]))
+        while len(self._reading) <= _READ_AHEAD and (request := next(self._requests, None)) is not None:
+            self._reading.append((request, [self._readers.submit(self._read, index) for index in request.index]))
         if not self._reading:
             raise StopIteration
-        job, files = self._reading.popleft()
+        request, files = self._reading.popleft()
         try:
             images = [file.result() for file in files]
-            draws = draw_views(self.views, *job, self._sizes(job, images))
+            params = sample_batch_params(self.augmentation, *request, self._sizes(request, images))
         except UserError as error:
             self._bad_input = error  # to be raised behind the batches before it, which are whole
             raise StopIteration from None
-        self._inside.append((job, draws))
-        of_views = map(self._view_inputs, draws, self.views.recipes)
+        self._inside.append((request, params))
+        of_views = map(self._view_inputs, params, self.augmentation.recipes)
         return images, *[values for of_view in of_views for values in of_view.values()]
 
-    def _view_inputs(self, draws: Draws, recipe: Views) -> dict[str, Any]:
+    def _view_inputs(self, params: ViewParams, recipe: Augmentation) -> dict[str, Any]:
         """What the pipeline needs of a view's draws (B,), by name."""
-        box = draws["box"].astype(np.float32)
-        inputs = {"start": box[:, :2], "end": box[:, :2] + box[:, 2:], "flip": draws["flip"].astype(np.int32)}
+        box = params["box"].astype(np.float32)
+        inputs = {"start": box[:, :2], "end": box[:, :2] + box[:, 2:], "flip": params["flip"].astype(np.int32)}
         return {name: np.ascontiguousarray(values) for name, values in inputs.items()}  # DALI takes no others
 
-    def _sizes(self, job: Job, images: list[NDArray[np.uint8]]) -> NDArray[np.int64]:
+    def _sizes(self, request: BatchRequest, images: list[NDArray[np.uint8]]) -> NDArray[np.int64]:
         """(B, 2): heights and widths, upright."""
         if isinstance(self.source, ArraySource):
             return np.array([image.shape[:2] for image in images])
         assert isinstance(self.source, EncodedSource)
         if self.source.sizes is not None:
-            return self.source.sizes[job.index]
-        return np.array([upright_size(data, self.source.name(i)) for data, i in zip(images, job.index, strict=True)])
+            return self.source.sizes[request.index]
+        return np.array(
+            [upright_size(data, self.source.name(i)) for data, i in zip(images, request.index, strict=True)]
+        )
 
-    def _run(self) -> Cropped | None:
+    def _run(self) -> CroppedBatch | None:
         """The next batch; None when all are out."""
         try:
             outputs = self._pipeline.run()
@@ -133,19 +139,19 @@ class DaliFront:
                 raise error from None
             return None
         except Exception:  # DALI's errors share no base class
-            jobs = [job for job, _ in self._inside]
+            requests = [request for request, _ in self._inside]
             self._inside.clear()
             self._pipeline = None  # it cannot go on after an error; the next epoch builds another
-            for job in jobs:
-                self._blame(job)
+            for request in requests:
+                self._blame(request)
             raise  # no image is to blame
-        _, draws = self._inside.popleft()
-        return Cropped(tuple(torch.from_dlpack(output.as_tensor()) for output in outputs), draws)
+        _, params = self._inside.popleft()
+        return CroppedBatch(tuple(torch.from_dlpack(output.as_tensor()) for output in outputs), params)
 
-    def _blame(self, job: Job) -> None:
+    def _blame(self, request: BatchRequest) -> None:
         """DALI does not say which image it failed on: raise UserError for the first that our own decoder refuses."""
         if isinstance(self.source, EncodedSource):
-            for index in job.index:
+            for index in request.index:
                 decode(self.source.read(index), self.source.name(index))
 
     def _build(self, **options: Any) -> Any:
@@ -171,12 +177,12 @@ class DaliFront:
             images = images.gpu()
         images = fn.reshape(images, layout="HWC")
         views = []
-        for number, recipe in enumerate(self.views.recipes):
+        for number, recipe in enumerate(self.augmentation.recipes):
             of_view = {name: inputs.pop(0) for name in self._names[number]}
             views.append(self._view(images, of_view, recipe))
         return tuple(views)
 
-    def _view(self, images: Any, inputs: dict[str, Any], recipe: Views) -> Any:
+    def _view(self, images: Any, inputs: dict[str, Any], recipe: Augmentation) -> Any:
         """One view, HWC, of each image, by the inputs of `_view_inputs`."""
         place = "gpu" if self.device.type == "cuda" else "cpu"
         view = fn.resize(

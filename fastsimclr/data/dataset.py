@@ -7,15 +7,15 @@ from typing import Any
 
 import torch
 
-from fastsimclr.data.augmentation import Views
+from fastsimclr.data.augmentation import Augmentation
 from fastsimclr.data.backends import BACKENDS, choose_backend
-from fastsimclr.data.loader import Front, LoaderConfig, ViewLoader
-from fastsimclr.data.memory import MemoryFront, decode_all
+from fastsimclr.data.loader import CropBackend, LoaderConfig, ViewLoader
+from fastsimclr.data.memory import MemoryBackend, decode_all
 from fastsimclr.data.sampler import Sampler
-from fastsimclr.data.scan import SKIPPED_FILE, BadImages, list_skipped
+from fastsimclr.data.scan import SKIPPED_FILE, BadImages, write_skipped_images
 from fastsimclr.data.scan import scan as scan_images  # `scan` is the module
 from fastsimclr.data.sources import BUILT_IN, ArraySource, EncodedSource, Source, open_source
-from fastsimclr.distributed import World, together
+from fastsimclr.distributed import World, run_on_all_ranks
 from fastsimclr.errors import UserError
 
 Pair = tuple[Source, Source | None]
@@ -62,7 +62,7 @@ def open_dataset(
             held_out = open_source(val or train, split="val")
         return select(open_source(train), held_out)
 
-    sources = together(opened, world)
+    sources = run_on_all_ranks(opened, world)
     skipped: list[str] | None = None
     checked: list[Source | None] = []
     for source in sources:
@@ -73,15 +73,15 @@ def open_dataset(
                 where = ""
                 if skipped_to is not None:
                     where = f" ({skipped_to / SKIPPED_FILE} names all)"
-                    if world.is_first:
-                        list_skipped(skipped_to, [*(skipped or []), *error.bad])
+                    if world.is_rank_zero:
+                        write_skipped_images(skipped_to, [*(skipped or []), *error.bad])
                 raise UserError(f"{option}{str(error).removeprefix('max_bad')}{where}") from error
             source = scanned.source
             skipped = list(dict.fromkeys([*(skipped or []), *scanned.bad]))  # `val` may be `train`
         checked.append(source)
-    if skipped is not None and skipped_to is not None and world.is_first:
-        list_skipped(skipped_to, skipped)
-    prepared, prepared_val = together(
+    if skipped is not None and skipped_to is not None and world.is_rank_zero:
+        write_skipped_images(skipped_to, skipped)
+    prepared, prepared_val = run_on_all_ranks(
         lambda: [source and prepare(source, backend, world.device)[0] for source in checked], world
     )
     assert prepared is not None
@@ -106,7 +106,7 @@ def prepare(source: Source, backend: str, device: torch.device) -> tuple[Source,
 
 def open_views(
     path: str | Source,
-    views: Views,
+    augmentation: Augmentation,
     batch_size: int,
     *,
     max_bad: float | None = None,
@@ -136,10 +136,10 @@ def open_views(
     source = open_source(path) if isinstance(path, str) else path
     if max_bad is not None and isinstance(source, EncodedSource):
         source = scan_images(source, max_bad=max_bad, cache=cache).source
-    return open_loader(source, views, config)
+    return open_loader(source, augmentation, config)
 
 
-def open_loader(source: Source, views: Views, config: LoaderConfig) -> ViewLoader:
+def open_loader(source: Source, augmentation: Augmentation, config: LoaderConfig) -> ViewLoader:
     """A loader of these images."""
     source, backend = prepare(source, config.backend, config.world.device)
     sampler = Sampler(
@@ -152,26 +152,26 @@ def open_loader(source: Source, views: Views, config: LoaderConfig) -> ViewLoade
         config.drop_last,
         config.min_local_batch,
     )
-    front: Front
+    crop_backend: CropBackend
     if backend == "memory":
         assert isinstance(source, ArraySource)
-        front = MemoryFront(source, views, config.world.device)
+        crop_backend = MemoryBackend(source, augmentation, config.world.device)
     else:
-        front = _file_front(backend, source, views, config)
-    return ViewLoader(source, views, sampler, front, config.world.device, config.dtype, backend)
+        crop_backend = _open_file_backend(backend, source, augmentation, config)
+    return ViewLoader(source, augmentation, sampler, crop_backend, config.world.device, config.dtype, backend)
 
 
-def _file_front(backend: str, source: Source, views: Views, config: LoaderConfig) -> Front:
-    from fastsimclr.data.torchvision import TorchvisionFront, default_workers
+def _open_file_backend(backend: str, source: Source, augmentation: Augmentation, config: LoaderConfig) -> CropBackend:
+    from fastsimclr.data.torchvision import TorchvisionBackend, default_workers
 
     workers = default_workers(source, config.world.device) if config.workers is None else config.workers
     if backend == "torchvision":
-        return TorchvisionFront(source, views, config.world.device, workers)
+        return TorchvisionBackend(source, augmentation, config.world.device, workers)
     try:
-        from fastsimclr.data.dali import DaliFront
+        from fastsimclr.data.dali import DaliBackend
     except ImportError as error:
         raise UserError(
             f"backend: got dali, but it is not installed ({error}); pip install nvidia-dali-cuda130, or use torchvision"
         ) from error
     largest = -(-config.batch_size // config.world.world_size)
-    return DaliFront(source, views, config.world.device, largest, max(1, workers))
+    return DaliBackend(source, augmentation, config.world.device, largest, max(1, workers))

@@ -10,12 +10,12 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from fastsimclr.data import native
-from fastsimclr.data.augmentation import Views
-from fastsimclr.data.params import Draws
+from fastsimclr.data.augmentation import Augmentation
+from fastsimclr.data.params import ViewParams
 from fastsimclr.data.photometric import photometric
 from fastsimclr.data.sampler import Sampler
 from fastsimclr.data.sources import Source
-from fastsimclr.distributed import ALONE, World
+from fastsimclr.distributed import SINGLE_PROCESS, World
 from fastsimclr.profiling import stage
 
 
@@ -53,7 +53,7 @@ class LoaderConfig:
     """dali (on a GPU, or its CPU operators), torchvision (a DataLoader), memory (images of one size, decoded once and
     kept on the device); auto: memory for the built-in sets and for small images that a scan has found to be of one
     size, else dali on a GPU and torchvision without one."""
-    world: World = ALONE
+    world: World = SINGLE_PROCESS
     """The device on which views are made and delivered, and this rank among those that share each batch."""
     seed: int = 0
     """Of the order and of every draw. Views are the same for every backend, up to how it resamples (one level)."""
@@ -69,7 +69,7 @@ class LoaderConfig:
     """Of the views."""
 
 
-class Job(NamedTuple):
+class BatchRequest(NamedTuple):
     """A batch to make: by these three and the images' sizes, `draw_views` draws it."""
 
     seed: int
@@ -77,19 +77,19 @@ class Job(NamedTuple):
     index: NDArray[np.int64]  # type: ignore[assignment]  # (B,): which images of the source
 
 
-class Cropped(NamedTuple):
+class CroppedBatch(NamedTuple):
     """A batch half made, on the loader's device."""
 
     crops: tuple[Tensor, ...]
     """(B, S, S, 3) uint8 of each view."""
-    draws: list[Draws]
+    params: list[ViewParams]
     """(B,) of each view: what is still to happen to its colours."""
 
 
-class Front(Protocol):
+class CropBackend(Protocol):
     """The first half of a loader, which differs: it reads, decodes, draws, crops, resizes and flips."""
 
-    def crops(self, jobs: Iterator[Job]) -> Generator[Cropped, None, None]:
+    def crops(self, requests: Iterator[BatchRequest]) -> Generator[CroppedBatch, None, None]:
         """Each job's batch, in order."""
         ...
 
@@ -112,16 +112,22 @@ class ViewLoader:
     def __init__(
         self,
         source: Source,
-        views: Views,
+        augmentation: Augmentation,
         sampler: Sampler,
-        front: Front,
+        crop_backend: CropBackend,
         device: torch.device,
         dtype: torch.dtype,
         backend: str,
     ) -> None:
-        self.source, self.views, self.device, self.dtype, self.backend = source, views, device, dtype, backend
-        self._sampler, self._front = sampler, front
-        self._crops: Generator[Cropped, None, None] | None = None  # of the latest iteration
+        self.source, self.augmentation, self.device, self.dtype, self.backend = (
+            source,
+            augmentation,
+            device,
+            dtype,
+            backend,
+        )
+        self._sampler, self._crop_backend = sampler, crop_backend
+        self._crops: Generator[CroppedBatch, None, None] | None = None  # of the latest iteration
 
     def __len__(self) -> int:
         """Batches of a whole epoch."""
@@ -138,10 +144,10 @@ class ViewLoader:
         epoch = sampler.epoch
         if not parts:  # resumed behind the last batch that these options leave
             sampler.epoch, sampler.position = epoch + 1, 0
-        jobs = (Job(sampler.seed, epoch, index) for index in parts if len(index))
+        requests = (BatchRequest(sampler.seed, epoch, index) for index in parts if len(index))
         if self._crops is not None:
             self._crops.close()  # else the front would hand out what it has made ahead for the one before
-        self._crops = crops = self._front.crops(jobs)
+        self._crops = crops = self._crop_backend.crops(requests)
         try:
             for step, index in enumerate(parts, start=1):
                 if self._crops is not crops:
@@ -171,17 +177,17 @@ class ViewLoader:
 
     def device_bytes(self) -> int:
         """Memory that the loader holds on its device between batches, as far as it is known."""
-        return self._front.device_bytes()
+        return self._crop_backend.device_bytes()
 
     def close(self) -> None:
         """Stop workers and give back memory."""
-        self._front.close()
+        self._crop_backend.close()
 
-    def _finish(self, index: NDArray[np.int64], made: Cropped) -> Batch:
+    def _finish(self, index: NDArray[np.int64], made: CroppedBatch) -> Batch:
         with stage("views"):
             views = tuple(
-                photometric(crops, draws, recipe, self.dtype)
-                for crops, draws, recipe in zip(made.crops, made.draws, self.views.recipes, strict=True)
+                photometric(crops, params, recipe, self.dtype)
+                for crops, params, recipe in zip(made.crops, made.params, self.augmentation.recipes, strict=True)
             )
         return Batch(
             views=views,

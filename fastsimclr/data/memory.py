@@ -7,17 +7,17 @@ from concurrent.futures import ThreadPoolExecutor
 import numpy as np
 import torch
 
-from fastsimclr.data.augmentation import Views
+from fastsimclr.data.augmentation import Augmentation
 from fastsimclr.data.crop import crop
 from fastsimclr.data.images import decode
-from fastsimclr.data.loader import Cropped, Job
-from fastsimclr.data.params import draw_views
+from fastsimclr.data.loader import BatchRequest, CroppedBatch
+from fastsimclr.data.params import sample_batch_params
 from fastsimclr.data.sources import ArraySource, EncodedSource
 from fastsimclr.errors import UserError
 from fastsimclr.profiling import stage
 
-_LARGEST_SIDE = 96  # STL-10's: of larger images crops are cheap beside decoding, and few sets of them fit
-_MOST_BYTES = 4 << 30
+_MAX_SIDE = 96  # STL-10's: of larger images crops are cheap beside decoding, and few sets of them fit
+_MAX_BYTES = 4 << 30
 
 
 def fits_in_memory(source: EncodedSource) -> bool:
@@ -25,7 +25,7 @@ def fits_in_memory(source: EncodedSource) -> bool:
     sizes = source.sizes
     if sizes is None or not (sizes == sizes[0]).all():
         return False
-    return sizes[0].max() <= _LARGEST_SIDE and 3 * int(sizes[0].prod()) * len(sizes) <= _MOST_BYTES
+    return sizes[0].max() <= _MAX_SIDE and 3 * int(sizes[0].prod()) * len(sizes) <= _MAX_BYTES
 
 
 def decode_all(source: EncodedSource) -> ArraySource:
@@ -56,21 +56,21 @@ def decode_all(source: EncodedSource) -> ArraySource:
     return ArraySource("decoded", images, source.labels, source.classes, source)
 
 
-class MemoryFront:
+class MemoryBackend:
     """Crops out of one array."""
 
-    def __init__(self, source: ArraySource, views: Views, device: torch.device) -> None:
-        self.views = views
+    def __init__(self, source: ArraySource, augmentation: Augmentation, device: torch.device) -> None:
+        self.augmentation = augmentation
         self.images = source.images.to(device)  # (N, h, w, 3) uint8
 
-    def crops(self, jobs: Iterator[Job]) -> Generator[Cropped, None, None]:
-        for job in jobs:
+    def crops(self, requests: Iterator[BatchRequest]) -> Generator[CroppedBatch, None, None]:
+        for request in requests:
             with stage("views"):
-                sizes = np.tile(self.images.shape[1:3], (len(job.index), 1))
-                draws = draw_views(self.views, *job, sizes)
-                drawn = zip(draws, self.views.recipes, strict=True)
-                crops = tuple(crop(self.images, job.index, of_view, recipe) for of_view, recipe in drawn)
-            yield Cropped(crops, draws)
+                sizes = np.tile(self.images.shape[1:3], (len(request.index), 1))
+                params = sample_batch_params(self.augmentation, *request, sizes)
+                drawn = zip(params, self.augmentation.recipes, strict=True)
+                crops = tuple(crop(self.images, request.index, of_view, recipe) for of_view, recipe in drawn)
+            yield CroppedBatch(crops, params)
 
     def device_bytes(self) -> int:
         return self.images.nbytes

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from fastsimclr import _extension
 
-Backend = Literal["auto", "compiled", "pytorch", "emulated"]
+Implementation = Literal["auto", "compiled", "pytorch", "emulated"]
 
 
 def is_compiled(device: torch.device) -> bool:
@@ -24,17 +24,21 @@ def is_compiled(device: torch.device) -> bool:
     return not _extension.why_unavailable(device)
 
 
-def choose(backend: Backend, device: torch.device) -> Backend:
+def choose(implementation: Implementation, device: torch.device) -> Implementation:
     """compiled or pytorch for "auto"; else what was asked for. Raises RuntimeError if that is not available."""
-    if backend == "auto":
+    if implementation == "auto":
         if is_compiled(device):
             return "compiled"
         if device.type == "cuda":
             warn_once(_extension.why_unavailable(device))
         return "pytorch"
-    if (backend == "compiled" and not is_compiled(device)) or (backend == "emulated" and not _extension.emulated):
-        raise RuntimeError(f"backend: got {backend!r}, which this installation does not have for {device.type}")
-    return backend
+    if (implementation == "compiled" and not is_compiled(device)) or (
+        implementation == "emulated" and not _extension.emulated
+    ):
+        raise RuntimeError(
+            f"implementation: got {implementation!r}, which this installation does not have for {device.type}"
+        )
+    return implementation
 
 
 @functools.cache
@@ -64,9 +68,9 @@ def constant(name: str) -> int:
     return int(getattr(kernels, name))
 
 
-def pixel_type(dtype: torch.dtype, backend: Backend) -> Any:
+def pixel_type(dtype: torch.dtype, implementation: Implementation) -> Any:
     """The extension's name for `dtype`."""
-    module: Any = _extension.emulated if backend == "emulated" else _extension.compiled
+    module: Any = _extension.emulated if implementation == "emulated" else _extension.compiled
     return getattr(module.PixelType, str(dtype).removeprefix("torch."))
 
 

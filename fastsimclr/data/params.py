@@ -15,7 +15,7 @@ import torch
 from numpy.typing import NDArray
 
 from fastsimclr.data import native
-from fastsimclr.data.augmentation import Views
+from fastsimclr.data.augmentation import Augmentation
 
 CROP_ATTEMPTS = 10  # as torchvision's RandomResizedCrop
 _CHOICES, _FACTORS, _OTHERS, _ATTEMPTS = 0, 1, 2, 3  # counter blocks of four numbers each; one for each attempt
@@ -28,7 +28,7 @@ _PERMUTATIONS = np.array(
 
 
 # What was drawn for one view of one image; an array of these, (B,), for a batch. struct Draw of csrc/draws.h.
-DRAW = np.dtype(
+VIEW_PARAMS = np.dtype(
     [
         ("box", np.int32, 4),  # top, left, height, width of the crop in pixels of the image
         ("factors", np.float32, 4),  # of brightness, contrast and saturation; the hue's turn
@@ -36,27 +36,31 @@ DRAW = np.dtype(
         ("order", np.uint8, 4),  # in which they are applied: 0 brightness, 1 contrast, 2 saturation, 3 hue
         ("flip", np.bool_),
         ("jitter", np.bool_),
-        ("grey", np.bool_),
-        ("solarise", np.bool_),
+        ("grayscale", np.bool_),
+        ("solarize", np.bool_),
     ]
 )
-Draws = NDArray[np.void]  # of DRAW
+ViewParams = NDArray[np.void]  # of DRAW
 
 
-def draw_views(views: Views, seed: int, epoch: int, index: NDArray[np.int64], sizes: NDArray[np.int64]) -> list[Draws]:
+def sample_batch_params(
+    augmentation: Augmentation, seed: int, epoch: int, index: NDArray[np.int64], sizes: NDArray[np.int64]
+) -> list[ViewParams]:
     """For each view what is drawn for the images `index` (B,), whose heights and widths are `sizes` (B, 2)."""
-    return [draw(views, seed, epoch, index, view, sizes) for view in range(views.views)]
+    return [sample_params(augmentation, seed, epoch, index, view, sizes) for view in range(augmentation.num_views)]
 
 
-def draw(views: Views, seed: int, epoch: int, index: NDArray[np.int64], view: int, sizes: NDArray[np.int64]) -> Draws:
+def sample_params(
+    augmentation: Augmentation, seed: int, epoch: int, index: NDArray[np.int64], view: int, sizes: NDArray[np.int64]
+) -> ViewParams:
     """(B,) of DRAW: view number `view` of the images `index` (B,), whose heights and widths are `sizes` (B, 2)."""
-    recipe = views.recipes[view]
+    recipe = augmentation.recipes[view]
     if not native.is_compiled(_CPU):
-        return draw_in_numpy(recipe, seed, epoch, index, view, sizes)
+        return sample_params_in_numpy(recipe, seed, epoch, index, view, sizes)
     index, sizes = (np.ascontiguousarray(array, dtype=np.int64) for array in (index, sizes))
-    out = np.empty(len(index), DRAW)
+    out = np.empty(len(index), VIEW_PARAMS)
     native.call(
-        "draw",
+        "sample_params",
         **_ranges(recipe),
         seed=seed & _WORD,
         epoch=epoch & _WORD,
@@ -70,7 +74,7 @@ def draw(views: Views, seed: int, epoch: int, index: NDArray[np.int64], view: in
 
 
 @functools.lru_cache(maxsize=64)  # workers draw image by image
-def _ranges(recipe: Views) -> dict[str, Any]:
+def _ranges(recipe: Augmentation) -> dict[str, Any]:
     """The recipe as csrc/draws.h takes it."""
     low, high = _factor_ranges(recipe)
     return {
@@ -81,63 +85,71 @@ def _ranges(recipe: Views) -> dict[str, Any]:
         "factors_low": low.tolist(),
         "factors_high": high.tolist(),
         "sigma": recipe.blur_sigma,
-        "probabilities": [recipe.flip, recipe.jitter, recipe.grey, recipe.blur, recipe.solarise],
+        "probabilities": [
+            recipe.flip_prob,
+            recipe.jitter_prob,
+            recipe.grayscale_prob,
+            recipe.blur_prob,
+            recipe.solarize_prob,
+        ],
     }
 
 
-def draw_in_numpy(
-    recipe: Views, seed: int, epoch: int, index: NDArray[np.int64], view: int, sizes: NDArray[np.int64]
-) -> Draws:
+def sample_params_in_numpy(
+    recipe: Augmentation, seed: int, epoch: int, index: NDArray[np.int64], view: int, sizes: NDArray[np.int64]
+) -> ViewParams:
     """`draw` without the compiled extension, a hundred times slower for single images. recipe: of this view alone."""
     u = _uniform(seed, epoch, index, view, range(_ATTEMPTS))  # (B, blocks, 4)
-    flip, jitter, grey, blur = (u[:, _CHOICES, k] for k in range(4))
-    order, sigma, solarise = (u[:, _OTHERS, k] for k in range(3))
+    flip, jitter, grayscale, blur = (u[:, _CHOICES, k] for k in range(4))
+    order, sigma, solarize = (u[:, _OTHERS, k] for k in range(3))
     low, high = _factor_ranges(recipe)
     sigma_low, sigma_high = recipe.blur_sigma
-    out = np.empty(len(index), DRAW)
+    out = np.empty(len(index), VIEW_PARAMS)
     if recipe.crop == "center":
         out["box"] = _center_boxes(recipe, sizes)
     else:
         out["box"] = _random_boxes(
             recipe, sizes, lambda rows, k: _uniform(seed, epoch, index[rows], view, [_ATTEMPTS + k])[:, 0]
         )
-    out["flip"] = flip < recipe.flip
-    out["jitter"] = jitter < recipe.jitter
+    out["flip"] = flip < recipe.flip_prob
+    out["jitter"] = jitter < recipe.jitter_prob
     out["order"] = _PERMUTATIONS[(order * len(_PERMUTATIONS)).astype(np.int64)]
     out["factors"] = low + (high - low) * u[:, _FACTORS]
-    out["grey"] = grey < recipe.grey
-    out["sigma"] = np.where(blur < recipe.blur, sigma_low + (sigma_high - sigma_low) * sigma, 0.0)
-    out["solarise"] = solarise < recipe.solarise
+    out["grayscale"] = grayscale < recipe.grayscale_prob
+    out["sigma"] = np.where(blur < recipe.blur_prob, sigma_low + (sigma_high - sigma_low) * sigma, 0.0)
+    out["solarize"] = solarize < recipe.solarize_prob
     return out
 
 
-def _factor_ranges(recipe: Views) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
+def _factor_ranges(recipe: Augmentation) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
     """Lowest and highest brightness, contrast, saturation and turn of the hue."""
     strength = np.array([recipe.brightness, recipe.contrast, recipe.saturation])
     return np.append(np.maximum(0, 1 - strength), -recipe.hue), np.append(1 + strength, recipe.hue)
 
 
-def _center_boxes(views: Views, sizes: NDArray[np.int64]) -> NDArray[np.int64]:
+def _center_boxes(augmentation: Augmentation, sizes: NDArray[np.int64]) -> NDArray[np.int64]:
     """The central square of each image, `center_fraction` of its shorter side."""
-    side = np.maximum(1, np.rint(sizes.min(1) * views.center_fraction)).astype(np.int64)[:, None]
+    side = np.maximum(1, np.rint(sizes.min(1) * augmentation.center_fraction)).astype(np.int64)[:, None]
     return np.concatenate([(sizes - side) // 2, side, side], axis=1)
 
 
 def _random_boxes(
-    views: Views, sizes: NDArray[np.int64], attempt: Callable[[NDArray[np.int64], int], NDArray[np.float64]]
+    augmentation: Augmentation,
+    sizes: NDArray[np.int64],
+    attempt: Callable[[NDArray[np.int64], int], NDArray[np.float64]],
 ) -> NDArray[np.int64]:
     """The distribution of torchvision's RandomResizedCrop: the first of ten attempts that fits, else the largest
     central crop whose aspect ratio is allowed. attempt(rows, k) -> (len(rows), 4): area, aspect, top, left in [0, 1).
     """
-    box = _largest_allowed(views, sizes)
+    box = _largest_allowed(augmentation, sizes)
     open_rows = np.arange(len(sizes))  # that no attempt has fitted yet
-    log_low, log_high = np.log(views.ratio)
+    log_low, log_high = np.log(augmentation.ratio)
     for k in range(CROP_ATTEMPTS):
         if len(open_rows) == 0:
             break
         whole = sizes[open_rows]
         u_area, u_aspect, u_top, u_left = attempt(open_rows, k).T
-        area = whole.prod(1) * (views.scale[0] + (views.scale[1] - views.scale[0]) * u_area)
+        area = whole.prod(1) * (augmentation.scale[0] + (augmentation.scale[1] - augmentation.scale[0]) * u_area)
         aspect = np.exp(log_low + (log_high - log_low) * u_aspect)
         sides = np.rint(np.sqrt(np.stack([area / aspect, area * aspect], axis=1))).astype(np.int64)  # height, width
         fits = ((sides > 0) & (sides <= whole)).all(1)
@@ -147,10 +159,10 @@ def _random_boxes(
     return box
 
 
-def _largest_allowed(views: Views, sizes: NDArray[np.int64]) -> NDArray[np.int64]:
+def _largest_allowed(augmentation: Augmentation, sizes: NDArray[np.int64]) -> NDArray[np.int64]:
     """The largest central crop whose aspect ratio is allowed."""
     height, width = sizes.T
-    narrow, wide = views.ratio
+    narrow, wide = augmentation.ratio
     h = np.where(width / height < narrow, np.rint(width / narrow), height).astype(np.int64)
     w = np.where(width / height > wide, np.rint(height * wide), width).astype(np.int64)
     return np.stack([(height - h) // 2, (width - w) // 2, h, w], axis=1)

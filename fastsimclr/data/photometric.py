@@ -15,35 +15,39 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from fastsimclr.data import native
-from fastsimclr.data.augmentation import Views
-from fastsimclr.data.params import Draws
+from fastsimclr.data.augmentation import Augmentation
+from fastsimclr.data.params import ViewParams
 
-_GREY = (0.2989, 0.587, 0.114)  # ITU-R 601-2 luma, with torchvision's digits
+_LUMA_WEIGHTS = (0.2989, 0.587, 0.114)  # ITU-R 601-2 luma, with torchvision's digits
 _CHUNK = 16  # images at a time on a CPU: a few MB of floats, which the caches hold
 _COMPILED = (torch.float32, torch.bfloat16, torch.float16)
 
 
 def photometric(
-    crops: Tensor, draws: Draws, recipe: Views, dtype: torch.dtype = torch.float32, backend: native.Backend = "auto"
+    crops: Tensor,
+    params: ViewParams,
+    recipe: Augmentation,
+    dtype: torch.dtype = torch.float32,
+    implementation: native.Implementation = "auto",
 ) -> Tensor:
     """Views (B, 3, H, W) in `dtype`, channels-last, normalised, from crops (B, H, W, 3) uint8 on the same device.
 
-    draws: (B,) of one view. recipe: that view's (`Views.recipes`).
+    params: (B,), of one view. recipe: that view's (`Augmentation.recipes`).
     """
     device, (images, height, width) = crops.device, crops.shape[:3]
-    chosen = native.choose(backend, device)
-    max_sigma = float(draws["sigma"].max(initial=0))
+    chosen = native.choose(implementation, device)
+    max_sigma = float(params["sigma"].max(initial=0))
     on_gpu = chosen == "emulated" or (chosen == "compiled" and device.type == "cuda")
     if on_gpu and min(blur_window(recipe) // 2, math.ceil(4 * max_sigma)) > native.constant("MAX_BLUR_RADIUS"):
         chosen = "pytorch"  # a blur of many pixels, which shared memory does not hold
     if chosen == "pytorch" or dtype not in _COMPILED:
-        return photometric_in_pytorch(crops, draws, recipe, dtype)
+        return photometric_in_pytorch(crops, params, recipe, dtype)
     crops = crops.contiguous()
-    drawn = native.on_device(draws.view(np.uint8), device)
+    params_on_device = native.on_device(params.view(np.uint8), device)
     out = _empty(images, height, width, dtype, device)
     arguments = {
         "crops": crops.data_ptr(),
-        "draws": drawn.data_ptr(),
+        "view_params": params_on_device.data_ptr(),
         "images": images,
         "height": height,
         "width": width,
@@ -72,7 +76,7 @@ def _empty(images: int, height: int, width: int, dtype: torch.dtype, device: tor
     return out.permute(0, 3, 1, 2)
 
 
-def photometric_in_pytorch(crops: Tensor, draws: Draws, recipe: Views, dtype: torch.dtype) -> Tensor:
+def photometric_in_pytorch(crops: Tensor, params: ViewParams, recipe: Augmentation, dtype: torch.dtype) -> Tensor:
     """`photometric` in PyTorch's own operations, on any device."""
     images, height, width = crops.shape[:3]
     out = _empty(images, height, width, dtype, crops.device)
@@ -82,24 +86,24 @@ def photometric_in_pytorch(crops: Tensor, draws: Draws, recipe: Views, dtype: to
     for first in range(0, len(crops), max(1, chunk)):
         part = slice(first, first + chunk)
         x = crops[part].permute(0, 3, 1, 2).to(torch.float32, memory_format=torch.contiguous_format)
-        x = _colour(x, draws[part], recipe)
+        x = _color(x, params[part], recipe)
         out[part] = x.sub_(mean).div_(std)
     return out
 
 
-def _colour(x: Tensor, draws: Draws, recipe: Views) -> Tensor:
+def _color(x: Tensor, params: ViewParams, recipe: Augmentation) -> Tensor:
     """x: (B, 3, H, W) float32 of whole levels 0 to 255, planar; changed in place where possible."""
     for step in range(4):
         for change, apply in enumerate((_brightness, _contrast, _saturation, _hue)):
-            chosen = draws["jitter"] & (draws["order"][:, step] == change)
-            factor = draws["factors"][:, change]
+            chosen = params["jitter"] & (params["order"][:, step] == change)
+            factor = params["factors"][:, change]
             if change == 3:
                 chosen = chosen & (factor != 0)
             _apply_to(x, chosen, apply, factor)
-    sigma, window = draws["sigma"], blur_window(recipe)
-    _apply_to(x, draws["grey"], lambda part, _: _luma(part).floor_().expand_as(part), sigma)
+    sigma, window = params["sigma"], blur_window(recipe)
+    _apply_to(x, params["grayscale"], lambda part, _: _luma(part).floor_().expand_as(part), sigma)
     _apply_to(x, sigma > 0, lambda part, sigma: _blur(part, sigma, window), sigma)
-    _apply_to(x, draws["solarise"], lambda part, _: torch.where(part >= 128, 255 - part, part), sigma)
+    _apply_to(x, params["solarize"], lambda part, _: torch.where(part >= 128, 255 - part, part), sigma)
     return x
 
 
@@ -119,7 +123,7 @@ def _apply_to(x: Tensor, chosen: np.ndarray, apply: Callable[[Tensor, Tensor], T
 def _luma(x: Tensor) -> Tensor:
     """(B, 1, H, W) grey levels, not rounded."""
     r, g, b = x.unbind(1)
-    return (r * _GREY[0]).add_(g, alpha=_GREY[1]).add_(b, alpha=_GREY[2]).unsqueeze(1)
+    return (r * _LUMA_WEIGHTS[0]).add_(g, alpha=_LUMA_WEIGHTS[1]).add_(b, alpha=_LUMA_WEIGHTS[2]).unsqueeze(1)
 
 
 def _levels(x: Tensor) -> Tensor:
@@ -139,7 +143,7 @@ def _saturation(x: Tensor, factor: Tensor) -> Tensor:
     return _levels(torch.addcmul(_luma(x).floor_() * (1 - factor), x, factor))
 
 
-def _hue(x: Tensor, turn: Tensor) -> Tensor:
+def _hue(x: Tensor, hue_shift: Tensor) -> Tensor:
     """Turn the hue circle of HSV by `turn` (1 is once around)."""
     x = x / 255
     value, low = x.amax(1, keepdim=True), x.amin(1, keepdim=True)
@@ -149,7 +153,7 @@ def _hue(x: Tensor, turn: Tensor) -> Tensor:
     sixths = torch.where(
         value == r, (g - b) / safe, torch.where(value == g, 2 + (b - r) / safe, 4 + (r - g) / safe)
     )  # of the circle; 0 where there is no colour
-    sixths = torch.where(spread == 0, 0.0, sixths).add_(turn * 6)
+    sixths = torch.where(spread == 0, 0.0, sixths).add_(hue_shift * 6)
     # HSV to RGB in closed form: channel c is value - spread * clamp(min(k, 4 - k), 0, 1), k = (n_c + sixths) mod 6
     n = torch.tensor([5.0, 3.0, 1.0], device=x.device).view(1, 3, 1, 1)
     k = (n + sixths).remainder_(6)
@@ -157,7 +161,7 @@ def _hue(x: Tensor, turn: Tensor) -> Tensor:
     return rgb.mul_(255 + 1 - 1e-3).floor_()  # torchvision's float to uint8
 
 
-def blur_window(recipe: Views) -> int:
+def blur_window(recipe: Augmentation) -> int:
     """Taps of the blur's kernel: `blur_kernel` of the side, made odd, and at least 3 as 1 would not blur."""
     return max(3, int(recipe.image_size * recipe.blur_kernel) // 2 * 2 + 1)
 

@@ -21,9 +21,9 @@ from numpy.typing import NDArray
 
 from fastsimclr.data.images import decode
 from fastsimclr.data.sources import EncodedSource
-from fastsimclr.distributed import ALONE, World, gather_objects, share
+from fastsimclr.distributed import SINGLE_PROCESS, World, broadcast_object, gather_objects
 from fastsimclr.errors import UserError
-from fastsimclr.run_folder import replacing
+from fastsimclr.run_folder import replace_atomically
 
 CACHE_FILE = "image_scan.npz"
 SKIPPED_FILE = "skipped_images.txt"
@@ -36,7 +36,7 @@ _STAT_THREADS = 16  # on network storage a stat waits, and needs no core
 # An image in the cache. The place is a hash of its file's absolute path and its offset there; bytes and mtime_ns are
 # the file's. height and width are upright, and 0 if it does not decode.
 _ENTRY = np.dtype([("place", "<u8"), ("bytes", "<i8"), ("mtime_ns", "<i8"), ("height", "<i4"), ("width", "<i4")])
-_NOT_KEPT = -1  # as bytes: what was found is not of the file as it lies there
+_UNCACHED = -1  # as bytes: what was found is not of the file as it lies there
 
 
 @dataclass(frozen=True)
@@ -47,7 +47,7 @@ class Scan:
     """The good ones alone, in the source's order and with its labels and classes; `sizes` is set."""
     bad: list[str]
     """What was wrong with each image that was left out, beginning with its name."""
-    tried: int
+    checked: int
     """Images that were decoded now, by all ranks; of the others the cache knew."""
 
 
@@ -63,7 +63,7 @@ class ScanStopped(Exception):
     """A rank was told to stop in mid-scan. What was found until then is kept."""
 
 
-class _Found(NamedTuple):
+class _ImageCheck(NamedTuple):
     number: int  # of the image in its source
     height: int  # upright; 0 if the image cannot be used
     width: int
@@ -76,7 +76,7 @@ def scan(
     *,
     max_bad: float = 0.01,
     cache: str | Path | None = None,
-    world: World = ALONE,
+    world: World = SINGLE_PROCESS,
     stop: Callable[[], bool] = lambda: False,
 ) -> Scan:
     """Decode every image of `source` that is not yet known to decode, or not to.
@@ -90,20 +90,22 @@ def scan(
     """
     if not 0 <= max_bad <= 1:
         raise UserError(f"max_bad: got {max_bad}, expected a fraction from 0 to 1")
-    _expect_the_same_images(source, world)
+    _check_same_images(source, world)
     # The first rank alone has a cache: other nodes may not see its folder, and their copies of the files have other
     # times.
-    book = _Book(source, Path(cache) / CACHE_FILE if cache is not None else None) if world.is_first else None
-    todo, failure = share(book.start() if book else None, world)
+    scan_cache = (
+        _ScanCache(source, Path(cache) / CACHE_FILE if cache is not None else None) if world.is_rank_zero else None
+    )
+    todo, failure = broadcast_object(scan_cache.start() if scan_cache else None, world)
     if failure:
         raise UserError(failure)
     if len(todo):
         try:
-            _try_all(source, todo, book, world, stop)
+            _check_all(source, todo, scan_cache, world, stop)
         finally:
-            if book:
-                book.save()
-    heights, widths, faults, failure = share(book.result() if book else None, world)
+            if scan_cache:
+                scan_cache.save()
+    heights, widths, faults, failure = broadcast_object(scan_cache.result() if scan_cache else None, world)
     if failure:
         raise UserError(failure)
 
@@ -123,20 +125,20 @@ def scan(
     return Scan(good, bad, len(todo))
 
 
-def list_skipped(folder: Path, bad: Sequence[str]) -> Path:
+def write_skipped_images(folder: Path, bad: Sequence[str]) -> Path:
     """Write what was wrong with each image left out to `folder`/skipped_images.txt, a line each; without any, remove
     the list of an earlier run, whose files have been mended."""
     file = folder / SKIPPED_FILE
     if bad:
         lines = "".join(line.replace("\n", "\\n") + "\n" for line in bad)
-        with replacing(file) as partial:
+        with replace_atomically(file) as partial:
             partial.write_text(lines, encoding="utf-8", errors="surrogateescape")  # names are any bytes
     else:
         file.unlink(missing_ok=True)
     return file
 
 
-def _expect_the_same_images(source: EncodedSource, world: World) -> None:
+def _check_same_images(source: EncodedSource, world: World) -> None:
     """Raise UserError on all ranks unless all see images of the same names: they are shared out by number."""
     if world.world_size == 1:
         return
@@ -150,8 +152,12 @@ def _expect_the_same_images(source: EncodedSource, world: World) -> None:
             )
 
 
-def _try_all(
-    source: EncodedSource, todo: NDArray[np.int64], book: "_Book | None", world: World, stop: Callable[[], bool]
+def _check_all(
+    source: EncodedSource,
+    todo: NDArray[np.int64],
+    scan_cache: "_ScanCache | None",
+    world: World,
+    stop: Callable[[], bool],
 ) -> None:
     """Enter in the first rank's `book` what all ranks find of the images `todo`."""
     from tqdm import tqdm  # here, so that `import fastsimclr` needs only PyTorch and torchvision
@@ -164,21 +170,21 @@ def _try_all(
         unit="image",
         delay=_PROGRESS_AFTER_S,
         dynamic_ncols=True,
-        disable=None if world.is_first else True,  # None: unless stderr is a terminal
+        disable=None if world.is_rank_zero else True,  # None: unless stderr is a terminal
     )
     saved = time.monotonic()
     with progress, ThreadPoolExecutor(threads) as pool:  # decoding releases the GIL
         while True:
             found, failure = [], None
             try:
-                found = _try_for_a_round(source, waiting, pool, threads, stop)
+                found = _check_for_a_round(source, waiting, pool, threads, stop)
             except Exception as error:  # an internal error: the other ranks must not wait for this one
                 failure = error
             everyone = gather_objects((found, len(waiting), stop(), repr(failure) if failure else ""), world)
             parts, left, stopped, failures = zip(*everyone, strict=True)
-            if book:
+            if scan_cache:
                 for part in parts:
-                    book.enter(part)
+                    scan_cache.record(part)
             progress.update(sum(map(len, parts)))
             if any(failures):
                 raise failure or RuntimeError("another rank has failed: " + "; ".join(filter(None, failures)))
@@ -186,31 +192,31 @@ def _try_all(
                 raise ScanStopped
             if not any(left):
                 return
-            if book and time.monotonic() - saved > _SAVE_EVERY_S:  # a scan that is killed was not in vain
-                book.save()
+            if scan_cache and time.monotonic() - saved > _SAVE_EVERY_S:  # a scan that is killed was not in vain
+                scan_cache.save()
                 saved = time.monotonic()
 
 
-def _try_for_a_round(
+def _check_for_a_round(
     source: EncodedSource, waiting: deque[int], pool: ThreadPoolExecutor, threads: int, stop: Callable[[], bool]
-) -> list[_Found]:
+) -> list[_ImageCheck]:
     """What `threads` threads find in _ROUND_S of the images that are `waiting`, which are taken from there."""
     end = time.monotonic() + _ROUND_S
 
-    def take() -> list[_Found]:
+    def take() -> list[_ImageCheck]:
         found = []
         while time.monotonic() < end and not stop():
             try:
                 index = waiting.popleft()
             except IndexError:
                 break
-            found.append(_try(source, index))
+            found.append(_check_image(source, index))
         return found
 
     return [found for thread in [pool.submit(take) for _ in range(threads)] for found in thread.result()]
 
 
-def _try(source: EncodedSource, index: int) -> _Found:
+def _check_image(source: EncodedSource, index: int) -> _ImageCheck:
     was_read = False
     try:
         data = source.read(index)
@@ -219,11 +225,11 @@ def _try(source: EncodedSource, index: int) -> _Found:
     except UserError as error:
         fault, _, _ = str(error).removeprefix(f"{source.name(index)}: ").partition("; expected")
         no_memory = isinstance(error.__cause__, MemoryError) or "alloc" in str(error.__cause__)
-        return _Found(index, 0, 0, fault, keep=was_read and not no_memory)
-    return _Found(index, height, width, "", keep=True)
+        return _ImageCheck(index, 0, 0, fault, keep=was_read and not no_memory)
+    return _ImageCheck(index, height, width, "", keep=True)
 
 
-class _Book:
+class _ScanCache:
     """What is known of every image of a source, from the cache and from this scan."""
 
     def __init__(self, source: EncodedSource, file: Path | None) -> None:
@@ -235,7 +241,7 @@ class _Book:
         self._old, self._old_faults = _load(file)
         if len(self._old):
             nearest = self._old[np.searchsorted(self._old["place"], self._rows["place"]).clip(max=len(self._old) - 1)]
-            self._known = self._rows["bytes"] != _NOT_KEPT
+            self._known = self._rows["bytes"] != _UNCACHED
             for name in ("place", "bytes", "mtime_ns"):
                 self._known &= self._rows[name] == nearest[name]
             self._rows[self._known] = nearest[self._known]
@@ -249,14 +255,14 @@ class _Book:
             self.save()
         return todo, self._failure
 
-    def enter(self, found: Sequence[_Found]) -> None:
+    def record(self, found: Sequence[_ImageCheck]) -> None:
         for image in found:
             self._rows["height"][image.number], self._rows["width"][image.number] = image.height, image.width
             self._known[image.number] = True
             if image.fault:
                 self._faults[image.number] = image.fault
             if not image.keep:
-                self._rows["bytes"][image.number] = _NOT_KEPT
+                self._rows["bytes"][image.number] = _UNCACHED
 
     def result(self) -> tuple[NDArray[np.int32], NDArray[np.int32], dict[int, str], str]:
         """Heights, widths, faults by index; and why the cache could not be written, if so."""
@@ -266,7 +272,7 @@ class _Book:
         """Write the cache, replacing it whole. It keeps what it knew of other sources. Leaves a failure to `result`."""
         if self._file is None:
             return
-        new = self._known & (self._rows["bytes"] != _NOT_KEPT)
+        new = self._known & (self._rows["bytes"] != _UNCACHED)
         entries = np.concatenate([self._rows[new], self._old])
         entries = entries[np.unique(entries["place"], return_index=True)[1]]  # the first of each place, so the new
         texts = self._old_faults | {int(self._rows["place"][i]): text for i, text in self._faults.items()}
@@ -274,13 +280,13 @@ class _Book:
         partial = self._file.with_suffix(f".{os.getpid()}.partial")  # two commands may scan at the same time
         as_json = np.frombuffer(json.dumps(faults).encode(), np.uint8)
         try:
-            with replacing(self._file, partial), open(partial, "wb") as file:
-                np.savez(file, made_by=np.array(_made_by()), entries=entries, faults=as_json)
+            with replace_atomically(self._file, partial), open(partial, "wb") as file:
+                np.savez(file, made_by=np.array(_decoder_versions()), entries=entries, faults=as_json)
         except OSError as error:
             self._failure = f"{self._file}: cannot be written ({error.strerror}); expected a folder to write to"
 
 
-def _made_by() -> str:
+def _decoder_versions() -> str:
     """Other decoders may come to other ends: what they left is not believed."""
     return f"fastsimclr scan 1, torchvision {version('torchvision')}, Pillow {version('pillow')}"
 
@@ -294,7 +300,7 @@ def _load(file: Path | None) -> tuple[NDArray[np.void], dict[int, str]]:
         with open(file, "rb") as opened, np.load(opened, allow_pickle=False) as saved:
             made_by, entries = str(saved["made_by"]), saved["entries"]
             faults = {int(place): str(fault) for place, fault in json.loads(saved["faults"].tobytes()).items()}
-        whole = made_by == _made_by() and entries.dtype == _ENTRY and entries.ndim == 1
+        whole = made_by == _decoder_versions() and entries.dtype == _ENTRY and entries.ndim == 1
         whole = whole and bool((entries["place"][1:] > entries["place"][:-1]).all())
         whole = whole and faults.keys() == set(entries["place"][entries["height"] == 0].tolist())
     except Exception:  # whatever is wrong with it: the answer is to try the images again
@@ -323,5 +329,5 @@ def _stat_files(files: NDArray[np.str_]) -> NDArray[np.int64]:
             found = os.stat(file)
             row[:] = found.st_size, found.st_mtime_ns
         except OSError:  # reading it will say what is wrong
-            row[:] = _NOT_KEPT, 0
+            row[:] = _UNCACHED, 0
     return stats

@@ -15,41 +15,41 @@ from torch.utils.data import DataLoader, Dataset, default_collate
 from torchvision.transforms import InterpolationMode
 from torchvision.transforms.v2 import functional as TF
 
-from fastsimclr.data.augmentation import Views
+from fastsimclr.data.augmentation import Augmentation
 from fastsimclr.data.images import decode
-from fastsimclr.data.loader import Cropped, Job
-from fastsimclr.data.params import Draws, draw_views
+from fastsimclr.data.loader import BatchRequest, CroppedBatch
+from fastsimclr.data.params import ViewParams, sample_batch_params
 from fastsimclr.data.sources import ArraySource, EncodedSource, Source
 from fastsimclr.errors import UserError
 from fastsimclr.profiling import stage
 
 
-class TorchvisionFront:
+class TorchvisionBackend:
     """Images decoded once each by torchvision.io, each view cropped and resized by transforms.v2 on uint8 tensors."""
 
-    def __init__(self, source: Source, views: Views, device: torch.device, workers: int) -> None:
+    def __init__(self, source: Source, augmentation: Augmentation, device: torch.device, workers: int) -> None:
         self.device = device
-        self._jobs: Iterator[Job] = iter(())
-        self._loader: DataLoader[Cropped | UserError] = DataLoader(
-            _Crops(source, views),
+        self._requests: Iterator[BatchRequest] = iter(())
+        self._loader: DataLoader[CroppedBatch | UserError] = DataLoader(
+            _Crops(source, augmentation),
             sampler=self,  # type: ignore[arg-type]  # an iterable of keys
             batch_size=None,  # a key is a job, and what it becomes is a batch
-            collate_fn=_as_it_is,  # type: ignore[arg-type]  # typed for lists of items
+            collate_fn=_no_collate,  # type: ignore[arg-type]  # typed for lists of items
             num_workers=workers,
             persistent_workers=workers > 0,
             pin_memory=device.type == "cuda",
             multiprocessing_context=_forkserver() if workers else None,
-            worker_init_fn=_live_as_long_as_the_parent,
+            worker_init_fn=_exit_with_parent,
         )
         # At exit, too, and before multiprocessing's own way, which is to wait for what it has sent SIGTERM.
         self._stop_workers = weakref.finalize(self, _stop_workers, self._loader)
 
-    def __iter__(self) -> Iterator[Job]:
+    def __iter__(self) -> Iterator[BatchRequest]:
         """The DataLoader's sampler."""
-        return self._jobs
+        return self._requests
 
-    def crops(self, jobs: Iterator[Job]) -> Generator[Cropped, None, None]:
-        self._jobs = jobs
+    def crops(self, requests: Iterator[BatchRequest]) -> Generator[CroppedBatch, None, None]:
+        self._requests = requests
         for made in self._loader:
             if isinstance(made, UserError):
                 raise made
@@ -58,7 +58,7 @@ class TorchvisionFront:
                 continue
             with stage("copy"):
                 crops = tuple(view.to(self.device, non_blocking=True) for view in made.crops)
-            yield Cropped(crops, made.draws)
+            yield CroppedBatch(crops, made.params)
 
     def device_bytes(self) -> int:
         return 0
@@ -88,7 +88,7 @@ def _forkserver() -> BaseContext:
     return context
 
 
-def _live_as_long_as_the_parent(_: int) -> None:
+def _exit_with_parent(_: int) -> None:
     for number in _SIGNALS:
         signal.signal(number, signal.SIG_IGN)
 
@@ -102,36 +102,38 @@ def _live_as_long_as_the_parent(_: int) -> None:
     threading.Thread(target=end_with_it, daemon=True).start()
 
 
-def _stop_workers(loader: "DataLoader[Cropped | UserError]") -> None:
+def _stop_workers(loader: "DataLoader[CroppedBatch | UserError]") -> None:
     iterator, loader._iterator = loader._iterator, None
     if iterator is not None and hasattr(iterator, "_shutdown_workers"):
         iterator._shutdown_workers()
 
 
-class _Crops(Dataset[Cropped | UserError]):
+class _Crops(Dataset[CroppedBatch | UserError]):
     """Maps a job to its batch."""
 
-    def __init__(self, source: Source, views: Views) -> None:
+    def __init__(self, source: Source, augmentation: Augmentation) -> None:
         if isinstance(source, ArraySource):
             source.images.share_memory_()  # workers get a handle, not a copy
-        self.source, self.views = source, views
+        self.source, self.augmentation = source, augmentation
 
-    def __getitem__(self, job: Job) -> Cropped | UserError:
-        recipes = self.views.recipes
+    def __getitem__(self, request: BatchRequest) -> CroppedBatch | UserError:
+        recipes = self.augmentation.recipes
         crops: list[list[Tensor]] = [[] for _ in recipes]
-        draws: list[list[Draws]] = [[] for _ in recipes]
-        for i in range(len(job.index)):
-            part = job.index[i : i + 1]
+        params: list[list[ViewParams]] = [[] for _ in recipes]
+        for i in range(len(request.index)):
+            part = request.index[i : i + 1]
             try:
                 image = decoded(self.source, int(part[0]))
             except UserError as error:
                 return error  # raised in a worker, it would come back wrapped in its traceback
-            drawn = draw_views(self.views, job.seed, job.epoch, part, np.array([image.shape[1:]]))
+            drawn = sample_batch_params(
+                self.augmentation, request.seed, request.epoch, part, np.array([image.shape[1:]])
+            )
             for view, recipe in enumerate(recipes):
-                draws[view].append(drawn[view])
+                params[view].append(drawn[view])
                 crops[view].append(crop(image, recipe, drawn[view]))
         # default_collate stacks into shared memory where this is a worker.
-        return Cropped(tuple(map(default_collate, crops)), [np.concatenate(of_view) for of_view in draws])
+        return CroppedBatch(tuple(map(default_collate, crops)), [np.concatenate(of_view) for of_view in params])
 
 
 def decoded(source: Source, index: int) -> Tensor:
@@ -142,19 +144,19 @@ def decoded(source: Source, index: int) -> Tensor:
     return decode(source.read(index), source.name(index))
 
 
-def crop(image: Tensor, recipe: Views, draws: Draws) -> Tensor:
+def crop(image: Tensor, recipe: Augmentation, params: ViewParams) -> Tensor:
     """The view (S, S, 3) of an image (3, h, w), both uint8, before its colours change. draws: (1,), of this image."""
     # As v2.functional.resized_crop, but that the resize gets the piece in one block of channels-last memory: it is then
     # a third faster, and its result needs no copy.
-    piece = TF.crop(image, *draws["box"][0].tolist())[None].contiguous(memory_format=torch.channels_last)
+    piece = TF.crop(image, *params["box"][0].tolist())[None].contiguous(memory_format=torch.channels_last)
     size = [recipe.image_size, recipe.image_size]
     view = TF.resize(piece, size, InterpolationMode(recipe.interpolation), antialias=True)
-    if draws["flip"][0]:
+    if params["flip"][0]:
         view = TF.horizontal_flip(view)
     return view[0].permute(1, 2, 0).contiguous()
 
 
-def _as_it_is(batch: Cropped | UserError) -> Cropped | UserError:
+def _no_collate(batch: CroppedBatch | UserError) -> CroppedBatch | UserError:
     return batch
 
 

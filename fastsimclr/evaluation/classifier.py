@@ -18,11 +18,11 @@ from torch.nn.parallel import DistributedDataParallel
 from tqdm import tqdm
 
 from fastsimclr.data import Source
-from fastsimclr.data.augmentation import Views
+from fastsimclr.data.augmentation import Augmentation
 from fastsimclr.data.dataset import open_loader
 from fastsimclr.data.loader import LoaderConfig
 from fastsimclr.errors import UserError
-from fastsimclr.models import Encoder, synchronise_batch_norm
+from fastsimclr.models import Encoder, synchronize_batch_norm
 from fastsimclr.optim import LRSchedule, build_optimizer
 from fastsimclr.precision import Precision, autocast_to
 
@@ -74,7 +74,7 @@ class Schedule:
 def train_classifier(
     classifier: Classifier,
     source: Source,
-    views: Views,
+    augmentation: Augmentation,
     schedule: Schedule,
     config: LoaderConfig,
     precision: Precision,
@@ -93,7 +93,7 @@ def train_classifier(
     model: Any = classifier
     if config.world.world_size > 1:
         if not classifier.frozen:
-            synchronise_batch_norm(classifier, device)
+            synchronize_batch_norm(classifier, device)
         devices = [device] if device.type == "cuda" else None
         model = DistributedDataParallel(classifier, device_ids=devices)
     config = replace(
@@ -102,14 +102,14 @@ def train_classifier(
         min_local_batch=1 if classifier.frozen else 2,  # BatchNorm needs more than one image
         dtype=precision.view_dtype,
     )
-    loader = open_loader(source, views.crops_and_flips(), config)
+    loader = open_loader(source, augmentation.without_color(), config)
     optimizer = build_optimizer(
         "sgd", classifier.parameters(), schedule.lr, schedule.momentum, schedule.weight_decay, nesterov=True
     )
     scaler = precision.grad_scaler(device)
     steps_per_epoch = len(loader)
     rates = LRSchedule.over_epochs(schedule.lr, schedule.epochs, steps_per_epoch, schedule.warmup_epochs)
-    log = _Log(title, schedule.epochs, rates.total_steps, config.world.is_first)
+    log = _Log(title, schedule.epochs, rates.total_steps, config.world.is_rank_zero)
     losses = []
     try:
         for epoch in range(schedule.epochs):
@@ -156,10 +156,10 @@ def train_classifier(
 class _Log:
     """A progress bar on the first rank, or a line an epoch where there is no terminal."""
 
-    def __init__(self, title: str, epochs: int, steps: int, is_first: bool) -> None:
+    def __init__(self, title: str, epochs: int, steps: int, is_rank_zero: bool) -> None:
         self._title, self._epochs, self._steps = title, epochs, steps
-        self._is_first, self._done, self._started = is_first, 0, time.monotonic()
-        self._bar = tqdm(total=steps, desc=title, unit="step", disable=None if is_first else True)
+        self._is_first, self._done, self._started = is_rank_zero, 0, time.monotonic()
+        self._bar = tqdm(total=steps, desc=title, unit="step", disable=None if is_rank_zero else True)
 
     def step(self) -> None:
         self._done += 1

@@ -143,7 +143,7 @@ FEATURE_FORMATS = ("npy", "safetensors")
 """Of embed's features."""
 MAP_METHODS = ("umap", "tsne", "pca")
 """Of embed's map."""
-MOST_QUERIES = 100
+MAX_QUERIES = 100
 """Rows of embed's gallery."""
 PREPARATION = ("image_size", "center_fraction", "interpolation", "mean", "std")
 """The fields of the recipe that change an image when it is embedded."""

@@ -17,13 +17,13 @@ from torch import Tensor
 
 from fastsimclr import distributed
 from fastsimclr.data import Source
-from fastsimclr.data.augmentation import Views
+from fastsimclr.data.augmentation import Augmentation
 from fastsimclr.data.dataset import is_built_in, open_dataset
 from fastsimclr.data.loader import LoaderConfig
 from fastsimclr.data.params import epoch_order
 from fastsimclr.data.scan import SKIPPED_FILE
 from fastsimclr.data.sources import NO_LABEL
-from fastsimclr.distributed import World, together
+from fastsimclr.distributed import World, run_on_all_ranks
 from fastsimclr.environment import installed
 from fastsimclr.errors import UserError
 from fastsimclr.evaluation import neighbors
@@ -34,11 +34,11 @@ from fastsimclr.malloc import keep_freed_memory
 from fastsimclr.precision import Precision, choose_precision
 from fastsimclr.pretrained import Pretrained, open_pretrained
 from fastsimclr.reporting import embedding_pictures
-from fastsimclr.run_folder import GALLERY, MAP, RunFolder, check_new, scan_cache, write_whole
+from fastsimclr.run_folder import GALLERY, MAP, RunFolder, check_new, scan_cache, write_atomically
 
-FEWEST_IMAGES = 10  # of fewer there is no map, and all are each other's neighbours
-MOST_MAPPED = 5000  # UMAP and t-SNE take up to a minute for so many, and a map has no room for more
-NEIGHBOURS = 8
+MIN_IMAGES = 10  # of fewer there is no map, and all are each other's neighbours
+MAX_MAPPED = 5000  # UMAP and t-SNE take up to a minute for so many, and a map has no room for more
+NEIGHBORS = 8
 
 
 @dataclass(frozen=True)
@@ -46,7 +46,7 @@ class Embedding:
     """What is embedded, by what, and where it goes."""
 
     pretrained: Pretrained
-    views: Views
+    augmentation: Augmentation
     data: str
     """A path, or a built-in set."""
     source: Source
@@ -71,28 +71,28 @@ def embed_images(options: argparse.Namespace) -> None:
     world = distributed.start(options.device)
     if world.device.type == "cpu":
         keep_freed_memory()
-    job = _open(options, world)
+    embedding = _open(options, world)
     started = time.perf_counter()
-    said = {"checkpoint": str(options.checkpoint), "origin": job.pretrained.origin, "data": job.data}
-    path = job.output / f"features.{options.format}"
-    features = FeatureFile(path, job.source, job.pretrained.encoder.out_features, said)
+    said = {"checkpoint": str(options.checkpoint), "origin": embedding.pretrained.origin, "data": embedding.data}
+    path = embedding.output / f"features.{options.format}"
+    features = FeatureFile(path, embedding.source, embedding.pretrained.encoder.out_features, said)
     try:
-        together(features.create if world.is_first else lambda: None, world)
+        run_on_all_ranks(features.create if world.is_rank_zero else lambda: None, world)
         expect_one_disk(features.partial, world)
-        together(lambda: features.fill(_batches(job, options, world)), world)
+        run_on_all_ranks(lambda: features.fill(_batches(embedding, options, world)), world)
         seconds = time.perf_counter() - started
-        if world.is_first:
-            record = _record(job, options, world, seconds) | {
-                "skipped_images": job.skipped,
-                "images_there": job.available,
+        if world.is_rank_zero:
+            record = _record(embedding, options, world, seconds) | {
+                "skipped_images": embedding.skipped,
+                "images_there": embedding.available,
             }
-            _land(job, features, record)
+            _publish(embedding, features, record)
     finally:
-        if world.is_first:
+        if world.is_rank_zero:
             features.discard()
-    if world.is_first:
-        made = _draw(job, options, features.open())
-        print(_summary(job, record, [features.path.name, "images.csv", "embed.json", *made]), flush=True)
+    if world.is_rank_zero:
+        made = _draw(embedding, options, features.open())
+        print(_summary(embedding, record, [features.path.name, "images.csv", "embed.json", *made]), flush=True)
 
 
 def _open(options: argparse.Namespace, world: World) -> Embedding:
@@ -121,8 +121,8 @@ def _open(options: argparse.Namespace, world: World) -> Embedding:
             source = source.subset(np.sort(epoch_order(options.seed, 0, available)[: options.images]))
         return source, None
 
-    output, pretrained, data = together(check, world)
-    method, why = together(lambda: neighbors.choose_method(options.map), world)
+    output, pretrained, data = run_on_all_ranks(check, world)
+    method, why = run_on_all_ranks(lambda: neighbors.choose_method(options.map), world)
     images = open_dataset(
         data,
         None,
@@ -136,7 +136,7 @@ def _open(options: argparse.Namespace, world: World) -> Embedding:
     )
     return Embedding(
         pretrained=pretrained,
-        views=replace((pretrained.views or Views()).plain(), **options.recipe),
+        augmentation=replace((pretrained.augmentation or Augmentation()).for_evaluation(), **options.recipe),
         data=data,
         source=images.train,
         available=available,
@@ -151,15 +151,17 @@ def _open(options: argparse.Namespace, world: World) -> Embedding:
 # Images, and their features
 
 
-def _batches(job: Embedding, options: argparse.Namespace, world: World) -> Iterator[tuple[Tensor, Tensor, Tensor]]:
+def _batches(
+    embedding: Embedding, options: argparse.Namespace, world: World
+) -> Iterator[tuple[Tensor, Tensor, Tensor]]:
     torch.backends.cudnn.benchmark = True
-    model = job.pretrained.encoder.to(world.device, memory_format=torch.channels_last)  # type: ignore[call-overload]
+    model = embedding.pretrained.encoder.to(world.device, memory_format=torch.channels_last)  # type: ignore[call-overload]
     return embed_batches(
         model,
-        job.source,
-        job.views,
+        embedding.source,
+        embedding.augmentation,
         LoaderConfig(batch_size=options.batch_size, backend=options.backend, world=world, workers=options.workers),
-        autocast=job.precision.autocast,
+        autocast=embedding.precision.autocast,
         title="embedding",
     )
 
@@ -167,22 +169,22 @@ def _batches(job: Embedding, options: argparse.Namespace, world: World) -> Itera
 # What is left
 
 
-def _record(job: Embedding, options: argparse.Namespace, world: World, seconds: float) -> dict[str, Any]:
+def _record(embedding: Embedding, options: argparse.Namespace, world: World, seconds: float) -> dict[str, Any]:
     """What the features were made by and of, for programs."""
-    model = job.pretrained.encoder
-    images = len(job.source)
+    model = embedding.pretrained.encoder
+    images = len(embedding.source)
     return {
         "checkpoint": str(options.checkpoint),
-        "origin": job.pretrained.origin,
+        "origin": embedding.pretrained.origin,
         "encoder": {"name": model.name, "width": model.width, "stem": model.stem},
-        "data": job.data,
-        "split": "val" if is_built_in(job.data) else None,
+        "data": embedding.data,
+        "split": "val" if is_built_in(embedding.data) else None,
         "images": images,
         "features": model.out_features,
-        "classes": len(neighbors.class_names(job.source)),
-        "recipe": {name: getattr(job.views, name) for name in PREPARATION},
-        "recipe_is": "the checkpoint's" if job.pretrained.views is not None else "the default",
-        "precision": job.precision.why,
+        "classes": len(neighbors.class_names(embedding.source)),
+        "recipe": {name: getattr(embedding.augmentation, name) for name in PREPARATION},
+        "recipe_is": "the checkpoint's" if embedding.pretrained.augmentation is not None else "the default",
+        "precision": embedding.precision.why,
         "device": f"{world.world_size} x {world.device.type}",
         "seed": options.seed,
         "seconds": seconds,
@@ -191,14 +193,14 @@ def _record(job: Embedding, options: argparse.Namespace, world: World, seconds: 
     }
 
 
-def _land(job: Embedding, features: FeatureFile, record: dict[str, Any]) -> None:
+def _publish(embedding: Embedding, features: FeatureFile, record: dict[str, Any]) -> None:
     """Give all files their names, the features last: where they are, the others are theirs."""
-    output = job.output
+    output = embedding.output
     for name in (*(f"features.{kind}" for kind in FEATURE_FORMATS), MAP, GALLERY):
         (output / name).unlink(missing_ok=True)
-    write_whole(output / "images.csv", lambda file: _write_images(file, job.source))
-    write_whole(output / "embed.json", lambda file: file.write_text(json.dumps(record, indent=2) + "\n"))
-    features.land()
+    write_atomically(output / "images.csv", lambda file: _write_images(file, embedding.source))
+    write_atomically(output / "embed.json", lambda file: file.write_text(json.dumps(record, indent=2) + "\n"))
+    features.publish()
 
 
 def _write_images(path: Path, source: Source) -> None:
@@ -211,33 +213,35 @@ def _write_images(path: Path, source: Source) -> None:
             writer.writerow([row, source.name(row), label if known else "", names[label] if known else ""])
 
 
-def _draw(job: Embedding, options: argparse.Namespace, features: NDArray[np.float32]) -> list[str]:
+def _draw(embedding: Embedding, options: argparse.Namespace, features: NDArray[np.float32]) -> list[str]:
     """Draw the map and the gallery; returns what to say of them."""
-    if len(features) < FEWEST_IMAGES:
-        return [f"no pictures of only {len(features)} images"] if job.method != "none" or options.gallery else []
-    model = job.pretrained.encoder
-    by = f"encoder: {model.name} ×{model.width} ({model.out_features:,} features), {job.pretrained.origin}"
-    made = [_draw_map(job, options, features, by)] if job.method != "none" else []
+    if len(features) < MIN_IMAGES:
+        return [f"no pictures of only {len(features)} images"] if embedding.method != "none" or options.gallery else []
+    model = embedding.pretrained.encoder
+    by = f"encoder: {model.name} ×{model.width} ({model.out_features:,} features), {embedding.pretrained.origin}"
+    made = [_draw_map(embedding, options, features, by)] if embedding.method != "none" else []
     if options.gallery:
-        queries = neighbors.choose_queries(job.source.labels, options.gallery, options.seed)
-        cosines, neighbours = neighbors.nearest(features, queries, NEIGHBOURS)
+        queries = neighbors.choose_queries(embedding.source.labels, options.gallery, options.seed)
+        cosines, nearest = neighbors.nearest(features, queries, NEIGHBORS)
         notes = [
             by,
             f"queries drawn by seed {options.seed}, neighbours by the features' cosine out of {len(features):,} images",
-            f"of each image its central {job.views.center_fraction:.3g}, as embedded",
+            f"of each image its central {embedding.augmentation.center_fraction:.3g}, as embedded",
         ]
-        names, title = neighbors.class_names(job.source), f"{job.what}: nearest neighbours"
-        png = embedding_pictures.draw_gallery(title, notes, job.source, job.views, names, queries, cosines, neighbours)
-        write_whole(job.output / GALLERY, lambda file: file.write_bytes(png))
+        names, title = neighbors.class_names(embedding.source), f"{embedding.what}: nearest neighbours"
+        png = embedding_pictures.draw_gallery(
+            title, notes, embedding.source, embedding.augmentation, names, queries, cosines, nearest
+        )
+        write_atomically(embedding.output / GALLERY, lambda file: file.write_bytes(png))
         made.append(GALLERY)
     return made
 
 
-def _draw_map(job: Embedding, options: argparse.Namespace, features: NDArray[np.float32], by: str) -> str:
+def _draw_map(embedding: Embedding, options: argparse.Namespace, features: NDArray[np.float32], by: str) -> str:
     shown = np.arange(len(features))
-    if len(features) > MOST_MAPPED:
-        shown = np.sort(epoch_order(options.seed, 0, len(features))[:MOST_MAPPED])
-    method, why = job.method, job.why_method
+    if len(features) > MAX_MAPPED:
+        shown = np.sort(epoch_order(options.seed, 0, len(features))[:MAX_MAPPED])
+    method, why = embedding.method, embedding.why_method
     if sys.stderr.isatty():
         print("drawing the map, which may take a minute", file=sys.stderr)
     try:
@@ -251,22 +255,23 @@ def _draw_map(job: Embedding, options: argparse.Namespace, features: NDArray[np.
     name = neighbors.METHODS[method]
     components = min(neighbors.COMPONENTS, len(shown), features.shape[1])
     how = "" if method == "pca" else f" of the first {components} principal components"
-    some = len(shown) < len(features) or (options.images or job.available) < job.available
-    counted = f"{len(shown):,} images" + (f" of {job.available:,}, drawn by seed {options.seed}" if some else "")
+    some = len(shown) < len(features) or (options.images or embedding.available) < embedding.available
+    counted = f"{len(shown):,} images" + (f" of {embedding.available:,}, drawn by seed {options.seed}" if some else "")
     notes = [by, f"{name}{how} of the normalised features", counted]
-    labels, names = job.source.labels[shown], neighbors.class_names(job.source)
-    png = embedding_pictures.draw_map(f"{job.what}: {name} map", notes, places, labels, names)
-    write_whole(job.output / MAP, lambda file: file.write_bytes(png))
+    labels, names = embedding.source.labels[shown], neighbors.class_names(embedding.source)
+    png = embedding_pictures.draw_map(f"{embedding.what}: {name} map", notes, places, labels, names)
+    write_atomically(embedding.output / MAP, lambda file: file.write_bytes(png))
     return f"{MAP} ({name}: {why})" if why else f"{MAP} ({name})"
 
 
-def _summary(job: Embedding, record: dict[str, Any], made: list[str]) -> str:
+def _summary(embedding: Embedding, record: dict[str, Any], made: list[str]) -> str:
     line = (
-        f"{job.output}: {', '.join(made)}; {record['images']} images of {job.what}, {record['features']} features "
-        f"each, {record['images_per_second']:.0f} images/s, {job.precision.why}"
+        f"{embedding.output}: {', '.join(made)}; {record['images']} images of {embedding.what}, "
+        f"{record['features']} features each, {record['images_per_second']:.0f} images/s, {embedding.precision.why}"
     )
-    if job.pretrained.views is None:
-        line += f"; seen at {job.views.image_size} pixels by the default recipe: the checkpoint does not say its own"
+    if embedding.pretrained.augmentation is None:
+        size = embedding.augmentation.image_size
+        line += f"; prepared with the default options at {size} pixels: the checkpoint does not record its own"
     if record["skipped_images"]:
         line += f"; left out {record['skipped_images']} that cannot be used, see {SKIPPED_FILE}"
     return line.encode(errors="replace").decode()  # a path may hold any byte

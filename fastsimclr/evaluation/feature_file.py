@@ -18,7 +18,7 @@ from fastsimclr.data import Source
 from fastsimclr.data.sources import NO_LABEL
 from fastsimclr.distributed import World, gather_objects
 from fastsimclr.errors import UserError
-from fastsimclr.run_folder import partial_of, rename_whole
+from fastsimclr.run_folder import rename_atomically, temporary_path
 
 
 class FeatureFile:
@@ -30,7 +30,7 @@ class FeatureFile:
 
     def __init__(self, path: Path, source: Source, features: int, said: dict[str, str]) -> None:
         """path: ends in .npy, or in .safetensors, which also holds the labels, if there are any, and what is `said`."""
-        self.path, self.partial = path, partial_of(path)
+        self.path, self.partial = path, temporary_path(path)
         self.shape = (len(source), features)
         self._source = source
         self._head = _npy_head(self.shape)
@@ -78,9 +78,9 @@ class FeatureFile:
         except OSError as error:
             raise UserError(f"--output: got {self.path}, {what} ({error.strerror})") from error
 
-    def land(self) -> None:
+    def publish(self) -> None:
         """All rows are there: give the file its name."""
-        rename_whole(self.partial, self.path)
+        rename_atomically(self.partial, self.path)
 
     def discard(self) -> None:
         """Leave nothing, if it has no name yet."""

@@ -9,7 +9,7 @@ from torch import Tensor, nn
 from tqdm import tqdm
 
 from fastsimclr.data import Source
-from fastsimclr.data.augmentation import Views
+from fastsimclr.data.augmentation import Augmentation
 from fastsimclr.data.dataset import open_loader
 from fastsimclr.data.loader import LoaderConfig
 from fastsimclr.distributed import all_gather_rows, gather_sizes
@@ -19,14 +19,14 @@ from fastsimclr.precision import autocast_to
 def embed_batches(
     encoder: nn.Module,
     source: Source,
-    views: Views,
+    augmentation: Augmentation,
     config: LoaderConfig,
     *,
     autocast: torch.dtype | None = None,
     title: str | None = None,
 ) -> Iterator[tuple[Tensor, Tensor, Tensor]]:
     """Of this rank's part of each batch: the images' places in the source (B,), representations (B, D) float32 and
-    labels (B,), on the CPU. Each image is seen as `Views.plain` says, by the encoder in eval mode.
+    labels (B,), on the CPU. Each image is seen as `Augmentation.plain` says, by the encoder in eval mode.
 
     config: of the loader, but for the order, which is the source's, and for the views' dtype.
     autocast: the dtype that the encoder computes in; None: that of its parameters.
@@ -40,11 +40,11 @@ def embed_batches(
         min_local_batch=0,
         dtype=autocast or torch.float32,  # as autocast would make them
     )
-    loader = open_loader(source, views.plain(), config)
+    loader = open_loader(source, augmentation.for_evaluation(), config)
     dtype = next(encoder.parameters()).dtype
     was_training = encoder.training
     encoder.eval()
-    hidden = True if title is None or not config.world.is_first else None  # None: unless stderr is a terminal
+    hidden = True if title is None or not config.world.is_rank_zero else None  # None: unless stderr is a terminal
     bar = tqdm(total=len(source), desc=title, unit="image", disable=hidden)
     try:
         for batch in loader:
@@ -62,7 +62,7 @@ def embed_batches(
 def embed(
     encoder: nn.Module,
     source: Source,
-    views: Views,
+    augmentation: Augmentation,
     config: LoaderConfig,
     *,
     autocast: torch.dtype | None = None,
@@ -72,7 +72,7 @@ def embed(
     arguments are those of `embed_batches`."""
     width: int = encoder.out_features  # type: ignore[assignment]  # nn.Module: any attribute may be a tensor
     nothing = torch.empty(0, dtype=torch.int64), torch.empty(0, width), torch.empty(0, dtype=torch.int64)
-    rows = list(embed_batches(encoder, source, views, config, autocast=autocast, title=title)) or [nothing]
+    rows = list(embed_batches(encoder, source, augmentation, config, autocast=autocast, title=title)) or [nothing]
     index, features, labels = (torch.cat(column) for column in zip(*rows, strict=True))
     if config.world.world_size > 1:
         group = dist.group.WORLD

@@ -5,7 +5,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from fastsimclr.data import Source
-from fastsimclr.data.augmentation import Views
+from fastsimclr.data.augmentation import Augmentation
 from fastsimclr.data.loader import LoaderConfig
 from fastsimclr.evaluation.features import embed
 from fastsimclr.evaluation.scores import NOTHING, TOP
@@ -37,10 +37,10 @@ def knn_ranking(
         similarity = queries[first : first + _BLOCK] @ bank.T
         if leave_out is not None:
             similarity[:, leave_out + first :].fill_diagonal_(-torch.inf)
-        nearest, neighbour = similarity.topk(k, dim=1)
+        nearest, neighbor = similarity.topk(k, dim=1)
         vote = torch.ones_like(nearest) if temperature is None else ((nearest - 1) / temperature).exp()
         votes = torch.zeros(len(nearest), classes, device=bank.device, dtype=torch.float64)
-        votes.scatter_add_(1, bank_labels[neighbour], vote.double())
+        votes.scatter_add_(1, bank_labels[neighbor], vote.double())
         most, ranking = votes.sort(dim=1, descending=True, stable=True)
         rankings.append(ranking.where(most > 0, NOTHING)[:, :TOP])
     return torch.cat(rankings)
@@ -61,17 +61,17 @@ def measure(
     encoder: nn.Module,
     train: Source,
     val: Source | None,
-    views: Views,
+    augmentation: Augmentation,
     config: LoaderConfig,
     k: int,
     *,
     autocast: torch.dtype | None,
 ) -> float:
     """kNN accuracy of `val` by the labels of `train`; without `val`, of `train` by all of its other images."""
-    bank, bank_labels = embed(encoder, train, views, config, autocast=autocast)
+    bank, bank_labels = embed(encoder, train, augmentation, config, autocast=autocast)
     queries, query_labels = bank, bank_labels
     if val is not None:
-        queries, query_labels = embed(encoder, val, views, config, autocast=autocast)
+        queries, query_labels = embed(encoder, val, augmentation, config, autocast=autocast)
     device = config.world.device
     bank, bank_labels, queries, query_labels = (t.to(device) for t in (bank, bank_labels, queries, query_labels))
     return knn_accuracy(bank, bank_labels, queries, query_labels, k, leave_one_out=val is None)

@@ -46,7 +46,7 @@ def fit(
     features: (N, D) of any float dtype; labels: (N,) int64; c: inverse strength of the regularisation.
     start: where to begin, such as another C's result. tolerance: the largest entry of the gradient to stop at.
     """
-    mean, deviation = _standardisation(features)
+    mean, deviation = _standardization(features)
     parameters = features.new_zeros(classes, features.shape[1] + 1, dtype=torch.float64)
     if start is not None:
         parameters[:, :-1] = start.weight * deviation
@@ -68,7 +68,7 @@ def fit(
         gradient = torch.zeros_like(parameters)
         loss = torch.zeros((), dtype=torch.float64, device=features.device)
         for first in range(0, len(features), _BLOCK):
-            x = _standardised(features[first : first + _BLOCK], mean, deviation)
+            x = _standardized(features[first : first + _BLOCK], mean, deviation)
             target = labels[first : first + _BLOCK]
             log_p = F.log_softmax(x @ weight.T.to(x.dtype) + parameters.detach()[:, -1].to(x.dtype), dim=1)
             loss += F.nll_loss(log_p, target, reduction="sum")
@@ -116,7 +116,7 @@ def rank(classifier: LinearClassifier, features: Tensor) -> Tensor:
     )
 
 
-def _standardisation(features: Tensor) -> tuple[Tensor, Tensor]:
+def _standardization(features: Tensor) -> tuple[Tensor, Tensor]:
     """Mean and standard deviation of each column, float64; 1 of a column that is constant but for the rounding of
     float32, which would otherwise be blown up to the size of the others."""
     count = len(features)
@@ -126,5 +126,5 @@ def _standardisation(features: Tensor) -> tuple[Tensor, Tensor]:
     return mean, torch.where(deviation > _ROUNDING * mean.abs(), deviation, 1.0)
 
 
-def _standardised(x: Tensor, mean: Tensor, deviation: Tensor) -> Tensor:
+def _standardized(x: Tensor, mean: Tensor, deviation: Tensor) -> Tensor:
     return (x - mean.to(x.dtype)) / deviation.to(x.dtype)

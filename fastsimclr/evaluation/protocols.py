@@ -11,7 +11,7 @@ import yaml
 from torch import Tensor
 
 from fastsimclr.data.loader import LoaderConfig
-from fastsimclr.distributed import World, all_gather_rows, together
+from fastsimclr.distributed import World, all_gather_rows, run_on_all_ranks
 from fastsimclr.environment import commit
 from fastsimclr.errors import UserError
 from fastsimclr.evaluation import linear
@@ -25,12 +25,12 @@ from fastsimclr.evaluation.config import (
 )
 from fastsimclr.evaluation.features import embed
 from fastsimclr.evaluation.knn import knn_ranking
-from fastsimclr.evaluation.labelled import hold_out, open_labelled
+from fastsimclr.evaluation.labeled import hold_out, open_labeled
 from fastsimclr.evaluation.scores import rank_classes, score
 from fastsimclr.models import Encoder, encoder
 from fastsimclr.precision import choose_precision
 from fastsimclr.pretrained import Pretrained
-from fastsimclr.run_folder import RunFolder, check_new, scan_cache, write_whole
+from fastsimclr.run_folder import RunFolder, check_new, scan_cache, write_atomically
 
 HELD_OUT = 0.2  # of the training images, by which lbfgs chooses its regularisation
 FEW_LABELS = 0.02  # the paper fine-tunes on 1 % for 60 epochs, on 10 % for 30
@@ -42,7 +42,7 @@ class Evaluation:
 
     def __init__(self, config: EvaluationConfig, text: str, pretrained: Pretrained | None, world: World) -> None:
         self.config, self.text, self.pretrained, self.world = config, text, pretrained, world
-        self.views = config.data.views_recipe()
+        self.augmentation = config.data.augmentation()
         self.precision = choose_precision(config.precision, world.device)
         self.loader = LoaderConfig(
             batch_size=config.batch_size,
@@ -53,13 +53,13 @@ class Evaluation:
         )
         self.settings: dict[str, Any] = {}
         """What was chosen for this evaluation, for its record."""
-        self.output = together(self._choose_output, world)
+        self.output = run_on_all_ranks(self._choose_output, world)
         self.result = self.output / f"{config.name()}.json"
         self.weights = self.result.with_suffix(".pt")
-        together(self._check_output, world)
+        run_on_all_ranks(self._check_output, world)
         cache = scan_cache(config.checkpoint, self.output)
-        self.data = open_labelled(config.data, getattr(config, "labels", 1.0), config.seed, cache, world)
-        together(self._check_data, world)
+        self.data = open_labeled(config.data, getattr(config, "labels", 1.0), config.seed, cache, world)
+        run_on_all_ranks(self._check_data, world)
         torch.manual_seed(config.seed)
         self.model = self._encoder()
 
@@ -95,9 +95,9 @@ class Evaluation:
         else:
             ranking, labels = self._classifier(config)
         scores = score(ranking, labels, len(self.data.classes)).to_json(self.data.classes)
-        if self.world.is_first:
+        if self.world.is_rank_zero:
             record = self._record(time.monotonic() - started) | scores
-            write_whole(self.result, lambda file: file.write_text(json.dumps(record) + "\n"))
+            write_atomically(self.result, lambda file: file.write_text(json.dumps(record) + "\n"))
             print(self._summary(record), flush=True)
 
     def _knn(self, config: KnnConfig) -> tuple[Tensor, Tensor]:
@@ -148,7 +148,7 @@ class Evaluation:
         losses = train_classifier(
             classifier,
             self.data.train,
-            self.views,
+            self.augmentation,
             schedule,
             self.loader,
             self.precision,
@@ -163,7 +163,7 @@ class Evaluation:
         batch_size = min(config.batch_size, len(self.data.train))  # of few labels there may be fewer
         epochs = config.epochs
         if epochs == "auto":
-            epochs = 60 if len(self.data.train) <= FEW_LABELS * self.data.labels_there else 30
+            epochs = 60 if len(self.data.train) <= FEW_LABELS * self.data.has_labels else 30
         lr = LR_AT_256[type(config)] * batch_size / 256 if config.lr == "auto" else config.lr
         warmup = config.warmup_epochs if isinstance(config, SupervisedConfig) else 0.0
         return Schedule(epochs, lr, batch_size, config.weight_decay, warmup_epochs=warmup)
@@ -179,14 +179,14 @@ class Evaluation:
             model = encoder(like.name, like.width, like.stem)
         else:
             assert config.encoder is not None
-            model = encoder(config.encoder, config.width, config.stem, image_size=self.views.image_size)
+            model = encoder(config.encoder, config.width, config.stem, image_size=self.augmentation.image_size)
         return model.to(self.world.device, self.precision.dtype, memory_format=torch.channels_last)  # type: ignore[call-overload,no-any-return]
 
     def _embed(self, model: torch.nn.Module, source: Any, title: str) -> tuple[Tensor, Tensor]:
         return embed(
             model,
             source,
-            self.views,
+            self.augmentation,
             self.loader,
             autocast=self.precision.autocast,
             title=title,
@@ -194,8 +194,8 @@ class Evaluation:
 
     def _save(self, classifier: Classifier) -> None:
         """The encoder with its classifier, as torchvision's models load it."""
-        if self.world.is_first:
-            write_whole(self.weights, lambda file: torch.save(classifier.torchvision_state(), file))
+        if self.world.is_rank_zero:
+            write_atomically(self.weights, lambda file: torch.save(classifier.torchvision_state(), file))
 
     def _record(self, seconds: float) -> dict[str, Any]:
         config, data = self.config, self.data
@@ -206,7 +206,7 @@ class Evaluation:
             "checkpoint": config.checkpoint,
             "origin": self.pretrained.origin if self.pretrained is not None else None,
             "encoder": {"name": built.name, "width": built.width, "stem": built.stem, "features": built.out_features},
-            "train": {"path": config.data.train, "images": len(data.train), "of": data.labels_there},
+            "train": {"path": config.data.train, "images": len(data.train), "of": data.has_labels},
             "val": {"path": val, "images": len(data.val) if data.val is not None else len(data.train)},
             "skipped_images": data.skipped,
             "settings": self.settings,

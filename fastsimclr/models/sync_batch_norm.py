@@ -41,7 +41,7 @@ class CpuSyncBatchNorm(_BatchNorm):
         pass  # any number of dimensions
 
 
-def synchronise_batch_norm(module: nn.Module, device: torch.device) -> nn.Module:
+def synchronize_batch_norm(module: nn.Module, device: torch.device) -> nn.Module:
     """`module` with every BatchNorm made one over all ranks of the world; its parameters and statistics stay."""
     if device.type != "cpu":
         return nn.SyncBatchNorm.convert_sync_batchnorm(module)

@@ -16,11 +16,11 @@ import torch
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
-from fastsimclr.data.augmentation import Views
+from fastsimclr.data.augmentation import Augmentation
 from fastsimclr.errors import UserError
 from fastsimclr.models import Encoder
 from fastsimclr.pretrained.load import TIMM_FILES, Pretrained, open_pretrained
-from fastsimclr.run_folder import RunFolder, check_new, rename_whole
+from fastsimclr.run_folder import RunFolder, check_new, rename_atomically
 
 OPSET = 18  # of ONNX, from 2022: any onnxruntime in use knows it
 TOLERANCE = 1e-4  # of the representation, relative to its largest element where that is above 1
@@ -52,11 +52,11 @@ def export(options: argparse.Namespace) -> str:
             _put(Path(partial), output)
     except OSError as error:
         raise UserError(f"--output: got {output}, which cannot be written ({error.strerror or error})") from error
-    encoder, views = pretrained.encoder, pretrained.views
+    encoder, augmentation = pretrained.encoder, pretrained.augmentation
     width = f" of width {encoder.width}" if encoder.width > 1 else ""
     images = "as those who trained it prepared them; the checkpoint does not say how"
-    if views is not None:
-        images = ", ".join(f"{name} {_text(value)}" for name, value in _preparation(views).items())
+    if augmentation is not None:
+        images = ", ".join(f"{name} {_text(value)}" for name, value in _preparation(augmentation).items())
     return (
         f"{output}: {encoder.name}{width} of {source} ({pretrained.origin}) for {options.format}, "
         f"{size / 2**20:.1f} MiB; load it by `{hint}`; images: {images}"
@@ -72,7 +72,7 @@ def _put(partial: Path, output: Path) -> None:
     # Nothing else that is in an existing folder is touched.
     folder, target = (written, output) if written.is_dir() else (partial, output.parent)
     for file in sorted(folder.iterdir(), key=lambda file: file == written):
-        rename_whole(file, target / file.name)
+        rename_atomically(file, target / file.name)
 
 
 # The formats: each writes `file`, and returns the line that loads `output`, where it will be
@@ -103,8 +103,8 @@ def write_safetensors(pretrained: Pretrained, file: Path, output: Path) -> str:
         "stem_padding": str(encoder.conv1.padding[0]),
         "stem_relu": str(isinstance(encoder.relu, nn.ReLU)).lower(),
     }
-    if pretrained.views is not None:
-        header["views"] = json.dumps(asdict(pretrained.views))
+    if pretrained.augmentation is not None:
+        header["augmentation"] = json.dumps(asdict(pretrained.augmentation))
     if pretrained.config is not None:
         header["config"] = json.dumps(pretrained.config)
     save_file(_tensors(encoder), file, header)
@@ -113,16 +113,16 @@ def write_safetensors(pretrained: Pretrained, file: Path, output: Path) -> str:
 
 def write_timm(pretrained: Pretrained, file: Path, output: Path) -> str:
     """A folder with the files that timm itself would write for the model."""
-    encoder, views = pretrained.encoder, pretrained.views
+    encoder, augmentation = pretrained.encoder, pretrained.augmentation
     if encoder.width != 1 or encoder.stem != "imagenet":
         what = f"the small stem of {encoder.name}" if encoder.width == 1 else f"an encoder of width {encoder.width}"
         raise UserError(f"--format: got timm for {what}, of which timm has no model; expected safetensors or onnx")
     _refuse_unusual_stem(encoder, "timm")
     prepared: dict[str, Any] = {}
-    if views is not None:
-        side, fraction = views.image_size, views.center_fraction
-        prepared = {"input_size": [3, side, side], "interpolation": views.interpolation, "crop_pct": fraction}
-        prepared |= {"crop_mode": "center", "mean": list(views.mean), "std": list(views.std)}
+    if augmentation is not None:
+        side, fraction = augmentation.image_size, augmentation.center_fraction
+        prepared = {"input_size": [3, side, side], "interpolation": augmentation.interpolation, "crop_pct": fraction}
+        prepared |= {"crop_mode": "center", "mean": list(augmentation.mean), "std": list(augmentation.std)}
     config = {
         "architecture": encoder.name,
         "num_classes": 0,
@@ -158,8 +158,8 @@ def write_onnx(pretrained: Pretrained, file: Path, output: Path) -> str:
         raise UserError(
             f"--format: got onnx, but {error.name} is not installed; expected it: pip install 'fastsimclr[onnx]'"
         ) from error
-    encoder, views = pretrained.encoder, pretrained.views
-    side = views.image_size if views is not None else SOME_SIZE[encoder.stem]
+    encoder, augmentation = pretrained.encoder, pretrained.augmentation
+    side = augmentation.image_size if augmentation is not None else SOME_SIZE[encoder.stem]
     with warnings.catch_warnings(), contextlib.redirect_stdout(io.StringIO()):
         warnings.simplefilter("ignore")  # the exporter's own doings
         program = torch.onnx.export(
@@ -174,8 +174,8 @@ def write_onnx(pretrained: Pretrained, file: Path, output: Path) -> str:
         )
     assert program is not None
     program.model.metadata_props.update(_about(pretrained))
-    if views is not None:
-        program.model.metadata_props.update({k: json.dumps(v) for k, v in _preparation(views).items()})
+    if augmentation is not None:
+        program.model.metadata_props.update({k: json.dumps(v) for k, v in _preparation(augmentation).items()})
     weights = sum(value.numel() * value.element_size() for value in encoder.state_dict().values())
     program.save(file, external_data=weights > LARGEST_PROTOBUF)
     options = onnxruntime.SessionOptions()
@@ -229,10 +229,10 @@ def _about(pretrained: Pretrained) -> dict[str, str]:
     return architecture | {"origin": pretrained.origin}
 
 
-def _preparation(views: Views) -> dict[str, Any]:
+def _preparation(augmentation: Augmentation) -> dict[str, Any]:
     """What the encoder's users have to do to an image."""
     names = ("image_size", "center_fraction", "interpolation", "mean", "std")
-    return {name: getattr(views, name) for name in names}
+    return {name: getattr(augmentation, name) for name in names}
 
 
 def _text(value: Any) -> str:

@@ -11,14 +11,14 @@ from typing import Any, NamedTuple
 
 from torch import Tensor
 
-from fastsimclr.data.augmentation import Views
+from fastsimclr.data.augmentation import Augmentation
 from fastsimclr.errors import UserError
 from fastsimclr.models import ENCODERS, Encoder
 
 State = dict[str, Tensor]
 
 # google-research trained on images in [0, 1], as they are.
-GOOGLE_VIEWS = Views(mean=(0.0, 0.0, 0.0), std=(1.0, 1.0, 1.0))
+GOOGLE_AUGMENTATION = Augmentation(mean=(0.0, 0.0, 0.0), std=(1.0, 1.0, 1.0))
 
 
 @dataclass(frozen=True)
@@ -27,7 +27,7 @@ class Weights:
 
     state: State
     origin: str
-    views: Views | None = None
+    augmentation: Augmentation | None = None
     """The recipe, where the layout leaves no doubt of it."""
     stem_padding: int | None = None
     """Of the first convolution, where it is not the stem's own (1 of 3x3, 3 of 7x7)."""
@@ -126,7 +126,9 @@ def _named(state: State, prefix: str) -> Weights:
     """
     weights = Weights(_below(state, prefix), f"a ResNet under {prefix[:-1]}" if prefix else "a ResNet's state dict")
     if prefix == "" and _converted_from_google(state):
-        return replace(weights, origin="google-research's SimCLR by tonylins/simclr-converter", views=GOOGLE_VIEWS)
+        return replace(
+            weights, origin="google-research's SimCLR by tonylins/simclr-converter", augmentation=GOOGLE_AUGMENTATION
+        )
     if prefix.endswith("_feature_blocks."):
         return replace(weights, origin="VISSL")
     if prefix in ("encoder_q.", "base_encoder."):
@@ -204,7 +206,7 @@ def _simclr_v2(state: State) -> Weights:
         if not name.startswith("fc."):
             matches = ((pattern.fullmatch(name), ours) for pattern, ours in _SIMCLR_V2)
             renamed[next((match.expand(ours) for match, ours in matches if match), name)] = value
-    return Weights(renamed, "google-research's SimCLRv2 by Separius/SimCLRv2-Pytorch", views=GOOGLE_VIEWS)
+    return Weights(renamed, "google-research's SimCLRv2 by Separius/SimCLRv2-Pytorch", augmentation=GOOGLE_AUGMENTATION)
 
 
 # What the tensors are of

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from fastsimclr.data.augmentation import Views
+from fastsimclr.data.augmentation import Augmentation
 from fastsimclr.errors import UserError
 from fastsimclr.models import ENCODERS, Encoder, encoder
 from fastsimclr.pretrained.layouts import Architecture, Weights, architecture_of, check_fits, find_weights
@@ -24,7 +24,7 @@ class Pretrained:
 
     encoder: Encoder
     """In eval mode, float32, on the CPU."""
-    views: Views | None
+    augmentation: Augmentation | None
     """The recipe that it was trained by, if the file says it."""
     origin: str
     """What wrote the file."""
@@ -112,9 +112,9 @@ def _from_run(path: Path, state: dict[str, Any]) -> Pretrained:
     built, prefix = state["architecture"], "encoder."
     tensors = {k.removeprefix(prefix): v for k, v in state["model"].items() if k.startswith(prefix)}
     config = yaml.safe_load(state["config"])
-    views = Views.of(config["data"])
+    augmentation = Augmentation.from_options(config["data"])
     model = _build(path, Architecture(built["encoder"], built["width"], built["stem"]), Weights(tensors, ""))
-    return Pretrained(model, views, f"fastsimclr run, step {state['step']}", config)
+    return Pretrained(model, augmentation, f"fastsimclr run, step {state['step']}", config)
 
 
 def _from_weights(path: Path, contents: Any) -> Pretrained:
@@ -124,7 +124,7 @@ def _from_weights(path: Path, contents: Any) -> Pretrained:
         architecture = architecture_of(weights.state)
     except UserError as error:
         raise UserError(f"{path}: {error}") from error
-    return Pretrained(_build(path, architecture, weights), weights.views, weights.origin)
+    return Pretrained(_build(path, architecture, weights), weights.augmentation, weights.origin)
 
 
 def _from_safetensors(path: Path) -> Pretrained:
@@ -135,9 +135,9 @@ def _from_safetensors(path: Path) -> Pretrained:
     architecture = Architecture(header["encoder"], int(header["width"]), header["stem"])
     padding, relu = int(header["stem_padding"]), header["stem_relu"] == "true"
     model = _build(path, architecture, Weights(tensors, "", stem_padding=padding, stem_relu=relu))
-    views = Views.of(json.loads(header["views"])) if "views" in header else None
+    augmentation = Augmentation.from_options(json.loads(header["augmentation"])) if "augmentation" in header else None
     config = json.loads(header["config"]) if "config" in header else None
-    return Pretrained(model, views, header["origin"], config)
+    return Pretrained(model, augmentation, header["origin"], config)
 
 
 def _from_timm(folder: Path) -> Pretrained:
@@ -147,16 +147,16 @@ def _from_timm(folder: Path) -> Pretrained:
     if name not in ENCODERS:
         raise UserError(f"{config_file}: got the architecture {name}, expected one of {', '.join(ENCODERS)}")
     opened = _from_weights(folder, _read_safetensors(weights_file)[0])
-    views = None
+    augmentation = None
     if "mean" in prepared:  # not of what we exported without knowing how images are prepared
-        views = Views(
+        augmentation = Augmentation(
             image_size=prepared["input_size"][-1],
             mean=tuple(prepared["mean"]),
             std=tuple(prepared["std"]),
             center_fraction=prepared["crop_pct"],
             interpolation=prepared["interpolation"],
         )
-    return Pretrained(opened.encoder, views, str(config.get("origin", "timm")))
+    return Pretrained(opened.encoder, augmentation, str(config.get("origin", "timm")))
 
 
 def _read_safetensors(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:

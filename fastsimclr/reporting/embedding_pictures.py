@@ -5,7 +5,7 @@ from numpy.typing import NDArray
 from PIL import Image
 
 from fastsimclr.data import Source
-from fastsimclr.data.augmentation import Views
+from fastsimclr.data.augmentation import Augmentation
 from fastsimclr.data.params import epoch_order
 from fastsimclr.data.sources import NO_LABEL
 from fastsimclr.data.torchvision import decoded
@@ -88,7 +88,7 @@ def draw_gallery(
     title: str,
     notes: list[str],
     source: Source,
-    views: Views,
+    augmentation: Augmentation,
     names: Names,
     queries: NDArray[np.int64],
     cosines: NDArray[np.float32],
@@ -106,7 +106,9 @@ def draw_gallery(
     def cell(image: int, what: str, stands_out: bool = False) -> Cell:
         name = "other: " * stands_out + names.get(int(labels[image]), "")
         caption = [[name]] if names else []
-        return Cell(thumbnail(source, image, views), caption, [[what], [source.name(image)]], stands_out=stands_out)
+        return Cell(
+            thumbnail(source, image, augmentation), caption, [[what], [source.name(image)]], stands_out=stands_out
+        )
 
     rows = []
     for row, query in enumerate(queries.tolist()):
@@ -117,11 +119,11 @@ def draw_gallery(
     return draw_grid(title, [notes], heads, rows, THUMB)[0]
 
 
-def thumbnail(source: Source, index: int, views: Views) -> Pixels:
+def thumbnail(source: Source, index: int, augmentation: Augmentation) -> Pixels:
     """The part of an image that the encoder sees, THUMB x THUMB."""
     pixels = decoded(source, index).permute(1, 2, 0).numpy()
     height, width = pixels.shape[:2]
-    side = max(1, round(min(height, width) * views.center_fraction))
+    side = max(1, round(min(height, width) * augmentation.center_fraction))
     top, left = (height - side) // 2, (width - side) // 2
     square = Image.fromarray(np.ascontiguousarray(pixels[top : top + side, left : left + side]))
     return np.asarray(square.resize((THUMB, THUMB), Image.Resampling.LANCZOS))

@@ -12,12 +12,13 @@ from torch import Tensor
 
 from fastsimclr.config import parse
 from fastsimclr.data import Source, ViewLoader, choose_backend, open_source, open_views
-from fastsimclr.data.augmentation import Views
-from fastsimclr.data.params import draw_views
+from fastsimclr.data.augmentation import Augmentation
+from fastsimclr.data.params import sample_batch_params
 from fastsimclr.data.sources import NO_LABEL
 from fastsimclr.data.torchvision import decoded
 from fastsimclr.reporting.contact_sheet import Cell, Head, Pixels, draw_grid
-from fastsimclr.run_folder import check_new, write_whole
+from fastsimclr.reporting.numbers import count
+from fastsimclr.run_folder import check_new, write_atomically
 
 SHOWN = 224  # a view of up to half this side is enlarged by a whole number, one far larger is reduced to it
 TEXT_WIDTH = 220  # of a column at least: two changes of color on a line
@@ -49,10 +50,10 @@ def write_preview(options: argparse.Namespace, others: list[str]) -> str:
     )
     assert config.data.train is not None  # the preset of the demonstration names one
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    source, views = open_source(config.data.train), config.data.views_recipe()
+    source, augmentation = open_source(config.data.train), config.data.augmentation()
     loader = open_views(
         source,
-        views,
+        augmentation,
         min(options.images, len(source)),
         backend=config.data.backend,
         device=device,
@@ -71,14 +72,14 @@ def write_preview(options: argparse.Namespace, others: list[str]) -> str:
     changes = re.split(r" (?=--)", " ".join(others)) if others else []
     notes = [
         [f"recipe: {recipe}", *changes, f"seed {config.seed}", f"epoch {options.epoch}", by],
-        describe_recipe(views),
+        describe_recipe(augmentation),
         ["under a view: its crop, width×height at left,top", "then what is done to its colors, in that order"],
     ]
-    png, (width, height) = draw_sheet(title, notes, rows, views)
-    write_whole(Path(options.output), lambda file: file.write_bytes(png))
+    png, (width, height) = draw_sheet(title, notes, rows, augmentation)
+    write_atomically(Path(options.output), lambda file: file.write_bytes(png))
     return (
         f"{options.output}: {width}x{height} pixels, {len(png) / 2**20:.1f} MiB; "
-        f"{len(rows)} images of {config.data.train}, {views.views} {'view' if views.views == 1 else 'views'} each; {by}"
+        f"{len(rows)} images of {config.data.train}, {count(augmentation.num_views, 'view')} each; {by}"
     )
 
 
@@ -87,7 +88,7 @@ def write_preview(options: argparse.Namespace, others: list[str]) -> str:
 
 def take(loader: ViewLoader, seed: int, epoch: int) -> list[Row]:
     """The first batch of the epoch, with its images as they are and what was drawn for them."""
-    source, recipe = loader.source, loader.views
+    source, recipe = loader.source, loader.augmentation
     loader.set_epoch(epoch)
     batches = iter(loader)
     batch = next(batches)
@@ -95,7 +96,7 @@ def take(loader: ViewLoader, seed: int, epoch: int) -> list[Row]:
     index = batch.index.cpu().numpy()
     originals = [decoded(source, i).permute(1, 2, 0).numpy() for i in index]
     sizes = np.array([original.shape[:2] for original in originals])
-    draws = draw_views(recipe, seed, epoch, index, sizes)
+    params = sample_batch_params(recipe, seed, epoch, index, sizes)
     views = [
         [to_levels(view, of_view) for view in made] for made, of_view in zip(batch.views, recipe.recipes, strict=True)
     ]
@@ -105,20 +106,20 @@ def take(loader: ViewLoader, seed: int, epoch: int) -> list[Row]:
             label=_label(source, int(batch.label[row])),
             original=originals[row],
             views=[of_view[row] for of_view in views],
-            drawn=[of_view[row] for of_view in draws],
+            drawn=[of_view[row] for of_view in params],
         )
         for row, i in enumerate(index)
     ]
 
 
-def to_levels(view: Tensor, recipe: Views) -> Pixels:
+def to_levels(view: Tensor, recipe: Augmentation) -> Pixels:
     """A view (3, S, S) as the encoder gets it, back as levels (S, S, 3) uint8: its normalisation undone."""
     scale, shift = torch.tensor(recipe.std) * 255, torch.tensor(recipe.mean) * 255
     levels = view.to("cpu", torch.float32).permute(1, 2, 0) * scale + shift
     return levels.round().clamp(0, 255).to(torch.uint8).numpy()
 
 
-def parameters(drawn: np.void, recipe: Views) -> list[list[str]]:
+def parameters(drawn: np.void, recipe: Augmentation) -> list[list[str]]:
     """What was drawn for a view, in phrases: of the crop; of the jitter, in the order applied; of what comes after it.
 
     120×98 at 30,12 is the crop's width and height and its left and top, in pixels of the image. An amount of jitter
@@ -132,15 +133,15 @@ def parameters(drawn: np.void, recipe: Views) -> list[list[str]]:
         strengths = (recipe.brightness, recipe.contrast, recipe.saturation, recipe.hue)
         names = ("brightness ×{:.2f}", "contrast ×{:.2f}", "saturation ×{:.2f}", "hue {:+.2f}")
         jitter = [names[change].format(factors[change]) for change in drawn["order"] if strengths[change] > 0]
-    elif recipe.jitter > 0:
+    elif recipe.jitter_prob > 0:
         jitter = ["no jitter"]
-    others = ["grey"] * bool(drawn["grey"])
+    others = ["grayscale"] * bool(drawn["grayscale"])
     others += [f"blur σ {drawn['sigma']:.2g}"] if drawn["sigma"] > 0 else []
-    others += ["solarised"] * bool(drawn["solarise"])
+    others += ["solarized"] * bool(drawn["solarize"])
     return [crop, jitter, others]
 
 
-def describe_recipe(recipe: Views) -> list[str]:
+def describe_recipe(recipe: Augmentation) -> list[str]:
     """What all views have in common, in phrases: probabilities, and amounts."""
     phrases = [f"crop of the central {recipe.center_fraction:.4g}"]
     if recipe.crop == "random":
@@ -150,16 +151,16 @@ def describe_recipe(recipe: Views) -> list[str]:
     for name, amount in (
         ("flip", ""),
         ("jitter", f" ({', '.join(amounts)})"),
-        ("grey", ""),
+        ("grayscale", ""),
         ("blur", f" (σ {_value(recipe.blur_sigma)})"),
-        ("solarise", ""),
+        ("solarize", ""),
     ):
-        p = getattr(recipe, name)
+        p = getattr(recipe, f"{name}_prob")
         phrases.append(f"{name} {p:.4g}{amount}" if p > 0 else f"no {name}")
     return phrases
 
 
-def _own_changes(recipe: Views, view: int) -> list[str]:
+def _own_changes(recipe: Augmentation, view: int) -> list[str]:
     """What differs for this view, but for its size."""
     changes = recipe.per_view[view] if recipe.per_view else {}
     return [f"{name} {_value(value)}" for name, value in changes.items() if name != "image_size"]
@@ -183,7 +184,9 @@ def _label(source: Source, label: int) -> str:
 # How it is drawn
 
 
-def draw_sheet(title: str, notes: list[list[str]], rows: list[Row], recipe: Views) -> tuple[bytes, tuple[int, int]]:
+def draw_sheet(
+    title: str, notes: list[list[str]], rows: list[Row], recipe: Augmentation
+) -> tuple[bytes, tuple[int, int]]:
     """The sheet as a PNG file's bytes, and its width and height."""
     zoom = _zoom(max(of_view.image_size for of_view in recipe.recipes))  # one for all: a small view looks small
     heads = [Head("image and crops")]

@@ -14,7 +14,7 @@ from fastsimclr.config import Config
 from fastsimclr.errors import UserError
 from fastsimclr.reporting.page import GENERATOR, page
 from fastsimclr.reporting.run_record import Missing, Run, read_evaluations, read_run
-from fastsimclr.run_folder import RunFolder, check_new, write_whole
+from fastsimclr.run_folder import RunFolder, check_new, write_atomically
 
 
 class Piece(NamedTuple):
@@ -46,7 +46,7 @@ def write_report(options: argparse.Namespace, arguments: Sequence[str]) -> str:
     runs = [read_evaluations(replace(run, missing=_gather(run, make=not options.only_collect))) for run in runs]
     text = page(runs, f"{time.strftime('%Y-%m-%d %H:%M')}, by python -m fastsimclr.report {shlex.join(arguments)}")
     # A file's name may be no text.
-    write_whole(output, lambda file: file.write_text(text, encoding="utf-8", errors="replace"))
+    write_atomically(output, lambda file: file.write_text(text, encoding="utf-8", errors="replace"))
     left_out = dict.fromkeys(missing.what for run in runs for missing in run.missing)
     without = f"; without {', '.join(left_out)}: the page says why" if left_out else ""
     return f"{output}: {output.stat().st_size / 2**20:.1f} MiB, {', '.join(run.name for run in runs)}{without}"

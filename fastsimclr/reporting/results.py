@@ -5,9 +5,9 @@ import numpy as np
 from fastsimclr.reporting.numbers import percent
 from fastsimclr.reporting.run_record import Evaluation
 
-MOST_CLASSES = 30  # that are shown one by one, and against each other
+MAX_CLASSES = 30  # that are shown one by one, and against each other
 EXTREMES = 10
-MOST_PAIRS = 20
+MAX_PAIRS = 20
 
 
 def accuracies(evaluation: Evaluation) -> list[str]:
@@ -28,7 +28,7 @@ def per_class(evaluation: Evaluation) -> list[tuple[str, float | None]]:
     """Each class's accuracy, best first; of many the best and the worst, with a row without accuracy between them."""
     known = [(name, value) for name, value in evaluation.per_class.items() if value is not None]
     known.sort(key=lambda pair: -pair[1])
-    if len(known) <= MOST_CLASSES:
+    if len(known) <= MAX_CLASSES:
         return [*known]
     return [*known[:EXTREMES], (f"… {len(known) - 2 * EXTREMES:,} more", None), *known[-EXTREMES:]]
 
@@ -37,7 +37,7 @@ def matrix(evaluation: Evaluation) -> list[list[tuple[int, float]]]:
     """How many images, and what share of their class (row), were taken for which (column); empty for many classes,
     and where that was not kept."""
     counts = evaluation.confusion
-    if not counts.any() or len(counts) > MOST_CLASSES:
+    if not counts.any() or len(counts) > MAX_CLASSES:
         return []
     return [[(int(n), float(n / max(row.sum(), 1))) for n in row] for row in counts]
 
@@ -45,10 +45,10 @@ def matrix(evaluation: Evaluation) -> list[list[tuple[int, float]]]:
 def mistakes(evaluation: Evaluation) -> list[list[str]]:
     """Of many classes the most frequent mistakes: class, taken for, images, share of the class."""
     counts, classes = evaluation.confusion, evaluation.classes
-    if len(counts) <= MOST_CLASSES:
+    if len(counts) <= MAX_CLASSES:
         return []
     wrong = counts * ~np.eye(len(counts), dtype=bool)
-    most = [divmod(int(place), len(classes)) for place in np.argsort(-wrong, axis=None, kind="stable")[:MOST_PAIRS]]
+    most = [divmod(int(place), len(classes)) for place in np.argsort(-wrong, axis=None, kind="stable")[:MAX_PAIRS]]
     return [
         [classes[row], classes[column], f"{wrong[row, column]:,}", percent(wrong[row, column] / counts[row].sum())]
         for row, column in most

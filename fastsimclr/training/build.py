@@ -10,11 +10,11 @@ from torch.amp import GradScaler
 from torch.optim.optimizer import Optimizer
 
 from fastsimclr.config import Config
-from fastsimclr.data.augmentation import Views
+from fastsimclr.data.augmentation import Augmentation
 from fastsimclr.distributed import World
 from fastsimclr.errors import UserError
 from fastsimclr.loss import BackendError, NTXentLoss, choose_backend
-from fastsimclr.models import SimCLR, encoder, projector, synchronise_batch_norm
+from fastsimclr.models import SimCLR, encoder, projector, synchronize_batch_norm
 from fastsimclr.optim import build_optimizer, resolve_lr
 from fastsimclr.precision import Precision, choose_precision
 
@@ -23,7 +23,7 @@ from fastsimclr.precision import Precision, choose_precision
 class Learner:
     """What learns: a model on its device, with its loss and its optimizer."""
 
-    views: Views
+    augmentation: Augmentation
     model: nn.Module
     """A SimCLR, perhaps with synchronized batch norm."""
     optimizer: Optimizer
@@ -37,9 +37,9 @@ class Learner:
 
 def build_learner(config: Config, world: World) -> Learner:
     """Build it, without data. Raises UserError for options that do not fit each other or this machine."""
-    views = config.data.views_recipe()
-    if views.views < 2:
-        raise UserError(f"--data.views: got {views.views}, expected at least 2: the loss compares views")
+    augmentation = config.data.augmentation()
+    if augmentation.num_views < 2:
+        raise UserError(f"--data.num_views: got {augmentation.num_views}, expected at least 2: the loss compares views")
     precision = choose_precision(config.precision, world.device)
     try:
         backend, why = choose_backend(config.loss.backend, world.device, precision.dtype, config.model.out)
@@ -54,18 +54,18 @@ def build_learner(config: Config, world: World) -> Learner:
     )
 
     torch.manual_seed(config.seed)
-    chosen = encoder(config.model.encoder, config.model.width, config.model.stem, image_size=views.image_size)
+    chosen = encoder(config.model.encoder, config.model.width, config.model.stem, image_size=augmentation.image_size)
     head = projector(chosen.out_features, config.model.hidden, config.model.out, config.model.layers)
     model: nn.Module = SimCLR(chosen, head)
     model.to(world.device, precision.dtype, memory_format=torch.channels_last)  # type: ignore[call-overload]
     if world.world_size > 1 and config.model.sync_bn:
-        model = synchronise_batch_norm(model, world.device)
+        model = synchronize_batch_norm(model, world.device)
 
     optim = config.optim
     peak_lr = resolve_lr(optim.lr_rule, config.batch_size, optim.name) if optim.lr == "auto" else optim.lr
     optimizer = build_optimizer(optim.name, model.parameters(), peak_lr, optim.momentum, optim.weight_decay)
     scaler = precision.grad_scaler(world.device)
-    return Learner(views, model, optimizer, peak_lr, loss, f"{backend} ({why})", precision, scaler)
+    return Learner(augmentation, model, optimizer, peak_lr, loss, f"{backend} ({why})", precision, scaler)
 
 
 def architecture(config: Config, model: nn.Module) -> dict[str, Any]:

@@ -13,7 +13,7 @@ from torch import Tensor
 from tqdm import tqdm
 
 from fastsimclr.errors import UserError
-from fastsimclr.run_folder import RunFolder, replacing
+from fastsimclr.run_folder import RunFolder, replace_atomically
 
 
 class Metrics:
@@ -129,7 +129,7 @@ class RunLog:
         for line in self._path.read_text().splitlines(keepends=True):
             if line.endswith("\n") and json.loads(line)["step"] <= step and step > 0:
                 kept.append(line)
-        with replacing(self._path) as partial:
+        with replace_atomically(self._path) as partial:
             partial.write_text("".join(kept))
 
 

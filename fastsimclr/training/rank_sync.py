@@ -10,7 +10,7 @@ import torch
 import torch.distributed as dist
 
 from fastsimclr.data import Batch, ViewLoader
-from fastsimclr.distributed import World, fail_together
+from fastsimclr.distributed import World, raise_on_all_ranks
 from fastsimclr.errors import UserError
 from fastsimclr.profiling import stage
 from fastsimclr.training.progress import Progress
@@ -92,5 +92,5 @@ class RankSync:
                 dist.all_gather_into_tensor(everyone, mine[None])
         self.local_batch_sizes, stops, failures = everyone.T.tolist()
         if any(failures):
-            fail_together(self._failure, self._world)
+            raise_on_all_ranks(self._failure, self._world)
         self.stop_signal = max(stops)

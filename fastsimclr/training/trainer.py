@@ -18,7 +18,7 @@ from fastsimclr.data import Batch, Source
 from fastsimclr.data.dataset import Dataset, Pair, open_dataset, open_loader
 from fastsimclr.data.loader import LoaderConfig
 from fastsimclr.data.scan import ScanStopped
-from fastsimclr.distributed import World, together
+from fastsimclr.distributed import World, run_on_all_ranks
 from fastsimclr.environment import commit, examine
 from fastsimclr.errors import UserError
 from fastsimclr.evaluation.knn import measure
@@ -43,7 +43,7 @@ class Trainer:
         stop = stop or StopSignal()  # one that is never received
         self.config, self.world = config, world
         self._text, self._arguments = text, arguments
-        self.folder = RunFolder(distributed.share(config.output or _new_folder(config), world))
+        self.folder = RunFolder(distributed.broadcast_object(config.output or _new_folder(config), world))
         self.sync = RankSync(world, stop)
         self.clock = StageClock(world.device)
         self.metrics = Metrics()
@@ -51,8 +51,8 @@ class Trainer:
         self.untrained_knn: float | None = None
 
         # A mistake in these options is reported before a scan of the images, which may take long.
-        learner = together(lambda: build_learner(config, world), world)
-        self.views, self.model, self.optimizer = learner.views, learner.model, learner.optimizer
+        learner = run_on_all_ranks(lambda: build_learner(config, world), world)
+        self.augmentation, self.model, self.optimizer = learner.augmentation, learner.model, learner.optimizer
         self.precision, self.scaler = learner.precision, learner.scaler
         self.loss, self.loss_backend = learner.loss, learner.loss_backend
         self.data = self._open_data(stop)
@@ -67,7 +67,9 @@ class Trainer:
             workers=config.data.workers,
             dtype=learner.precision.view_dtype,
         )
-        self.loader = together(lambda: open_loader(self.data.train, self.views, self.loader_config), world)
+        self.loader = run_on_all_ranks(
+            lambda: open_loader(self.data.train, self.augmentation, self.loader_config), world
+        )
         steps_per_epoch = len(self.loader)
         self.checkpoint_steps = max(1, round(config.checkpoint_every * steps_per_epoch))
         self.schedule = LRSchedule.over_epochs(
@@ -75,7 +77,7 @@ class Trainer:
         )
         last_step = min(self.schedule.total_steps, config.max_steps or self.schedule.total_steps)
         self.progress = Progress(self.loader.state_dict(), last_step)
-        together(self.resume, world)
+        run_on_all_ranks(self.resume, world)
         self.stepper = self._build_stepper()
 
     def train(self) -> None:
@@ -140,7 +142,7 @@ class Trainer:
             self.model.encoder,  # type: ignore[arg-type]
             self.data.train,
             self.data.val,
-            self.views,
+            self.augmentation,
             self.loader_config,
             self.config.knn_k,
             autocast=self.precision.autocast,
@@ -154,7 +156,7 @@ class Trainer:
     def save(self) -> None:
         """Replace the run's checkpoint. A step whose loss is not finite is never saved."""
         self.metrics.flush()
-        if self.world.is_first:
+        if self.world.is_rank_zero:
             self.folder.save(
                 {
                     "step": self.progress.step,
@@ -240,7 +242,7 @@ class Trainer:
         lines = summary.describe_data(config, self.data, self.loader, self.folder)
         lines += summary.describe_model(config, self.model, self.precision, self.loss_backend, self.world)
         self._say(*lines, summary.describe_schedule(config, self.schedule), f"output: {self.folder}")
-        if self.world.is_first:
+        if self.world.is_rank_zero:
             write_text(self.folder.config, self._text)
             write_text(self.folder.environment, json.dumps(self._environment(), indent=2) + "\n")
             self.metrics.open(
@@ -251,7 +253,7 @@ class Trainer:
                 self.metrics.event({"step": progress.step, "epoch": progress.epoch, **skipped})
         if self.measures_knn and self.untrained_knn is None:
             self.untrained_knn = self.evaluate_knn()
-        if config.profile and self.world.is_first:
+        if config.profile and self.world.is_rank_zero:
             self.trace = Trace(self.folder.trace, self.world.device)
         self.clock.restart()
 
@@ -287,7 +289,7 @@ class Trainer:
         }
 
     def _say(self, *lines: str) -> None:
-        if self.world.is_first:
+        if self.world.is_rank_zero:
             print(*lines, sep="\n", flush=True)
 
 

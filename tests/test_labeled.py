@@ -12,9 +12,9 @@ from ranks import run_ranks
 
 from fastsimclr.config import DataConfig
 from fastsimclr.data import open_source
-from fastsimclr.distributed import ALONE, World
+from fastsimclr.distributed import SINGLE_PROCESS, World
 from fastsimclr.errors import UserError
-from fastsimclr.evaluation.labelled import class_balanced, hold_out, open_labelled
+from fastsimclr.evaluation.labeled import class_balanced, hold_out, open_labeled
 
 
 def subset(fraction: float, seed: int) -> np.ndarray:
@@ -51,14 +51,14 @@ def test_another_seed_is_another_subset_and_a_larger_one_holds_the_smaller() -> 
 
 def per_rank(rank: int, _: int) -> tuple[list[int], list[int]]:
     world = World(rank, 2, torch.device("cpu"))
-    found = [open_labelled(DataConfig(train="digits"), fraction, 3, None, world).train for fraction in (0.01, 0.1)]
+    found = [open_labeled(DataConfig(train="digits"), fraction, 3, None, world).train for fraction in (0.01, 0.1)]
     return tuple(source.images.flatten(1).sum(1).tolist() for source in found)  # type: ignore[attr-defined,return-value]
 
 
 def test_every_rank_has_the_same_subset() -> None:
     first, second = run_ranks(2, per_rank, 0)
     assert first == second
-    alone = open_labelled(DataConfig(train="digits"), 0.1, 3, None, ALONE).train
+    alone = open_labeled(DataConfig(train="digits"), 0.1, 3, None, SINGLE_PROCESS).train
     assert first[1] == alone.images.flatten(1).sum(1).tolist()  # type: ignore[attr-defined]
 
 
@@ -79,17 +79,17 @@ def folder(tmp_path: Path) -> Path:
 @pytest.mark.parametrize("names", ["1.jpg\n6.jpg\n", "a/1.jpg\nb/6.jpg", "somewhere/b/6.jpg\r\n\r\n1.jpg\n"])
 def test_a_list_names_the_images_to_keep(folder: Path, tmp_path: Path, names: str) -> None:
     (tmp_path / "list.txt").write_text(names)
-    found = open_labelled(DataConfig(train=str(folder)), str(tmp_path / "list.txt"), 0, None, ALONE)
+    found = open_labeled(DataConfig(train=str(folder)), str(tmp_path / "list.txt"), 0, None, SINGLE_PROCESS)
     assert [Path(found.train.name(i)).name for i in range(len(found.train))] == ["1.jpg", "6.jpg"]
     assert found.train.labels.tolist() == [0, 1]
-    assert found.labels_there == 8
+    assert found.has_labels == 8
 
 
 def test_a_list_names_images_of_shards(folder: Path, tmp_path: Path) -> None:
     with tarfile.open(tmp_path / "0.tar", "w") as tar:
         tar.add(folder, "train")
     (tmp_path / "list.txt").write_text("2.jpg\nb/3.jpg\n")
-    found = open_labelled(DataConfig(train=str(tmp_path / "0.tar")), str(tmp_path / "list.txt"), 0, None, ALONE)
+    found = open_labeled(DataConfig(train=str(tmp_path / "0.tar")), str(tmp_path / "list.txt"), 0, None, SINGLE_PROCESS)
     assert [found.train.name(i)[-7:] for i in range(2)] == ["a/2.jpg", "b/3.jpg"]
 
 
@@ -97,7 +97,7 @@ def test_a_list_names_images_of_shards(folder: Path, tmp_path: Path) -> None:
 def test_a_list_of_other_images_is_a_mistake(folder: Path, tmp_path: Path, names: str, expected: str) -> None:
     (tmp_path / "list.txt").write_text(names)
     with pytest.raises(UserError, match=expected):
-        open_labelled(DataConfig(train=str(folder)), str(tmp_path / "list.txt"), 0, None, ALONE)
+        open_labeled(DataConfig(train=str(folder)), str(tmp_path / "list.txt"), 0, None, SINGLE_PROCESS)
 
 
 def test_numbers_with_gaps_become_places(tmp_path: Path) -> None:
@@ -109,7 +109,7 @@ def test_numbers_with_gaps_become_places(tmp_path: Path) -> None:
         with tarfile.open(tmp_path / f"{name}.tar", "w") as tar:
             tar.add(files, ".")
     data = DataConfig(train=str(tmp_path / "train.tar"), val=str(tmp_path / "val.tar"))
-    found = open_labelled(data, 1.0, 0, None, ALONE)
+    found = open_labeled(data, 1.0, 0, None, SINGLE_PROCESS)
     assert found.val is not None
     assert list(found.classes) == ["3", "70"]
     assert sorted(found.train.labels.tolist()) == sorted(found.val.labels.tolist()) == [0, 1]
@@ -117,8 +117,8 @@ def test_numbers_with_gaps_become_places(tmp_path: Path) -> None:
 
 def test_bad_images_are_left_out_and_counted_or_too_many(folder: Path) -> None:
     (folder / "a" / "1.jpg").write_bytes(b"no image")
-    found = open_labelled(DataConfig(train=str(folder), max_bad=0.5), 1.0, 0, None, ALONE)
+    found = open_labeled(DataConfig(train=str(folder), max_bad=0.5), 1.0, 0, None, SINGLE_PROCESS)
     assert len(found.train) == 7
     assert "1.jpg" in found.skipped[0]
     with pytest.raises(UserError, match=r"--data\.max_bad: got 1 of 8"):
-        open_labelled(DataConfig(train=str(folder)), 1.0, 0, None, ALONE)
+        open_labeled(DataConfig(train=str(folder)), 1.0, 0, None, SINGLE_PROCESS)

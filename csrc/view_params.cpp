@@ -1,5 +1,5 @@
 // The arithmetic is that of data/params.py, in double, operation by operation: both draw the same.
-#include "draws.h"
+#include "view_params.h"
 
 #include <algorithm>
 #include <cmath>
@@ -12,7 +12,7 @@ constexpr uint32_t kChoices = 0, kFactors = 1, kOthers = 2, kAttempts = 3;  // c
 constexpr uint32_t kCropAttempts = 10;                                      // as torchvision's RandomResizedCrop
 
 // Four numbers in [0, 1), multiples of 2^-24.
-std::array<double, 4> uniform(const DrawParams& p, int64_t index, uint32_t block) {
+std::array<double, 4> uniform(const SampleParams& p, int64_t index, uint32_t block) {
   uint32_t c[4] = {block, p.view, uint32_t(index), uint32_t(uint64_t(index) >> 32)};
   uint32_t k0 = p.seed, k1 = p.epoch;
   for (int round = 0; round < 10; round++) {
@@ -30,32 +30,32 @@ std::array<double, 4> uniform(const DrawParams& p, int64_t index, uint32_t block
 
 double between(const std::array<double, 2>& range, double u) { return range[0] + (range[1] - range[0]) * u; }
 
-void set_box(Draw& draw, int64_t top, int64_t left, int64_t height, int64_t width) {
-  draw.top = int32_t(top);
-  draw.left = int32_t(left);
-  draw.height = int32_t(height);
-  draw.width = int32_t(width);
+void set_box(ViewParams& view_params, int64_t top, int64_t left, int64_t height, int64_t width) {
+  view_params.top = int32_t(top);
+  view_params.left = int32_t(left);
+  view_params.height = int32_t(height);
+  view_params.width = int32_t(width);
 }
 
 // The distribution of torchvision's RandomResizedCrop: the first of ten attempts that fits, else the largest central
 // crop whose aspect ratio is allowed.
-void random_box(const DrawParams& p, int64_t index, int64_t height, int64_t width, Draw& draw) {
+void random_box(const SampleParams& p, int64_t index, int64_t height, int64_t width, ViewParams& view_params) {
   for (uint32_t k = 0; k < kCropAttempts; k++) {
     const auto u = uniform(p, index, kAttempts + k);
     const double area = double(height * width) * between(p.scale, u[0]), aspect = std::exp(between(p.log_ratio, u[1]));
     const auto h = int64_t(std::rint(std::sqrt(area / aspect))), w = int64_t(std::rint(std::sqrt(area * aspect)));
     if (h > 0 && h <= height && w > 0 && w <= width)
-      return set_box(draw, int64_t(u[2] * double(height - h + 1)), int64_t(u[3] * double(width - w + 1)), h, w);
+      return set_box(view_params, int64_t(u[2] * double(height - h + 1)), int64_t(u[3] * double(width - w + 1)), h, w);
   }
   const double aspect = double(width) / double(height);
   const int64_t h = aspect < p.ratio[0] ? int64_t(std::rint(double(width) / p.ratio[0])) : height;
   const int64_t w = aspect > p.ratio[1] ? int64_t(std::rint(double(height) * p.ratio[1])) : width;
-  set_box(draw, (height - h) / 2, (width - w) / 2, h, w);
+  set_box(view_params, (height - h) / 2, (width - w) / 2, h, w);
 }
 
-void center_box(const DrawParams& p, int64_t height, int64_t width, Draw& draw) {
+void center_box(const SampleParams& p, int64_t height, int64_t width, ViewParams& view_params) {
   const int64_t side = std::max<int64_t>(1, int64_t(std::rint(double(std::min(height, width)) * p.center_fraction)));
-  set_box(draw, (height - side) / 2, (width - side) / 2, side, side);
+  set_box(view_params, (height - side) / 2, (width - side) / 2, side, side);
 }
 
 std::array<uint8_t, 4> permutation(int number) {  // of 0 … 23, in lexicographic order
@@ -67,25 +67,26 @@ std::array<uint8_t, 4> permutation(int number) {  // of 0 … 23, in lexicograph
 
 }  // namespace
 
-void draw(const DrawParams& p) {
+void sample_params(const SampleParams& p) {
   for (int64_t i = 0; i < p.count; i++) {
     const int64_t index = p.index[i], height = p.sizes[2 * i], width = p.sizes[2 * i + 1];
-    Draw& draw = p.out[i];
+    ViewParams& view_params = p.out[i];
     if (p.center_fraction > 0) {
-      center_box(p, height, width, draw);
+      center_box(p, height, width, view_params);
     } else {
-      random_box(p, index, height, width, draw);
+      random_box(p, index, height, width, view_params);
     }
     const auto choices = uniform(p, index, kChoices), factors = uniform(p, index, kFactors),
                others = uniform(p, index, kOthers);
-    draw.flip = choices[0] < p.probabilities[0];
-    draw.jitter = choices[1] < p.probabilities[1];
-    draw.grey = choices[2] < p.probabilities[2];
-    draw.sigma = choices[3] < p.probabilities[3] ? float(between(p.sigma, others[1])) : 0.0f;
-    draw.solarise = others[2] < p.probabilities[4];
+    view_params.flip = choices[0] < p.probabilities[0];
+    view_params.jitter = choices[1] < p.probabilities[1];
+    view_params.grayscale = choices[2] < p.probabilities[2];
+    view_params.sigma = choices[3] < p.probabilities[3] ? float(between(p.sigma, others[1])) : 0.0f;
+    view_params.solarize = others[2] < p.probabilities[4];
     const auto order = permutation(int(others[0] * 24));
-    std::copy(order.begin(), order.end(), draw.order);
-    for (size_t k = 0; k < 4; k++) draw.factors[k] = float(between({p.factors_low[k], p.factors_high[k]}, factors[k]));
+    std::copy(order.begin(), order.end(), view_params.order);
+    for (size_t k = 0; k < 4; k++)
+      view_params.factors[k] = float(between({p.factors_low[k], p.factors_high[k]}, factors[k]));
   }
 }
 

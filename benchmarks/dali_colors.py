@@ -12,9 +12,9 @@ import nvidia.dali.fn as fn
 import nvidia.dali.math as dmath
 import nvidia.dali.types as types
 
-from fastsimclr.data.augmentation import Views
-from fastsimclr.data.dali import DaliFront
-from fastsimclr.data.params import Draws
+from fastsimclr.data.augmentation import Augmentation
+from fastsimclr.data.dali import DaliBackend
+from fastsimclr.data.params import ViewParams
 from fastsimclr.data.photometric import blur_window
 
 BRIGHTNESS, CONTRAST, SATURATION, HUE, NONE = range(5)  # of a draw's order
@@ -23,44 +23,44 @@ TRUNCATE = -0.499 / 255  # a brightness_shift by which DALI, which rounds, comes
 Inputs = dict[str, Any]  # by name: arrays (B, …); in the graph DALI's nodes, for a view each
 
 
-class DaliColours(DaliFront):
+class DaliColors(DaliBackend):
     """A front whose `crops` are whole views (B, S, S, 3), float32, by our draws."""
 
-    def _view_inputs(self, draws: Draws, recipe: Views) -> Inputs:
-        inputs = super()._view_inputs(draws, recipe) | colour_inputs(draws, recipe)
+    def _view_inputs(self, params: ViewParams, recipe: Augmentation) -> Inputs:
+        inputs = super()._view_inputs(params, recipe) | color_inputs(params, recipe)
         return {name: np.ascontiguousarray(values) for name, values in inputs.items()}
 
     def _build(self, **options: Any) -> Any:
         return super()._build(enable_conditionals=True, **options)
 
-    def _view(self, images: Any, inputs: Inputs, recipe: Views) -> Any:
+    def _view(self, images: Any, inputs: Inputs, recipe: Augmentation) -> Any:
         return finished(super()._view(images, inputs, recipe), inputs, recipe)
 
 
-def colour_inputs(draws: Draws, recipe: Views) -> Inputs:
+def color_inputs(params: ViewParams, recipe: Augmentation) -> Inputs:
     """What the graph of `recipe`, one view's, needs of the draws (B,): nothing for what is never done."""
-    inputs: Inputs = _jitter_inputs(draws) if recipe.jitter > 0 else {}
-    if recipe.grey > 0:
-        inputs["grey"] = draws["grey"]
-    if recipe.blur > 0:
-        sigma = draws["sigma"]
+    inputs: Inputs = _jitter_inputs(params) if recipe.jitter_prob > 0 else {}
+    if recipe.grayscale_prob > 0:
+        inputs["grayscale"] = params["grayscale"]
+    if recipe.blur_prob > 0:
+        sigma = params["sigma"]
         inputs |= {"blurred": sigma > 0, "sigma": sigma}
         # Beyond three sigma nothing is visible, and small sigmas' weights are denormal numbers, which are slow.
         inputs["window"] = np.minimum(2 * np.ceil(3 * sigma) + 1, blur_window(recipe)).astype(np.int32)
-    if recipe.solarise > 0:
-        inputs["solarise"] = draws["solarise"]
+    if recipe.solarize_prob > 0:
+        inputs["solarize"] = params["solarize"]
     return inputs
 
 
-def finished(x: Any, inputs: Inputs, recipe: Views) -> Any:
+def finished(x: Any, inputs: Inputs, recipe: Augmentation) -> Any:
     """The graph: a view HWC, float32, normalised, from its crop HWC uint8."""
     if "before" in inputs:
         x = _jitter(x, inputs)
-    if inputs.get("grey"):  # None, and left out of the graph, where the recipe has none
+    if inputs.get("grayscale"):  # None, and left out of the graph, where the recipe has none
         x = fn.color_space_conversion(_luma(x), image_type=types.GRAY, output_type=types.RGB)
     if inputs.get("blurred"):
         x = fn.gaussian_blur(x, sigma=inputs["sigma"], window_size=inputs["window"])
-    if inputs.get("solarise"):
+    if inputs.get("solarize"):
         x = dmath.min(x, types.Constant(255, dtype=types.UINT8) - x)
     return fn.crop_mirror_normalize(
         x,
@@ -75,17 +75,17 @@ def _luma(x: Any) -> Any:
     return fn.color_space_conversion(x, image_type=types.RGB, output_type=types.GRAY)
 
 
-def _jitter_inputs(draws: Draws) -> Inputs:
+def _jitter_inputs(params: ViewParams) -> Inputs:
     """before, after: (B, 3), which of brightness, contrast and saturation come before the hue and after it, then NONE.
 
     So the hue, of many operators, stands in the graph once. The other inputs are `_turn_hue`'s, and the factors.
     """
-    jitter, order = draws["jitter"], draws["order"]
+    jitter, order = params["jitter"], params["order"]
     change = np.where(jitter[:, None], order, NONE).astype(np.uint8)
     hue_at, step = np.argmax(order == HUE, axis=1)[:, None], np.arange(4)
-    brightness, contrast, saturation, turn = draws["factors"].T
-    thirds = np.rint(turn * 3)
-    rest = turn * 6 - thirds * 2
+    brightness, contrast, saturation, hue_shift = params["factors"].T
+    thirds = np.rint(hue_shift * 3)
+    rest = hue_shift * 6 - thirds * 2
     places = thirds[:, None] * 2 + np.where(rest < 0, -1, 1)[:, None] * np.arange(3)
     return {
         "before": np.where(step < hue_at, change, np.uint8(NONE))[:, :3],
@@ -93,7 +93,7 @@ def _jitter_inputs(draws: Draws) -> Inputs:
         "brightness": brightness,
         "contrast": contrast,
         "saturation": saturation,
-        "turned": jitter & (turn != 0),
+        "turned": jitter & (hue_shift != 0),
         "places": (places % 3).astype(np.int32)[:, :, None],
         "sixths": np.abs(rest),
     }
@@ -103,7 +103,7 @@ def _jitter(x: Any, inputs: Inputs) -> Any:
     for slot in range(3):
         x = _change(x, inputs["before"][slot], inputs)
     if inputs["turned"]:
-        x = _turn_hue(x, inputs["places"], inputs["sixths"])
+        x = _shift_hue(x, inputs["places"], inputs["sixths"])
     for slot in range(3):
         x = _change(x, inputs["after"][slot], inputs)
     return x
@@ -121,7 +121,7 @@ def _change(x: Any, change: Any, inputs: Inputs) -> Any:
     return x
 
 
-def _turn_hue(x: Any, places: Any, sixths: Any) -> Any:
+def _shift_hue(x: Any, places: Any, sixths: Any) -> Any:
     """Turn the hue circle of HSV by whole thirds, by which channels change places, and α = `sixths`, 0 ≤ α ≤ 1, more.
 
     A pixel's channel x, of y and z the next on the circle in the turn's direction, with low ≤ x, y, z ≤ high, becomes

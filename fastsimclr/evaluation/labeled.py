@@ -20,7 +20,7 @@ _SHOWN = 3  # names in an error
 
 
 @dataclass(frozen=True)
-class Labelled:
+class LabeledData:
     """Images whose labels are places in `classes`."""
 
     train: Source
@@ -28,11 +28,11 @@ class Labelled:
     classes: Sequence[str]
     skipped: list[str]
     """What was wrong with each image left out, beginning with its name."""
-    labels_there: int
+    has_labels: int
     """Images of the training set before --labels, all of which have one."""
 
 
-def open_labelled(data: DataConfig, labels: float | str, seed: int, cache: Path | None, world: World) -> Labelled:
+def open_labeled(data: DataConfig, labels: float | str, seed: int, cache: Path | None, world: World) -> LabeledData:
     """The images of --data.train with as many labels as --labels says, and those of --data.val, or else the built-in
     sets' own validation images; all that decode, found by all ranks together.
 
@@ -59,7 +59,7 @@ def open_labelled(data: DataConfig, labels: float | str, seed: int, cache: Path 
     found = open_dataset(
         data.train, data.val, world=world, backend=data.backend, max_bad=data.max_bad, cache=cache, select=select
     )
-    return Labelled(found.train, found.val, found.train.classes, found.skipped or [], available)
+    return LabeledData(found.train, found.val, found.train.classes, found.skipped or [], available)
 
 
 def class_balanced(source: Source, fraction: float, seed: int) -> NDArray[np.int64] | None:
