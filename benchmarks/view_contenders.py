@@ -30,7 +30,7 @@ from fastsimclr.data.loader import BatchRequest, CropBackend
 from fastsimclr.data.sampler import Sampler
 from fastsimclr.data.torchvision import TorchvisionBackend
 
-PIXELS_BOUND = 1.5  # mean levels of 255, between two loaders of ours: tests/test_loaders.py
+PIXELS_BOUND = 1.5  # mean levels of 255, between two loaders of ours: tests/data/test_loaders.py
 ROUNDS = 2 if SMALL else 5
 WORKERS = min(16, CORES)
 

@@ -15,8 +15,8 @@ from typing import Any
 # The plugin is named because autoload is off (see gpu_check.py): other plugins' warnings would be errors.
 PYTEST = ("{python}", "-m", "pytest", "-p", "pytest_benchmark.plugin", "-p", "no:cacheprovider")
 GPU_TESTS = (*PYTEST, "-m", "gpu", "--durations=5")
-LOSS_AND_VIEWS = ("tests/test_fused.py", "tests/test_crop.py", "tests/test_photometric.py")
-OFFSETS = "tests/test_fused.py::test_offsets_past_2_31_elements"
+LOSS_AND_VIEWS = ("tests/loss/test_fused.py", "tests/data/test_crop.py", "tests/data/test_photometric.py")
+OFFSETS = "tests/loss/test_fused.py::test_offsets_past_2_31_elements"
 BUILD = """
 set -e
 cmake --fresh -S . -B build/gpu_check -G Ninja -DPython_EXECUTABLE="{python}" -DFASTSIMCLR_CUDA=ON \\
@@ -121,7 +121,7 @@ STAGES = (
         GPU_TESTS,
         ("tests/test_doctor.py",),
         {
-            "tests/test_dali_colors.py": ("nvidia.dali",),
+            "tests/benchmarks/test_dali_colors.py": ("nvidia.dali",),
             "tests/test_profiling.py": ("jsonargparse", "yaml", "tqdm", "tensorboard", "sklearn"),
         },
         proofs=passed(),

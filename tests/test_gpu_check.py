@@ -48,7 +48,7 @@ def test_everything_it_starts_can_start_on_a_bare_machine() -> None:
     done = gpu_check("--dry-run")
     assert done.returncode == 0, done.stdout
     assert "FAILED" not in done.stdout
-    for name in ("tests/test_crop.py", "benchmarks/bench_train.py", "small_kernels"):
+    for name in ("tests/data/test_crop.py", "benchmarks/bench_train.py", "small_kernels"):
         assert re.search(rf"^ok: .*{name}", done.stdout, re.MULTILINE), name
 
 
@@ -56,7 +56,7 @@ def test_a_missing_import_and_a_lost_gpu_test_are_found(tmp_path: Path) -> None:
     for name in ("scripts", "tests", "benchmarks", "fastsimclr"):
         shutil.copytree(ROOT / name, tmp_path / name, ignore=shutil.ignore_patterns("results", "__pycache__"))
     shutil.copy(ROOT / "pyproject.toml", tmp_path)
-    test_file, conftest = tmp_path / "tests" / "test_fused.py", tmp_path / "tests" / "conftest.py"
+    test_file, conftest = tmp_path / "tests" / "loss" / "test_fused.py", tmp_path / "tests" / "conftest.py"
     test_file.write_text(test_file.read_text().replace("import torch\n", "import jsonargparse\nimport torch\n", 1))
     marked = 'pytest.param("gpu", marks=pytest.mark.gpu)'
     assert marked in conftest.read_text()
@@ -64,19 +64,19 @@ def test_a_missing_import_and_a_lost_gpu_test_are_found(tmp_path: Path) -> None:
     done = gpu_check("--dry-run", "tests", root=tmp_path)
     assert done.returncode == 1
     assert "No module named 'jsonargparse'" in done.stdout
-    assert "no test of tests/test_crop.py was collected" in done.stdout
+    assert "no test of tests/data/test_crop.py was collected" in done.stdout
 
 
 def test_every_gpu_test_belongs_to_a_stage(check: ModuleType) -> None:
     command = [sys.executable, "-m", "pytest", "-p", "no:cacheprovider", "--collect-only", "-q", "-m", "gpu", "tests"]
     output = subprocess.run(command, cwd=ROOT, capture_output=True, text=True).stdout
-    marked = set(re.findall(r"^(tests/\w+\.py)::", output, re.MULTILINE))
-    assert "tests/test_crop.py" in marked, output
+    marked = set(re.findall(r"^(tests/[\w/]+\.py)::", output, re.MULTILINE))
+    assert "tests/data/test_crop.py" in marked, output
     assert marked == {
         file
         for stage in check.STAGES
         for file in (*stage.files, *stage.optional_files)
-        if re.match(r"tests/\w+\.py$", file)
+        if re.match(r"tests/[\w/]+\.py$", file)
     }
 
 

@@ -22,7 +22,7 @@ from typing import Literal
 import pybind11
 import torch
 
-CSRC = Path(__file__).parents[1] / "csrc"
+CSRC = Path(__file__).parents[2] / "csrc"
 COMPILER = os.environ.get("CXX") or shutil.which("g++")
 LOSS, VIEWS = ("normalize.cu", "forward.cu", "backward.cu"), ("crop.cu", "photometric.cu")
 BINDING = ("bindings.cpp", "bindings_views.cpp")  # does nothing of its own, and takes the longest to compile

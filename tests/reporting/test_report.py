@@ -31,7 +31,7 @@ from fastsimclr.reporting.numbers import duration, number
 from fastsimclr.reporting.report import pieces
 from fastsimclr.run_folder import RunFolder
 
-ROOT = Path(__file__).resolve().parents[1]
+ROOT = Path(__file__).resolve().parents[2]
 EVIL = '<script>alert("x")</script>&\'"><img src=http://example.com/x onerror=alert(1)>'
 VOID = {"br", "img", "link", "meta"}
 FETCHED = ("src", "srcset", "href", "xlink:href", "action", "data", "poster", "background")

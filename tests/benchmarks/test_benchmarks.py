@@ -18,7 +18,7 @@ from benchmarks.measured import Kind, read
 from benchmarks.report import BEGIN, END, main
 from benchmarks.suite import MIN_ROUNDS, Budget, Check, Spread, Suite
 
-ROOT = Path(__file__).resolve().parents[1]
+ROOT = Path(__file__).resolve().parents[2]
 Ratio = tuple[float, float, float]  # lower quartile, median, upper quartile
 STEADY: Ratio = (2.95, 3.0, 3.05)
 

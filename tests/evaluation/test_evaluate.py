@@ -22,7 +22,7 @@ from fastsimclr.evaluation.features import embed
 from fastsimclr.pretrained import open_pretrained
 from fastsimclr.train import main as train
 
-CIFAR10 = Path(__file__).resolve().parents[2] / "shared" / "data" / "cifar10"
+CIFAR10 = Path(__file__).resolve().parents[3] / "shared" / "data" / "cifar10"
 FAST = ["--precision=fp32", "--device=cpu"]
 
 

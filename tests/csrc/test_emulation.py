@@ -1,6 +1,6 @@
 """The CUDA emulation (csrc/emulation): it computes what a GPU would, and shows what is wrong in a kernel.
 
-The kernels are toys, in tests/emulation. A defect is planted in a copy of the source, by a change of its text.
+The kernels are toys, in tests/csrc/emulation. A defect is planted in a copy of the source, by a change of its text.
 """
 
 import ctypes
@@ -18,7 +18,7 @@ import pytest
 import torch
 from torch import Tensor
 
-ROOT = Path(__file__).resolve().parents[1]
+ROOT = Path(__file__).resolve().parents[2]
 TOYS = ROOT / "tests" / "emulation"
 SEEDS = range(1, 6)
 INVALID_VALUE, LAUNCH_FAILURE = 1, 719

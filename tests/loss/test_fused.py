@@ -1,7 +1,7 @@
 """The fused kernels: on a GPU where there is one, and always emulated, which runs the same sources on the CPU.
 
 An emulated similarity costs some thousand times what a GPU's does, so CI runs every boundary once and not the whole
-grid: FASTSIMCLR_WHOLE_GRID=1 python -m pytest tests/test_fused.py runs all of it (a GPU always does).
+grid: FASTSIMCLR_WHOLE_GRID=1 python -m pytest tests/loss/test_fused.py runs all of it (a GPU always does).
 """
 
 import itertools

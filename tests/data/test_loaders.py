@@ -20,7 +20,7 @@ from fastsimclr.data.scan import scan
 from fastsimclr.data.sources import ArraySource, EncodedSource, FolderSource
 from fastsimclr.errors import UserError
 
-SHARED = Path(__file__).resolve().parents[2] / "shared" / "data"
+SHARED = Path(__file__).resolve().parents[3] / "shared" / "data"
 IMAGES, BATCH = 23, 5  # four whole batches and one of three
 SMALL = Augmentation(image_size=24)
 pytestmark = pytest.mark.usefixtures("one_thread")

@@ -18,7 +18,7 @@ from fastsimclr.data.loader import BatchRequest
 from fastsimclr.data.params import VIEW_PARAMS
 from fastsimclr.data.photometric import photometric_in_pytorch
 
-FLOWERS = Path(__file__).resolve().parents[2] / "shared" / "data" / "photos" / "flowers_300.tar"
+FLOWERS = Path(__file__).resolve().parents[3] / "shared" / "data" / "photos" / "flowers_300.tar"
 IMAGES, BATCH = 23, 5  # four whole batches and one of three
 CPU = torch.device("cpu")
 # Levels come out as they are: neither mean nor standard deviation.

@@ -14,7 +14,7 @@ from torchvision.datasets import STL10
 from fastsimclr.data.sources import ArraySource, EncodedSource, open_source
 from fastsimclr.errors import UserError
 
-SHARED = Path(__file__).resolve().parents[2] / "shared" / "data"
+SHARED = Path(__file__).resolve().parents[3] / "shared" / "data"
 SMALL = jpeg(photo(8, 8))
 
 
