@@ -241,7 +241,7 @@ def test_nvcc_is_looked_for_in_order(tmp_path: Path, monkeypatch: pytest.MonkeyP
 
     monkeypatch.delenv("CUDA_HOME", raising=False)
     monkeypatch.setenv("PATH", str(tmp_path / "path"))
-    monkeypatch.setattr(setup, "USUAL_CUDA", tmp_path / "usual")
+    monkeypatch.setattr(setup, "DEFAULT_CUDA_HOME", tmp_path / "usual")
     monkeypatch.setattr(sysconfig, "get_path", lambda name: str(tmp_path / name))
     nvcc, reason = setup.find_nvcc()
     assert nvcc is None
