@@ -84,7 +84,7 @@ def test_every_gpu_test_belongs_to_a_stage(check: ModuleType) -> None:
 def test_without_a_gpu_it_says_so_and_ends_with_2(tmp_path: Path) -> None:
     done = gpu_check(str(tmp_path / "out"))
     assert done.returncode == 2
-    assert done.stderr.endswith("there is no GPU to check: AssertionError: torch sees no GPU\n")
+    assert done.stderr.endswith("no GPU is available: AssertionError: torch sees no GPU\n")
     assert not (tmp_path / "out").exists()
 
 
