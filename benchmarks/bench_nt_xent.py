@@ -187,6 +187,7 @@ def test_nt_xent(suite: Suite, num_views: int, width: int, part: str) -> None:
             gradients_error = f", gradients {gradients:.1g}" if part == STEP else ""
             notes[name] = f"lower precision; relative error against float32: loss {loss:.1g}{gradients_error}"
     _, *others = size.contenders
+    task = f"NT-Xent {STEP}, {num_views} views of width {width}"
     suite.record(
         peak_mib=size.peak_mib if part == STEP else {},
         checks=checks,
@@ -195,9 +196,7 @@ def test_nt_xent(suite: Suite, num_views: int, width: int, part: str) -> None:
         variants=[name for name in others if size.contenders[name].is_fastsimclr],
         references=[MATMUL],
         inexact=[name for name in others if size.contenders[name].bound is None],
-        readme_task=f"NT-Xent {STEP}, {num_views} views of width {width}"
-        if (num_views, width, part) == (*README_SIZE, STEP)
-        else "",
+        readme_task=task if (num_views, width, part) == (*README_SIZE, STEP) else "",
     )
     if part == STEP:
         suite.record_targets(*target_verdicts(timing, size, num_views, width))

@@ -218,7 +218,7 @@ def test_stages(suite: Suite, photos: Images) -> None:
     color_operations = {
         "color operations, float32": colors(),
         "color operations, bfloat16": colors(torch.bfloat16),
-        "color operations in PyTorch": colors(backend="pytorch"),
+        "color operations in PyTorch": colors(implementation="pytorch"),
     }
     stages: dict[str, Callable[[], object]] = {
         "read": lambda: [source.read(int(i)) for i in index],

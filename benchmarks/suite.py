@@ -168,9 +168,8 @@ class Suite:
             self.synchronize()
             last[name] = time.perf_counter() - start
             seconds[name].append(last[name] / repeats)
-            self._print_progress(
-                name, seconds[name], seconds[first] or [last[first] / repeats]
-            )  # in a round, first comes last
+            # In a round, the first contender is called last.
+            self._print_progress(name, seconds[name], seconds[first] or [last[first] / repeats])
 
         def untimed_call(name: str) -> None:
             if name in short:
