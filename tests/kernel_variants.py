@@ -160,7 +160,7 @@ def views_are_wrong() -> bool:
 
 
 def loss_is_wrong(one_shape: bool) -> bool:
-    from oracle import views, loss_and_gradients, relative_error, rows_of
+    from oracle import loss_and_gradients, relative_error, rows_of, views
 
     cases = [(*case, p) for case in CASES for p in ("medium", "highest")]
     if one_shape:
