@@ -52,7 +52,7 @@ class Scan:
 
 
 class BadImages(UserError):
-    """More than the allowed fraction of images are bad. bad: one line per image, its name and the reason."""
+    """The fraction of bad images exceeds the limit. bad: one line per image, its name and the reason."""
 
     def __init__(self, message: str, bad: list[str]) -> None:
         super().__init__(message)
@@ -64,7 +64,7 @@ class ScanStopped(Exception):
 
 
 class _ImageCheck(NamedTuple):
-    index: int  # of the image in its source
+    image: int  # index in the source
     height: int  # of the upright image; 0 if it cannot be used
     width: int
     reason: str  # why it cannot be used, else ""
@@ -257,13 +257,13 @@ class _ScanCache:
         return unchecked, self._error
 
     def record(self, results: Sequence[_ImageCheck]) -> None:
-        for image in results:
-            self._rows["height"][image.index], self._rows["width"][image.index] = image.height, image.width
-            self._known[image.index] = True
-            if image.reason:
-                self._reasons[image.index] = image.reason
-            if not image.cacheable:
-                self._rows["bytes"][image.index] = _UNCACHED
+        for result in results:
+            self._rows["height"][result.image], self._rows["width"][result.image] = result.height, result.width
+            self._known[result.image] = True
+            if result.reason:
+                self._reasons[result.image] = result.reason
+            if not result.cacheable:
+                self._rows["bytes"][result.image] = _UNCACHED
 
     def result(self) -> tuple[NDArray[np.int32], NDArray[np.int32], dict[int, str], str]:
         """Return heights, widths, reasons of bad images by index, and an error if the cache could not be written."""

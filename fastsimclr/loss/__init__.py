@@ -44,8 +44,8 @@ def nt_xent(
         arrives at the loss must be the same on every rank, as it is in DDP.
     backend: "fused" (CUDA kernels, O(N D) memory), "tiled" (PyTorch, O(N D) memory, any device), "reference" (PyTorch,
         O(N^2) memory), or "auto", the fastest available.
-    precision: of the matrix products. "highest": float32 (fused: the upper 16 bits of each factor, errors of 1e-5).
-        "medium": bf16 (tiled on a GPU: TF32). "auto": "medium" for bf16 and fp16 inputs, otherwise "highest".
+    precision: precision of the matrix products. "highest": float32 (fused: the upper 16 bits of each factor, errors of
+        1e-5). "medium": bf16 (tiled on a GPU: TF32). "auto": "medium" for bf16 and fp16 inputs, otherwise "highest".
         "reference" ignores it and computes in the inputs' dtype, at least float32.
     reduction: "mean", or "none" to return the loss of each view, (2N,), z1's rows first.
     decoupled: if True, leave the positive out of the denominator (Yeh et al., arXiv 2110.06848).
@@ -92,7 +92,7 @@ def choose_backend(
 ) -> tuple[str, str]:
     """Return the implementation used for `backend`, and the reason, for projections (N, `width`) on `device`.
 
-    Raises BackendError, a ValueError and a RuntimeError, if `backend` is "fused" or "emulated" and cannot run.
+    Raises BackendError, a ValueError and a RuntimeError, if a backend other than "auto" is requested and cannot run.
     """
     if backend in ("tiled", "reference"):
         return backend, "as requested"
@@ -106,7 +106,7 @@ def choose_backend(
     if backend == "emulated" and device.type != "cpu":
         reason = f"it runs on the CPU, and the projections are on {device.type}"
     if reason:
-        raise BackendError(f'backend: got "{backend}", which cannot run: {reason}; use backend="auto" or "tiled"')
+        raise BackendError(f'got backend="{backend}", which cannot run: {reason}; use backend="auto" or "tiled"')
     return backend, "as requested"
 
 

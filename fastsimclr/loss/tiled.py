@@ -152,7 +152,8 @@ def tiled_backward(
         scale = _scale(temperature, z.dtype)
         z_dot_dz = (z * dz).sum(1)
         dtemperature = z_dot_dz.sum() * (-0.5 / LOG2_E / temperature.to(z.dtype)) * g_scale
-        radial = torch.where(norm > NORM_EPS, z_dot_dz / scale**2, 0.0)  # as F.normalize, constant norm below its eps
+        # As in F.normalize, which divides by a constant below its eps.
+        radial = torch.where(norm > NORM_EPS, z_dot_dz / scale**2, 0.0)
         dz.addcmul_(z, radial[:, None], value=-1)
         dz.mul_((g_scale / (scale * temperature.to(z.dtype) * norm))[:, None])
         return dz, dtemperature

@@ -284,7 +284,7 @@ def test_micro_batches_give_the_gradient_of_the_whole_batch(tmp_path: Path, view
         (["--data.train={photos}", "--device=tpu"], ["device", "tpu", "expected auto, cpu or cuda"]),
         (
             ["--data.train={photos}", "--loss.backend=fused"],
-            ["--loss.backend", "it is a CUDA kernel", 'use backend="auto"'],
+            ["--loss.backend", "it needs a CUDA GPU", 'use backend="auto"'],
         ),
         (["--data.train={photos}", "--data.num_views=1"], ["--data.num_views", "got 1", "expected at least 2"]),
     ],
