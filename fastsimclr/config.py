@@ -57,8 +57,8 @@ class ModelConfig:
 
     encoder: Literal["resnet18", "resnet34", "resnet50", "resnet101", "resnet152"] = "resnet50"
     """Encoder architecture: the torchvision ResNet of this name."""
-    width: int = 1
-    """Width multiplier: multiplies the number of channels of every layer."""
+    width: float = 1
+    """Width multiplier: multiplies the number of channels of every layer. A multiple of 1/64, such as 0.5 or 2."""
     stem: Literal["auto", "imagenet", "small"] = "auto"
     """First layers of the encoder: imagenet (7x7 convolution of stride 2, max-pooling) or small (3x3 convolution of
     stride 1, no pooling). auto picks small for images of up to 64 pixels."""

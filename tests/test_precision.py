@@ -82,7 +82,7 @@ def steps(run: Path) -> list[dict[str, Any]]:
         ((6, 1), None, "fp32 (auto: this GPU has neither bf16 nor fp16 tensor cores)"),
         ((7, 0), torch.float16, TURING),
         ((7, 5), torch.float16, TURING),
-        ((8, 0), torch.bfloat16, "bf16 autocast (auto: this GPU has it)"),
+        ((8, 0), torch.bfloat16, "bf16 autocast (auto: this GPU supports bf16)"),
     ],
 )
 def test_auto_takes_what_the_gpu_is_fast_at(

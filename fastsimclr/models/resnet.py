@@ -25,12 +25,13 @@ class Encoder(ResNet):
     the same one.
     """
 
-    def __init__(self, name: str, width: int, stem: str) -> None:
+    def __init__(self, name: str, width: float, stem: str) -> None:
         block, layers = _BLOCKS[name]
         nn.Module.__init__(self)  # ResNet's __init__ fixes the widths: build the same layers here, `width` times wider
         self.name, self.width, self.stem = name, width, stem
+        channels = round(64 * width)
         self._norm_layer = nn.BatchNorm2d
-        self.inplanes, self.dilation, self.groups, self.base_width = 64 * width, 1, 1, 64
+        self.inplanes, self.dilation, self.groups, self.base_width = channels, 1, 1, 64
         self.maxpool: nn.Module
         if stem == "small":  # for CIFAR, as in the paper's appendix B.9
             self.conv1 = nn.Conv2d(3, self.inplanes, kernel_size=3, stride=1, padding=1, bias=False)
@@ -40,13 +41,13 @@ class Encoder(ResNet):
             self.maxpool = nn.MaxPool2d(kernel_size=3, stride=2, padding=1)
         self.bn1 = nn.BatchNorm2d(self.inplanes)
         self.relu = nn.ReLU(inplace=True)
-        self.layer1 = self._make_layer(block, 64 * width, layers[0])
-        self.layer2 = self._make_layer(block, 128 * width, layers[1], stride=2)
-        self.layer3 = self._make_layer(block, 256 * width, layers[2], stride=2)
-        self.layer4 = self._make_layer(block, 512 * width, layers[3], stride=2)
+        self.layer1 = self._make_layer(block, channels, layers[0])
+        self.layer2 = self._make_layer(block, 2 * channels, layers[1], stride=2)
+        self.layer3 = self._make_layer(block, 4 * channels, layers[2], stride=2)
+        self.layer4 = self._make_layer(block, 8 * channels, layers[3], stride=2)
         self.avgpool = nn.AdaptiveAvgPool2d((1, 1))
         self.fc = nn.Identity()
-        self.out_features = 512 * width * block.expansion
+        self.out_features = 8 * channels * block.expansion
 
         for module in self.modules():
             if isinstance(module, nn.Conv2d):
@@ -59,11 +60,11 @@ class Encoder(ResNet):
                 nn.init.zeros_(module.bn3.weight)
 
 
-def encoder(name: str, width: int = 1, stem: str = "auto", *, image_size: int = 224) -> Encoder:
+def encoder(name: str, width: float = 1, stem: str = "auto", *, image_size: int = 224) -> Encoder:
     """Build a ResNet encoder: images (N, 3, H, W) to representations h (N, encoder.out_features), average-pooled.
 
     name: "resnet18", "resnet34", "resnet50", "resnet101" or "resnet152".
-    width: width multiplier, applied to the channels of every layer (1, 2 or 4 in the paper).
+    width: width multiplier, applied to the channels of every layer; a multiple of 1/64 (1, 2 or 4 in the paper).
     stem: "imagenet" (7x7 convolution of stride 2, max-pooling), "small" (3x3 convolution of stride 1, no pooling; for
         CIFAR), or "auto": "small" for images of up to 64 pixels, otherwise "imagenet".
     image_size: side of the images in pixels; used only by stem "auto".
@@ -75,8 +76,8 @@ def encoder(name: str, width: int = 1, stem: str = "auto", *, image_size: int = 
         raise UserError(f"encoder: got {name!r}, expected one of {', '.join(ENCODERS)}")
     if stem not in STEMS:
         raise UserError(f"stem: got {stem!r}, expected one of {', '.join(STEMS)}")
-    if width < 1 or int(width) != width:
-        raise UserError(f"width: got {width!r}, expected an integer of at least 1")
+    if width <= 0 or 64 * width % 1 != 0:
+        raise UserError(f"width: got {width!r}, expected a positive multiple of 1/64, such as 0.5, 1 or 2")
     if stem == "auto":
         stem = "small" if image_size <= SMALL_IMAGE else "imagenet"
-    return Encoder(name, int(width), stem)
+    return Encoder(name, int(width) if width == int(width) else width, stem)

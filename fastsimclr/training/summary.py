@@ -35,7 +35,7 @@ def describe_model(
     """The model, the device and the loss."""
     parameters = sum(p.numel() for p in model.parameters())
     return [
-        f"model: {config.model.encoder} x{config.model.width}, {parameters / 1e6:.1f} M parameters with head",
+        f"model: {config.model.encoder} x{config.model.width:g}, {parameters / 1e6:.1f} M parameters with head",
         f"device: {world.world_size} x {world.device.type}, {precision.why}",
         f"loss: NT-Xent, temperature {config.loss.temperature}, backend {loss_backend}",
         describe_build(),

@@ -22,7 +22,7 @@ from typing import Literal
 import pybind11
 import torch
 
-CSRC = Path(__file__).parents[2] / "csrc"
+CSRC = Path(__file__).parents[1] / "csrc"
 COMPILER = os.environ.get("CXX") or shutil.which("g++")
 LOSS, VIEWS = ("normalize.cu", "forward.cu", "backward.cu"), ("crop.cu", "photometric.cu")
 BINDING = ("bindings.cpp", "bindings_views.cpp")  # does nothing of its own, and takes the longest to compile
@@ -160,7 +160,7 @@ def views_are_wrong() -> bool:
 
 
 def loss_is_wrong(one_shape: bool) -> bool:
-    from oracle import augmentation, loss_and_gradients, relative_error, rows_of
+    from oracle import views, loss_and_gradients, relative_error, rows_of
 
     cases = [(*case, p) for case in CASES for p in ("medium", "highest")]
     if one_shape:
@@ -168,7 +168,7 @@ def loss_is_wrong(one_shape: bool) -> bool:
     for seed in range(1, 9 if one_shape else 2):  # of the order in which threads run
         os.environ["FASTSIMCLR_EMULATION_SEED"] = str(seed)
         for m, d, temperature, precision in cases:
-            z1, z2 = augmentation(m // 2, d, torch.float32, noise=0.5 if temperature > 0.01 else 5.0)
+            z1, z2 = views(m // 2, d, torch.float32, noise=0.5 if temperature > 0.01 else 5.0)
             got = loss_and_gradients(rows_of("emulated", precision=precision), z1, z2, temperature)
             exact = loss_and_gradients(rows_of("reference"), z1.double(), z2.double(), temperature)
             errors = [relative_error(a, b) for a, b in zip(got[:2], exact[:2], strict=True)]
