@@ -437,7 +437,7 @@ def test_refuses_options_that_do_not_fit(photos: str, digits: ArraySource) -> No
         assert "\n" not in str(caught.value)
         assert "expected" in str(caught.value)
 
-    refused(photos, 24, "batch_size: got 24, more than the data set's 23 images; expected at most 23")
+    refused(photos, 24, "batch_size: got 24, more than the dataset's 23 images; expected at most 23")
     refused(digits, 0, "batch_size: got 0, expected at least 1")
     refused(digits, 4, "batch_size: got 4 for 4 ranks.*at least 8", world_size=4, min_local_batch=2)
     refused(digits, 2, "batch_size: got 2 for 4 ranks.*at least 4", world_size=4)

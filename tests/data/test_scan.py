@@ -167,7 +167,7 @@ def test_more_than_max_bad_is_refused_in_one_line(tmp_path: Path, bad: int, max_
         scan(opened(tmp_path), max_bad=max_bad)
     message = str(caught.value)
     assert "\n" not in message
-    assert f"{tmp_path}/00.jpg: got 1 bytes that do not decode as an image (of no known format)" in message
+    assert f"{tmp_path}/00.jpg: got 1 bytes that do not decode as an image (unknown format)" in message
     assert message.count("do not decode") == min(bad, 3), "a few are named"
     assert (f"; and {bad - 3} more" in message) == (bad > 3)
     assert "remove or replace them" in message
@@ -328,7 +328,7 @@ def test_an_image_that_memory_did_not_suffice_for_is_not_remembered(
     folder = photo_folder(tmp_path / "photos", 6)
     with monkeypatch.context() as patch:
         patch.setattr(scan_module, "decode", fails)
-        with pytest.raises(BadImages, match="expected some that can"):
+        with pytest.raises(BadImages, match="expected at least one that can"):
             scan(opened(folder), max_bad=1, cache=tmp_path)
     assert scan(opened(folder), max_bad=0, cache=tmp_path).checked == 6
 

@@ -189,8 +189,8 @@ def test_a_shard_cut_short_is_named(tmp_path: Path, cut: str) -> None:
     with path.open("r+b") as file:
         file.truncate(length)
     message = refusal(path)
-    assert message.startswith(f"{path}: got a tar that is cut short or damaged")
-    assert message.endswith("fetch or write it again")
+    assert message.startswith(f"{path}: got a truncated or damaged tar")
+    assert message.endswith("download or write it again")
 
 
 def test_a_shard_cut_short_anywhere_is_never_taken_for_whole(tmp_path: Path) -> None:
@@ -199,7 +199,7 @@ def test_a_shard_cut_short_anywhere_is_never_taken_for_whole(tmp_path: Path) -> 
     for length in range(0, end + 1, 256):
         path = tmp_path / "cut.tar"
         path.write_bytes(whole[:length])
-        assert "cut short or damaged" in refusal(path), f"{length} of {len(whole)} bytes"
+        assert "truncated or damaged" in refusal(path), f"{length} of {len(whole)} bytes"
 
 
 @pytest.mark.parametrize("member", [0, 2, 4])
@@ -208,13 +208,13 @@ def test_a_damaged_header_does_not_end_the_shard_silently(tmp_path: Path, member
     with path.open("r+b") as file:
         file.seek(member * (512 + -(-len(SMALL) // 512) * 512) + 100)
         file.write(random.Random(member).randbytes(40))
-    assert refusal(path).startswith(f"{path}: got a tar that is cut short or damaged")
+    assert refusal(path).startswith(f"{path}: got a truncated or damaged tar")
 
 
 def test_compressed_and_foreign_files_are_no_shards(tmp_path: Path) -> None:
     whole = write_tar(tmp_path / "whole.tar", SHARD).read_bytes()
     gz = write(tmp_path, {"packed.tar": gzip.compress(whole)}) / "packed.tar"
-    assert "expected a whole, uncompressed one" in refusal(gz)
+    assert "expected a complete, uncompressed one" in refusal(gz)
     assert refusal(gz).startswith(f"{gz}: ")
     assert refusal(write(tmp_path, {"page.tar": b"<html>404</html>" * 99}) / "page.tar").startswith(f"{tmp_path}/page")
     assert refusal(write(tmp_path, {"x.tar.gz": b""}) / "x.tar.gz").startswith(f"{tmp_path}/x.tar.gz: got a file")
@@ -277,8 +277,8 @@ def test_a_set_that_is_neither_there_nor_to_be_fetched(
     for variable in ("no_proxy", "NO_PROXY"):
         monkeypatch.delenv(variable, raising=False)
     message = refusal(f"{name}:{tmp_path}")
-    assert message.startswith(f"{name}:{tmp_path}: got no {title} there and could not download it")
-    assert f"expected {folder} in that folder" in message
+    assert message.startswith(f"{name}:{tmp_path}: got no {title} in that folder and could not download it")
+    assert f"expected {folder} in it" in message
 
 
 def test_stl10_is_read_as_it_lies(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
