@@ -55,7 +55,13 @@ def options_table(command: str) -> str:
     lines: list[str] = []
     for line in options.splitlines():
         if heading := re.fullmatch(r"(\S.*):", line):
-            lines += ["", f"**{heading[1]}**" if heading[1] != "options" else "", "", "| option | description |", "|---|---|"]
+            lines += [
+                "",
+                f"**{heading[1]}**" if heading[1] != "options" else "",
+                "",
+                "| option | description |",
+                "|---|---|",
+            ]
         elif option := re.fullmatch(r"  ([-\w]\S*(?: ?[^ ]+)*?)(?:  +(.*))?", line):
             lines.append(f"| {_flag(option[1])} | {_cell(option[2] or '')} |")
         elif (more := re.fullmatch(r" {20,}(.*)", line)) and lines and lines[-1].startswith("| "):
