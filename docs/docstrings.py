@@ -45,13 +45,13 @@ def to_markdown(text: str) -> str:
             state = "code"
         elif not indented:
             entry = ENTRY.fullmatch(line)
-            if (entry and state != "entry") or (not entry and state != "text"):
+            continues = state == "entry" and line[0].islower()
+            if (entry and state != "entry") or (not entry and state != "text" and not continues):
                 lines.append("")
-            state = "text"
             if entry:
                 names = ", ".join(f"`{name}`" for name in entry[1].split(", "))
                 line = f"- {names}: {entry[2]}"
-                state = "entry"
+            state = "entry" if entry or continues else "text"
         lines.append(line)
     return "\n".join(lines)
 

@@ -1,4 +1,4 @@
-"""MkDocs hooks: the options of each command from its own --help, and pages for the source files that a page links to."""
+"""MkDocs hooks: tables of each command's options from its --help, and pages for linked source files."""
 
 import os
 import posixpath
