@@ -9,6 +9,7 @@ from collections.abc import Generator, Iterator
 from contextlib import contextmanager
 from multiprocessing import forkserver, get_context, parent_process, resource_tracker
 from multiprocessing.context import BaseContext
+from typing import Any
 
 import numpy as np
 import torch
@@ -99,14 +100,13 @@ def _without_main_module() -> Iterator[None]:
 
     A script without `if __name__ == "__main__":` would otherwise open its loader again in every worker, and fail there.
     """
-    main = sys.modules["__main__"]
-    hidden = {name: vars(main)[name] for name in ("__file__", "__spec__") if name in vars(main)}
-    vars(main).pop("__file__", None)
-    main.__spec__ = None
+    main: Any = sys.modules["__main__"]
+    file, spec = getattr(main, "__file__", None), main.__spec__
+    main.__file__ = main.__spec__ = None
     try:
         yield
     finally:
-        vars(main).update(hidden)
+        main.__file__, main.__spec__ = file, spec
 
 
 def _exit_with_parent(_: int) -> None:
