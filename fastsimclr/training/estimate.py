@@ -12,7 +12,7 @@ from fastsimclr.precision import Precision
 from fastsimclr.training.step import Step
 
 _PROBE_PIXELS = 8 * 224**2  # enough for a stable rate; about a second of ResNet-50 on two cores
-_WARM_UP_SECONDS = 1.0  # a probe this long is not repeated: first-call costs matter little in it
+_WARM_UP_SECONDS = 3.0  # a probe this long is not repeated: first-call costs matter little in it
 
 
 def estimate_step_seconds(
