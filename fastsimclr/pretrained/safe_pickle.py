@@ -86,7 +86,7 @@ def read_foreign(path: Path) -> Any:
 def _would_import(path: Path, names: list[str]) -> UserError:
     listed = ", ".join(sorted(names)[:3]) + (f" and {len(names) - 3} more" if len(names) > 3 else "")
     return UserError(
-        f"{path}: got a pickle that would import {listed}, which may be code, so it was not loaded; expected only "
+        f"{path}: got a pickle that would import {listed}, which may be code, so it was not loaded; expected "
         "tensors: save the model's state_dict() in the project that wrote the file"
     )
 

@@ -1,11 +1,11 @@
-"""Numbers for people."""
+"""Format numbers for display."""
 
 import itertools
 import math
 
 
 def number(value: float, digits: int = 4) -> str:
-    """Four digits that matter: 0.4237, 1,434, 5e-5."""
+    """Format a number with up to four significant digits: 0.4237, 1,434, 5e-5."""
     if not math.isfinite(value):
         return "–"
     if abs(value) >= 10 ** (digits - 1):
@@ -14,16 +14,17 @@ def number(value: float, digits: int = 4) -> str:
 
 
 def percent(fraction: float | None) -> str:
+    """Format a fraction: 41.3 %; – for None or NaN."""
     return f"{100 * fraction:.1f} %" if fraction is not None and math.isfinite(fraction) else "–"
 
 
 def count(many: int, one: str, several: str | None = None) -> str:
-    """1 image, 1,433 images."""
+    """Format a count with its noun: 1 image, 1,433 images."""
     return f"{many:,} {one if many == 1 else several or one + 's'}"
 
 
 def duration(seconds: float) -> str:
-    """In the two largest units: 1 min 43 s."""
+    """Format a duration in its two largest units: 1 min 43 s."""
     units = (("d", 86400), ("h", 3600), ("min", 60), ("s", 1))
     if seconds < 10:
         return f"{seconds:.1f} s"

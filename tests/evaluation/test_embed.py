@@ -500,7 +500,7 @@ def test_points_are_in_their_places_in_their_classes_colours(tmp_path: Path) -> 
     sheet = drawn_map(tmp_path, places, [0, 1, 2, -1], {0: "zero", 1: "one", 2: "two"}).astype(int)
     plot = sheet[80:, : pictures.MARGIN + pictures.PLOT]  # below the title
     middles = []
-    for code in (*pictures.COLORS[:3], pictures.GREY):
+    for code in (*pictures.COLORS[:3], pictures.GRAY):
         shade = np.array(color(code)) * 0.8 + 255 * 0.2  # points are a little transparent
         y, x = np.nonzero(np.abs(plot - shade).max(2) < 4)
         middles.append((x.mean(), y.mean()))

@@ -273,7 +273,7 @@ def test_a_file_that_would_run_code_is_refused_by_what_it_names_and_runs_nothing
     else:
         torch.save(contents, name, _use_new_zipfile_serialization=name == "zip.pth")
     named = "posix.system" if isinstance(payload, Payload) else "builtins.eval"
-    with pytest.raises(UserError, match=f"{name}.*got a pickle that would import {named}.*not read; expected tensors"):
+    with pytest.raises(UserError, match=f"{name}.*got a pickle that would import {named}.*loaded; expected tensors"):
         load_encoder(name)
     assert not Path("executed").exists()
     if name.endswith(".pkl"):  # that it is a payload
