@@ -16,7 +16,7 @@ from fastsimclr.cli import Parser, exit_code
 from fastsimclr.config import parse
 from fastsimclr.data.backends import BACKENDS
 from fastsimclr.errors import UserError
-from fastsimclr.evaluation.config import FEATURE_FORMATS, MAP_METHODS, MAX_QUERIES, PREPARATION
+from fastsimclr.evaluation.config import FEATURE_FORMATS, MAP_METHODS, MAX_QUERIES, PREPROCESSING
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -38,9 +38,12 @@ def _options(arguments: Sequence[str] | None) -> argparse.Namespace:
     parser = Parser(prog="python -m fastsimclr.embed", description=(__doc__ or "").split("\n")[0], allow_abbrev=False)
     parser.add_argument("--checkpoint", required=True, metavar="F", help="a run's folder, a checkpoint, or an export")
     parser.add_argument(
-        "--data", metavar="PATH", help="as for train; built-in datasets use their held-out part. default: the run's"
+        "--data",
+        metavar="PATH",
+        help="a folder of images, tar shards, or a built-in dataset, whose held-out part is used; default: the "
+        "training data of the run",
     )
-    parser.add_argument("--output", metavar="DIR", help="default: embed/ in the run's folder")
+    parser.add_argument("--output", metavar="DIR", help="output folder; default: embed/ in the run's folder")
     parser.add_argument("--format", choices=FEATURE_FORMATS, default="npy", help="file format; default: npy")
     parser.add_argument("--images", type=int, metavar="N", help="embed a random sample of N images; default: all")
     parser.add_argument(
@@ -51,11 +54,11 @@ def _options(arguments: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--workers", type=int, metavar="N", help="data loading workers; default: automatic")
     parser.add_argument("--backend", choices=BACKENDS, default="auto", help="decoding backend; default: auto")
     parser.add_argument("--device", default="auto", help="cuda, cpu or auto")
-    parser.add_argument("--precision", choices=("auto", "bf16", "fp16", "fp32"), default="auto", help="of the encoder")
-    parser.add_argument("--max_bad", type=float, default=0.01, metavar="F", help="as for train; default: 0.01")
+    parser.add_argument("--precision", choices=("auto", "bf16", "fp16", "fp32"), default="auto", help="default: auto")
+    parser.add_argument("--max_bad", type=float, default=0.01, metavar="F", help="tolerated bad files; default: 0.01")
     parser.add_argument("--seed", type=int, default=0, metavar="N", help="seed of the sample, the map and the gallery")
     parser.add_argument("--force", action="store_true", help="overwrite earlier results in the output folder")
-    for name in PREPARATION:
+    for name in PREPROCESSING:
         parser.add_argument(f"--data.{name}", metavar="V", help="as for train; default: the encoder's training value")
     options = parser.parse_args(arguments)
     for name, least, most in (
@@ -69,10 +72,11 @@ def _options(arguments: Sequence[str] | None) -> argparse.Namespace:
         if value is not None and (value < least or (most is not None and value > most)):
             expected = f"at least {least}" if most is None else f"{least} to {most}"
             raise UserError(f"--{name}: got {value}, expected {expected}")
-    given = {name: getattr(options, f"data.{name}") for name in PREPARATION}
+    given = {name: getattr(options, f"data.{name}") for name in PREPROCESSING}
     given = {name: value for name, value in given.items() if value is not None}
-    read, _ = parse(["--data.train=-", *(f"--data.{name}={value}" for name, value in given.items())])  # as for train
-    options.recipe = {name: getattr(read.data, name) for name in given}
+    # Parse the values as train does.
+    config, _ = parse(["--data.train=-", *(f"--data.{name}={value}" for name, value in given.items())])
+    options.preprocessing = {name: getattr(config.data, name) for name in given}
     return options
 
 

@@ -60,7 +60,7 @@ def _options(arguments: Sequence[str] | None) -> tuple[argparse.Namespace, list[
     parser.add_argument("--epoch", type=int, default=0, metavar="N", help="epoch to show, from 0; default: 0")
     parser.add_argument("--seed", type=int, metavar="N", help="random seed; default: from --config, else 0")
     parser.add_argument("--unshuffled", action="store_true", help="show the dataset's first images instead")
-    parser.add_argument("--output", default="preview.png", metavar="F.png", help="default: preview.png")
+    parser.add_argument("--output", default="preview.png", metavar="F.png", help="PNG file; default: preview.png")
     parser.add_argument("--force", action="store_true", help="overwrite the output")
     options, others = parser.parse_known_args(arguments)
     if others and not others[0].startswith("--"):

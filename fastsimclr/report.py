@@ -36,7 +36,7 @@ def _options(arguments: Sequence[str]) -> argparse.Namespace:
         allow_abbrev=False,
     )
     parser.add_argument("runs", nargs="+", metavar="RUN_DIR", help="a run's folder: the --output of fastsimclr.train")
-    parser.add_argument("--output", metavar="F.html", help="default, for one run: RUN_DIR/report.html")
+    parser.add_argument("--output", metavar="F.html", help="HTML file; default for one run: RUN_DIR/report.html")
     parser.add_argument("--force", action="store_true", help="overwrite the output")
     parser.add_argument("--only_collect", action="store_true", help="do not run other commands to make missing parts")
     options = parser.parse_args(arguments)

@@ -145,5 +145,5 @@ MAP_METHODS = ("umap", "tsne", "pca")
 """Projection methods of embed's map."""
 MAX_QUERIES = 100
 """Maximum number of rows of embed's gallery."""
-PREPARATION = ("image_size", "center_fraction", "interpolation", "mean", "std")
+PREPROCESSING = ("image_size", "center_fraction", "interpolation", "mean", "std")
 """Fields of Augmentation that affect how an image is prepared for embedding."""

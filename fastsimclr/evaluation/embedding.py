@@ -27,7 +27,7 @@ from fastsimclr.distributed import World, run_on_all_ranks
 from fastsimclr.environment import installed
 from fastsimclr.errors import UserError
 from fastsimclr.evaluation import neighbors
-from fastsimclr.evaluation.config import FEATURE_FORMATS, PREPARATION
+from fastsimclr.evaluation.config import FEATURE_FORMATS, PREPROCESSING
 from fastsimclr.evaluation.feature_file import FeatureFile, expect_one_disk
 from fastsimclr.evaluation.features import embed_batches
 from fastsimclr.malloc import keep_freed_memory
@@ -58,10 +58,10 @@ class Embedding:
     precision: Precision
     method: str
     """Method of the map: umap, tsne, pca or none."""
-    why_method: str
+    method_reason: str
 
     @property
-    def what(self) -> str:
+    def data_title(self) -> str:
         """The data, as named in titles and messages."""
         return f"{self.data} (held-out part)" if is_built_in(self.data) else self.data
 
@@ -136,7 +136,7 @@ def _open(options: argparse.Namespace, world: World) -> Embedding:
     )
     return Embedding(
         pretrained=pretrained,
-        augmentation=replace((pretrained.augmentation or Augmentation()).for_evaluation(), **options.recipe),
+        augmentation=replace((pretrained.augmentation or Augmentation()).for_evaluation(), **options.preprocessing),
         data=data,
         source=images.train,
         available=available,
@@ -144,7 +144,7 @@ def _open(options: argparse.Namespace, world: World) -> Embedding:
         output=output,
         precision=choose_precision(options.precision, world.device),
         method=method,
-        why_method=why,
+        method_reason=why,
     )
 
 
@@ -182,7 +182,7 @@ def _record(embedding: Embedding, options: argparse.Namespace, world: World, sec
         "images": images,
         "features": model.out_features,
         "classes": len(neighbors.class_names(embedding.source)),
-        "recipe": {name: getattr(embedding.augmentation, name) for name in PREPARATION},
+        "recipe": {name: getattr(embedding.augmentation, name) for name in PREPROCESSING},
         "recipe_is": "the checkpoint's" if embedding.pretrained.augmentation is not None else "the default",
         "precision": embedding.precision.why,
         "device": f"{world.world_size} x {world.device.type}",
@@ -228,7 +228,7 @@ def _draw(embedding: Embedding, options: argparse.Namespace, features: NDArray[n
             f"queries sampled with seed {options.seed}; neighbors by cosine similarity among {len(features):,} images",
             f"each image is center-cropped to {embedding.augmentation.center_fraction:.3g}, as for the encoder",
         ]
-        names, title = neighbors.class_names(embedding.source), f"{embedding.what}: nearest neighbors"
+        names, title = neighbors.class_names(embedding.source), f"{embedding.data_title}: nearest neighbors"
         png = embedding_pictures.draw_gallery(
             title, notes, embedding.source, embedding.augmentation, names, queries, cosines, nearest
         )
@@ -241,17 +241,17 @@ def _draw_map(embedding: Embedding, options: argparse.Namespace, features: NDArr
     shown = np.arange(len(features))
     if len(features) > MAX_MAPPED:
         shown = np.sort(epoch_order(options.seed, 0, len(features))[:MAX_MAPPED])
-    method, why = embedding.method, embedding.why_method
+    method, why = embedding.method, embedding.method_reason
     if sys.stderr.isatty():
         print("computing the map, which may take a minute", file=sys.stderr)
     try:
-        places = neighbors.project(features[shown], method, options.seed)
+        points = neighbors.project(features[shown], method, options.seed)
     except ImportError as error:  # usually of one of umap-learn's dependencies
         broken = f"umap-learn cannot be imported: {str(error).splitlines()[0]}"
         if options.map == "umap":
             raise UserError(f"--map: got umap, but {broken}; repair umap-learn, or use tsne") from error
         method, why = "tsne", broken
-        places = neighbors.project(features[shown], method, options.seed)
+        points = neighbors.project(features[shown], method, options.seed)
     name = neighbors.METHODS[method]
     components = min(neighbors.COMPONENTS, len(shown), features.shape[1])
     projected = "" if method == "pca" else f" of the first {components} principal components"
@@ -259,14 +259,14 @@ def _draw_map(embedding: Embedding, options: argparse.Namespace, features: NDArr
     sampled = f" of {embedding.available:,}, sampled with seed {options.seed}" if is_sample else ""
     notes = [by, f"{name}{projected} of the normalized features", f"{len(shown):,} images{sampled}"]
     labels, names = embedding.source.labels[shown], neighbors.class_names(embedding.source)
-    png = embedding_pictures.draw_map(f"{embedding.what}: {name} map", notes, places, labels, names)
+    png = embedding_pictures.draw_map(f"{embedding.data_title}: {name} map", notes, points, labels, names)
     write_atomically(embedding.output / MAP, lambda file: file.write_bytes(png))
     return f"{MAP} ({name}: {why})" if why else f"{MAP} ({name})"
 
 
 def _summary(embedding: Embedding, record: dict[str, Any], made: list[str]) -> str:
     line = (
-        f"{embedding.output}: {', '.join(made)}; {record['images']} images of {embedding.what}, "
+        f"{embedding.output}: {', '.join(made)}; {record['images']} images of {embedding.data_title}, "
         f"{record['features']} features each, {record['images_per_second']:.0f} images/s, {embedding.precision.why}"
     )
     if embedding.pretrained.augmentation is None:

@@ -29,7 +29,7 @@ def class_names(source: Source) -> dict[int, str]:
 def choose_method(wanted: str) -> tuple[str, str]:
     """Return the method for --map; for "auto" also the reason, else "". Raises UserError if umap is not installed."""
     try:
-        version("umap-learn")  # faster than importing it, which takes many seconds
+        version("umap-learn")  # faster than importing it, indices takes many seconds
     except PackageNotFoundError as error:
         if wanted == "umap":
             raise UserError(
@@ -84,13 +84,13 @@ def nearest(
     """
     query_rows = F.normalize(torch.from_numpy(features[queries]), dim=1)
     itself = torch.from_numpy(queries)[:, None]
-    best, which = torch.empty(len(queries), 0), torch.empty(len(queries), 0, dtype=torch.int64)
+    cosines, indices = torch.empty(len(queries), 0), torch.empty(len(queries), 0, dtype=torch.int64)
     block = max(1, BLOCK_BYTES // (4 * features.shape[1]))
     for first in range(0, len(features), block):
         rows = F.normalize(torch.from_numpy(np.array(features[first : first + block])), dim=1)
         numbers = torch.arange(first, first + len(rows)).expand(len(queries), -1)
-        best = torch.cat([best, (query_rows @ rows.T).masked_fill(numbers == itself, -torch.inf)], dim=1)
-        which = torch.cat([which, numbers], dim=1)
-        best, places = best.topk(min(k, len(features) - 1, best.shape[1]), dim=1)
-        which = which.gather(1, places)
-    return best.numpy(), which.numpy()
+        cosines = torch.cat([cosines, (query_rows @ rows.T).masked_fill(numbers == itself, -torch.inf)], dim=1)
+        indices = torch.cat([indices, numbers], dim=1)
+        cosines, order = cosines.topk(min(k, len(features) - 1, cosines.shape[1]), dim=1)
+        indices = indices.gather(1, order)
+    return cosines.numpy(), indices.numpy()

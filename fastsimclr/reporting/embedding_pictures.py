@@ -21,13 +21,13 @@ GRAY = "#b8b8bd"
 THUMB = 120
 
 
-def draw_map(title: str, notes: list[str], places: NDArray[np.float64], labels: Labels, names: Names) -> bytes:
+def draw_map(title: str, notes: list[str], points: NDArray[np.float64], labels: Labels, names: Names) -> bytes:
     """Draw the map; returns a PNG file's bytes.
 
-    places: (N, 2) points; labels: (N,); names: of the classes among them, may be empty. Up to 20 classes have a legend.
+    points: (N, 2); labels: (N,); names: of the classes among them, may be empty. Up to 20 classes have a legend.
     More classes are named within the map, where there is room.
     """
-    at, width, height = _fit(places)
+    at, width, height = _fit(points)
     present = [label for label in names if (labels == label).any()]
     middles = {label: np.median(at[labels == label], axis=0) for label in present}
     has_legend = len(present) <= LEGEND
@@ -63,12 +63,12 @@ def draw_map(title: str, notes: list[str], places: NDArray[np.float64], labels: 
     return page.png(width + beside + 2 * MARGIN, y + height + MARGIN)
 
 
-def _fit(places: NDArray[np.float64]) -> tuple[NDArray[np.float64], int, int]:
+def _fit(points: NDArray[np.float64]) -> tuple[NDArray[np.float64], int, int]:
     """Scale the points to pixels, equally in both directions; returns them, and the plot's width and height."""
-    extent = np.ptp(places, axis=0)
+    extent = np.ptp(points, axis=0)
     scale = (PLOT - 2 * PLOT_PAD) / max(extent.max(), 1e-9)
     width, height = (max(NARROWEST, round(side * scale) + 2 * PLOT_PAD) for side in extent)
-    at = (places - (places.min(0) + places.max(0)) / 2) * scale * (1, -1)
+    at = (points - (points.min(0) + points.max(0)) / 2) * scale * (1, -1)
     return at + np.array([width / 2, height / 2]), width, height
 
 

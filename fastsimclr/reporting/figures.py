@@ -21,7 +21,7 @@ def facts(run: Run) -> dict[str, tuple[str, str]]:
     figures = {
         "Final loss": (
             number(loss[-1]),
-            f"first step {number(loss[0])}; last epoch’s mean {number(run.last_epochs_loss)}{_divergence(run)}",
+            f"first step {number(loss[0])}; last epoch’s mean {number(run.epoch_losses[-1])}{_divergence(run)}",
         ),
         "kNN accuracy": (
             percent(run.trained_knn) if run.trained_knn is not None else "",
@@ -87,15 +87,14 @@ def _top5(evaluation: Evaluation) -> str:
 def _divergence(run: Run) -> str:
     """A warning if the loss is above that of uniform similarities, else "".
 
-    Not given within the first epoch, in which the loss may still fall from above that value.
+    An untrained model may begin above that value. Only a loss that no longer falls, epoch by epoch, is a failure.
     """
-    uniform = run.uniform_loss
-    if run.steps_per_epoch is None or not (run.last_epochs_loss > uniform and run.steps["loss"][-1] > uniform):
+    uniform, epoch_losses = run.uniform_loss, run.epoch_losses
+    if not (epoch_losses[-1] > uniform and run.steps["loss"][-1] > uniform):
         return ""
-    return (
-        f". Above {number(uniform)}, the loss of uniform similarities: training has likely diverged, or the learning "
-        "rate is too high"
-    )
+    failed = len(epoch_losses) > 1 and not epoch_losses[-1] < epoch_losses[:-1].min()
+    reason = ": training has likely diverged, or the learning rate is too high" if failed else ""
+    return f". Above {number(uniform)}, the loss of uniform similarities{reason}"
 
 
 def _knn_chart(runs: Sequence[Run]) -> Chart | None:

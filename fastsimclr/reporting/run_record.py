@@ -117,10 +117,13 @@ class Run:
         return float(np.nansum(self.steps["step_ms"]) / 1000)
 
     @property
-    def last_epochs_loss(self) -> float:
-        """Mean loss of the last steps_per_epoch steps: the last batch of an epoch may be smaller than the others."""
-        losses = self.steps["loss"][-self._last_epoch :]
-        return float(losses[np.isfinite(losses)].mean()) if np.isfinite(losses).any() else math.nan
+    def epoch_losses(self) -> Floats:
+        """Mean losses of consecutive steps_per_epoch steps, the last of which are the run's last steps, (E,), E >= 1.
+
+        A mean, because the last batch of an epoch may be smaller than the others.
+        """
+        losses, length = self.steps["loss"], self._last_epoch
+        return losses[len(losses) % length :].reshape(-1, length).mean(axis=1)
 
     @property
     def uniform_loss(self) -> float:
@@ -139,7 +142,7 @@ class Run:
     def _last_epoch(self) -> int:
         """Number of steps of the last epoch, or of a run that ended within its first."""
         steps = len(self.steps["loss"])
-        return min(steps, round(self.steps_per_epoch or steps))
+        return max(1, min(steps, round(self.steps_per_epoch or steps)))
 
     def median(self, name: str) -> float:
         values = self.steps[name]

@@ -573,8 +573,13 @@ def test_a_loss_above_that_of_uniform_similarities_is_reported(
     assert ("training has likely diverged, or the learning rate is too high" in note) == is_reported
 
 
-def test_the_first_epochs_loss_is_not_called_diverged(tmp_path: Path) -> None:
-    assert "diverged" not in tiles(collect(run_folder(tmp_path / "run", metrics(5, loss=9.0))))["Final loss"]
+def test_a_loss_that_still_falls_is_not_called_diverged(tmp_path: Path) -> None:
+    falling = metrics(30)
+    for line in falling:
+        line |= {"loss": 9 - line["step"] / 10} if "loss" in line else {}
+    for name, lines in (("first epoch", metrics(5, loss=9.0)), ("falling", falling)):
+        note = tiles(collect(run_folder(tmp_path / name, lines)))["Final loss"]
+        assert note.endswith("Above 4.844, the loss of uniform similarities")
 
 
 def test_the_command_for_tensorboard_is_shown(tmp_path: Path) -> None:
