@@ -12,7 +12,6 @@ import numpy as np
 import yaml
 
 from fastsimclr.errors import UserError
-from fastsimclr.evaluation.scores import TOP
 from fastsimclr.reporting.curves import Floats
 from fastsimclr.run_folder import RunFolder
 
@@ -264,7 +263,7 @@ def _evaluation(file: Path) -> Evaluation:
         protocol=str(record["protocol"]),
         origin=str(record.get("origin", "")),
         top1=float(record["top1"]),
-        top5=float(record["top5"]) if len(classes) > TOP else None,
+        top5=float(record["top5"]) if len(classes) > 5 else None,
         classes=classes,
         per_class={str(name): value if value is None else float(value) for name, value in record["per_class"].items()},
         confusion=np.array(record.get("confusion") or [], dtype=np.int64),
