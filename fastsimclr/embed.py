@@ -1,11 +1,11 @@
-"""Features of all images by a trained encoder, a map of them, and a gallery of nearest neighbours.
+"""Compute the features of all images with a trained encoder, a map of them, and a gallery of nearest neighbors.
 
     python -m fastsimclr.embed --checkpoint runs/photos --data photos/ --output features/
 
-Alone or under torchrun. The folder then holds features.npy, (images, features) float32, which np.load(file,
-mmap_mode="r") need not read into memory; images.csv, which says what each row is of; embed.json, what it was made by;
-map.png and gallery.png; and skipped_images.txt, if there were images that do not decode. Exit codes as of
-fastsimclr.train.
+Runs alone or under torchrun. The output folder holds features.npy, (images, features) float32, which np.load(file,
+mmap_mode="r") opens without reading it into memory; images.csv, the image, label and class of each row; embed.json, the
+encoder and settings used; map.png and gallery.png; and skipped_images.txt, if some images do not decode. Exit codes are
+those of fastsimclr.train.
 """
 
 import argparse
@@ -16,7 +16,7 @@ from fastsimclr.cli import Parser, exit_code
 from fastsimclr.config import parse
 from fastsimclr.data.backends import BACKENDS
 from fastsimclr.errors import UserError
-from fastsimclr.evaluation.config import FEATURE_FORMATS, MAP_METHODS, MAX_QUERIES, PREPARATION
+from fastsimclr.evaluation.config import FEATURE_FORMATS, MAP_METHODS, MAX_QUERIES, PREPROCESSING
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -36,27 +36,30 @@ def run(options: argparse.Namespace) -> None:
 
 def _options(arguments: Sequence[str] | None) -> argparse.Namespace:
     parser = Parser(prog="python -m fastsimclr.embed", description=(__doc__ or "").split("\n")[0], allow_abbrev=False)
-    parser.add_argument("--checkpoint", required=True, metavar="F", help="a run's folder, or a file with an encoder")
+    parser.add_argument("--checkpoint", required=True, metavar="F", help="a run's folder, a checkpoint, or an export")
     parser.add_argument(
-        "--data", metavar="PATH", help="as train's; of a built-in set the held-out part. default: the run's own"
+        "--data",
+        metavar="PATH",
+        help="a folder of images, tar shards, or a built-in dataset, whose held-out part is used; default: the "
+        "training data of the run",
     )
-    parser.add_argument("--output", metavar="DIR", help="default: embed in the run's folder")
-    parser.add_argument("--format", choices=FEATURE_FORMATS, default="npy", help="of the features; default: npy")
-    parser.add_argument("--images", type=int, metavar="N", help="so many, drawn by seed; default: all")
+    parser.add_argument("--output", metavar="DIR", help="output folder; default: embed/ in the run's folder")
+    parser.add_argument("--format", choices=FEATURE_FORMATS, default="npy", help="file format; default: npy")
+    parser.add_argument("--images", type=int, metavar="N", help="embed a random sample of N images; default: all")
     parser.add_argument(
         "--map", choices=("auto", *MAP_METHODS, "none"), default="auto", help="auto: umap if installed, else tsne"
     )
-    parser.add_argument("--gallery", type=int, default=8, metavar="N", help="rows of the gallery; default: 8; 0: none")
-    parser.add_argument("--batch_size", type=int, default=256, metavar="N", help="over all ranks; default: 256")
-    parser.add_argument("--workers", type=int, metavar="N", help="that read and decode; default: by the machine")
-    parser.add_argument("--backend", choices=BACKENDS, default="auto", help="who decodes; default: auto")
+    parser.add_argument("--gallery", type=int, default=8, metavar="N", help="rows of the gallery; 0: none; default: 8")
+    parser.add_argument("--batch_size", type=int, default=256, metavar="N", help="global batch size; default: 256")
+    parser.add_argument("--workers", type=int, metavar="N", help="data loading workers; default: automatic")
+    parser.add_argument("--backend", choices=BACKENDS, default="auto", help="decoding backend; default: auto")
     parser.add_argument("--device", default="auto", help="cuda, cpu or auto")
-    parser.add_argument("--precision", choices=("auto", "bf16", "fp16", "fp32"), default="auto", help="of the encoder")
-    parser.add_argument("--max_bad", type=float, default=0.01, metavar="F", help="as train's; default: 0.01")
-    parser.add_argument("--seed", type=int, default=0, metavar="N", help="of --images, the map and the gallery")
-    parser.add_argument("--force", action="store_true", help="overwrite what the folder holds")
-    for name in PREPARATION:
-        parser.add_argument(f"--data.{name}", metavar="V", help="as train's; default: as the encoder was trained")
+    parser.add_argument("--precision", choices=("auto", "bf16", "fp16", "fp32"), default="auto", help="default: auto")
+    parser.add_argument("--max_bad", type=float, default=0.01, metavar="F", help="tolerated bad files; default: 0.01")
+    parser.add_argument("--seed", type=int, default=0, metavar="N", help="seed of the sample, the map and the gallery")
+    parser.add_argument("--force", action="store_true", help="overwrite earlier results in the output folder")
+    for name in PREPROCESSING:
+        parser.add_argument(f"--data.{name}", metavar="V", help="as for train; default: the encoder's training value")
     options = parser.parse_args(arguments)
     for name, least, most in (
         ("images", 1, None),
@@ -69,10 +72,11 @@ def _options(arguments: Sequence[str] | None) -> argparse.Namespace:
         if value is not None and (value < least or (most is not None and value > most)):
             expected = f"at least {least}" if most is None else f"{least} to {most}"
             raise UserError(f"--{name}: got {value}, expected {expected}")
-    given = {name: getattr(options, f"data.{name}") for name in PREPARATION}
+    given = {name: getattr(options, f"data.{name}") for name in PREPROCESSING}
     given = {name: value for name, value in given.items() if value is not None}
-    read, _ = parse(["--data.train=-", *(f"--data.{name}={value}" for name, value in given.items())])  # as train does
-    options.recipe = {name: getattr(read.data, name) for name in given}
+    # Parse the values as train does.
+    config, _ = parse(["--data.train=-", *(f"--data.{name}={value}" for name, value in given.items())])
+    options.preprocessing = {name: getattr(config.data, name) for name in given}
     return options
 
 

@@ -1,9 +1,9 @@
-"""What an encoder is worth, by the paper's protocols:
+"""Evaluate an encoder with the protocols of the SimCLR paper:
 
     python -m fastsimclr.evaluate knn|linear|finetune|supervised --checkpoint runs/photos [--data.val PATH] [options]
 
-Alone or under torchrun. Of a training it is the last epoch that counts. `evaluate PROTOCOL --help` lists the options;
-exit codes as of fastsimclr.train.
+Runs alone or under torchrun. The protocols that train report the accuracy after the last epoch.
+`evaluate PROTOCOL --help` lists the options. Exit codes are those of fastsimclr.train.
 """
 
 import sys
@@ -46,7 +46,10 @@ def run(arguments: Sequence[str]) -> None:
 
 
 def configure(arguments: Sequence[str]) -> tuple[EvaluationConfig, str, "Pretrained | None"]:
-    """The options, the same as YAML, and what --checkpoint holds, which fills in those that are not given."""
+    """Parse the options and open --checkpoint, whose settings are the defaults of the options that are not given.
+
+    Returns the options, the same options as YAML, and the opened checkpoint (None without --checkpoint).
+    """
     protocol, *options = arguments or [""]
     kind = PROTOCOLS.get(protocol)
     if kind is None:
@@ -57,7 +60,7 @@ def configure(arguments: Sequence[str]) -> tuple[EvaluationConfig, str, "Pretrai
         if not isinstance(config, SupervisedConfig):
             raise UserError("--checkpoint: got none, expected a run's folder or a checkpoint")
         if config.encoder is None:
-            raise UserError("--encoder: got none, and no --checkpoint; expected the name of one, such as resnet50")
+            raise UserError("--encoder: got none, and no --checkpoint; expected an encoder name, such as resnet50")
         return config, text, None
 
     from fastsimclr.pretrained import open_pretrained
@@ -65,8 +68,8 @@ def configure(arguments: Sequence[str]) -> tuple[EvaluationConfig, str, "Pretrai
     pretrained = open_pretrained(config.checkpoint)
     if config.encoder not in (None, pretrained.encoder.name):
         raise UserError(
-            f"--encoder: got {config.encoder}, but {config.checkpoint} holds a {pretrained.encoder.name}; expected "
-            "that, or another checkpoint"
+            f"--encoder: got {config.encoder}, but {config.checkpoint} holds a {pretrained.encoder.name}; "
+            f"expected {pretrained.encoder.name}, or another checkpoint"
         )
     defaults: dict[str, Any] = {}
     if pretrained.augmentation is not None:

@@ -1,10 +1,10 @@
-"""An encoder out of a checkpoint, in the form that others load:
+"""Export the encoder of a checkpoint for other libraries:
 
     python -m fastsimclr.export --checkpoint runs/photos --format onnx --output encoder.onnx
 
-torchvision: a state dict (.pt) of its ResNet. safetensors: any width and stem, with the recipe of the images. onnx: the
-graph, which onnxruntime has run and PyTorch agreed with. timm: a folder in the layout of the Hugging Face hub.
-Exit codes as of fastsimclr.train.
+torchvision: a state dict (.pt) of torchvision's ResNet. safetensors: any width and stem, with the preprocessing of the
+images. onnx: the graph, whose output in onnxruntime is checked against PyTorch's. timm: a folder in the layout of the
+Hugging Face hub. Exit codes are those of fastsimclr.train.
 """
 
 import argparse
@@ -30,7 +30,7 @@ def run(options: argparse.Namespace) -> None:
 def _options(arguments: Sequence[str] | None) -> argparse.Namespace:
     parser = Parser(prog="python -m fastsimclr.export", description=(__doc__ or "").split(":")[0], allow_abbrev=False)
     parser.add_argument(
-        "--checkpoint", required=True, metavar="F", help="a run's folder or checkpoint, or another project's checkpoint"
+        "--checkpoint", required=True, metavar="F", help="a run's folder, a checkpoint, or another project's checkpoint"
     )
     parser.add_argument(
         "--format",
@@ -39,7 +39,7 @@ def _options(arguments: Sequence[str] | None) -> argparse.Namespace:
         help="torchvision: a state dict; safetensors: any width and stem, for fastsimclr.load_encoder; onnx; timm: a "
         "folder for timm.create_model",
     )
-    parser.add_argument("--output", required=True, metavar="F", help="the file to write; of timm, the folder")
+    parser.add_argument("--output", required=True, metavar="F", help="the file to write; for timm, the folder")
     parser.add_argument("--force", action="store_true", help="overwrite the output")
     return parser.parse_args(arguments)
 

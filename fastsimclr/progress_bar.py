@@ -66,7 +66,7 @@ def print_line(line: str) -> None:
 
 
 def duration(seconds: float) -> str:
-    """In the two largest units: 1 min 43 s."""
+    """Format a duration in its two largest units: 1 min 43 s."""
     units = (("d", 86400), ("h", 3600), ("min", 60), ("s", 1))
     if seconds < 10:
         return f"{seconds:.1f} s"

@@ -1,10 +1,10 @@
-"""One self-contained HTML page of a run, or of several compared.
+"""Write a self-contained HTML report of one run, or a comparison of several.
 
     python -m fastsimclr.report runs/photos                                   # writes runs/photos/report.html
     python -m fastsimclr.report runs/a runs/b --output compared.html
 
-What a run lacks of contact sheet, embedding map and kNN evaluation is made first, by the commands that make them.
-Exit codes as of fastsimclr.train.
+If a run has no contact sheet, embedding map or kNN evaluation yet, the commands preview, embed and evaluate make them
+first. Exit codes are those of fastsimclr.train.
 """
 
 import argparse
@@ -13,7 +13,7 @@ from collections.abc import Sequence
 
 from fastsimclr.cli import Parser, exit_code
 
-MAX_RUNS = 40  # that differ in color or dash: 8 colors, 5 dashes
+MAX_RUNS = 40  # 8 colors x 5 dashes: each run has its own combination
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -23,7 +23,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 
 def run(options: argparse.Namespace, arguments: Sequence[str]) -> str:
-    """Write the page; returns the summary line to print."""
+    """Write the page and return the summary line to print."""
     from fastsimclr.reporting.report import write_report  # imports torch and matplotlib: not for --help
 
     return write_report(options, arguments)
@@ -36,11 +36,9 @@ def _options(arguments: Sequence[str]) -> argparse.Namespace:
         allow_abbrev=False,
     )
     parser.add_argument("runs", nargs="+", metavar="RUN_DIR", help="a run's folder: the --output of fastsimclr.train")
-    parser.add_argument("--output", metavar="F.html", help="default, for one run: RUN_DIR/report.html")
-    parser.add_argument("--force", action="store_true", help="overwrite the output, whatever it is")
-    parser.add_argument(
-        "--only_collect", action="store_true", help="make nothing that is missing: show what the folders hold"
-    )
+    parser.add_argument("--output", metavar="F.html", help="HTML file; default for one run: RUN_DIR/report.html")
+    parser.add_argument("--force", action="store_true", help="overwrite the output")
+    parser.add_argument("--only_collect", action="store_true", help="do not run other commands to make missing parts")
     options = parser.parse_args(arguments)
     if len(options.runs) > MAX_RUNS:
         parser.error(f"got {len(options.runs)} runs, expected up to {MAX_RUNS}")

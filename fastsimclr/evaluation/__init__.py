@@ -1,1 +1,1 @@
-"""What an encoder is worth: its representations, measured by neighbours, by a linear classifier, by fine-tuning."""
+"""Evaluation of encoders: kNN, linear classification, fine-tuning, supervised training, and embeddings."""

@@ -1,7 +1,7 @@
-"""An encoder with a linear classifier on top, trained with labels: on a frozen encoder, or all of it.
+"""An encoder with a linear classifier on top, trained with labels: the classifier alone, or the whole network.
 
-The paper's protocols (appendices B.5 and B.6): crops and flips alone, SGD with Nesterov momentum, one cosine per step,
-and what counts is the last epoch.
+The paper's protocols (appendices B.5 and B.6): random crops and flips only, SGD with Nesterov momentum, and one cosine
+schedule, updated every step. The classifier of the last epoch is the result.
 """
 
 import math
@@ -26,8 +26,11 @@ from fastsimclr.progress_bar import progress_bar
 
 
 class Classifier(nn.Module):
-    """images (N, 3, H, W) to logits (N, classes). frozen: the encoder stays in eval mode and gets no gradient, so that
-    neither its parameters nor its BatchNorm statistics change."""
+    """An encoder and a linear layer: images (N, 3, H, W) to logits (N, classes).
+
+    frozen: keep the encoder in eval mode and without gradients, so that neither its parameters nor its BatchNorm
+    statistics change.
+    """
 
     def __init__(self, encoder: Encoder, classes: int, *, frozen: bool) -> None:
         super().__init__()
@@ -52,14 +55,14 @@ class Classifier(nn.Module):
         return self
 
     def torchvision_state(self) -> dict[str, Tensor]:
-        """What torchvision's ResNet of that name and as many classes loads."""
+        """A state dict for torchvision's ResNet of this name and number of classes."""
         fc = {f"fc.{name}": value for name, value in self.fc.state_dict().items()}
         return {name: value.cpu() for name, value in (self.encoder.state_dict() | fc).items()}
 
 
 @dataclass(frozen=True)
 class Schedule:
-    """How a classifier is trained."""
+    """Hyperparameters of a classifier's training."""
 
     epochs: int
     lr: float
@@ -79,11 +82,11 @@ def train_classifier(
     *,
     title: str,
 ) -> list[float]:
-    """Train it in place and leave it in eval mode; returns the mean loss of each epoch.
+    """Train the classifier in place, leave it in eval mode, and return the mean loss of each epoch.
 
-    config: of the loader; the batch size is the schedule's.
+    config: the loader's configuration; its batch size is replaced by the schedule's.
 
-    With several ranks, weights are the same on all, and the gradient is that of the mean over the whole batch.
+    All ranks have the same weights, and the gradient is that of the mean loss over the global batch.
     Raises UserError if the loss is not finite.
     """
     device = config.world.device
@@ -112,7 +115,7 @@ def train_classifier(
     try:
         for epoch in range(schedule.epochs):
             loader.set_epoch(epoch)
-            total, images = torch.zeros((), device=device, dtype=torch.float64), 0  # of this rank
+            total, images = torch.zeros((), device=device, dtype=torch.float64), 0  # of this rank only
             for number, batch in enumerate(loader):
                 rates.apply(optimizer, epoch * steps_per_epoch + number)
                 view = batch.views[0] if precision.autocast else batch.views[0].to(precision.dtype)
@@ -120,9 +123,9 @@ def train_classifier(
                     logits = model(view)
                 logits = logits.to(torch.promote_types(logits.dtype, torch.float32))
                 loss = F.cross_entropy(logits, batch.label, reduction="sum")
-                # DDP takes the mean over the ranks, whose parts of a batch may differ by one image.
-                of_all_ranks = min(schedule.batch_size, len(source) - number * schedule.batch_size)
-                scaler.scale(loss * (config.world.world_size / of_all_ranks)).backward()
+                # DDP averages over the ranks, whose local batches may differ by one image.
+                global_batch_size = min(schedule.batch_size, len(source) - number * schedule.batch_size)
+                scaler.scale(loss * (config.world.world_size / global_batch_size)).backward()
                 scaler.step(optimizer)
                 scaler.update()
                 optimizer.zero_grad(set_to_none=True)
@@ -136,12 +139,12 @@ def train_classifier(
             if not math.isfinite(losses[-1]):
                 raise UserError(
                     f"--lr: got {schedule.lr:.4g}, and a loss of {losses[-1]} in epoch {epoch + 1}; expected a finite "
-                    "one: lower it"
+                    "loss: lower --lr"
                 )
             if scaler.get_scale() < 1.0:
                 raise UserError(
-                    f"--precision: got fp16, and gradients that overflow it without any scaling in epoch {epoch + 1}; "
-                    f"expected finite ones: use fp32, or an --lr below {schedule.lr:.4g}"
+                    f"--precision: got fp16, and gradients that overflow even unscaled in epoch {epoch + 1}; "
+                    f"expected finite gradients: use fp32, or an --lr below {schedule.lr:.4g}"
                 )
             bar.set_postfix_str(f"epoch {epoch + 1}/{schedule.epochs}, loss {losses[-1]:.4f}")
     finally:

@@ -1,4 +1,4 @@
-"""The options of each protocol, one documented field each, whose defaults are the paper's; and what embed offers."""
+"""The options of each evaluation protocol, with the paper's defaults, and the choices of the embed command."""
 
 from abc import ABC, abstractmethod
 from dataclasses import dataclass, field
@@ -10,28 +10,28 @@ from fastsimclr.errors import UserError
 
 @dataclass(frozen=True)
 class EvaluationConfig(ABC):
-    """What every protocol has."""
+    """Options that all protocols share."""
 
     checkpoint: str | None = None
-    """A run's folder or checkpoint, an export, or another project's checkpoint. It says the options of --data that are
-    not given: the images that it was trained on, and the views' size and normalisation."""
+    """A run's folder or checkpoint, an export, or another project's checkpoint. Its training data
+    and augmentation are the defaults of the --data options."""
     encoder: str | None = None
-    """Architecture that is expected of the checkpoint (resnet50); null takes it as it is."""
+    """Expected architecture of the checkpoint, such as resnet50; null accepts any."""
     data: DataConfig = field(default_factory=DataConfig)
-    """Labelled images; of the recipe of views, only crops and flips are used here."""
+    """Labeled images. Of the augmentation, only crops and flips are used."""
     batch_size: int = 256
-    """Images a step, over all ranks."""
+    """Images per step, over all ranks."""
     precision: Literal["auto", "bf16", "fp16", "fp32", "fp64"] = "auto"
-    """Of the encoder: bf16 or fp16 autocast, float32 or float64. auto: bf16 where the hardware has it, else fp16 on a
-    GPU with tensor cores (V100, T4), else float32."""
+    """Precision of the encoder: bf16 or fp16 autocast, float32 or float64. auto: bf16 where the hardware supports it,
+    else fp16 on a GPU with tensor cores (V100, T4), else float32."""
     device: str = "auto"
-    """cuda, cpu or auto; under torchrun each rank takes its own GPU."""
+    """cuda, cpu or auto; under torchrun each rank uses its own GPU."""
     seed: int = 0
-    """Of the subset of labels, new weights, the order of images, crops and flips."""
+    """Random seed of the subset of labels, new weights, the order of images, crops and flips."""
     output: str | None = None
-    """Folder of the results; null: evaluate/ in the run's folder."""
+    """Output folder; null: evaluate/ in the run's folder."""
     force: bool = False
-    """Overwrite the results that are there."""
+    """Overwrite existing results."""
 
     def __post_init__(self) -> None:
         for name in ("batch_size", "k", "epochs"):
@@ -45,20 +45,20 @@ class EvaluationConfig(ABC):
 
     @abstractmethod
     def name(self) -> str:
-        """Of the files of the results."""
+        """Name of the result files, without suffix."""
 
 
 @dataclass(frozen=True)
 class KnnConfig(EvaluationConfig):
-    """The k nearest neighbours of each image among the training images vote for its class. Nothing is trained.
+    """Classify each image by its k nearest neighbors among the training images. Nothing is trained.
 
-    Without --data.val each training image is classified by all the others.
+    Without --data.val, each training image is classified by the other training images.
     """
 
     k: int = 200
-    """Neighbours that vote."""
+    """Number of neighbors."""
     temperature: float | None = 0.07
-    """A vote is worth exp(cosine / temperature); null: one each, plain k nearest neighbours."""
+    """Each neighbor's vote has weight exp(cosine / temperature); null: weight 1."""
 
     def name(self) -> str:
         return "knn"
@@ -67,7 +67,7 @@ class KnnConfig(EvaluationConfig):
 @dataclass(frozen=True)
 class _WithLabels(EvaluationConfig):
     labels: float | str = 1.0
-    """How many labels of --data.train are used: a fraction (0.01; as many of each class, chosen by seed), or a file
+    """Labels of --data.train to use: a fraction such as 0.01 (the same number per class, chosen by seed), or a file
     that lists the images, such as the public 1 % and 10 % lists of ImageNet."""
 
     def _suffix(self) -> str:
@@ -76,20 +76,20 @@ class _WithLabels(EvaluationConfig):
 
 @dataclass(frozen=True)
 class LinearConfig(_WithLabels):
-    """A linear classifier on the frozen encoder's representations (arXiv 2002.05709, appendix B.6)."""
+    """Train a linear classifier on the frozen encoder's representations (arXiv 2002.05709, appendix B.6)."""
 
     solver: Literal["sgd", "lbfgs"] = "sgd"
-    """sgd: the paper's protocol, with crops and flips; lbfgs: exact logistic regression on representations that are
-    computed once."""
+    """sgd: the paper's protocol, with random crops and flips; lbfgs: logistic regression, solved to convergence on
+    representations that are computed once."""
     epochs: int = 90
-    """sgd: passes over the data."""
+    """sgd: number of epochs."""
     lr: float | Literal["auto"] = "auto"
     """sgd: peak learning rate; auto: 0.1 batch_size / 256."""
     weight_decay: float = 0.0
     """sgd: weight decay."""
     c: float | Literal["auto"] = "auto"
-    """lbfgs: inverse strength of the regularisation, as scikit-learn's C; auto takes the best of 1e-6 to 100 on a
-    fifth of the training images that is held out, and then fits all of them."""
+    """lbfgs: inverse regularization strength, as scikit-learn's C; auto selects the best of 1e-6 to 100 on a held-out
+    fifth of the training images, then fits all of them."""
 
     def name(self) -> str:
         return "linear" + ("-lbfgs" if self.solver == "lbfgs" else "") + self._suffix()
@@ -97,14 +97,14 @@ class LinearConfig(_WithLabels):
 
 @dataclass(frozen=True)
 class FinetuneConfig(_WithLabels):
-    """The whole encoder trained on with labels (arXiv 2002.05709, appendix B.5)."""
+    """Fine-tune the whole encoder with labels (arXiv 2002.05709, appendix B.5)."""
 
     epochs: int | Literal["auto"] = "auto"
-    """Passes over the data; auto: 60 with at most 2 % of the labels, else 30."""
+    """Number of epochs; auto: 60 with at most 2 % of the labels, else 30."""
     lr: float | Literal["auto"] = "auto"
     """Peak learning rate; auto: 0.05 batch_size / 256."""
     weight_decay: float = 0.0
-    """Weight decay; batch normalisation and biases are excluded."""
+    """Weight decay; batch normalization and biases are excluded."""
 
     def name(self) -> str:
         return "finetune" + self._suffix()
@@ -112,21 +112,21 @@ class FinetuneConfig(_WithLabels):
 
 @dataclass(frozen=True)
 class SupervisedConfig(_WithLabels):
-    """The same encoder from scratch with labels: what the paper compares with. Of --checkpoint only the architecture
-    is taken; --encoder, --width and --stem can say it instead."""
+    """Train the same encoder from scratch with labels: the paper's supervised baseline. Only the architecture of
+    --checkpoint is used; --encoder, --width and --stem specify it without a checkpoint."""
 
     width: float = 1
-    """Without --checkpoint: multiplier of every layer's channels."""
+    """Without --checkpoint: width multiplier of all layers."""
     stem: Literal["auto", "imagenet", "small"] = "auto"
-    """Without --checkpoint: first layers; auto: small up to 64 pixels."""
+    """Without --checkpoint: first layers; auto: small for images of up to 64 pixels, else imagenet."""
     epochs: int = 90
-    """Passes over the data."""
+    """Number of epochs."""
     lr: float | Literal["auto"] = "auto"
     """Peak learning rate; auto: 0.1 batch_size / 256."""
     weight_decay: float = 1e-4
-    """Weight decay; batch normalisation and biases are excluded."""
+    """Weight decay; batch normalization and biases are excluded."""
     warmup_epochs: float = 5.0
-    """Epochs of linear warm-up, at most a tenth of all."""
+    """Epochs of linear warm-up, at most a tenth of all epochs."""
 
     def name(self) -> str:
         return "supervised" + self._suffix()
@@ -140,10 +140,10 @@ PROTOCOLS: dict[str, type[EvaluationConfig]] = {
 }
 
 FEATURE_FORMATS = ("npy", "safetensors")
-"""Of embed's features."""
+"""File formats of embed's features."""
 MAP_METHODS = ("umap", "tsne", "pca")
-"""Of embed's map."""
+"""Projection methods of embed's map."""
 MAX_QUERIES = 100
-"""Rows of embed's gallery."""
-PREPARATION = ("image_size", "center_fraction", "interpolation", "mean", "std")
-"""The fields of the recipe that change an image when it is embedded."""
+"""Maximum number of rows of embed's gallery."""
+PREPROCESSING = ("image_size", "center_fraction", "interpolation", "mean", "std")
+"""Fields of Augmentation that affect how an image is prepared for embedding."""

@@ -1,4 +1,4 @@
-"""Features of all images by a trained encoder, a map of them, and a gallery of nearest neighbors."""
+"""Compute the features of all images, draw a map of them and a gallery of nearest neighbors, and write the files."""
 
 import argparse
 import csv
@@ -27,7 +27,7 @@ from fastsimclr.distributed import World, run_on_all_ranks
 from fastsimclr.environment import installed
 from fastsimclr.errors import UserError
 from fastsimclr.evaluation import neighbors
-from fastsimclr.evaluation.config import FEATURE_FORMATS, PREPARATION
+from fastsimclr.evaluation.config import FEATURE_FORMATS, PREPROCESSING
 from fastsimclr.evaluation.feature_file import FeatureFile, expect_one_disk
 from fastsimclr.evaluation.features import embed_batches
 from fastsimclr.malloc import keep_freed_memory
@@ -36,46 +36,46 @@ from fastsimclr.pretrained import Pretrained, open_pretrained
 from fastsimclr.reporting import embedding_pictures
 from fastsimclr.run_folder import GALLERY, MAP, RunFolder, check_new, scan_cache, write_atomically
 
-MIN_IMAGES = 10  # of fewer there is no map, and all are each other's neighbours
-MAX_MAPPED = 5000  # UMAP and t-SNE take up to a minute for so many, and a map has no room for more
+MIN_IMAGES = 10  # with fewer, a map and nearest neighbors say nothing
+MAX_MAPPED = 5000  # UMAP and t-SNE take up to a minute for this many, and a map has no room for more
 NEIGHBORS = 8
 
 
 @dataclass(frozen=True)
 class Embedding:
-    """What is embedded, by what, and where it goes."""
+    """The inputs of an embedding, opened and checked, and its output folder."""
 
     pretrained: Pretrained
     augmentation: Augmentation
     data: str
-    """A path, or a built-in set."""
+    """A path, or a built-in dataset."""
     source: Source
     available: int
-    """Images in the data, of which --images may take a part."""
+    """Number of images before --images selects a sample."""
     skipped: int
-    """Images left out because they do not decode."""
+    """Number of images left out because they do not decode."""
     output: Path
     precision: Precision
     method: str
-    """Of the map: umap, tsne, pca or none."""
-    why_method: str
+    """Method of the map: umap, tsne, pca or none."""
+    method_reason: str
 
     @property
-    def what(self) -> str:
-        """The images, for people."""
+    def data_title(self) -> str:
+        """The data, as named in titles and messages."""
         return f"{self.data} (held-out part)" if is_built_in(self.data) else self.data
 
 
 def embed_images(options: argparse.Namespace) -> None:
-    """Write all files that the embed command asks for; rank 0 prints which."""
+    """Run the embed command: write its files, and print a summary on rank 0."""
     world = distributed.start(options.device)
     if world.device.type == "cpu":
         keep_freed_memory()
     embedding = _open(options, world)
     started = time.perf_counter()
-    said = {"checkpoint": str(options.checkpoint), "origin": embedding.pretrained.origin, "data": embedding.data}
+    metadata = {"checkpoint": str(options.checkpoint), "origin": embedding.pretrained.origin, "data": embedding.data}
     path = embedding.output / f"features.{options.format}"
-    features = FeatureFile(path, embedding.source, embedding.pretrained.encoder.out_features, said)
+    features = FeatureFile(path, embedding.source, embedding.pretrained.encoder.out_features, metadata)
     try:
         run_on_all_ranks(features.create if world.is_rank_zero else lambda: None, world)
         expect_one_disk(features.partial, world)
@@ -96,7 +96,7 @@ def embed_images(options: argparse.Namespace) -> None:
 
 
 def _open(options: argparse.Namespace, world: World) -> Embedding:
-    """Check the options and open the images. Raises UserError on all ranks for a mistake in them."""
+    """Check the options and open the images. Raises UserError on all ranks if an option is invalid."""
     available = 0
 
     def check() -> tuple[Path, Pretrained, str]:
@@ -113,7 +113,7 @@ def _open(options: argparse.Namespace, world: World) -> Embedding:
         return output, pretrained, data
 
     def select(train: Source, val: Source | None) -> tuple[Source, None]:
-        """The held-out part of a built-in set, and as many images as --images says."""
+        """Select the held-out part of a built-in dataset, and the sample of --images."""
         nonlocal available
         source = train if val is None else val
         available = len(source)
@@ -136,7 +136,7 @@ def _open(options: argparse.Namespace, world: World) -> Embedding:
     )
     return Embedding(
         pretrained=pretrained,
-        augmentation=replace((pretrained.augmentation or Augmentation()).for_evaluation(), **options.recipe),
+        augmentation=replace((pretrained.augmentation or Augmentation()).for_evaluation(), **options.preprocessing),
         data=data,
         source=images.train,
         available=available,
@@ -144,11 +144,11 @@ def _open(options: argparse.Namespace, world: World) -> Embedding:
         output=output,
         precision=choose_precision(options.precision, world.device),
         method=method,
-        why_method=why,
+        method_reason=why,
     )
 
 
-# Images, and their features
+# Features
 
 
 def _batches(
@@ -166,11 +166,11 @@ def _batches(
     )
 
 
-# What is left
+# Output files
 
 
 def _record(embedding: Embedding, options: argparse.Namespace, world: World, seconds: float) -> dict[str, Any]:
-    """What the features were made by and of, for programs."""
+    """The record of how the features were computed: the contents of embed.json."""
     model = embedding.pretrained.encoder
     images = len(embedding.source)
     return {
@@ -182,7 +182,7 @@ def _record(embedding: Embedding, options: argparse.Namespace, world: World, sec
         "images": images,
         "features": model.out_features,
         "classes": len(neighbors.class_names(embedding.source)),
-        "recipe": {name: getattr(embedding.augmentation, name) for name in PREPARATION},
+        "recipe": {name: getattr(embedding.augmentation, name) for name in PREPROCESSING},
         "recipe_is": "the checkpoint's" if embedding.pretrained.augmentation is not None else "the default",
         "precision": embedding.precision.why,
         "device": f"{world.world_size} x {world.device.type}",
@@ -194,7 +194,7 @@ def _record(embedding: Embedding, options: argparse.Namespace, world: World, sec
 
 
 def _publish(embedding: Embedding, features: FeatureFile, record: dict[str, Any]) -> None:
-    """Give all files their names, the features last: where they are, the others are theirs."""
+    """Write all files, the features last: if they exist, the other files belong to them."""
     output = embedding.output
     for name in (*(f"features.{kind}" for kind in FEATURE_FORMATS), MAP, GALLERY):
         (output / name).unlink(missing_ok=True)
@@ -205,7 +205,7 @@ def _publish(embedding: Embedding, features: FeatureFile, record: dict[str, Any]
 
 def _write_images(path: Path, source: Source) -> None:
     names = neighbors.class_names(source)
-    with open(path, "w", newline="", encoding="utf-8", errors="surrogateescape") as file:  # names are any bytes
+    with open(path, "w", newline="", encoding="utf-8", errors="surrogateescape") as file:  # names may be any bytes
         writer = csv.writer(file)
         writer.writerow(["row", "image", "label", "class"])
         for row, label in enumerate(source.labels.tolist()):
@@ -214,7 +214,7 @@ def _write_images(path: Path, source: Source) -> None:
 
 
 def _draw(embedding: Embedding, options: argparse.Namespace, features: NDArray[np.float32]) -> list[str]:
-    """Draw the map and the gallery; returns what to say of them."""
+    """Draw the map and the gallery; returns phrases for the summary line."""
     if len(features) < MIN_IMAGES:
         return [f"no pictures of only {len(features)} images"] if embedding.method != "none" or options.gallery else []
     model = embedding.pretrained.encoder
@@ -225,10 +225,10 @@ def _draw(embedding: Embedding, options: argparse.Namespace, features: NDArray[n
         cosines, nearest = neighbors.nearest(features, queries, NEIGHBORS)
         notes = [
             by,
-            f"queries drawn by seed {options.seed}, neighbours by the features' cosine out of {len(features):,} images",
-            f"of each image its central {embedding.augmentation.center_fraction:.3g}, as embedded",
+            f"queries sampled with seed {options.seed}; neighbors by cosine similarity among {len(features):,} images",
+            f"each image is center-cropped to {embedding.augmentation.center_fraction:.3g}, as for the encoder",
         ]
-        names, title = neighbors.class_names(embedding.source), f"{embedding.what}: nearest neighbours"
+        names, title = neighbors.class_names(embedding.source), f"{embedding.data_title}: nearest neighbors"
         png = embedding_pictures.draw_gallery(
             title, notes, embedding.source, embedding.augmentation, names, queries, cosines, nearest
         )
@@ -241,37 +241,37 @@ def _draw_map(embedding: Embedding, options: argparse.Namespace, features: NDArr
     shown = np.arange(len(features))
     if len(features) > MAX_MAPPED:
         shown = np.sort(epoch_order(options.seed, 0, len(features))[:MAX_MAPPED])
-    method, why = embedding.method, embedding.why_method
+    method, why = embedding.method, embedding.method_reason
     if sys.stderr.isatty():
-        print("drawing the map, which may take a minute", file=sys.stderr)
+        print("computing the map, which may take a minute", file=sys.stderr)
     try:
-        places = neighbors.project(features[shown], method, options.seed)
-    except ImportError as error:  # of one of umap-learn's own dependencies, as a rule
-        broken = f"umap-learn does not import: {str(error).splitlines()[0]}"
+        points = neighbors.project(features[shown], method, options.seed)
+    except ImportError as error:  # usually of one of umap-learn's dependencies
+        broken = f"umap-learn cannot be imported: {str(error).splitlines()[0]}"
         if options.map == "umap":
-            raise UserError(f"--map: got umap, but {broken}; expected one that does, or tsne") from error
+            raise UserError(f"--map: got umap, but {broken}; repair umap-learn, or use tsne") from error
         method, why = "tsne", broken
-        places = neighbors.project(features[shown], method, options.seed)
+        points = neighbors.project(features[shown], method, options.seed)
     name = neighbors.METHODS[method]
     components = min(neighbors.COMPONENTS, len(shown), features.shape[1])
-    how = "" if method == "pca" else f" of the first {components} principal components"
-    some = len(shown) < len(features) or (options.images or embedding.available) < embedding.available
-    counted = f"{len(shown):,} images" + (f" of {embedding.available:,}, drawn by seed {options.seed}" if some else "")
-    notes = [by, f"{name}{how} of the normalised features", counted]
+    projected = "" if method == "pca" else f" of the first {components} principal components"
+    is_sample = len(shown) < len(features) or (options.images or embedding.available) < embedding.available
+    sampled = f" of {embedding.available:,}, sampled with seed {options.seed}" if is_sample else ""
+    notes = [by, f"{name}{projected} of the normalized features", f"{len(shown):,} images{sampled}"]
     labels, names = embedding.source.labels[shown], neighbors.class_names(embedding.source)
-    png = embedding_pictures.draw_map(f"{embedding.what}: {name} map", notes, places, labels, names)
+    png = embedding_pictures.draw_map(f"{embedding.data_title}: {name} map", notes, points, labels, names)
     write_atomically(embedding.output / MAP, lambda file: file.write_bytes(png))
     return f"{MAP} ({name}: {why})" if why else f"{MAP} ({name})"
 
 
 def _summary(embedding: Embedding, record: dict[str, Any], made: list[str]) -> str:
     line = (
-        f"{embedding.output}: {', '.join(made)}; {record['images']} images of {embedding.what}, "
+        f"{embedding.output}: {', '.join(made)}; {record['images']} images of {embedding.data_title}, "
         f"{record['features']} features each, {record['images_per_second']:.0f} images/s, {embedding.precision.why}"
     )
     if embedding.pretrained.augmentation is None:
         size = embedding.augmentation.image_size
-        line += f"; prepared with the default options at {size} pixels: the checkpoint does not record its own"
+        line += f"; prepared with the default options at {size} pixels, because the checkpoint does not record its own"
     if record["skipped_images"]:
         line += f"; left out {record['skipped_images']} that cannot be used, see {SKIPPED_FILE}"
     return line.encode(errors="replace").decode()  # a path may hold any byte

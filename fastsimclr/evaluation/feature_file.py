@@ -1,4 +1,4 @@
-"""Features on disk: one matrix, written by all ranks a batch at a time, that is there only once it is whole."""
+"""A file of features, which all ranks write batch by batch and which appears only once it is complete."""
 
 import contextlib
 import errno
@@ -22,103 +22,103 @@ from fastsimclr.run_folder import rename_atomically, temporary_path
 
 
 class FeatureFile:
-    """A matrix (images, features) float32 on disk, filled by all ranks, each with its rows; it gets its name last.
+    """A matrix (images, features) float32 on disk. Every rank writes its rows; `publish` gives the file its name.
 
-    Written and not mapped: a full disk is then an error, and not a signal that ends the process, and ranks of two
-    machines do not overwrite each other's part of a page.
+    Rows are written, not memory-mapped: a full disk then raises an error instead of killing the process (SIGBUS), and
+    ranks on different machines do not overwrite each other's part of a page.
     """
 
-    def __init__(self, path: Path, source: Source, features: int, said: dict[str, str]) -> None:
-        """path: ends in .npy, or in .safetensors, which also holds the labels, if there are any, and what is `said`."""
+    def __init__(self, path: Path, source: Source, features: int, metadata: dict[str, str]) -> None:
+        """path: ends in .npy, or in .safetensors, which also holds the labels, if any, and `metadata`."""
         self.path, self.partial = path, temporary_path(path)
         self.shape = (len(source), features)
         self._source = source
         self._head = _npy_head(self.shape)
         if path.suffix == ".safetensors":
-            self._head = _safetensors_head(self.shape, source.labels, said)
+            self._head = _safetensors_head(self.shape, source.labels, metadata)
 
     def create(self) -> None:
-        """The first rank's part: all of it but the rows, for which there then is room."""
+        """Create the file on the first rank: its header, and space reserved for all rows."""
         size = len(self._head) + 4 * self.shape[0] * self.shape[1]
-        with self._its_errors(f"where {size:,} bytes cannot be written"):
+        with self._disk_errors(f"where {size:,} bytes cannot be written"):
             self.path.parent.mkdir(parents=True, exist_ok=True)
             with open(self.partial, "wb") as file:
                 file.write(self._head)
                 try:
                     os.posix_fallocate(file.fileno(), 0, size)
                 except OSError as error:
-                    if error.errno not in (errno.EINVAL, errno.EOPNOTSUPP):  # not of every file system
+                    if error.errno not in (errno.EINVAL, errno.EOPNOTSUPP):  # not supported by the file system
                         raise
                     file.truncate(size)
 
     def fill(self, batches: Iterator[tuple[Tensor, Tensor, Tensor]]) -> None:
-        """Write this rank's rows. Raises UserError if they cannot be, or are no numbers."""
+        """Write this rank's rows. Raises UserError if they cannot be written or are not finite."""
         with open(self.partial, "r+b") as file:
             for index, features, _ in batches:
                 first, last = int(index[0]), int(index[-1])
-                assert last - first == len(index) - 1, "a rank's part of an unshuffled batch is consecutive"
+                assert last - first == len(index) - 1, "without shuffling, a rank's indices are consecutive"
                 bad = (~features.isfinite().all(dim=1)).nonzero().flatten().tolist()
                 if bad:
                     raise UserError(
                         f"--checkpoint: got features of {self._source.name(first + bad[0])} that are not finite; "
-                        "expected numbers: take a checkpoint from before its training diverged"
+                        "expected finite ones: use a checkpoint from before training diverged"
                     )
-                with self._its_errors("which cannot be written"):
+                with self._disk_errors("which cannot be written"):
                     file.seek(len(self._head) + 4 * self.shape[1] * first)
                     file.write(features.contiguous().numpy().astype("<f4", copy=False).data)
                     file.flush()
-            with self._its_errors("which cannot be written"):
+            with self._disk_errors("which cannot be written"):
                 os.fsync(file.fileno())
 
     @contextlib.contextmanager
-    def _its_errors(self, what: str) -> Iterator[None]:
-        """An error of the disk is the user's to mend."""
+    def _disk_errors(self, what: str) -> Iterator[None]:
+        """Report an OSError as a user error of --output."""
         try:
             yield
         except OSError as error:
             raise UserError(f"--output: got {self.path}, {what} ({error.strerror})") from error
 
     def publish(self) -> None:
-        """All rows are there: give the file its name."""
+        """Give the complete file its name."""
         rename_atomically(self.partial, self.path)
 
     def discard(self) -> None:
-        """Leave nothing, if it has no name yet."""
+        """Delete the partial file, if it was not published."""
         with contextlib.suppress(OSError):
             self.partial.unlink()
 
     def open(self) -> NDArray[np.float32]:
-        """The features, in memory only as far as they are read."""
+        """Return the features, memory-mapped."""
         return np.memmap(self.path, "<f4", "r", offset=len(self._head), shape=self.shape)
 
 
 def _npy_head(shape: tuple[int, int]) -> bytes:
-    """What a .npy file begins with, before its numbers."""
+    """The header of a .npy file."""
     head = io.BytesIO()
     np.lib.format.write_array_header_1_0(head, {"descr": "<f4", "fortran_order": False, "shape": shape})
     return head.getvalue()
 
 
-def _safetensors_head(shape: tuple[int, int], labels: NDArray[np.int64], said: dict[str, str]) -> bytes:
-    """What a .safetensors file begins with: the length of a JSON text, that, and the labels, if there are any."""
+def _safetensors_head(shape: tuple[int, int], labels: NDArray[np.int64], metadata: dict[str, str]) -> bytes:
+    """The start of a .safetensors file: the length of the JSON header, the header, and the labels, if any."""
     raw = labels.astype("<i8").tobytes() if (labels != NO_LABEL).any() else b""
-    # Its JSON is read as UTF-8, and a path may hold any byte.
-    text: dict[str, Any] = {"__metadata__": {key: v.encode(errors="replace").decode() for key, v in said.items()}}
+    # The header is UTF-8, but a path may hold any bytes.
+    text: dict[str, Any] = {"__metadata__": {key: v.encode(errors="replace").decode() for key, v in metadata.items()}}
     if raw:
         text["labels"] = {"dtype": "I64", "shape": [len(labels)], "data_offsets": [0, len(raw)]}
     offsets = [len(raw), len(raw) + 4 * shape[0] * shape[1]]
     text["features"] = {"dtype": "F32", "shape": list(shape), "data_offsets": offsets}
     encoded = json.dumps(text).encode()
-    encoded += b" " * (-len(encoded) % 8)  # numbers then lie at a multiple of their size
+    encoded += b" " * (-len(encoded) % 8)  # aligns the tensors
     return struct.pack("<Q", len(encoded)) + encoded + raw
 
 
 def expect_one_disk(file: Path, world: World) -> None:
-    """Raise UserError on all ranks unless they see the same file: rows written to another would be missing."""
+    """Raise UserError on all ranks unless they see the same file: rows written to another file would be missing."""
     seen = gather_objects((os.stat(file).st_ino, os.stat(file).st_size) if file.exists() else None, world)
     for rank, theirs in enumerate(seen):
         if theirs != seen[0]:
             raise UserError(
-                f"--output: got {file.parent}, which is another folder on rank {rank} than on rank 0; expected one "
-                "that all ranks share"
+                f"--output: got {file.parent}, which is not the same folder on rank {rank} as on rank 0; expected a "
+                "folder that all ranks share"
             )

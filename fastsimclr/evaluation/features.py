@@ -1,4 +1,4 @@
-"""Representations of all images of a source, in the source's order, by all ranks."""
+"""Compute the representations of all images of a source, in its order, on all ranks."""
 
 from collections.abc import Iterator
 from dataclasses import replace
@@ -25,12 +25,14 @@ def embed_batches(
     autocast: torch.dtype | None = None,
     title: str,
 ) -> Iterator[tuple[Tensor, Tensor, Tensor]]:
-    """Of this rank's part of each batch: the images' places in the source (B,), representations (B, D) float32 and
-    labels (B,), on the CPU. Each image is seen as `Augmentation.plain` says, by the encoder in eval mode.
+    """Yield this rank's part of each batch, on the CPU: the images' indices in the source (B,), representations (B, D)
+    float32, and labels (B,).
 
-    config: of the loader, but for the order, which is the source's, and for the views' dtype.
-    autocast: the dtype that the encoder computes in; None: that of its parameters.
-    title: of the progress bar, on rank zero.
+    Images are prepared by `augmentation.for_evaluation()`; the encoder runs in eval mode.
+
+    config: the loader's configuration; order, dropped batches and dtype are overridden.
+    autocast: dtype of autocast; None: run in the dtype of the encoder's parameters.
+    title: title of the progress bar, which rank zero shows.
     """
     config = replace(
         config,
@@ -38,7 +40,7 @@ def embed_batches(
         shuffle=False,
         drop_last=False,
         min_local_batch=0,
-        dtype=autocast or torch.float32,  # as autocast would make them
+        dtype=autocast or torch.float32,  # autocast would convert the images anyway
     )
     loader = open_loader(source, augmentation.for_evaluation(), config)
     dtype = next(encoder.parameters()).dtype
@@ -67,11 +69,13 @@ def embed(
     autocast: torch.dtype | None = None,
     title: str,
 ) -> tuple[Tensor, Tensor]:
-    """Representations (N, D) float32 and labels (N,) of every image of `source`, in its order, on every rank's CPU. The
-    arguments are those of `embed_batches`."""
+    """Return representations (N, D) float32 and labels (N,) of all images of `source`, in its order.
+
+    Both are on the CPU, on every rank. The arguments are those of `embed_batches`.
+    """
     width: int = encoder.out_features  # type: ignore[assignment]  # nn.Module: any attribute may be a tensor
-    nothing = torch.empty(0, dtype=torch.int64), torch.empty(0, width), torch.empty(0, dtype=torch.int64)
-    rows = list(embed_batches(encoder, source, augmentation, config, autocast=autocast, title=title)) or [nothing]
+    empty = torch.empty(0, dtype=torch.int64), torch.empty(0, width), torch.empty(0, dtype=torch.int64)
+    rows = list(embed_batches(encoder, source, augmentation, config, autocast=autocast, title=title)) or [empty]
     index, features, labels = (torch.cat(column) for column in zip(*rows, strict=True))
     if config.world.world_size > 1:
         group = dist.group.WORLD

@@ -1,4 +1,4 @@
-"""kNN accuracy of representations: what an encoder is worth, with nothing trained on top."""
+"""k-nearest-neighbor classification of representations."""
 
 import torch
 import torch.nn.functional as F
@@ -11,7 +11,7 @@ from fastsimclr.evaluation.features import embed
 from fastsimclr.evaluation.scores import NOTHING, TOP
 
 TEMPERATURE = 0.07  # Wu et al., arXiv 1805.01978
-_BLOCK = 1024  # queries at a time: nothing of size queries x bank is ever held
+_BLOCK = 1024  # queries at a time, so that no (queries, bank) matrix is materialized
 
 
 def knn_ranking(
@@ -23,11 +23,14 @@ def knn_ranking(
     temperature: float | None = TEMPERATURE,
     leave_out: int | None = None,
 ) -> Tensor:
-    """The classes that each query's k most similar rows of `bank` vote for: (Q, up to 5) int64, most votes first,
-    NOTHING where no further class has one. Of equal votes the lower class comes first.
+    """Rank the classes of each query by the votes of its k nearest neighbors in `bank`.
 
-    bank: (N, D); bank_labels: (N,) int64; queries: (Q, D). A vote is worth exp(cosine / temperature), or 1 if that is
-    None. leave_out: queries are the bank's rows from this one on, and none votes for itself; k is then at most N - 1.
+    bank: (N, D); bank_labels: (N,) int64; queries: (Q, D).
+    temperature: a vote has weight exp(cosine / temperature); None: weight 1.
+    leave_out: the queries are the rows of `bank` from this index on, and no row votes for itself; k is then at most
+        N - 1.
+    Returns (Q, up to 5) int64 classes, most votes first, NOTHING where no further class has votes. Ties go to the lower
+    class.
     """
     bank, queries = F.normalize(bank.float(), dim=1), F.normalize(queries.float(), dim=1)
     k = min(k, len(bank) - (leave_out is not None))
@@ -49,9 +52,9 @@ def knn_ranking(
 def knn_accuracy(
     bank: Tensor, bank_labels: Tensor, queries: Tensor, query_labels: Tensor, k: int, *, leave_one_out: bool = False
 ) -> float:
-    """Fraction of `queries` whose k most similar rows of `bank`, weighted by exp(cosine / 0.07), vote for their label.
+    """Return the kNN accuracy, a fraction: the k nearest rows of `bank` vote with weight exp(cosine / 0.07).
 
-    bank: (N, D); queries: (Q, D); labels: int64. leave_one_out: queries are the bank, and none votes for itself.
+    bank: (N, D); queries: (Q, D); labels: int64. leave_one_out: the queries are the bank, and no row votes for itself.
     """
     ranking = knn_ranking(bank, bank_labels, queries, k, leave_out=0 if leave_one_out else None)
     return (ranking[:, 0] == query_labels).double().mean().item()
@@ -67,7 +70,7 @@ def measure(
     *,
     autocast: torch.dtype | None,
 ) -> float:
-    """kNN accuracy of `val` by the labels of `train`; without `val`, of `train` by all of its other images."""
+    """Return the kNN accuracy of `val` with `train` as the bank; without `val`, leave-one-out on `train`."""
     bank, bank_labels = embed(encoder, train, augmentation, config, autocast=autocast, title="kNN, training images")
     queries, query_labels = bank, bank_labels
     if val is not None:

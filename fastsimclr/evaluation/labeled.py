@@ -1,4 +1,4 @@
-"""Labelled images for an evaluation: training and validation sets of the same classes, and subsets of the labels."""
+"""Labeled images for an evaluation: training and validation sets of the same classes, and subsets of the labels."""
 
 import os
 from collections.abc import Sequence
@@ -15,33 +15,35 @@ from fastsimclr.data.params import epoch_order
 from fastsimclr.distributed import World
 from fastsimclr.errors import UserError
 
-_SUBSET, _HELD_OUT = 2**32 - 1, 2**32 - 2  # epochs that no run reaches: their orders are nobody else's
-_SHOWN = 3  # names in an error
+_SUBSET, _HELD_OUT = 2**32 - 1, 2**32 - 2  # epochs that no run reaches: random orders that nothing else uses
+_SHOWN = 3  # names listed in an error
 
 
 @dataclass(frozen=True)
 class LabeledData:
-    """Images whose labels are places in `classes`."""
+    """Images whose labels are indices into `classes`."""
 
     train: Source
     val: Source | None
     classes: Sequence[str]
     skipped: list[str]
-    """What was wrong with each image left out, beginning with its name."""
-    has_labels: int
-    """Images of the training set before --labels, all of which have one."""
+    """For each image left out, its name and the reason."""
+    available_images: int
+    """Number of training images before --labels selects a subset."""
 
 
 def open_labeled(data: DataConfig, labels: float | str, seed: int, cache: Path | None, world: World) -> LabeledData:
-    """The images of --data.train with as many labels as --labels says, and those of --data.val, or else the built-in
-    sets' own validation images; all that decode, found by all ranks together.
+    """Open the labeled images of --data.train and --data.val, without those that do not decode.
 
-    labels: a fraction (the same number of each class, chosen by seed), or a file that lists the images to keep.
+    Without --data.val, a built-in dataset uses its own validation images. All ranks scan the images together.
+
+    labels: the fraction of the labels to use (the same number per class, chosen by seed), or a file that lists the
+        images to keep.
     cache: the folder that keeps the results of the scan for bad images.
-    Raises UserError without labels, for classes that differ, and for bad images beyond --data.max_bad.
+    Raises UserError if images have no labels, if the classes of the two differ, or if more than --data.max_bad are bad.
     """
     if data.train is None:
-        raise UserError("--data.train: got none, expected labelled images: a folder of class folders, tar shards, …")
+        raise UserError("--data.train: got none, expected labeled images: a folder of class folders, tar shards, …")
     available = 0
 
     def select(train: Source, val: Source | None) -> tuple[Source, Source | None]:
@@ -63,18 +65,20 @@ def open_labeled(data: DataConfig, labels: float | str, seed: int, cache: Path |
 
 
 def class_balanced(source: Source, fraction: float, seed: int) -> NDArray[np.int64] | None:
-    """The places of a subset of `fraction` of the images with as many of each class, at least one: the same for the
-    same seed everywhere. None for all. A class that has fewer gives all that it has."""
+    """Return the indices of a random subset of `fraction` of the images with the same number per class, at least one.
+
+    A class with fewer images contributes all of them. The subset depends only on the seed. Returns None for all images.
+    """
     if not 0 < fraction <= 1:
         raise UserError(f"--labels: got {fraction}, expected a fraction above 0, at most 1, or a file of image names")
     if fraction == 1:
         return None
-    each = max(1, round(fraction * len(source) / len(source.classes)))
-    return np.sort(np.concatenate([of_class[:each] for of_class in _by_class(source, seed, _SUBSET)]))
+    per_class = max(1, round(fraction * len(source) / len(source.classes)))
+    return np.sort(np.concatenate([of_class[:per_class] for of_class in _by_class(source, seed, _SUBSET)]))
 
 
 def hold_out(source: Source, fraction: float, seed: int) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
-    """The places of the images in two parts: all but `fraction` of each class, and that fraction of it."""
+    """Split the images by class; returns the indices of the rest, and of the held-out `fraction` of each class."""
     classes = _by_class(source, seed, _HELD_OUT)
     counts = [int(fraction * len(of_class)) for of_class in classes]
     rest = [of_class[count:] for of_class, count in zip(classes, counts, strict=True)]
@@ -83,46 +87,48 @@ def hold_out(source: Source, fraction: float, seed: int) -> tuple[NDArray[np.int
 
 
 def _by_class(source: Source, seed: int, epoch: int) -> list[NDArray[np.int64]]:
-    """The places of each class's images, in an order drawn by (seed, epoch, place)."""
+    """The indices of each class's images, in a random order that depends only on the seed and the epoch."""
     order = epoch_order(seed, epoch, len(source))
     return [order[source.labels[order] == label] for label in range(len(source.classes))]
 
 
 def _listed(source: Source, file: str) -> NDArray[np.int64]:
-    """The places of the images that `file` names, one a line, as the public 1 % and 10 % lists of ImageNet do: by
-    their names alone (n01440764_10026.JPEG), or with their folder (n01440764/n01440764_10026.JPEG)."""
+    """The indices of the images that `file` lists, one per line, as in the public 1 % and 10 % lists of ImageNet.
+
+    A line is a file name (n01440764_10026.JPEG), or a folder and a file name (n01440764/n01440764_10026.JPEG).
+    """
     try:
         listed = [line.strip() for line in Path(file).read_text().splitlines() if line.strip()]
     except (OSError, UnicodeDecodeError) as error:
-        raise UserError(f"--labels: got {file}, which is no number and cannot be read as a list of names") from error
-    places: dict[str, list[int]] = {}
+        raise UserError(f"--labels: got {file}, which is neither a number nor a readable list of names") from error
+    indices: dict[str, list[int]] = {}
     for i in range(len(source)):
         parts = source.name(i).rpartition(": ")[2].split(os.sep)
         for name in {parts[-1], "/".join(parts[-2:])}:
-            places.setdefault(name, []).append(i)
-    found = [places.get("/".join(name.split("/")[-2:]), []) for name in listed]
+            indices.setdefault(name, []).append(i)
+    found = [indices.get("/".join(name.split("/")[-2:]), []) for name in listed]
     wrong = [name for name, at in zip(listed, found, strict=True) if len(at) != 1]
     if wrong or not listed:
         raise UserError(
-            f"--labels: got a list, {file}, of {len(listed)} names of which {len(wrong)} are not those of one image of "
-            f"--data.train ({', '.join(wrong[:_SHOWN])}); expected its images, as NAME or CLASS/NAME"
+            f"--labels: got {file} with {len(listed)} names, {len(wrong)} of which do not match exactly one image of "
+            f"--data.train ({', '.join(wrong[:_SHOWN])}); expected names of its images, as NAME or CLASS/NAME"
         )
     return np.unique(np.array([at[0] for at in found]))
 
 
 def _check_classes(train: Sequence[str], val: Sequence[str]) -> None:
-    differences = [f"{name} in train alone" for name in sorted(set(train) - set(val))]
-    differences += [f"{name} in val alone" for name in sorted(set(val) - set(train))]
+    differences = [f"{name} only in train" for name in sorted(set(train) - set(val))]
+    differences += [f"{name} only in val" for name in sorted(set(val) - set(train))]
     if differences:
         more = f" and {len(differences) - _SHOWN} more" if len(differences) > _SHOWN else ""
         raise UserError(
-            f"--data.val: got other classes than --data.train has ({', '.join(differences[:_SHOWN])}{more}); "
-            "expected the same"
+            f"--data.val: got classes that differ from --data.train's ({', '.join(differences[:_SHOWN])}{more}); "
+            "expected the same classes"
         )
 
 
 def _dense(source: Source) -> Source:
-    """The source with each label the place of its class: a tar's may be numbers with gaps."""
+    """The source with labels that index its classes: the labels of tar shards may have gaps."""
     if source.labels.max() < len(source.classes):
         return source
     dense = source.subset(np.arange(len(source)))

@@ -1,9 +1,9 @@
-"""Multinomial logistic regression on representations computed once: the linear classifier of an encoder, exactly.
+"""Multinomial logistic regression on representations that are computed once.
 
-    C · Σᵢ cross-entropy(W xᵢ + b, labelᵢ) + ½ ‖W‖²          x: the representations, standardised
+    C · Σᵢ cross-entropy(W xᵢ + b, labelᵢ) + ½ ‖W‖²          x: the standardized representations
 
-is convex, so its minimum is one and LBFGS finds it: scikit-learn's LogisticRegression(C) on StandardScaler's output.
-It runs on the features' device, and no more than a block of logits is ever held.
+is convex, and LBFGS finds its minimum. Equivalent to scikit-learn's LogisticRegression(C) on StandardScaler's output.
+It runs on the features' device and materializes only one block of logits at a time.
 """
 
 from typing import NamedTuple
@@ -19,15 +19,15 @@ from fastsimclr.evaluation.scores import rank_classes
 
 CHOICES_OF_C = tuple(10.0**exponent for exponent in range(-6, 3))
 _ROUNDING = 16 * torch.finfo(torch.float32).eps
-_BLOCK = 1 << 16  # rows whose logits are held
+_BLOCK = 1 << 16  # rows per block of logits
 _ITERATIONS = 1000
-# The largest entry of the mean loss's gradient that ends the search: of a C that is tried (scikit-learn's), and of the
-# result. In float32 rounding may keep it from ever getting there: a loss that no longer falls ends it, too.
+# LBFGS stops when the largest entry of the mean loss's gradient is below this: while C is selected (scikit-learn's
+# default), and for the result. Rounding in float32 may keep the gradient above it, so a constant loss also stops it.
 _GRADIENT_OF_TRIAL, _GRADIENT, _LOSS_CHANGE = 1e-4, 1e-6, 1e-10
 
 
 class LinearClassifier(NamedTuple):
-    """logits = features @ weight.T + bias, of the representations as the encoder gives them."""
+    """logits = features @ weight.T + bias, for features that are not standardized."""
 
     weight: Tensor  # (classes, D)
     bias: Tensor  # (classes,)
@@ -41,10 +41,10 @@ def fit(
     start: LinearClassifier | None = None,
     tolerance: float = _GRADIENT,
 ) -> LinearClassifier:
-    """The classifier that minimises the above.
+    """Fit the classifier that minimizes the objective of this module.
 
-    features: (N, D) of any float dtype; labels: (N,) int64; c: inverse strength of the regularisation.
-    start: where to begin, such as another C's result. tolerance: the largest entry of the gradient to stop at.
+    features: (N, D), any float dtype; labels: (N,) int64; c: inverse regularization strength.
+    start: initial value, such as the result of another C. tolerance: stop when no gradient entry is larger.
     """
     mean, deviation = _standardization(features)
     parameters = features.new_zeros(classes, features.shape[1] + 1, dtype=torch.float64)
@@ -52,7 +52,7 @@ def fit(
         parameters[:, :-1] = start.weight * deviation
         parameters[:, -1] = start.bias + start.weight.double() @ mean
     parameters.requires_grad_()
-    weight_of_norm = 1 / (c * len(features))
+    weight_decay = 1 / (c * len(features))
     optimizer = torch.optim.LBFGS(
         [parameters],
         max_iter=_ITERATIONS,
@@ -63,7 +63,7 @@ def fit(
     )
 
     def closure() -> float:
-        """Sets the gradient of the mean objective; block by block, in the features' precision, summed in float64."""
+        """Return the mean objective and set its gradient, block by block; sums are in float64."""
         weight = parameters.detach()[:, :-1]
         gradient = torch.zeros_like(parameters)
         loss = torch.zeros((), dtype=torch.float64, device=features.device)
@@ -77,9 +77,9 @@ def fit(
             gradient[:, :-1] += error.T @ x
             gradient[:, -1] += error.sum(0)
         gradient /= len(features)
-        gradient[:, :-1] += weight_of_norm * weight
+        gradient[:, :-1] += weight_decay * weight
         parameters.grad = gradient
-        return float(loss / len(features) + 0.5 * weight_of_norm * weight.square().sum())
+        return float(loss / len(features) + 0.5 * weight_decay * weight.square().sum())
 
     optimizer.step(closure)
     with torch.no_grad():
@@ -90,26 +90,28 @@ def fit(
 def choose_c(
     features: Tensor, labels: Tensor, classes: int, rest: NDArray[np.int64], held_out: NDArray[np.int64]
 ) -> tuple[float, dict[float, float]]:
-    """The C of CHOICES_OF_C whose classifier, fitted to the rows `rest`, is best on the rows `held_out`, the smallest
-    of equals; and the accuracy of each that was tried. Beyond the best two more are tried: the weaker the
-    regularisation, the longer a fit takes."""
+    """Select the C of CHOICES_OF_C whose classifier, fitted on the rows `rest`, has the best accuracy on `held_out`.
+
+    Ties go to the smallest C. The search stops two values after the best: weaker regularization takes longer to fit.
+    Returns C, and the accuracy of each value tried.
+    """
     if len(held_out) == 0:
-        raise UserError("--c: got auto, but --data.train has no class of five images to hold one out of; give a number")
+        raise UserError("--c: got auto, but no class of --data.train has five images, to hold one out; give a number")
     train, test = (torch.from_numpy(rows).to(features.device) for rows in (rest, held_out))
     accuracy: dict[float, float] = {}
     best, classifier = CHOICES_OF_C[0], None
-    for place, c in enumerate(CHOICES_OF_C):  # the strongest first: each is a good start for the next
+    for i, c in enumerate(CHOICES_OF_C):  # strongest regularization first: each result initializes the next fit
         classifier = fit(features[train], labels[train], classes, c, classifier, _GRADIENT_OF_TRIAL)
-        right = rank(classifier, features[test])[:, 0] == labels[test]
-        accuracy[c] = right.double().mean().item()
+        correct = rank(classifier, features[test])[:, 0] == labels[test]
+        accuracy[c] = correct.double().mean().item()
         best = max(accuracy, key=lambda each: accuracy[each])
-        if place == CHOICES_OF_C.index(best) + 2:
+        if i == CHOICES_OF_C.index(best) + 2:
             break
     return best, accuracy
 
 
 def rank(classifier: LinearClassifier, features: Tensor) -> Tensor:
-    """(N, up to 5) classes of each row, likeliest first."""
+    """Return the (N, up to 5) most likely classes of each row, most likely first."""
     blocks = features.split(_BLOCK)
     return torch.cat(
         [rank_classes(F.linear(block, classifier.weight.to(block.dtype), classifier.bias)) for block in blocks]
@@ -117,8 +119,10 @@ def rank(classifier: LinearClassifier, features: Tensor) -> Tensor:
 
 
 def _standardization(features: Tensor) -> tuple[Tensor, Tensor]:
-    """Mean and standard deviation of each column, float64; 1 of a column that is constant but for the rounding of
-    float32, which would otherwise be blown up to the size of the others."""
+    """Mean and standard deviation of each column, float64.
+
+    The deviation of a column that is constant up to float32 rounding is set to 1, so that rounding is not amplified.
+    """
     count = len(features)
     mean = sum((block.double().sum(0) for block in features.split(_BLOCK)), torch.zeros(())) / count
     squares = sum(((block.double() - mean).square().sum(0) for block in features.split(_BLOCK)), torch.zeros(()))

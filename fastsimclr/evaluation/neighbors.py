@@ -1,4 +1,4 @@
-"""Where an encoder puts images: a map of their features, and nearest neighbors."""
+"""A two-dimensional map of features, and nearest neighbors."""
 
 import warnings
 from importlib.metadata import PackageNotFoundError, version
@@ -14,23 +14,22 @@ from fastsimclr.data.sources import NO_LABEL
 from fastsimclr.errors import UserError
 
 METHODS = {"umap": "UMAP", "tsne": "t-SNE", "pca": "PCA"}
-COMPONENTS = 50  # of the PCA that goes before
-BLOCK_BYTES = 64 << 20  # of features read at a time
+COMPONENTS = 50  # of the PCA before UMAP or t-SNE
+BLOCK_BYTES = 64 << 20  # bytes of features to read at a time
 
-_QUERIES = 1 << 31  # an "epoch" that no other order is of: the map's images are not the gallery's
+_QUERIES = 1 << 31  # an epoch that no run reaches: the gallery is sampled independently of the map
 
 
 def class_names(source: Source) -> dict[int, str]:
-    """The class of each label that there is."""
+    """Map each label of the images to the name of its class."""
     labels = np.unique(source.labels[source.labels != NO_LABEL]).tolist()
     return {label: source.class_name(label) for label in labels}
 
 
 def choose_method(wanted: str) -> tuple[str, str]:
-    """What is drawn for --map, and why, where "auto" chooses umap or tsne. Raises UserError for a umap that is not
-    here."""
+    """Return the method for --map; for "auto" also the reason, else "". Raises UserError if umap is not installed."""
     try:
-        version("umap-learn")  # importing it takes many seconds
+        version("umap-learn")  # faster than importing it, indices takes many seconds
     except PackageNotFoundError as error:
         if wanted == "umap":
             raise UserError(
@@ -41,23 +40,23 @@ def choose_method(wanted: str) -> tuple[str, str]:
 
 
 def project(features: NDArray[np.float32], method: str, seed: int) -> NDArray[np.float64]:
-    """Places (N, 2) of the rows of `features` (N, D) on a map.
+    """Project `features` (N, D) to points (N, 2) of a map.
 
-    Rows are normalised first, so that distances are kNN's cosines; but columns are not: to give each the same variance
-    would magnify those that hardly vary, and make other neighbours. PCA to 50 columns drops noise, and time.
+    Rows are normalized, so that distances correspond to kNN's cosines. Columns are not standardized: that would amplify
+    columns that hardly vary and change the neighbors. PCA to 50 columns reduces noise and run time.
     """
-    from sklearn.decomposition import PCA  # a second to import: only when asked for
+    from sklearn.decomposition import PCA  # here: takes a second to import
     from sklearn.manifold import TSNE
 
     unit = F.normalize(torch.from_numpy(np.array(features)), dim=1).numpy()
     images, seed = len(unit), seed & 0xFFFFFFFF
     with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # of features that are all alike, and umap's of its own dependencies
+        warnings.simplefilter("ignore")  # for constant features, and from umap's dependencies
         reduced = PCA(min(COMPONENTS, *unit.shape), random_state=seed).fit_transform(unit)
         if method == "umap":
             from umap import UMAP  # type: ignore[import-untyped,import-not-found,unused-ignore]
 
-            # One job, as it is for any seed; to say so avoids a warning.
+            # A seed implies n_jobs=1; passing it avoids a warning.
             reduced = UMAP(n_neighbors=min(15, images - 1), random_state=seed, n_jobs=1).fit_transform(reduced)
         elif method == "tsne":
             reduced = TSNE(perplexity=min(30, (images - 1) / 3), init="pca", random_state=seed).fit_transform(reduced)
@@ -65,30 +64,33 @@ def project(features: NDArray[np.float32], method: str, seed: int) -> NDArray[np
 
 
 def choose_queries(labels: NDArray[np.int64], count: int, seed: int) -> NDArray[np.int64]:
-    """Up to `count` images drawn by seed, one of each class before a second of any; in the order of their classes."""
+    """Sample up to `count` images, spread evenly over the classes, and sort them by class."""
     order = epoch_order(seed, _QUERIES, len(labels))
-    turn = np.zeros(len(order), np.int64)  # how many of its class come before each
+    rank_in_class = np.zeros(len(order), np.int64)
     for label in np.unique(labels):
         of_class = labels[order] == label
-        turn[of_class] = np.arange(of_class.sum())
-    chosen = order[np.argsort(turn, kind="stable")[:count]]
+        rank_in_class[of_class] = np.arange(of_class.sum())
+    chosen = order[np.argsort(rank_in_class, kind="stable")[:count]]
     return chosen[np.lexsort((chosen, labels[chosen]))]
 
 
 def nearest(
     features: NDArray[np.float32], queries: NDArray[np.int64], k: int
 ) -> tuple[NDArray[np.float32], NDArray[np.int64]]:
-    """The k rows of `features` (N, D) most like each row of `queries` (Q,), itself apart: cosines (Q, k), the largest
-    first, and the rows' numbers (Q, k). features may be a file larger than memory: it is read a block at a time."""
-    asked = F.normalize(torch.from_numpy(features[queries]), dim=1)
+    """Find the k nearest neighbors of the rows `queries` (Q,) among all other rows of `features` (N, D).
+
+    Returns cosines (Q, k), largest first, and row indices (Q, k). `features` may be a memory-mapped file larger than
+    memory: it is read one block at a time.
+    """
+    query_rows = F.normalize(torch.from_numpy(features[queries]), dim=1)
     itself = torch.from_numpy(queries)[:, None]
-    best, which = torch.empty(len(queries), 0), torch.empty(len(queries), 0, dtype=torch.int64)
+    cosines, indices = torch.empty(len(queries), 0), torch.empty(len(queries), 0, dtype=torch.int64)
     block = max(1, BLOCK_BYTES // (4 * features.shape[1]))
     for first in range(0, len(features), block):
         rows = F.normalize(torch.from_numpy(np.array(features[first : first + block])), dim=1)
         numbers = torch.arange(first, first + len(rows)).expand(len(queries), -1)
-        best = torch.cat([best, (asked @ rows.T).masked_fill(numbers == itself, -torch.inf)], dim=1)
-        which = torch.cat([which, numbers], dim=1)
-        best, places = best.topk(min(k, len(features) - 1, best.shape[1]), dim=1)
-        which = which.gather(1, places)
-    return best.numpy(), which.numpy()
+        cosines = torch.cat([cosines, (query_rows @ rows.T).masked_fill(numbers == itself, -torch.inf)], dim=1)
+        indices = torch.cat([indices, numbers], dim=1)
+        cosines, order = cosines.topk(min(k, len(features) - 1, cosines.shape[1]), dim=1)
+        indices = indices.gather(1, order)
+    return cosines.numpy(), indices.numpy()

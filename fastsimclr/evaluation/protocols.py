@@ -32,13 +32,13 @@ from fastsimclr.precision import choose_precision
 from fastsimclr.pretrained import Pretrained
 from fastsimclr.run_folder import RunFolder, check_new, scan_cache, write_atomically
 
-HELD_OUT = 0.2  # of the training images, by which lbfgs chooses its regularisation
-FEW_LABELS = 0.02  # the paper fine-tunes on 1 % for 60 epochs, on 10 % for 30
+HELD_OUT = 0.2  # fraction of the training images on which lbfgs selects its regularization
+FEW_LABELS = 0.02  # the paper fine-tunes for 60 epochs on 1 % of the labels, for 30 on 10 %
 LR_AT_256 = {LinearConfig: 0.1, FinetuneConfig: 0.05, SupervisedConfig: 0.1}
 
 
 class Evaluation:
-    """An evaluation: what it needs, opened and checked on every rank, and then the protocol."""
+    """An evaluation of an encoder. Creating it opens and checks the data, model and output on every rank."""
 
     def __init__(self, config: EvaluationConfig, text: str, pretrained: Pretrained | None, world: World) -> None:
         self.config, self.text, self.pretrained, self.world = config, text, pretrained, world
@@ -52,7 +52,7 @@ class Evaluation:
             workers=config.data.workers,
         )
         self.settings: dict[str, Any] = {}
-        """What was chosen for this evaluation, for its record."""
+        """Settings that the protocol used, for the record."""
         self.output = run_on_all_ranks(self._choose_output, world)
         self.result = self.output / f"{config.name()}.json"
         self.weights = self.result.with_suffix(".pt")
@@ -78,13 +78,14 @@ class Evaluation:
             others = len(self.data.train) - (self.data.val is None)
             if self.config.k > others:
                 raise UserError(
-                    f"--k: got {self.config.k}, more than the {others} images that can vote; expected at most that"
+                    f"--k: got {self.config.k}, more than the {others} images that can be neighbors; "
+                    f"expected at most {others}"
                 )
         elif self.data.val is None:
-            raise UserError("--data.val: got none, expected labelled images that are not trained on")
+            raise UserError("--data.val: got none, expected labeled images that are not in the training set")
 
     def run(self) -> None:
-        """Do it, and leave the record."""
+        """Run the protocol, write the record, and print the summary."""
         started = time.monotonic()
         torch.backends.cudnn.benchmark = True
         config = self.config
@@ -101,7 +102,7 @@ class Evaluation:
             print(self._summary(record), flush=True)
 
     def _knn(self, config: KnnConfig) -> tuple[Tensor, Tensor]:
-        """Each rank asks for its part of the images."""
+        """Rankings and labels of the queries; each rank classifies its part of them."""
         device, data = self.world.device, self.data
         model = self.model
         bank, bank_labels = self._embed(model, data.train, "training images")
@@ -109,11 +110,11 @@ class Evaluation:
         self.settings = {"k": config.k, "temperature": config.temperature, "leave_one_out": data.val is None}
         sizes = [len(part) for part in torch.arange(len(queries)).tensor_split(self.world.world_size)]
         first = sum(sizes[: self.world.rank])
-        mine = queries[first : first + sizes[self.world.rank]]
+        local_queries = queries[first : first + sizes[self.world.rank]]
         ranking = knn_ranking(
             bank.to(device),
             bank_labels.to(device),
-            mine.to(device),
+            local_queries.to(device),
             config.k,
             temperature=config.temperature,
             leave_out=first if data.val is None else None,
@@ -124,17 +125,18 @@ class Evaluation:
         return ranking, labels
 
     def _regression(self, config: LinearConfig) -> tuple[Tensor, Tensor]:
-        """On every rank the same: none has to wait for another."""
+        """Rankings and labels of the validation images; every rank computes all of them, without communication."""
         device, data = self.world.device, self.data
         model, classes = self.model, len(data.classes)
         assert data.val is not None
         features, labels = (part.to(device) for part in self._embed(model, data.train, "training images"))
         val_features, val_labels = self._embed(model, data.val, "validation images")
-        c, tried = config.c, dict[float, float]()
+        c, accuracy_of_c = config.c, dict[float, float]()
         if c == "auto":
-            c, tried = linear.choose_c(features, labels, classes, *hold_out(data.train, HELD_OUT, config.seed))
+            c, accuracy_of_c = linear.choose_c(features, labels, classes, *hold_out(data.train, HELD_OUT, config.seed))
         fitted = linear.fit(features, labels, classes, c)
-        self.settings = {"solver": "lbfgs", "c": c, "held_out_accuracy": {f"{each:g}": a for each, a in tried.items()}}
+        held_out_accuracy = {f"{each:g}": accuracy for each, accuracy in accuracy_of_c.items()}
+        self.settings = {"solver": "lbfgs", "c": c, "held_out_accuracy": held_out_accuracy}
         classifier = Classifier(model, classes, frozen=True)
         classifier.fc.load_state_dict(fitted._asdict())
         self._save(classifier)
@@ -160,23 +162,23 @@ class Evaluation:
         return rank_classes(logits), labels
 
     def _schedule(self, config: LinearConfig | FinetuneConfig | SupervisedConfig) -> Schedule:
-        batch_size = min(config.batch_size, len(self.data.train))  # of few labels there may be fewer
+        batch_size = min(config.batch_size, len(self.data.train))
         epochs = config.epochs
         if epochs == "auto":
-            epochs = 60 if len(self.data.train) <= FEW_LABELS * self.data.has_labels else 30
+            epochs = 60 if len(self.data.train) <= FEW_LABELS * self.data.available_images else 30
         lr = LR_AT_256[type(config)] * batch_size / 256 if config.lr == "auto" else config.lr
         warmup = config.warmup_epochs if isinstance(config, SupervisedConfig) else 0.0
         return Schedule(epochs, lr, batch_size, config.weight_decay, warmup_epochs=warmup)
 
     def _encoder(self) -> Encoder:
-        """The checkpoint's; for `supervised` a new one like it."""
+        """The checkpoint's encoder; for `supervised`, a new encoder of the same architecture."""
         config = self.config
         if not isinstance(config, SupervisedConfig):
             assert self.pretrained is not None
             model = self.pretrained.encoder
         elif self.pretrained is not None:
-            like = self.pretrained.encoder
-            model = encoder(like.name, like.width, like.stem)
+            given = self.pretrained.encoder
+            model = encoder(given.name, given.width, given.stem)
         else:
             assert config.encoder is not None
             model = encoder(config.encoder, config.width, config.stem, image_size=self.augmentation.image_size)
@@ -193,7 +195,7 @@ class Evaluation:
         )
 
     def _save(self, classifier: Classifier) -> None:
-        """The encoder with its classifier, as torchvision's models load it."""
+        """Save the encoder and its classifier as a state dict that torchvision's model loads."""
         if self.world.is_rank_zero:
             write_atomically(self.weights, lambda file: torch.save(classifier.torchvision_state(), file))
 
@@ -206,7 +208,7 @@ class Evaluation:
             "checkpoint": config.checkpoint,
             "origin": self.pretrained.origin if self.pretrained is not None else None,
             "encoder": {"name": built.name, "width": built.width, "stem": built.stem, "features": built.out_features},
-            "train": {"path": config.data.train, "images": len(data.train), "of": data.has_labels},
+            "train": {"path": config.data.train, "images": len(data.train), "of": data.available_images},
             "val": {"path": val, "images": len(data.val) if data.val is not None else len(data.train)},
             "skipped_images": data.skipped,
             "settings": self.settings,
@@ -221,7 +223,7 @@ class Evaluation:
         }
 
     def _summary(self, record: dict[str, Any]) -> str:
-        held_out = f"of {record['val']['path']}" if self.data.val is not None else "each by all the others"
+        held_out = f"of {record['val']['path']}" if self.data.val is not None else "leave-one-out"
         top5 = f", top-5 {record['top5']:.2%}" if len(self.data.classes) > 5 else ""
         return (
             f"{record['protocol']}: top-1 {record['top1']:.2%}{top5} on {record['val']['images']} images ({held_out}), "

@@ -1,4 +1,4 @@
-"""Encoders from files: a run's checkpoint, our exports, and other projects' checkpoints."""
+"""Load encoders from files: checkpoints of a run, exports, and other projects' checkpoints."""
 
 from fastsimclr.pretrained.load import TIMM_FILES, Pretrained, import_weights, load_encoder, open_pretrained
 

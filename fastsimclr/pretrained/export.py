@@ -1,4 +1,4 @@
-"""An encoder out of a checkpoint, in the form that others load: torchvision, safetensors, ONNX or timm."""
+"""Export an encoder for other libraries: torchvision, safetensors, ONNX or timm."""
 
 import argparse
 import contextlib
@@ -22,14 +22,14 @@ from fastsimclr.models import Encoder
 from fastsimclr.pretrained.load import TIMM_FILES, Pretrained, open_pretrained
 from fastsimclr.run_folder import RunFolder, check_new, rename_atomically
 
-OPSET = 18  # of ONNX, from 2022: any onnxruntime in use knows it
-TOLERANCE = 1e-4  # of the representation, relative to its largest element where that is above 1
-LARGEST_PROTOBUF = 2**31 - 2**20  # bytes; an ONNX file of more keeps its weights beside itself
-SOME_SIZE = {"imagenet": 224, "small": 32}  # pixels, by the stem: to try an encoder at whose own is not known
+OPSET = 18  # ONNX opset, from 2022
+TOLERANCE = 1e-4  # maximum error of a representation, relative to its largest element if that is above 1
+LARGEST_PROTOBUF = 2**31 - 2**20  # bytes; a larger ONNX model keeps its weights in a separate file
+DEFAULT_IMAGE_SIZE = {"imagenet": 224, "small": 32}  # by stem, where the training size is not known
 
 
 def export(options: argparse.Namespace) -> str:
-    """Write the encoder; returns the summary line to print."""
+    """Write the encoder and return the summary line to print."""
     form, source, output = FORMATS[options.format], Path(options.checkpoint), Path(options.output)
     if form.suffixes and output.suffix not in form.suffixes:
         raise UserError(f"--output: got {output}, expected a file name that ends in {' or '.join(form.suffixes)}")
@@ -45,7 +45,7 @@ def export(options: argparse.Namespace) -> str:
         raise UserError(f"--output: got {output}, which is --checkpoint itself; give another name")
     try:
         output.parent.mkdir(parents=True, exist_ok=True)
-        # In the same file system, so that what is there is always whole.
+        # In the same file system, so that the output is replaced atomically.
         with tempfile.TemporaryDirectory(prefix=f".{output.name}.", dir=output.parent) as partial:
             hint = form.write(pretrained, Path(partial, output.name), output)
             size = sum(file.stat().st_size for file in Path(partial).rglob("*") if file.is_file())
@@ -54,36 +54,36 @@ def export(options: argparse.Namespace) -> str:
         raise UserError(f"--output: got {output}, which cannot be written ({error.strerror or error})") from error
     encoder, augmentation = pretrained.encoder, pretrained.augmentation
     width = f" of width {encoder.width}" if encoder.width != 1 else ""
-    images = "as those who trained it prepared them; the checkpoint does not say how"
+    images = "prepare them as in training; the checkpoint does not record how"
     if augmentation is not None:
         images = ", ".join(f"{name} {_text(value)}" for name, value in _preparation(augmentation).items())
     return (
         f"{output}: {encoder.name}{width} of {source} ({pretrained.origin}) for {options.format}, "
-        f"{size / 2**20:.1f} MiB; load it by `{hint}`; images: {images}"
+        f"{size / 2**20:.1f} MiB; load it with `{hint}`; images: {images}"
     )
 
 
 def _put(partial: Path, output: Path) -> None:
-    """Move what was written to where it belongs: a new folder at once, files one by one, the output itself last."""
+    """Move the written files to their place: a new folder in one rename, else file by file, the output itself last."""
     written = partial / output.name
     if written.is_dir() and not output.exists():
         os.rename(written, output)
         return
-    # Nothing else that is in an existing folder is touched.
+    # Other files of an existing folder are kept.
     folder, target = (written, output) if written.is_dir() else (partial, output.parent)
     for file in sorted(folder.iterdir(), key=lambda file: file == written):
         rename_atomically(file, target / file.name)
 
 
-# The formats: each writes `file`, and returns the line that loads `output`, where it will be
+# The formats. Each function writes `file` and returns the code that loads it from `output`, its final path.
 
 
 def write_torchvision(pretrained: Pretrained, file: Path, output: Path) -> str:
-    """A state dict for torchvision's ResNet of that name with its fc taken out; its stem is for the hint to replace."""
+    """Write a state dict for torchvision's ResNet without fc. The returned code also replaces the stem, if small."""
     encoder = pretrained.encoder
     if encoder.width != 1:
         raise UserError(
-            f"--format: got torchvision for an encoder of width {encoder.width}, of which torchvision has no model; "
+            f"--format: got torchvision for an encoder of width {encoder.width}, which torchvision does not have; "
             "expected safetensors or onnx"
         )
     _refuse_unusual_stem(encoder, "torchvision")
@@ -96,7 +96,7 @@ def write_torchvision(pretrained: Pretrained, file: Path, output: Path) -> str:
 
 
 def write_safetensors(pretrained: Pretrained, file: Path, output: Path) -> str:
-    """torchvision's names, and in the header what load_encoder builds the encoder by and its images' recipe."""
+    """Write tensors by torchvision's names; the header holds the architecture and the augmentation for load_encoder."""
     encoder = pretrained.encoder
     header = _about(pretrained) | {
         "format": "fastsimclr",
@@ -112,11 +112,11 @@ def write_safetensors(pretrained: Pretrained, file: Path, output: Path) -> str:
 
 
 def write_timm(pretrained: Pretrained, file: Path, output: Path) -> str:
-    """A folder with the files that timm itself would write for the model."""
+    """Write a folder with the files that timm itself would write for the model."""
     encoder, augmentation = pretrained.encoder, pretrained.augmentation
     if encoder.width != 1 or encoder.stem != "imagenet":
         what = f"the small stem of {encoder.name}" if encoder.width == 1 else f"an encoder of width {encoder.width}"
-        raise UserError(f"--format: got timm for {what}, of which timm has no model; expected safetensors or onnx")
+        raise UserError(f"--format: got timm for {what}, which timm does not have; expected safetensors or onnx")
     _refuse_unusual_stem(encoder, "timm")
     prepared: dict[str, Any] = {}
     if augmentation is not None:
@@ -146,9 +146,10 @@ def write_timm(pretrained: Pretrained, file: Path, output: Path) -> str:
 
 
 def write_onnx(pretrained: Pretrained, file: Path, output: Path) -> str:
-    """images (batch, 3, height, width) to representation (batch, features), all but the channels of any size.
+    """Write a graph from `images` (batch, 3, height, width) to `representation` (batch, features).
 
-    Raises RuntimeError, and leaves no file, if onnxruntime's representations are not PyTorch's.
+    Batch, height and width are dynamic. Raises RuntimeError, and leaves no file, if onnxruntime's representations
+    differ from PyTorch's.
     """
     try:
         import onnx  # noqa: F401
@@ -156,12 +157,12 @@ def write_onnx(pretrained: Pretrained, file: Path, output: Path) -> str:
         import onnxscript  # noqa: F401
     except ImportError as error:
         raise UserError(
-            f"--format: got onnx, but {error.name} is not installed; expected it: pip install 'fastsimclr[onnx]'"
+            f"--format: got onnx, but {error.name} is not installed; pip install 'fastsimclr[onnx]'"
         ) from error
     encoder, augmentation = pretrained.encoder, pretrained.augmentation
-    side = augmentation.image_size if augmentation is not None else SOME_SIZE[encoder.stem]
+    side = augmentation.image_size if augmentation is not None else DEFAULT_IMAGE_SIZE[encoder.stem]
     with warnings.catch_warnings(), contextlib.redirect_stdout(io.StringIO()):
-        warnings.simplefilter("ignore")  # the exporter's own doings
+        warnings.simplefilter("ignore")  # from inside the exporter
         program = torch.onnx.export(
             encoder,
             (torch.zeros(2, 3, side, side),),
@@ -186,23 +187,26 @@ def write_onnx(pretrained: Pretrained, file: Path, output: Path) -> str:
 
 
 def compare(encoder: Encoder, other: Callable[[Tensor], Any], side: int) -> None:
-    """Raise RuntimeError unless `other` gives random images the encoder's representations: batches of several sizes,
-    and images that are not square. UserError, if there is nothing to compare with."""
+    """Raise RuntimeError unless `other` gives the encoder's representations of random images.
+
+    Compares batches of several sizes, and images that are not square. Raises UserError if the encoder's own
+    representations are not finite.
+    """
     generator = torch.Generator().manual_seed(0)
     for shape in ((1, 3, side, side), (3, 3, side, side), (5, 3, side, side), (2, 3, side + 16, side)):
         images = torch.randn(shape, generator=generator)
         with torch.inference_mode():
             expected = encoder(images)
         if not expected.isfinite().all():
-            raise UserError("--checkpoint: got an encoder whose representations are not finite; give an earlier one")
-        off = float((torch.as_tensor(other(images)) - expected).abs().max())
+            raise UserError("--checkpoint: got an encoder whose representations are not finite; use an earlier one")
+        error = float((torch.as_tensor(other(images)) - expected).abs().max())
         allowed = TOLERANCE * max(1.0, float(expected.abs().max()))
-        if not off <= allowed:
-            raise RuntimeError(f"onnxruntime differs from PyTorch by {off:.2g} at {shape}, allowed are {allowed:.2g}")
+        if not error <= allowed:
+            raise RuntimeError(f"onnxruntime differs from PyTorch by {error:.2g} at {shape}, expected ≤ {allowed:.2g}")
 
 
 class Format(NamedTuple):
-    """Who writes it, and how its file names end; none: it is a folder."""
+    """An export format: its writer, and the suffixes of its file names (none: a folder)."""
 
     write: Callable[[Pretrained, Path, Path], str]
     suffixes: tuple[str, ...]
@@ -216,7 +220,7 @@ FORMATS = {
 }
 
 
-# What they share
+# Helpers of the formats
 
 
 def _tensors(encoder: Encoder) -> dict[str, Tensor]:
@@ -230,7 +234,7 @@ def _about(pretrained: Pretrained) -> dict[str, str]:
 
 
 def _preparation(augmentation: Augmentation) -> dict[str, Any]:
-    """What the encoder's users have to do to an image."""
+    """How images must be prepared for the encoder."""
     names = ("image_size", "center_fraction", "interpolation", "mean", "std")
     return {name: getattr(augmentation, name) for name in names}
 
@@ -245,11 +249,11 @@ def _conv1(encoder: Encoder) -> str:
 
 
 def _refuse_unusual_stem(encoder: Encoder, form: str) -> None:
-    """Of a stem that differs in what has no tensor, these formats would say nothing."""
+    """Raise UserError for a stem whose padding or activation the format cannot express: they have no tensors."""
     padding = encoder.conv1.kernel_size[0] // 2
     if encoder.conv1.padding != (padding, padding) or not isinstance(encoder.relu, nn.ReLU):
         what = "no ReLU" if not isinstance(encoder.relu, nn.ReLU) else f"a padding of {encoder.conv1.padding[0]}"
         raise UserError(
-            f"--format: got {form} for an encoder with {what} in its stem, which {form} would not know of; expected "
+            f"--format: got {form} for an encoder with {what} in its stem, which {form} cannot express; expected "
             "safetensors or onnx"
         )

@@ -1,7 +1,7 @@
-"""The layouts of checkpoints: how each project names a ResNet's tensors, and which of them are the encoder's.
+"""Checkpoint layouts: how each project names a ResNet's tensors, and which of them belong to the encoder.
 
-A layout is recognised by names and shapes alone; all end as torchvision's names. Errors do not name the file: whoever
-reads it does.
+A layout is recognized by names and shapes alone, and converted to torchvision's names. The caller adds the file's name
+to errors.
 """
 
 import re
@@ -17,28 +17,28 @@ from fastsimclr.models import ENCODERS, Encoder
 
 State = dict[str, Tensor]
 
-# google-research trained on images in [0, 1], as they are.
+# google-research/simclr trains on images in [0, 1], without mean and std (data_util.py).
 GOOGLE_AUGMENTATION = Augmentation(mean=(0.0, 0.0, 0.0), std=(1.0, 1.0, 1.0))
 
 
 @dataclass(frozen=True)
 class Weights:
-    """An encoder's tensors, named as torchvision names them, and what its project's code says beside them."""
+    """An encoder's tensors by torchvision's names, and properties of the encoder that no tensor holds."""
 
     state: State
     origin: str
     augmentation: Augmentation | None = None
-    """The recipe, where the layout leaves no doubt of it."""
+    """The augmentation, if the layout determines it."""
     stem_padding: int | None = None
-    """Of the first convolution, where it is not the stem's own (1 of 3x3, 3 of 7x7)."""
+    """Padding of the first convolution, if not the stem's default (1 for 3x3, 3 for 7x7)."""
     stem_relu: bool = True
-    """Whether a ReLU follows the first normalisation."""
+    """Whether a ReLU follows the first normalization."""
 
 
 def find_weights(contents: Any) -> Weights:
-    """The encoder in what torch.save wrote: in each container and by each layout that there is.
+    """Find the encoder's tensors in a loaded checkpoint, trying all known containers and layouts.
 
-    Raises UserError if there is none.
+    Raises UserError if there are none.
     """
     state = _unwrapped(contents)
     if "net.0.0.weight" in state and any(name.startswith("net.1.blocks.0.") for name in state):
@@ -49,23 +49,23 @@ def find_weights(contents: Any) -> Weights:
     return _sequential(state, prefix)
 
 
-# Where the state dict is
+# Containers of the state dict
 
-# VISSL's; Lightning's, MoCo's, tonylins' and most others'; SupContrast's; SimCLRv2-Pytorch's; and none.
+# In order: VISSL; Lightning, MoCo, tonylins and most others; SupContrast; SimCLRv2-Pytorch; and no container.
 _CONTAINERS = (
     ("classy_state_dict", "base_model", "model", "trunk"),
     *(("state_dict",), ("model_state_dict",), ("model",), ("resnet",)),
     (),
 )
-_WRAPPERS = ("module", "_orig_mod")  # DistributedDataParallel's and torch.compile's
+_WRAPPERS = ("module", "_orig_mod")  # of DistributedDataParallel and torch.compile
 
 
 def _unwrapped(contents: Any) -> State:
-    """The first container that holds tensors, without the names of wrappers."""
+    """Return the tensors of the first container that holds any, without the names of wrappers."""
     for path in _CONTAINERS:
         found = contents
-        for step in path:
-            found = found.get(step) if isinstance(found, Mapping) else None
+        for key in path:
+            found = found.get(key) if isinstance(found, Mapping) else None
         if isinstance(found, Mapping):
             tensors = {str(name): value for name, value in found.items() if isinstance(value, Tensor)}
             if tensors:
@@ -77,19 +77,19 @@ def _unwrapped(contents: Any) -> State:
     raise UserError(f"got {what}, expected a state dict of tensors")
 
 
-# Which part of it is the encoder
+# The encoder within the state dict
 
-_PREFERRED = ("", "backbone.", "encoder.", "encoder_q.", "base_encoder.")  # others are momentum copies of these
+_PREFERRED = ("", "backbone.", "encoder.", "encoder_q.", "base_encoder.")  # others are momentum copies
 _FIRST_BLOCK = re.compile(r"(|.*\.)(?:layer1|(\d+))\.0\.conv1\.weight")
 _HEADS = ("fc", "head", "linear", "classifier", "projector", "projection_head", "predictor")
 
 
 def _prefix(state: State) -> str:
-    """What stands before the encoder's own names."""
+    """The prefix of the encoder's names."""
     found: dict[str, None] = {}
     for name in state:
         match = _FIRST_BLOCK.fullmatch(name)
-        # Of a Sequential it is a number that stands for layer1; a ResNet's Sequential begins with its convolution.
+        # In a Sequential, a number replaces layer1; the Sequential of a ResNet begins with the convolution.
         if match and (match[2] is None or f"{match[1]}0.weight" in state):
             found[match[1]] = None
     if not found:
@@ -105,7 +105,7 @@ def _prefix(state: State) -> str:
 
 
 def _below(state: State, prefix: str) -> State:
-    """The tensors under `prefix` but for those of heads; CIFAR's ResNets call a block's `downsample` its shortcut."""
+    """The tensors under `prefix` without heads, with `shortcut` (CIFAR's ResNets) renamed to `downsample`."""
     found = {name.removeprefix(prefix): value for name, value in state.items() if name.startswith(prefix)}
     return {
         name.replace(".shortcut.", ".downsample."): value
@@ -118,11 +118,12 @@ def _below(state: State, prefix: str) -> State:
 
 
 def _named(state: State, prefix: str) -> Weights:
-    """torchvision's names, under a prefix. It tells the projects apart, together with the heads that stand beside it:
+    """Convert torchvision's names under a prefix. The prefix and the heads identify the project:
 
     "": torchvision, timm, and tonylins/simclr-converter (google-research's SimCLR; see `_converted_from_google`).
-    backbone: solo-learn, lightly's benchmarks, sthalles/SimCLR. encoder: SupContrast, Spijkervet/SimCLR, and solo-learn
-    at first. encoder_q, base_encoder: MoCo and MoCo v3. _feature_blocks: VISSL's trunk. Any other that is alone.
+    backbone: solo-learn, lightly's benchmarks, sthalles/SimCLR. encoder: SupContrast, Spijkervet/SimCLR, and early
+    solo-learn. encoder_q, base_encoder: MoCo and MoCo v3. _feature_blocks: VISSL's trunk. Another prefix is accepted
+    if it is the only one.
     """
     weights = Weights(_below(state, prefix), f"a ResNet under {prefix[:-1]}" if prefix else "a ResNet's state dict")
     if prefix == "" and _converted_from_google(state):
@@ -134,7 +135,7 @@ def _named(state: State, prefix: str) -> Weights:
     if prefix in ("encoder_q.", "base_encoder."):
         return replace(weights, origin="MoCo" if prefix == "encoder_q." else "MoCo v3")
     if prefix in ("backbone.", "encoder.") and {"classifier.weight", "classifier.bias"} <= set(state):
-        # solo-learn's methods all train a classifier alongside; and nobody else pads a 3x3 stem by two pixels.
+        # solo-learn trains a classifier alongside, and pads its 3x3 stem by two pixels (solo/methods/base.py).
         if _stem_side(weights.state) == 3:
             return replace(weights, origin="solo-learn, with its stem for CIFAR, padded by 2", stem_padding=2)
         return replace(weights, origin="solo-learn")
@@ -144,8 +145,11 @@ def _named(state: State, prefix: str) -> Weights:
 
 
 def _converted_from_google(state: State) -> bool:
-    """Whether this is what tonylins' converter wrote. The names are torchvision's, at width 1 also the shapes; but its
-    bottlenecks have their downsample first, and no batch normalisation has ever seen a batch in PyTorch."""
+    """Whether tonylins' converter wrote this file.
+
+    The names are torchvision's, and at width 1 also the shapes. But the downsample precedes the convolutions of a
+    bottleneck, and num_batches_tracked is 0.
+    """
     names = list(state)
     first = ["layer1.0.downsample.0.weight", "layer1.0.conv1.weight", "layer1.0.conv3.weight"]
     seen = [value for name, value in state.items() if name.endswith(".num_batches_tracked")]
@@ -156,9 +160,9 @@ def _converted_from_google(state: State) -> bool:
 def _sequential(state: State, prefix: str) -> Weights:
     """nn.Sequential(*resnet.children()), numbered: lightly's backbone.*, leftthomas/SimCLR's f.*.
 
-    How many modules without tensors stand between bn1 (1) and layer1 tells what they are: ReLU and max-pool; ReLU; or
-    none, as lightly's own ResNetGenerator has its ReLUs in a forward() that a Sequential leaves behind.
-    A 3x3 stem's max-pool is taken for the nn.Identity() that replaces it where images are small.
+    The number of modules without tensors between bn1 (1) and layer1 identifies them: two are ReLU and max-pool, one is
+    ReLU, and none is lightly's ResNetGenerator, whose ReLUs are in a forward() that the Sequential does not have.
+    In a 3x3 stem, the max-pool is assumed to be the nn.Identity() that replaces it for small images.
     """
     state = _below(state, prefix)
     blocks = (re.match(r"(\d+)\.0\.conv1\.weight", name) for name in state)
@@ -209,11 +213,11 @@ def _simclr_v2(state: State) -> Weights:
     return Weights(renamed, "google-research's SimCLRv2 by Separius/SimCLRv2-Pytorch", augmentation=GOOGLE_AUGMENTATION)
 
 
-# What the tensors are of
+# The architecture
 
 
 class Architecture(NamedTuple):
-    """How an Encoder is built."""
+    """The arguments that build an Encoder."""
 
     name: str
     width: float
@@ -230,15 +234,15 @@ _BLOCKS: dict[tuple[bool, tuple[int, ...]], str] = {
 
 
 def architecture_of(state: State) -> Architecture:
-    """The architecture of an encoder's tensors, by their shapes. Raises UserError if it is none of ours."""
+    """Determine the architecture from the shapes of an encoder's tensors. Raises UserError if it is not supported."""
     conv1, conv2 = (state.get(name) for name in ("conv1.weight", "layer1.0.conv2.weight"))
     if conv1 is None or conv1.ndim != 4 or conv2 is None or conv2.ndim != 4:
         raise UserError(f"got tensors named {_some(state)}, expected a ResNet's conv1.weight and layer1.0.conv2.weight")
     features, channels, side, _ = conv1.shape
     if channels != 3 or side not in (3, 7) or features % 64 or not features:
         raise UserError(
-            f"got a ResNet whose first convolution is {side}x{side}, from {channels} channels to {features}; expected "
-            "7x7 or 3x3, from 3 to 64 times a whole width"
+            f"got a ResNet whose first convolution is {side}x{side}, from {channels} to {features} channels; expected "
+            "7x7 or 3x3, from 3 to a multiple of 64 channels"
         )
     width, bottlenecks = features // 64, "layer1.0.conv3.weight" in state
     if conv2.shape[1] != conv2.shape[0]:
@@ -248,8 +252,8 @@ def architecture_of(state: State) -> Architecture:
         )
     if conv2.shape[0] != features:
         raise UserError(
-            f"got a ResNet whose first convolution has {features} channels, and its first block {conv2.shape[0]} (a "
-            "wide ResNet?), expected as many: width k widens all of an encoder's layers"
+            f"got a ResNet whose first convolution has {features} channels and whose first block has {conv2.shape[0]} "
+            "(a wide ResNet?), expected the same number: the width multiplies all layers of an encoder"
         )
     layers = tuple(len({n.split(".")[1] for n in state if n.startswith(f"layer{layer}.")}) for layer in (1, 2, 3, 4))
     name = _BLOCKS.get((bottlenecks, layers))
@@ -260,16 +264,16 @@ def architecture_of(state: State) -> Architecture:
 
 
 def check_fits(state: State, model: Encoder) -> None:
-    """Raise UserError, naming the first difference, unless these are the encoder's tensors, all of them and no other.
+    """Raise UserError, naming the first difference, unless the names and shapes are exactly the encoder's.
 
-    The counters of batches may be missing, as they are from before PyTorch 0.4.1.
+    num_batches_tracked may be missing, as in files from before PyTorch 0.4.1.
     """
     expected = model.state_dict()
     missing = [name for name in expected if name not in state and not name.endswith(".num_batches_tracked")]
     unexpected = [name for name in state if name not in expected]
     what = f"of a {model.name} of width {model.width}"
     if missing or unexpected:
-        found = f"without {_some(missing)}" if missing else f"with {_some(unexpected)} beside them"
+        found = f"without {_some(missing)}" if missing else f"with unexpected {_some(unexpected)}"
         raise UserError(f"got tensors {found}, expected those {what}")
     for name, wanted in expected.items():
         if name in state and state[name].shape != wanted.shape:
@@ -277,12 +281,12 @@ def check_fits(state: State, model: Encoder) -> None:
 
 
 def _stem_side(state: State) -> int | None:
-    """The side of the first convolution's kernel."""
+    """The kernel size of the first convolution."""
     conv1 = state.get("conv1.weight")
     return conv1.shape[-1] if conv1 is not None and conv1.ndim == 4 else None
 
 
 def _some(names: Iterable[Any]) -> str:
-    """The first of them, for a message of one line."""
+    """List the first names, for a message of one line."""
     listed = [" ".join(str(name).split())[:60] for name in names]
     return ", ".join(listed[:4]) + (f", … ({len(listed)} in all)" if len(listed) > 4 else "") or "nothing"

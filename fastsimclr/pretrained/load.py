@@ -1,4 +1,4 @@
-"""Load an encoder from a file, whatever wrote it."""
+"""Load an encoder from a checkpoint of any supported project."""
 
 import json
 from dataclasses import dataclass
@@ -20,48 +20,49 @@ TIMM_FILES = ("config.json", "model.safetensors")
 
 @dataclass(frozen=True)
 class Pretrained:
-    """An encoder, and what its file says of it."""
+    """An encoder, and what its file records about it."""
 
     encoder: Encoder
     """In eval mode, float32, on the CPU."""
     augmentation: Augmentation | None
-    """The recipe that it was trained by, if the file says it."""
+    """The augmentation it was trained with, if recorded."""
     origin: str
-    """What wrote the file."""
+    """The project or run that wrote the file."""
     config: dict[str, Any] | None = None
-    """The run's whole configuration, if the file has it."""
+    """The run's configuration, if recorded."""
 
 
 def load_encoder(path: str | Path, name: str | None = None) -> Encoder:
-    """The encoder in a file: normalised images (N, 3, H, W) to representations h (N, encoder.out_features).
+    """Load the encoder of a file: normalized images (N, 3, H, W) to representations h (N, encoder.out_features).
 
-    path: a run's folder or checkpoint, an export of ours (torchvision, safetensors, timm), or whatever import_weights
-        takes.
-    name: the architecture that it has to be ("resnet50").
-    In eval mode, float32, on the CPU. Runs no code from the file. Raises UserError, a ValueError, if the file is
-    missing or damaged, or holds no ResNet of ours, or one of another name.
+    path: a run's folder or checkpoint, an export (torchvision, safetensors, timm), or a checkpoint that import_weights
+        supports.
+    name: the expected architecture, such as "resnet50"; None accepts any.
+    The encoder is in eval mode, in float32, on the CPU. Never runs code from the file. Raises UserError, a ValueError,
+    if the file is missing or damaged, or does not hold a supported ResNet of this name.
     """
     return open_pretrained(path, name).encoder
 
 
 def import_weights(path: str | Path, name: str | None = None) -> Encoder:
-    """The encoder in another project's PyTorch checkpoint, as load_encoder gives one.
+    """Load the encoder of another project's PyTorch checkpoint. Arguments and result as for `load_encoder`.
 
-    VISSL; lightly; solo-learn; MoCo and MoCo v3; SupContrast; google-research's SimCLR by tonylins/simclr-converter
-    (widths 1, 2, 4) and SimCLRv2 by Separius/SimCLRv2-Pytorch (not with selective kernels); torchvision and timm; any
-    other file with one ResNet by torchvision's names in it. layouts.py tells them apart by the names of their tensors.
+    Supported: VISSL; lightly; solo-learn; MoCo and MoCo v3; SupContrast; google-research's SimCLR, converted by
+    tonylins/simclr-converter (widths 1, 2, 4), and SimCLRv2, converted by Separius/SimCLRv2-Pytorch (without selective
+    kernels); torchvision and timm; and any file with one ResNet by torchvision's names. The names of the tensors
+    identify the layout (layouts.py).
 
-    The images have to be prepared as that project does. Of google-research's, and only of them, it is certain: in
-    [0, 1], without mean and std; open_pretrained(path).views says so.
+    Prepare images as the project does. Only for google-research's checkpoints is this known: images in [0, 1], without
+    mean and std, as `open_pretrained(path).augmentation` returns.
     """
     return load_encoder(path, name)
 
 
 def open_pretrained(path: str | Path, name: str | None = None) -> Pretrained:
-    """The encoder in `path`, with what the file says of it. As of load_encoder."""
+    """Load the encoder of a file, with what the file records about it. Arguments and errors as for `load_encoder`."""
     if name is not None and name not in ENCODERS:
         raise UserError(f"name: got {name!r}, expected one of {', '.join(ENCODERS)}")
-    import yaml  # here, as safetensors below, so that `import fastsimclr` needs only PyTorch and torchvision
+    import yaml  # here, like safetensors below: `import fastsimclr` needs only PyTorch and torchvision
 
     path = Path(path)
     try:
@@ -71,10 +72,10 @@ def open_pretrained(path: str | Path, name: str | None = None) -> Pretrained:
             raise
         reason = " ".join(str(error).split())[:200]
         raise UserError(
-            f"{path}: got a file with parts missing or wrong ({type(error).__name__}: {reason}), expected a whole one"
+            f"{path}: got a file with missing or invalid parts ({type(error).__name__}: {reason}), expected a whole one"
         ) from error
     if name not in (None, opened.encoder.name):
-        raise UserError(f"{path}: got a {opened.encoder.name}, expected the {name} that was asked for")
+        raise UserError(f"{path}: got a {opened.encoder.name}, expected a {name}")
     return opened
 
 
@@ -90,15 +91,14 @@ def _open(path: Path) -> Pretrained:
             return _from_timm(path)
         raise UserError(
             f"{path}: got a folder with neither {run.checkpoint.relative_to(path)} nor {' and '.join(TIMM_FILES)}, "
-            "expected a run's folder or "
-            "timm's"
+            "expected a run's folder or a timm folder"
         )
     if not path.is_file():
         raise UserError(f"{path}: got no such file, expected a checkpoint or a run's folder")
     if path.suffix == ".onnx":
         raise UserError(
-            f"{path}: got an ONNX graph, which onnxruntime runs (onnxruntime.InferenceSession); expected weights: "
-            "export the checkpoint that it was made of as safetensors"
+            f"{path}: got an ONNX graph, which only onnxruntime runs (onnxruntime.InferenceSession); expected weights: "
+            "export the original checkpoint as safetensors"
         )
     if path.suffix == ".safetensors":
         return _from_safetensors(path)
@@ -118,7 +118,7 @@ def _from_run(path: Path, state: dict[str, Any]) -> Pretrained:
 
 
 def _from_weights(path: Path, contents: Any) -> Pretrained:
-    """The encoder in a state dict of any layout, which its shapes describe."""
+    """Load a state dict of any layout; its shapes determine the architecture."""
     try:
         weights = find_weights(contents)
         architecture = architecture_of(weights.state)
@@ -128,7 +128,7 @@ def _from_weights(path: Path, contents: Any) -> Pretrained:
 
 
 def _from_safetensors(path: Path) -> Pretrained:
-    """Our own file, whose header says all; or another's, as a state dict."""
+    """Load an export of ours, described by its header, or any other file as a state dict."""
     tensors, header = _read_safetensors(path)
     if header.get("format") != "fastsimclr":
         return _from_weights(path, tensors)
@@ -148,7 +148,7 @@ def _from_timm(folder: Path) -> Pretrained:
         raise UserError(f"{config_file}: got the architecture {name}, expected one of {', '.join(ENCODERS)}")
     opened = _from_weights(folder, _read_safetensors(weights_file)[0])
     augmentation = None
-    if "mean" in prepared:  # not of what we exported without knowing how images are prepared
+    if "mean" in prepared:  # missing in exports of checkpoints that do not record the preprocessing
         augmentation = Augmentation(
             image_size=prepared["input_size"][-1],
             mean=tuple(prepared["mean"]),
@@ -160,21 +160,23 @@ def _from_timm(folder: Path) -> Pretrained:
 
 
 def _read_safetensors(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
-    """The tensors, and the header's texts."""
+    """The tensors and the header's metadata."""
     from safetensors import SafetensorError, safe_open
 
     try:
         with safe_open(path, "pt") as file:
             return {name: file.get_tensor(name) for name in file.keys()}, file.metadata() or {}  # noqa: SIM118
     except (OSError, SafetensorError) as error:
-        raise UserError(f"{path}: got a file that is damaged or no safetensors file ({error}), expected one") from error
+        raise UserError(
+            f"{path}: got a file that is damaged or not a safetensors file ({error}), expected a valid one"
+        ) from error
 
 
 # The encoder
 
 
 def _build(path: Path, architecture: Architecture, weights: Weights) -> Encoder:
-    """The encoder with these weights; without touching the random state."""
+    """Build the encoder with these weights, without changing the random state."""
     try:
         with torch.device("meta"):
             model = encoder(*architecture)
@@ -182,7 +184,7 @@ def _build(path: Path, architecture: Architecture, weights: Weights) -> Encoder:
     except UserError as error:
         raise UserError(f"{path}: {error}") from error
     model.to_empty(device="cpu")
-    # Before PyTorch 0.4.1 batches were not counted.
+    # Files from before PyTorch 0.4.1 have no num_batches_tracked.
     counters = {name: torch.zeros(()) for name in model.state_dict() if name.endswith(".num_batches_tracked")}
     model.load_state_dict(counters | weights.state)
     if weights.stem_padding is not None:

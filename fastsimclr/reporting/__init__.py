@@ -1,1 +1,1 @@
-"""What fastsimclr.report is made of: the record of a run, charts and tables of it, and the page around them."""
+"""The HTML report of a run: its record, charts and tables; and the pictures of preview and embed."""

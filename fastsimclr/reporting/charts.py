@@ -1,4 +1,4 @@
-"""Charts, drawn by matplotlib as SVG whose colors are variables of page.css and whose text is the page's."""
+"""Charts as SVG, drawn by matplotlib. Colors are replaced by variables of page.css; text uses the page's font."""
 
 import io
 import re
@@ -19,7 +19,7 @@ from fastsimclr.reporting.numbers import number, percent
 
 COLORS = ("#0072b2", "#d55e00", "#008a63", "#b5467f", "#9a6b00", "#2f95c9", "#5b5e66", "#6f52b5")
 DASHES = ("", "7 4", "2 4", "10 4 2 4", "4 3")
-"""A run's color and dash, by its place. Their numbers have no common factor, so that 40 runs differ in one of them."""
+"""Color and dash pattern of a run, by its index. 8 and 5 are coprime, so that 40 runs differ in at least one."""
 INK, GRID, PAPER, REST = "#5c6066", "#ebebe6", "#fcfcfa", "#d9dcdd"
 VARIABLES = {f"--c{k}": color for k, color in enumerate(COLORS)} | {
     "--soft": INK,
@@ -27,9 +27,9 @@ VARIABLES = {f"--c{k}": color for k, color in enumerate(COLORS)} | {
     "--paper": PAPER,
     "--rest": REST,
 }
-"""What page.css calls each color that is drawn with; there each has a value in the light and one in the dark."""
-WIDTH, HEIGHT = 480, 250  # a matplotlib point is a unit of the SVG: about a pixel of the page
-LEFT, RIGHT, TOP, BOTTOM = 48, 468, 8, 204  # of the plot within it
+"""The variables of page.css, each with a light and a dark value, that replace the colors in the SVG."""
+WIDTH, HEIGHT = 480, 250  # in points: units of the SVG, about a pixel each
+LEFT, RIGHT, TOP, BOTTOM = 48, 468, 8, 204  # edges of the plot area
 STYLE: Any = {
     "svg.fonttype": "none",
     "font.size": 12,
@@ -54,18 +54,21 @@ STYLE: Any = {
 
 @dataclass(frozen=True)
 class Line:
-    """A curve of a chart. place: of its run among those compared, which gives color and dash."""
+    """A curve of a chart."""
 
     name: str
-    place: int
+    index: int
+    """Index of the run, which determines color and dash."""
     curve: Curve
     smooth: bool = False
     dots: bool = False
+    error: Floats | None = None
+    """Half the height of the error bars, (P,), in the unit of y."""
 
 
 @dataclass(frozen=True)
 class Chart:
-    """A chart as page.html shows it. data: what page.js shows under the pointer."""
+    """A chart for page.html. data: the values that page.js shows under the pointer."""
 
     title: str
     unit: str
@@ -73,7 +76,7 @@ class Chart:
     data: dict[str, Any]
     note: str = ""
     shares: dict[str, float] = field(default_factory=dict)
-    """Of a share chart, each part's fraction of the whole."""
+    """Fraction of each part, for a share chart."""
 
 
 def line_chart(
@@ -83,12 +86,13 @@ def line_chart(
     lines: Sequence[Line],
     *,
     untrained: dict[int, float] | None = None,
+    chance: Sequence[float] = (),
     from_zero: bool = False,
     note: str = "",
 ) -> Chart | None:
-    """Curves over one axis. Where a line is smooth, what it smooths is drawn faint behind it.
+    """Draw curves over one axis. Behind a smoothed line, its values are drawn faint.
 
-    untrained: values to compare with, by the places of their runs.
+    untrained: reference values, by the index of their run. chance: reference values of all runs.
     """
     lines = [line for line in lines if len(line.curve.y)]
     if not lines:
@@ -97,26 +101,43 @@ def line_chart(
     figure = Figure()
     with _axes(figure, x_unit, (left, right)) as axes:
         for line in lines:
-            curve, color = line.curve, COLORS[line.place % len(COLORS)]
-            if curve.steps_a_bin > 1:
+            curve, color = line.curve, COLORS[line.index % len(COLORS)]
+            if curve.points_per_bin > 1:
                 axes.fill_between(curve.x, curve.low, curve.high, color=color, alpha=0.2, linewidth=0)
             elif line.smooth:
                 axes.plot(curve.x, curve.y, color=color, alpha=0.33, linewidth=1)
+            if line.error is not None:
+                low, high = np.maximum(curve.y - line.error, 0), curve.y + line.error
+                axes.vlines(curve.x, low, high, color=color, alpha=0.45, linewidth=1.5)
         for line in lines:
-            color, dash = COLORS[line.place % len(COLORS)], DASHES[line.place % len(DASHES)]
+            color, dash = COLORS[line.index % len(COLORS)], DASHES[line.index % len(DASHES)]
             y = line.curve.smooth if line.smooth else line.curve.y
             style = (0, tuple(map(float, dash.split()))) if dash else "-"
             axes.plot(line.curve.x, y, color=color, linewidth=2, linestyle=style, gid="line")
             if line.dots or len(y) == 1:
                 axes.plot(line.curve.x, y, "o", color=color, markerfacecolor=PAPER, markeredgewidth=2, clip_on=False)
-        for place, level in (untrained or {}).items():
-            axes.axhline(level, color=COLORS[place % len(COLORS)], linewidth=1.5, linestyle=(0, (1.5, 3)))
+        for index, level in (untrained or {}).items():
+            axes.axhline(level, color=COLORS[index % len(COLORS)], linewidth=1.5, linestyle=(0, (1.5, 3)))
             if len(lines) == 1:
                 axes.text(1, level, "untrained", transform=axes.get_yaxis_transform(), ha="right", va="bottom")
+        for level in chance:
+            axes.axhline(level, color=INK, linewidth=1, linestyle=(0, (6, 3)))
         if from_zero and axes.dataLim.y0 >= 0:
             axes.set_ylim(bottom=0)
+        for level in chance:
+            has_room_below = level > 0.1 * axes.get_ylim()[1]
+            axes.annotate(
+                f"chance {number(level)} {unit}",
+                (0.5, level),
+                (0, -4 if has_room_below else 3),
+                xycoords=axes.get_yaxis_transform(),
+                textcoords="offset points",
+                ha="center",
+                va="top" if has_room_below else "bottom",
+            )
     described = "; ".join(f"{line.name}: {_described(line.curve, unit)}" for line in lines)
-    parts = [(line.name, f"--c{line.place % len(COLORS)}", line.curve.x, line.curve.y) for line in lines]
+    described += "".join(f"; chance: {number(level)} {unit}" for level in chance)
+    parts = [(line.name, f"--c{line.index % len(COLORS)}", line.curve.x, line.curve.y) for line in lines]
     return Chart(
         title,
         unit,
@@ -129,7 +150,7 @@ def line_chart(
 def share_chart(
     title: str, x_unit: str, x: Floats, parts: dict[str, Floats], overall: dict[str, float]
 ) -> Chart | None:
-    """Parts, (N,) each, as areas one on another that fill the chart. overall: each part's share of the whole."""
+    """Draw parts, (N,) each, as stacked areas that add up to 100 %. overall: each part's fraction, for the legend."""
     sums = sum(parts.values(), np.zeros_like(x))
     known = np.isfinite(sums) & (sums > 0)
     if not known.any():
@@ -153,7 +174,7 @@ def share_chart(
 
 
 def stage_colors(names: Sequence[str]) -> dict[str, str]:
-    """The variable of each stage's color: waiting for data stands out, the rest of a step does not."""
+    """The color variable of each stage: data wait is highlighted, unmeasured time is gray."""
     colors = {"data_wait": "--c1", "compute": "--rest", "other": "--rest"}
     others = [name for name in names if name not in colors]
     return colors | {name: ("--c0", "--c2", "--c7", "--c4", "--c3", "--c5")[k % 6] for k, name in enumerate(others)}
@@ -161,7 +182,7 @@ def stage_colors(names: Sequence[str]) -> dict[str, str]:
 
 @contextmanager
 def _axes(figure: Figure, x_unit: str, ends: tuple[float, float]) -> Iterator[Axes]:
-    """Axes in the style of all charts, from end to end."""
+    """Create axes in the common style, with the x limits `ends`."""
     with matplotlib.rc_context(STYLE):
         figure.set_size_inches(WIDTH / 72, HEIGHT / 72)
         figure.patch.set_visible(False)
@@ -178,11 +199,11 @@ def _axes(figure: Figure, x_unit: str, ends: tuple[float, float]) -> Iterator[Ax
 
 
 def _svg(figure: Figure, title: str, label: str) -> Markup:
-    """The figure as an element of the page. label: the chart in words, for those who can't see it."""
+    """Return the figure as an SVG element. label: a description for screen readers."""
     file = io.StringIO()
-    with matplotlib.rc_context({**STYLE, "svg.hashsalt": title}):  # no two charts have an id in common
+    with matplotlib.rc_context({**STYLE, "svg.hashsalt": title}):  # unique ids within the page
         figure.savefig(file, format="svg", metadata=dict.fromkeys(("Creator", "Date", "Format", "Type")))
-    text = file.getvalue().split("</defs>", 1)[1]  # after a style that would be the whole page's
+    text = file.getvalue().split("</defs>", 1)[1]  # drops a <style> that would apply to the whole page
     text = text.replace(' id="line"', ' class="line"')
     for unused in (
         r'font(-size|-family)?: [^;"]*; ',

@@ -1,4 +1,4 @@
-"""Curves of any length, reduced to what a chart can show without losing their extremes."""
+"""Downsampling of curves for charts, which keeps their extremes."""
 
 from dataclasses import dataclass
 
@@ -8,38 +8,40 @@ from numpy.typing import NDArray
 Floats = NDArray[np.float64]
 
 MOST = 500
-"""Points of a curve: about one a pixel. Longer ones are cut into as many bins."""
+"""Maximum number of points of a curve, about one per pixel. Longer curves are averaged in as many bins."""
 
 
 @dataclass(frozen=True)
 class Curve:
-    """Points (x, y), all of shape (P,), P at most MOST."""
+    """A curve to draw. All arrays have shape (P,), P at most MOST."""
 
     x: Floats
     y: Floats
-    """A bin's mean, or the point itself."""
+    """The mean of each bin, or the points themselves."""
     low: Floats
+    """The minimum of each bin."""
     high: Floats
-    steps_a_bin: int
-    """1 where nothing was reduced."""
+    """The maximum of each bin."""
+    points_per_bin: int
+    """1 if the curve was not downsampled."""
     ends: tuple[float, float]
-    """x of the first and the last of all points, reduced ones too."""
+    """x of the first and the last point before downsampling."""
 
     @property
     def smooth(self) -> Floats:
-        """(P,) y averaged by a Gaussian of a hundredth of the curve's length, wider where it has few points."""
+        """(P,) y smoothed by a Gaussian with a sigma of 1 % of the curve's length, or more for short curves."""
         points = len(self.y)
         sigma = max(points / 100, min(points / 25, 4.0))
         reach = np.arange(-round(3 * sigma), round(3 * sigma) + 1)
         weights = np.exp(-0.5 * (reach / sigma) ** 2)
-        # Where the window leaves the curve, over what is left of it; a short curve is shorter than its window.
+        # Normalize by the part of the window within the curve, which may be shorter than the window.
         total = np.convolve(np.ones_like(self.y), weights)
         first = len(reach) // 2
         return (np.convolve(self.y, weights) / total)[first : first + len(self.y)]
 
 
 def reduce(x: Floats, y: Floats) -> Curve:
-    """The curve of y over x, both (N,), without the points that are not finite."""
+    """Downsample y over x, both (N,), without points that are not finite."""
     finite = np.isfinite(x) & np.isfinite(y)
     x, y = x[finite], y[finite]
     if len(y) <= MOST:
@@ -51,6 +53,6 @@ def reduce(x: Floats, y: Floats) -> Curve:
         y=np.add.reduceat(y, starts) / sizes,
         low=np.minimum.reduceat(y, starts),
         high=np.maximum.reduceat(y, starts),
-        steps_a_bin=int(sizes.max()),
+        points_per_bin=int(sizes.max()),
         ends=(x[0], x[-1]),
     )

@@ -1,4 +1,4 @@
-"""What an encoder's features look like: a map of the images, and a few of them beside their nearest neighbors."""
+"""Pictures of an encoder's features: a map of the images, and a gallery of nearest neighbors."""
 
 import numpy as np
 from numpy.typing import NDArray
@@ -12,27 +12,29 @@ from fastsimclr.data.torchvision import decoded
 from fastsimclr.reporting.contact_sheet import MARGIN, Cell, Head, Page, Pixels, draw_grid, fitted, text_width
 
 Labels = NDArray[np.int64]
-Names = dict[int, str]  # a label's class
+Names = dict[int, str]  # label to class name
 
-LEGEND = 20  # classes; with more, the names are in the map itself
+LEGEND = 20  # classes; with more, the names are drawn in the map
 PLOT, PLOT_PAD, NARROWEST = 900, 24, 480
 COLORS = ("#1f77b4", "#ff7f0e", "#2ca02c", "#d62728", "#9467bd", "#8c564b", "#e377c2", "#17becf", "#bcbd22", "#333333")
-GREY = "#b8b8bd"
+GRAY = "#b8b8bd"
 THUMB = 120
 
 
-def draw_map(title: str, notes: list[str], places: NDArray[np.float64], labels: Labels, names: Names) -> bytes:
-    """The map as a PNG file's bytes. places: (N, 2); labels: (N,); names: of the classes among them, or none.
+def draw_map(title: str, notes: list[str], points: NDArray[np.float64], labels: Labels, names: Names) -> bytes:
+    """Draw the map; returns a PNG file's bytes.
 
-    Up to 20 classes have a legend; of more, each is named in its own place, if there is room.
+    points: (N, 2); labels: (N,); names: of the classes among them, may be empty. Up to 20 classes have a legend.
+    More classes are named within the map, where there is room.
     """
-    at, width, height = _fit(places)
+    at, width, height = _fit(points)
     present = [label for label in names if (labels == label).any()]
     middles = {label: np.median(at[labels == label], axis=0) for label in present}
     has_legend = len(present) <= LEGEND
-    in_turn = present if has_legend else sorted(present, key=lambda label: middles[label][0])  # unlike their neighbors
-    colors = {label: COLORS[turn % len(COLORS)] for turn, label in enumerate(in_turn)}
-    colors[NO_LABEL] = GREY if present else COLORS[0]
+    # Without a legend, sorting by position gives neighboring classes different colors.
+    ordered = present if has_legend else sorted(present, key=lambda label: middles[label][0])
+    colors = {label: COLORS[k % len(COLORS)] for k, label in enumerate(ordered)}
+    colors[NO_LABEL] = GRAY if present else COLORS[0]
     markers = dict.fromkeys(colors, "o") | dict.fromkeys(present[len(COLORS) :] if has_legend else [], "^")
 
     named: list[tuple[int, float, float]] = []
@@ -49,8 +51,8 @@ def draw_map(title: str, notes: list[str], places: NDArray[np.float64], labels: 
     page = Page()
     y = page.heading(title, [notes], width + beside)
     page.frame(MARGIN - 1, y - 1, width + 2, height + 2, "#d1d1d6", 1)
-    shuffled = epoch_order(0, 0, len(at))  # no class covers the others because it comes last
-    order = shuffled[np.argsort(labels[shuffled] != NO_LABEL, kind="stable")]  # those without a label below
+    shuffled = epoch_order(0, 0, len(at))  # so that the last class does not cover the others
+    order = shuffled[np.argsort(labels[shuffled] != NO_LABEL, kind="stable")]  # unlabeled images below
     kinds = labels[order].tolist()
     radius = float(np.clip(150 / np.sqrt(len(at)), 2.4, 6))
     page.dots(at[order] + (MARGIN, y), radius, [colors[kind] for kind in kinds], [markers[kind] for kind in kinds])
@@ -61,19 +63,19 @@ def draw_map(title: str, notes: list[str], places: NDArray[np.float64], labels: 
     return page.png(width + beside + 2 * MARGIN, y + height + MARGIN)
 
 
-def _fit(places: NDArray[np.float64]) -> tuple[NDArray[np.float64], int, int]:
-    """The places in pixels of a plot, one scale for both directions, and the plot's width and height."""
-    extent = np.ptp(places, axis=0)
+def _fit(points: NDArray[np.float64]) -> tuple[NDArray[np.float64], int, int]:
+    """Scale the points to pixels, equally in both directions; returns them, and the plot's width and height."""
+    extent = np.ptp(points, axis=0)
     scale = (PLOT - 2 * PLOT_PAD) / max(extent.max(), 1e-9)
     width, height = (max(NARROWEST, round(side * scale) + 2 * PLOT_PAD) for side in extent)
-    at = (places - (places.min(0) + places.max(0)) / 2) * scale * (1, -1)
+    at = (points - (points.min(0) + points.max(0)) / 2) * scale * (1, -1)
     return at + np.array([width / 2, height / 2]), width, height
 
 
 def _place_names(
     middles: dict[int, NDArray[np.float64]], labels: Labels, names: Names, size: tuple[int, int]
 ) -> list[tuple[int, float, float]]:
-    """(label, x, y) of each name that has room at its class's middle. The largest classes choose first."""
+    """Return (label, x, y) of each name that fits at the center of its class, the largest classes first."""
     named: list[tuple[int, float, float]] = []
     halves = {label: text_width(names[label], weight="bold") / 2 + 3 for label in middles}
     for label in sorted(middles, key=lambda label: -(labels == label).sum()):
@@ -94,33 +96,35 @@ def draw_gallery(
     cosines: NDArray[np.float32],
     neighbors: NDArray[np.int64],
 ) -> bytes:
-    """Each query and its neighbors, as `nearest` gives them, in a row of a PNG file. Neighbors of another class than
-    the query's are framed, and say so."""
+    """Draw one row per query with its neighbors, as `nearest` returns them; returns a PNG file's bytes.
+
+    Neighbors of another class than the query's have a red frame and "other" in their caption.
+    """
     labels = source.labels
     known = (labels[queries] != NO_LABEL)[:, None] & (labels[neighbors] != NO_LABEL)
     other = known & (labels[neighbors] != labels[queries][:, None])
     if known.any():
-        alike = f"{(known & ~other).sum()} of {known.sum()} neighbors are of their query's class"
-        notes = [*notes, f"{alike}; the others are framed in red and say “other”" if other.any() else alike]
+        alike = f"{(known & ~other).sum()} of {known.sum()} neighbors have the class of their query"
+        notes = [*notes, f"{alike}; the others have a red frame and “other” in the caption" if other.any() else alike]
 
-    def cell(image: int, what: str, stands_out: bool = False) -> Cell:
-        name = "other: " * stands_out + names.get(int(labels[image]), "")
+    def cell(image: int, what: str, is_other: bool = False) -> Cell:
+        name = "other: " * is_other + names.get(int(labels[image]), "")
         caption = [[name]] if names else []
         return Cell(
-            thumbnail(source, image, augmentation), caption, [[what], [source.name(image)]], stands_out=stands_out
+            thumbnail(source, image, augmentation), caption, [[what], [source.name(image)]], is_highlighted=is_other
         )
 
     rows = []
     for row, query in enumerate(queries.tolist()):
         found = zip(neighbors[row].tolist(), cosines[row].tolist(), other[row].tolist(), strict=True)
-        beside = [cell(image, f"cosine {cosine:.3f}", stands_out) for image, cosine, stands_out in found]
-        rows.append([cell(query, "query"), *beside])
+        neighbor_cells = [cell(image, f"cosine {cosine:.3f}", is_other) for image, cosine, is_other in found]
+        rows.append([cell(query, "query"), *neighbor_cells])
     heads = [Head("query"), Head("nearest neighbors, most similar first")]
     return draw_grid(title, [notes], heads, rows, THUMB)[0]
 
 
 def thumbnail(source: Source, index: int, augmentation: Augmentation) -> Pixels:
-    """The part of an image that the encoder sees, THUMB x THUMB."""
+    """The center crop of an image that the encoder sees, resized to THUMB x THUMB."""
     pixels = decoded(source, index).permute(1, 2, 0).numpy()
     height, width = pixels.shape[:2]
     side = max(1, round(min(height, width) * augmentation.center_fraction))

@@ -1,10 +1,10 @@
-"""Numbers for people."""
+"""Format numbers for display."""
 
 import math
 
 
 def number(value: float, digits: int = 4) -> str:
-    """Four digits that matter: 0.4237, 1,434, 5e-5."""
+    """Format a number with up to four significant digits: 0.4237, 1,434, 5e-5."""
     if not math.isfinite(value):
         return "–"
     if abs(value) >= 10 ** (digits - 1):
@@ -13,9 +13,10 @@ def number(value: float, digits: int = 4) -> str:
 
 
 def percent(fraction: float | None) -> str:
+    """Format a fraction: 41.3 %; – for None or NaN."""
     return f"{100 * fraction:.1f} %" if fraction is not None and math.isfinite(fraction) else "–"
 
 
 def count(many: int, one: str, several: str | None = None) -> str:
-    """1 image, 1,433 images."""
+    """Format a count with its noun: 1 image, 1,433 images."""
     return f"{many:,} {one if many == 1 else several or one + 's'}"

@@ -1,4 +1,4 @@
-"""The page: one HTML file that needs nothing else, of one run or of several compared."""
+"""Render the report: one self-contained HTML page of one run, or of several compared."""
 
 import base64
 import hashlib
@@ -19,12 +19,12 @@ from fastsimclr.reporting.run_record import Run
 from fastsimclr.version import __version__
 
 GENERATOR = "fastsimclr.report"
-WIDEST = 1600  # pixels of a picture
-TALLEST = 16383  # of a WebP
+MAX_WIDTH = 1600  # pixels of an embedded picture
+MAX_WEBP_HEIGHT = 16383  # pixels, a limit of the format
 
 
 def page(runs: Sequence[Run], made: str) -> str:
-    """The whole page. made: when, and by what command."""
+    """Render the page. made: when and by which command, for the footer."""
     environment = jinja2.Environment(
         autoescape=True,
         trim_blocks=True,
@@ -33,6 +33,7 @@ def page(runs: Sequence[Run], made: str) -> str:
         extensions=["jinja2.ext.do"],
     )
     stages = [run.shares() for run in runs]
+    evaluations = [evaluation for run in runs for evaluation in run.evaluations]
     script = _resource("page.js")
     return environment.from_string(_resource("page.html")).render(
         runs=runs,
@@ -42,7 +43,7 @@ def page(runs: Sequence[Run], made: str) -> str:
         generator=f"{GENERATOR} {__version__}",
         css=Markup(_resource("page.css")),
         script=Markup(script),
-        # The page may run no script but its own, whatever a run's files hold.
+        # The content security policy allows only this script, whatever a run's files contain.
         digest=base64.b64encode(hashlib.sha256(script.encode()).digest()).decode(),
         charts=figures.curves(runs),
         stages=stages,
@@ -52,6 +53,7 @@ def page(runs: Sequence[Run], made: str) -> str:
         dashes=DASHES,
         colors=len(COLORS),
         facts=[figures.facts(run) for run in runs],
+        has_top5=any(evaluation.top5 is not None for evaluation in evaluations),
         numbers=numbers,
         picture=_picture,
         results=results,
@@ -61,17 +63,17 @@ def page(runs: Sequence[Run], made: str) -> str:
 
 
 def _picture(file: Path) -> tuple[str, int, int] | str | None:
-    """The picture in `file` as a data: URI, its width and height; why it can't be shown; or None if it is missing."""
+    """Return the picture as (data: URI, width, height), the reason if it cannot be read, or None if it is missing."""
     if not file.is_file():
         return None
     try:
         with warnings.catch_warnings():
-            warnings.simplefilter("ignore", Image.DecompressionBombWarning)  # a sheet of a hundred images is that large
+            warnings.simplefilter("ignore", Image.DecompressionBombWarning)  # a contact sheet may be that large
             image = Image.open(file).convert("RGB")
     except (OSError, ValueError) as error:
         return f"{file.name} could not be read ({error})."
-    image.thumbnail((WIDEST, image.height))
-    kind = "webp" if image.height <= TALLEST else "jpeg"
+    image.thumbnail((MAX_WIDTH, image.height))
+    kind = "webp" if image.height <= MAX_WEBP_HEIGHT else "jpeg"
     packed = io.BytesIO()
     image.save(packed, kind, quality=85)
     return f"data:image/{kind};base64,{base64.b64encode(packed.getvalue()).decode()}", *image.size

@@ -1,4 +1,4 @@
-"""The sheet of `fastsimclr.preview`: images, their crops, and their views with what was drawn for each."""
+"""The contact sheet of fastsimclr.preview: images, their crops, and their views with the sampled parameters."""
 
 import argparse
 import re
@@ -20,26 +20,26 @@ from fastsimclr.reporting.contact_sheet import Cell, Head, Pixels, draw_grid
 from fastsimclr.reporting.numbers import count
 from fastsimclr.run_folder import check_new, write_atomically
 
-SHOWN = 224  # a view of up to half this side is enlarged by a whole number, one far larger is reduced to it
-TEXT_WIDTH = 220  # of a column at least: two changes of color on a line
+SHOWN = 224  # pixels; smaller views are enlarged by a whole number, much larger ones are reduced to it
+TEXT_WIDTH = 220  # minimum column width in pixels: two color operations per line
 
 
 @dataclass(frozen=True)
 class Row:
-    """An image of the sheet."""
+    """A row of the sheet: an image and its views."""
 
     name: str
     label: str
     original: Pixels
     views: list[Pixels]
-    drawn: list[np.void]
-    """What was drawn for each view, of dtype DRAW."""
+    params: list[np.void]
+    """The sampled parameters of each view, of dtype VIEW_PARAMS."""
 
 
 def write_preview(options: argparse.Namespace, others: list[str]) -> str:
-    """Write the sheet; returns the summary line to print.
+    """Write the sheet and return the summary line to print.
 
-    options: of fastsimclr.preview. others: options of train.
+    options: of fastsimclr.preview; others: command line options of train.
     """
     check_new(Path(options.output), options.force)
     given = {"data.train": options.data, "data.backend": options.backend, "seed": options.seed}
@@ -48,7 +48,7 @@ def write_preview(options: argparse.Namespace, others: list[str]) -> str:
         + others
         + [f"--{name}={value}" for name, value in given.items() if value is not None]
     )
-    assert config.data.train is not None  # the preset of the demonstration names one
+    assert config.data.train is not None  # parse() sets it
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     source, augmentation = open_source(config.data.train), config.data.augmentation()
     loader = open_views(
@@ -59,21 +59,21 @@ def write_preview(options: argparse.Namespace, others: list[str]) -> str:
         device=device,
         seed=config.seed,
         shuffle=not options.unshuffled,
-        workers=config.data.workers or 0,  # one batch: a worker would take longer to start than it does to make it
+        workers=config.data.workers or 0,  # a worker would take longer to start than to load one batch
     )
     try:
-        rows = take(loader, config.seed, options.epoch)
+        rows = first_batch(loader, config.seed, options.epoch)
     finally:
         loader.close()
     why = choose_backend(source, device)[1] if config.data.backend == "auto" else "as asked"
     by = f"views by {loader.backend} ({why})"
     title = f"{config.data.train}: {len(rows)} of {len(source)} images" + (", unshuffled" if options.unshuffled else "")
-    recipe = options.config or ("the defaults" if options.data else "digits, the demonstration's")
+    config_name = options.config or ("the defaults" if options.data else "digits, of the demonstration")
     changes = re.split(r" (?=--)", " ".join(others)) if others else []
     notes = [
-        [f"recipe: {recipe}", *changes, f"seed {config.seed}", f"epoch {options.epoch}", by],
-        describe_recipe(augmentation),
-        ["under a view: its crop, width×height at left,top", "then what is done to its colors, in that order"],
+        [f"configuration: {config_name}", *changes, f"seed {config.seed}", f"epoch {options.epoch}", by],
+        describe_augmentation(augmentation),
+        ["below a view: its crop, width×height at left,top", "then its color operations, in the order applied"],
     ]
     png, (width, height) = draw_sheet(title, notes, rows, augmentation)
     write_atomically(Path(options.output), lambda file: file.write_bytes(png))
@@ -83,22 +83,23 @@ def write_preview(options: argparse.Namespace, others: list[str]) -> str:
     )
 
 
-# What is on the sheet
+# Content of the sheet
 
 
-def take(loader: ViewLoader, seed: int, epoch: int) -> list[Row]:
-    """The first batch of the epoch, with its images as they are and what was drawn for them."""
-    source, recipe = loader.source, loader.augmentation
+def first_batch(loader: ViewLoader, seed: int, epoch: int) -> list[Row]:
+    """Return the first batch of the epoch, with the original images and the sampled parameters."""
+    source, augmentation = loader.source, loader.augmentation
     loader.set_epoch(epoch)
     batches = iter(loader)
     batch = next(batches)
-    batches.close()  # type: ignore[attr-defined]  # a generator: the loader is to make no more
+    batches.close()  # type: ignore[attr-defined]  # a generator: stop the loader
     index = batch.index.cpu().numpy()
     originals = [decoded(source, i).permute(1, 2, 0).numpy() for i in index]
     sizes = np.array([original.shape[:2] for original in originals])
-    params = sample_batch_params(recipe, seed, epoch, index, sizes)
+    params = sample_batch_params(augmentation, seed, epoch, index, sizes)
     views = [
-        [to_levels(view, of_view) for view in made] for made, of_view in zip(batch.views, recipe.recipes, strict=True)
+        [to_levels(view, of_view) for view in batch_of_view]
+        for batch_of_view, of_view in zip(batch.views, augmentation.recipes, strict=True)
     ]
     return [
         Row(
@@ -106,68 +107,68 @@ def take(loader: ViewLoader, seed: int, epoch: int) -> list[Row]:
             label=_label(source, int(batch.label[row])),
             original=originals[row],
             views=[of_view[row] for of_view in views],
-            drawn=[of_view[row] for of_view in params],
+            params=[of_view[row] for of_view in params],
         )
         for row, i in enumerate(index)
     ]
 
 
-def to_levels(view: Tensor, recipe: Augmentation) -> Pixels:
-    """A view (3, S, S) as the encoder gets it, back as levels (S, S, 3) uint8: its normalisation undone."""
-    scale, shift = torch.tensor(recipe.std) * 255, torch.tensor(recipe.mean) * 255
+def to_levels(view: Tensor, augmentation: Augmentation) -> Pixels:
+    """Convert a normalized view (3, S, S) to pixels (S, S, 3) uint8."""
+    scale, shift = torch.tensor(augmentation.std) * 255, torch.tensor(augmentation.mean) * 255
     levels = view.to("cpu", torch.float32).permute(1, 2, 0) * scale + shift
     return levels.round().clamp(0, 255).to(torch.uint8).numpy()
 
 
-def parameters(drawn: np.void, recipe: Augmentation) -> list[list[str]]:
-    """What was drawn for a view, in phrases: of the crop; of the jitter, in the order applied; of what comes after it.
+def describe_params(params: np.void, augmentation: Augmentation) -> list[list[str]]:
+    """Describe the sampled parameters of a view in phrases: the crop, the jitter in the order applied, the rest.
 
-    120×98 at 30,12 is the crop's width and height and its left and top, in pixels of the image. An amount of jitter
-    that the recipe leaves at 0 is not named.
+    120×98 at 30,12 is the crop's width and height, left and top, in pixels of the image. Kinds of jitter whose strength
+    is 0 are left out.
     """
-    top, left, height, width = drawn["box"].tolist()
-    crop = [f"{width}×{height} at {left},{top}"] + ["flipped"] * bool(drawn["flip"])
+    top, left, height, width = params["box"].tolist()
+    crop = [f"{width}×{height} at {left},{top}"] + ["flipped"] * bool(params["flip"])
     jitter = []
-    if drawn["jitter"]:
-        factors = drawn["factors"].tolist()
-        strengths = (recipe.brightness, recipe.contrast, recipe.saturation, recipe.hue)
+    if params["jitter"]:
+        factors = params["factors"].tolist()
+        strengths = (augmentation.brightness, augmentation.contrast, augmentation.saturation, augmentation.hue)
         names = ("brightness ×{:.2f}", "contrast ×{:.2f}", "saturation ×{:.2f}", "hue {:+.2f}")
-        jitter = [names[change].format(factors[change]) for change in drawn["order"] if strengths[change] > 0]
-    elif recipe.jitter_prob > 0:
+        jitter = [names[kind].format(factors[kind]) for kind in params["order"] if strengths[kind] > 0]
+    elif augmentation.jitter_prob > 0:
         jitter = ["no jitter"]
-    others = ["grayscale"] * bool(drawn["grayscale"])
-    others += [f"blur σ {drawn['sigma']:.2g}"] if drawn["sigma"] > 0 else []
-    others += ["solarized"] * bool(drawn["solarize"])
+    others = ["grayscale"] * bool(params["grayscale"])
+    others += [f"blur σ {params['sigma']:.2g}"] if params["sigma"] > 0 else []
+    others += ["solarized"] * bool(params["solarize"])
     return [crop, jitter, others]
 
 
-def describe_recipe(recipe: Augmentation) -> list[str]:
-    """What all views have in common, in phrases: probabilities, and amounts."""
-    phrases = [f"crop of the central {recipe.center_fraction:.4g}"]
-    if recipe.crop == "random":
-        phrases = [f"crop of {_value(recipe.scale)} of the area, aspect ratio {_value(recipe.ratio)}"]
-    phrases[0] += f", {recipe.interpolation} to {recipe.image_size}×{recipe.image_size}"
-    amounts = [f"{name} {getattr(recipe, name):.4g}" for name in ("brightness", "contrast", "saturation", "hue")]
-    for name, amount in (
+def describe_augmentation(augmentation: Augmentation) -> list[str]:
+    """Describe what all views have in common in phrases: probabilities and strengths."""
+    phrases = [f"crop of the central {augmentation.center_fraction:.4g}"]
+    if augmentation.crop == "random":
+        phrases = [f"crop of {_value(augmentation.scale)} of the area, aspect ratio {_value(augmentation.ratio)}"]
+    phrases[0] += f", {augmentation.interpolation} to {augmentation.image_size}×{augmentation.image_size}"
+    jitter = [f"{name} {getattr(augmentation, name):.4g}" for name in ("brightness", "contrast", "saturation", "hue")]
+    for name, details in (
         ("flip", ""),
-        ("jitter", f" ({', '.join(amounts)})"),
+        ("jitter", f" ({', '.join(jitter)})"),
         ("grayscale", ""),
-        ("blur", f" (σ {_value(recipe.blur_sigma)})"),
+        ("blur", f" (σ {_value(augmentation.blur_sigma)})"),
         ("solarize", ""),
     ):
-        p = getattr(recipe, f"{name}_prob")
-        phrases.append(f"{name} {p:.4g}{amount}" if p > 0 else f"no {name}")
+        p = getattr(augmentation, f"{name}_prob")
+        phrases.append(f"{name} {p:.4g}{details}" if p > 0 else f"no {name}")
     return phrases
 
 
-def _own_changes(recipe: Augmentation, view: int) -> list[str]:
-    """What differs for this view, but for its size."""
-    changes = recipe.per_view[view] if recipe.per_view else {}
-    return [f"{name} {_value(value)}" for name, value in changes.items() if name != "image_size"]
+def _describe_overrides(augmentation: Augmentation, view: int) -> list[str]:
+    """Describe the options that this view overrides, except its size."""
+    overrides = augmentation.per_view[view] if augmentation.per_view else {}
+    return [f"{name} {_value(value)}" for name, value in overrides.items() if name != "image_size"]
 
 
 def _value(value: Any) -> str:
-    """An option's value for people: a range as 0.08–1."""
+    """Format an option's value; a range as 0.08–1."""
     if isinstance(value, list | tuple):
         return ("–" if len(value) == 2 else ", ").join(map(_value, value))
     return f"{value:.3g}" if isinstance(value, float) else str(value)
@@ -176,37 +177,38 @@ def _value(value: Any) -> str:
 def _label(source: Source, label: int) -> str:
     if label == NO_LABEL:
         return ""
-    # A tar's classes may be numbers with gaps, which their own place does not find.
+    # The labels of tar shards may have gaps, so that they do not index the classes.
     name = source.classes[label] if label < len(source.classes) else ""
     return f", label {label}" + (f" ({name})" if name and not name.isdigit() else "")
 
 
-# How it is drawn
+# Layout of the sheet
 
 
 def draw_sheet(
-    title: str, notes: list[list[str]], rows: list[Row], recipe: Augmentation
+    title: str, notes: list[list[str]], rows: list[Row], augmentation: Augmentation
 ) -> tuple[bytes, tuple[int, int]]:
-    """The sheet as a PNG file's bytes, and its width and height."""
-    zoom = _zoom(max(of_view.image_size for of_view in recipe.recipes))  # one for all: a small view looks small
+    """Draw the sheet; returns a PNG file's bytes, and its width and height."""
+    # The same for all views, so that small views look small.
+    zoom = _zoom(max(of_view.image_size for of_view in augmentation.recipes))
     heads = [Head("image and crops")]
-    for view, of_view in enumerate(recipe.recipes):
+    for view, of_view in enumerate(augmentation.recipes):
         shown = [f"shown ×{zoom:.2g}"] if zoom != 1 else []
         size = f"{of_view.image_size}×{of_view.image_size}"
-        heads.append(Head(f"view {view + 1}: {size}", shown + _own_changes(recipe, view), view))
+        heads.append(Head(f"view {view + 1}: {size}", shown + _describe_overrides(augmentation, view), view))
     cells = []
     for row in rows:
         height, width = row.original.shape[:2]
         faint = [[row.name], [f"{width}×{height}{row.label}"]]
-        boxes = [drawn["box"] for drawn in row.drawn]
+        boxes = [params["box"] for params in row.params]
         of_row = [Cell(row.original, faint=faint, zoom=_zoom(height, width), crops=boxes)]
-        for pixels, drawn, of_view in zip(row.views, row.drawn, recipe.recipes, strict=True):
-            of_row.append(Cell(pixels, parameters(drawn, of_view), zoom=zoom))
+        for pixels, params, of_view in zip(row.views, row.params, augmentation.recipes, strict=True):
+            of_row.append(Cell(pixels, describe_params(params, of_view), zoom=zoom))
         cells.append(of_row)
     return draw_grid(title, notes, heads, cells, TEXT_WIDTH)
 
 
 def _zoom(height: int, width: int | None = None) -> float:
-    """How many times its size a picture is shown: a whole number where it is enlarged, so that its pixels stay even."""
+    """The zoom factor of a picture: a whole number if enlarged, so that all pixels have the same size."""
     room = min(SHOWN / height, 1.5 * SHOWN / (width or height))
     return float(int(room)) if room >= 1 else 1.0 if room > 0.77 else room

@@ -1,4 +1,4 @@
-"""Gathers what a report shows, makes what other commands make of it, and writes its page."""
+"""Read the runs of a report, run other commands for missing parts, and write the page."""
 
 import argparse
 import shlex
@@ -17,76 +17,76 @@ from fastsimclr.reporting.run_record import Missing, Run, read_evaluations, read
 from fastsimclr.run_folder import RunFolder, check_new, write_atomically
 
 
-class Piece(NamedTuple):
-    """A part of the page that another command makes. command: what follows `python -m fastsimclr.`."""
+class Part(NamedTuple):
+    """A part of the page that another command makes. command: the arguments of `fastsimclr`."""
 
     what: str
     file: Path
     command: list[str]
 
 
-def pieces(run: RunFolder, knn_k: str) -> list[Piece]:
-    """knn_k: as many neighbors as the run's own kNN curve asks."""
+def parts(run: RunFolder, knn_k: str) -> list[Part]:
+    """List the parts of a run. knn_k: the number of neighbors of the run's own kNN curve."""
     checkpoint = ["--checkpoint", str(run.checkpoint)]
     preview = ["preview", "--config", str(run.config), "--output", str(run.preview)]
     return [
-        Piece("contact sheet of the views", run.preview, preview),
-        Piece("map of the embedding", run.map, ["embed", *checkpoint, "--images", "2000"]),
-        Piece("evaluation by nearest neighbours", run.knn, ["evaluate", "knn", "--k", knn_k, *checkpoint]),
+        Part("contact sheet of the views", run.preview, preview),
+        Part("map of the embedding", run.map, ["embed", *checkpoint, "--images", "2000"]),
+        Part("kNN evaluation", run.knn, ["evaluate", "knn", "--k", knn_k, *checkpoint]),
     ]
 
 
 def write_report(options: argparse.Namespace, arguments: Sequence[str]) -> str:
-    """Write the page that the options of fastsimclr.report ask for; returns the summary line to print."""
+    """Write the page for the options of fastsimclr.report, and return the summary line to print."""
     folders = [RunFolder(folder) for folder in options.runs]
     output = _output(options, folders)
     runs = []
-    for place, (folder, name) in enumerate(zip(folders, _names(folders), strict=True)):
-        runs.append(replace(read_run(folder), name=name, place=place))
-    runs = [read_evaluations(replace(run, missing=_gather(run, make=not options.only_collect))) for run in runs]
+    for index, (folder, name) in enumerate(zip(folders, _names(folders), strict=True)):
+        runs.append(replace(read_run(folder), name=name, index=index))
+    runs = [read_evaluations(replace(run, missing=_make_missing(run, make=not options.only_collect))) for run in runs]
     text = page(runs, f"{time.strftime('%Y-%m-%d %H:%M')}, by python -m fastsimclr.report {shlex.join(arguments)}")
-    # A file's name may be no text.
+    # A file name may hold bytes that are not text.
     write_atomically(output, lambda file: file.write_text(text, encoding="utf-8", errors="replace"))
     left_out = dict.fromkeys(missing.what for run in runs for missing in run.missing)
-    without = f"; without {', '.join(left_out)}: the page says why" if left_out else ""
+    without = f"; without {', '.join(left_out)} (the page gives the reasons)" if left_out else ""
     return f"{output}: {output.stat().st_size / 2**20:.1f} MiB, {', '.join(run.name for run in runs)}{without}"
 
 
 def _output(options: argparse.Namespace, folders: Sequence[RunFolder]) -> Path:
-    """Where the page goes. Raises UserError if it must not go there."""
+    """The output file. Raises UserError if it is invalid, or would be overwritten without --force."""
     if options.output is None and len(folders) > 1:
         raise UserError(f"--output: got none, expected a file name for a report of {len(folders)} runs")
     own = folders[0].report
     output = Path(options.output) if options.output is not None else own
     if output.suffix.lower() not in (".html", ".htm"):
         raise UserError(f"--output: got {output}, expected a file name that ends in .html")
-    refreshed = len(folders) == 1 and output.resolve() == own.resolve() and _is_ours(own)
+    refreshed = len(folders) == 1 and output.resolve() == own.resolve() and _is_report(own)
     check_new(output, options.force or refreshed)
     return output
 
 
-def _is_ours(file: Path) -> bool:
-    """Whether an earlier call has written it."""
+def _is_report(file: Path) -> bool:
+    """Whether fastsimclr.report wrote this file."""
     return file.is_file() and f'<meta name="generator" content="{GENERATOR} '.encode() in file.read_bytes()[:1000]
 
 
 def _names(folders: Sequence[RunFolder]) -> list[str]:
-    """Names for the runs that differ: as many last parts of their folders as that takes."""
+    """Unique names of the runs: the last components of their paths, as many as necessary."""
     paths = [folder.path.resolve() for folder in folders]
-    for place, path in enumerate(paths):
-        if path in paths[:place]:
-            raise UserError(f"RUN_DIR: got {folders[place]} twice, expected each run once")
-    for parts in range(1, 1 + max(len(path.parts) for path in paths)):
-        names = ["/".join(path.parts[-parts:]) for path in paths]
+    for index, path in enumerate(paths):
+        if path in paths[:index]:
+            raise UserError(f"RUN_DIR: got {folders[index]} twice, expected each run once")
+    for length in range(1, 1 + max(len(path.parts) for path in paths)):
+        names = ["/".join(path.parts[-length:]) for path in paths]
         if len(set(names)) == len(names):
             break
     return names
 
 
-def _gather(run: Run, make: bool) -> list[Missing]:
-    """Make the pieces that a run lacks, if asked to; returns those that it still lacks."""
+def _make_missing(run: Run, make: bool) -> list[Missing]:
+    """Run the commands for the parts that a run lacks, if `make`; returns the parts that are still missing."""
     missing = []
-    for what, file, command in pieces(run.folder, run.config.get("knn_k", str(Config.knn_k))):
+    for what, file, command in parts(run.folder, run.config.get("knn_k", str(Config.knn_k))):
         if file.exists():
             continue
         line = f"python -m fastsimclr.{shlex.join(command)}"
@@ -104,7 +104,7 @@ def _gather(run: Run, make: bool) -> list[Missing]:
 
 
 def _run(command: list[str]) -> str:
-    """Run one of our commands; returns why it failed, if it did."""
+    """Run a fastsimclr command; returns the reason if it failed, else ""."""
     done = subprocess.run(
         [sys.executable, "-m", f"fastsimclr.{command[0]}", *command[1:]],
         stdin=subprocess.DEVNULL,
@@ -114,7 +114,7 @@ def _run(command: list[str]) -> str:
     )
     if done.returncode == 0:
         return ""
-    said = done.stderr.strip().splitlines() or [f"it ended with exit code {done.returncode}"]
-    why = said[-1].removeprefix(f"fastsimclr.{command[0]}: error: ")
-    print(f"fastsimclr.report: left out: {why}", file=sys.stderr, flush=True)
+    lines = done.stderr.strip().splitlines() or [f"it ended with exit code {done.returncode}"]
+    why = lines[-1].removeprefix(f"fastsimclr.{command[0]}: error: ")
+    print(f"fastsimclr.report: skipped: {why}", file=sys.stderr, flush=True)
     return why

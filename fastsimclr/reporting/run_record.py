@@ -1,4 +1,4 @@
-"""What a run has left in its folder, read for a report."""
+"""Read the record of a run from its folder."""
 
 import json
 import math
@@ -16,10 +16,11 @@ from fastsimclr.reporting.curves import Floats
 from fastsimclr.run_folder import RunFolder
 
 STEP_NUMBERS = ("step", "epoch", "lr", "data_wait", "images_per_second", "step_ms", "images", "loss")
+DATA_OPTIONS = ("data.train", "data.val")
 
 
 class Knn(NamedTuple):
-    """A measurement of kNN accuracy, a fraction, after `step` steps; step 0 is the untrained encoder's."""
+    """The kNN accuracy, a fraction, after `step` steps. Step 0: the untrained encoder."""
 
     step: int
     epoch: int
@@ -27,7 +28,7 @@ class Knn(NamedTuple):
 
 
 class Missing(NamedTuple):
-    """A part of the page that another command makes and that a run lacks: why, and the command that would make it."""
+    """A part of the page that a run lacks, with the reason and the command that makes it."""
 
     what: str
     file: Path
@@ -37,46 +38,50 @@ class Missing(NamedTuple):
 
 @dataclass(frozen=True)
 class Evaluation:
-    """A file of fastsimclr.evaluate. Accuracies are fractions."""
+    """The results of fastsimclr.evaluate in one file. Accuracies are fractions."""
 
     name: str
-    """Of the file, without .json."""
+    """Name of the file, without .json."""
     protocol: str
     origin: str
     top1: float
-    top5: float
+    top5: float | None
+    """None with at most five classes, where it is always 1."""
     classes: list[str]
     per_class: dict[str, float | None]
     confusion: np.ndarray
-    """(C, C) images of class (row) taken for class (column); empty if the file has none."""
+    """(C, C) number of images of class (row) predicted as class (column); empty if not recorded."""
     train_images: str
-    """How many it learned from, and of how many."""
+    """Number of labeled images used, and available."""
     val_images: str
+    val_count: int | None
     settings: dict[str, Any]
+    data: dict[str, str]
+    """The options data.train and data.val; empty if not recorded."""
 
 
 @dataclass(frozen=True)
 class Run:
-    """A run, and its place among those of the report."""
+    """A run, and its name and index in the report."""
 
     folder: RunFolder
     config: dict[str, str]
-    """Every option by its whole name: {"loss.temperature": "0.2"}."""
+    """All options by their full names: {"loss.temperature": "0.2"}."""
     steps: dict[str, Floats]
-    """STEP_NUMBERS, (S,) each; NaN where a line lacks it."""
+    """STEP_NUMBERS, (S,) each; NaN where not recorded."""
     stages_ms: dict[str, Floats]
-    """Milliseconds of each stage of a step, (S,) each, NaN where a line lacks it. They add up to the step: what is not
-    measured is "other", and in a run that measures data_wait alone "compute"."""
+    """Milliseconds of each stage, (S,) each, NaN where not recorded. They add up to the step time: the unmeasured rest
+    is "other", or "compute" in a run that measures only data_wait."""
     knn: list[Knn]
     skipped_images: int | None
-    """None: there were no files to try."""
+    """None if the data are not image files."""
     environment: dict[str, Any]
-    complaints: list[str]
-    """What else exists, but could not be read."""
+    warnings: list[str]
+    """Files that could not be read, with the reasons."""
     evaluations: list[Evaluation] = field(default_factory=list)
     missing: list[Missing] = field(default_factory=list)
     name: str = ""
-    place: int = 0
+    index: int = 0
 
     @property
     def last_step(self) -> int:
@@ -84,7 +89,7 @@ class Run:
 
     @property
     def steps_per_epoch(self) -> float | None:
-        """None for a run that ended within its first epoch: its lines do not say it."""
+        """None for a run that ended within its first epoch, which does not record it."""
         epoch, step = self.steps["epoch"], self.steps["step"]
         begins = np.flatnonzero(np.diff(epoch) > 0) + 1
         if len(begins):
@@ -100,23 +105,50 @@ class Run:
         return next((knn.accuracy for knn in reversed(self.knn) if knn.step > 0), None)
 
     @property
+    def knn_data(self) -> Evaluation | None:
+        """The kNN evaluation of the same data as the run's kNN curve: it records the classes and images."""
+        own = {name: self.config.get(name, "null") for name in DATA_OPTIONS}
+        return next((each for each in self.evaluations if each.protocol == "knn" and each.data == own), None)
+
+    @property
     def seconds(self) -> float:
-        """Spent in steps, waiting for data included; not in kNN accuracy and the like."""
+        """Time spent in steps, including data wait, but not kNN evaluations and checkpoints."""
         return float(np.nansum(self.steps["step_ms"]) / 1000)
 
     @property
-    def last_epochs_loss(self) -> float:
-        """The mean loss of the last epoch's worth of steps: an epoch's last batch may be smaller than the others."""
-        count = min(len(self.steps["loss"]), round(self.steps_per_epoch or len(self.steps["loss"])))
-        losses = self.steps["loss"][-count:]
-        return float(losses[np.isfinite(losses)].mean()) if np.isfinite(losses).any() else math.nan
+    def epoch_losses(self) -> Floats:
+        """Mean losses of consecutive steps_per_epoch steps, the last of which are the run's last steps, (E,), E >= 1.
+
+        A mean, because the last batch of an epoch may be smaller than the others.
+        """
+        losses, length = self.steps["loss"], self._last_epoch
+        return losses[len(losses) % length :].reshape(-1, length).mean(axis=1)
+
+    @property
+    def uniform_loss(self) -> float:
+        """Mean loss of the last steps_per_epoch steps if all similarities were equal: ln(2N - 1) for N images.
+
+        NaN if N is not recorded.
+        """
+        ranks = int(self.environment.get("world_size") or 1)
+        images = self.steps["images"][-self._last_epoch :]
+        if self.config.get("loss.global_negatives") == "false":
+            images = images / ranks
+        excluded = 2 if self.config.get("loss.decoupled") == "true" else 1
+        return float(np.log(np.maximum(2 * images - excluded, 1)).mean())
+
+    @property
+    def _last_epoch(self) -> int:
+        """Number of steps of the last epoch, or of a run that ended within its first."""
+        steps = len(self.steps["loss"])
+        return max(1, min(steps, round(self.steps_per_epoch or steps)))
 
     def median(self, name: str) -> float:
         values = self.steps[name]
         return float(np.nanmedian(values)) if np.isfinite(values).any() else math.nan
 
     def shares(self) -> dict[str, float]:
-        """Of the time of all steps whose stages are known, each stage's fraction."""
+        """Return the fraction of each stage in the total time of the steps that record their stages."""
         total = np.sum(list(self.stages_ms.values()), axis=0)
         known = np.isfinite(total)
         if not total[known].sum() > 0:
@@ -125,8 +157,10 @@ class Run:
 
 
 def read_run(folder: RunFolder) -> Run:
-    """Read a run's folder, except for its evaluations. Raises UserError if it is not a run's, or if its configuration
-    or its metrics are damaged."""
+    """Read a run's folder, except its evaluations.
+
+    Raises UserError if it is not a run's folder, or if its configuration or metrics are damaged.
+    """
     path = folder.path
     for file in (folder.config, folder.metrics):
         if not file.is_file():
@@ -139,33 +173,33 @@ def read_run(folder: RunFolder) -> Run:
             f"{folder.config}: got no options as YAML ({error}), expected the file that train wrote"
         ) from error
     steps, stages, knn, skipped = _read_metrics(folder.metrics)
-    complaints: list[str] = []
+    warnings: list[str] = []
     environment: dict[str, Any] = {}
     if folder.environment.is_file():
         try:
             environment = dict(json.loads(folder.environment.read_text()))
         except (OSError, ValueError, TypeError) as error:
-            complaints.append(_complaint(folder, folder.environment, error))
-    return Run(folder, config, steps, stages, knn, skipped, environment, complaints)
+            warnings.append(_warning(folder, folder.environment, error))
+    return Run(folder, config, steps, stages, knn, skipped, environment, warnings)
 
 
 def read_evaluations(run: Run) -> Run:
-    """The run with the evaluations that its folder holds by now."""
-    evaluations, complaints = [], list(run.complaints)
+    """Return the run with the evaluations that are now in its folder."""
+    evaluations, warnings = [], list(run.warnings)
     for file in sorted(run.folder.evaluate.glob("*.json")):
         try:
             evaluations.append(_evaluation(file))
         except (OSError, ValueError, TypeError, KeyError, AttributeError) as error:
-            complaints.append(_complaint(run.folder, file, error))
-    return replace(run, evaluations=evaluations, complaints=complaints)
+            warnings.append(_warning(run.folder, file, error))
+    return replace(run, evaluations=evaluations, warnings=warnings)
 
 
-def _complaint(folder: RunFolder, file: Path, error: Exception) -> str:
+def _warning(folder: RunFolder, file: Path, error: Exception) -> str:
     return f"{file.relative_to(folder.path)} could not be read ({type(error).__name__}: {error})"
 
 
 def flattened(values: dict[str, Any], prefix: str = "") -> Iterator[tuple[str, str]]:
-    """Nested options as (name with dots, text of the value)."""
+    """Yield nested options as (name with dots, value as text)."""
     for key, value in values.items():
         if isinstance(value, dict) and value:
             yield from flattened(value, f"{prefix}{key}.")
@@ -179,7 +213,7 @@ def _read_metrics(file: Path) -> tuple[dict[str, Floats], dict[str, Floats], lis
     knn: list[Knn] = []
     skipped: int | None = None
     with open(file, "rb") as lines:
-        for place, line in enumerate(lines, start=1):
+        for number, line in enumerate(lines, start=1):
             try:
                 record = json.loads(line)
                 step = int(record["step"])
@@ -193,21 +227,21 @@ def _read_metrics(file: Path) -> tuple[dict[str, Floats], dict[str, Floats], lis
                     skipped = int(record["skipped_images"])
             except (ValueError, TypeError, KeyError, AttributeError, OverflowError) as error:
                 if not line.endswith(b"\n"):
-                    break  # the last, torn: the run was killed, or writes it now
+                    break  # an incomplete last line: the run was killed, or is writing it
                 shown = line[:60].decode(errors="replace").strip()
                 raise UserError(
-                    f"{file}: got {shown!r} in line {place}, expected a JSON object as train writes them; "
-                    "remove that line"
+                    f"{file}: got {shown!r} in line {number}, expected a JSON object as written by train; "
+                    "remove this line"
                 ) from error
     if not stages:
-        raise UserError(f"{file}: got no step in it, expected one at least; wait for the first, or train again")
+        raise UserError(f"{file}: got no step, expected at least one; wait for the first step, or train again")
     columns = np.array(numbers).reshape(-1, len(STEP_NUMBERS)).T
     steps = dict(zip(STEP_NUMBERS, columns, strict=True))
     return steps, _stages(steps, stages), knn, skipped
 
 
 def _stages(steps: dict[str, Floats], measured: list[dict[str, float]]) -> dict[str, Floats]:
-    """Each stage's milliseconds, (S,), with the rest of a step as a stage of its own."""
+    """Milliseconds of each stage, (S,), with the rest of the step as an additional stage."""
     names = dict.fromkeys(name for each in measured for name in each)
     stages = {name: np.array([each.get(name, np.nan) for each in measured]) for name in names}
     if "data_wait" not in stages:
@@ -223,18 +257,21 @@ def _stages(steps: dict[str, Floats], measured: list[dict[str, float]]) -> dict[
 def _evaluation(file: Path) -> Evaluation:
     record = json.loads(file.read_text())
     classes = [str(name) for name in record.get("classes") or record["per_class"]]
+    options = dict(flattened(record.get("options") or {}))
     return Evaluation(
         name=file.stem,
         protocol=str(record["protocol"]),
         origin=str(record.get("origin", "")),
         top1=float(record["top1"]),
-        top5=float(record["top5"]),
+        top5=float(record["top5"]) if len(classes) > 5 else None,
         classes=classes,
         per_class={str(name): value if value is None else float(value) for name, value in record["per_class"].items()},
         confusion=np.array(record.get("confusion") or [], dtype=np.int64),
         train_images=_images(record.get("train") or {}),
         val_images=_images(record.get("val") or {}),
+        val_count=(record.get("val") or {}).get("images"),
         settings=dict(record.get("settings") or {}),
+        data={name: options.get(name, "null") for name in DATA_OPTIONS} if options else {},
     )
 
 

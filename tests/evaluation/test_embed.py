@@ -352,7 +352,7 @@ def test_ranks_that_see_other_folders_are_a_mistake_of_all(tmp_path: Path) -> No
     one, two = run_ranks(2, _complaint, [[mine, mine], [mine, other], [mine, missing]])
     assert one[0] == two[0] == ""
     for rank, place in ((one, "a"), (two, "b")):
-        assert f"{tmp_path / place}, which is another folder on rank 1" in rank[1]
+        assert f"{tmp_path / place}, which is not the same folder on rank 1" in rank[1]
     assert "on rank 1" in one[2]
     assert "on rank 1" in two[2]
 
@@ -480,10 +480,10 @@ def test_a_umap_that_is_broken_is_said_and_does_without(
     monkeypatch.setitem(sys.modules, "umap", None)  # as Python marks a module that cannot be imported
     monkeypatch.setattr("fastsimclr.evaluation.neighbors.version", lambda package: "0.5")
     embed(run, tmp_path, "--map=auto")
-    assert "map.png (t-SNE: umap-learn does not import: import of umap halted" in capsys.readouterr().out
+    assert "map.png (t-SNE: umap-learn cannot be imported: import of umap halted" in capsys.readouterr().out
     assert pixels_of(tmp_path / "map.png").ndim == 3
     assert main([f"--checkpoint={run}", f"--output={tmp_path}", *QUICK, "--map=umap", "--force"]) == 2
-    assert "--map: got umap, but umap-learn does not import" in capsys.readouterr().err
+    assert "--map: got umap, but umap-learn cannot be imported" in capsys.readouterr().err
     assert (tmp_path / "features.npy").is_file(), "which took the time"
 
 
@@ -500,7 +500,7 @@ def test_points_are_in_their_places_in_their_classes_colours(tmp_path: Path) -> 
     sheet = drawn_map(tmp_path, places, [0, 1, 2, -1], {0: "zero", 1: "one", 2: "two"}).astype(int)
     plot = sheet[80:, : pictures.MARGIN + pictures.PLOT]  # below the title
     middles = []
-    for code in (*pictures.COLORS[:3], pictures.GREY):
+    for code in (*pictures.COLORS[:3], pictures.GRAY):
         shade = np.array(color(code)) * 0.8 + 255 * 0.2  # points are a little transparent
         y, x = np.nonzero(np.abs(plot - shade).max(2) < 4)
         middles.append((x.mean(), y.mean()))

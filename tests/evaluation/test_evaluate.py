@@ -238,7 +238,7 @@ def folders(tmp_path_factory: pytest.TempPathFactory) -> Path:
         (["knn", "--checkpoint=RUN", "--data.train=FOLDERS/flat"], "no labels"),
         (["knn", "--checkpoint=RUN", "--data.train=FOLDERS/labelled", "--data.val=FOLDERS/flat"], "no labels"),
         (["knn", "--checkpoint=RUN", "--data.train=FOLDERS/nothing"], "nothing at that path"),
-        (["knn", "--checkpoint=RUN", "--data.train=FOLDERS/labelled", "--data.val=FOLDERS/other"], "b in train alone"),
+        (["knn", "--checkpoint=RUN", "--data.train=FOLDERS/labelled", "--data.val=FOLDERS/other"], "b only in train"),
         (["knn", "--checkpoint=RUN", "--data.train=FOLDERS/labelled", "--k=6"], "more than the 5 images"),
         (["knn", "--checkpoint=RUN", "--k=0"], "--k: got 0"),
         (["knn", "--checkpoint=RUN", "--temperature=0"], "--temperature: got 0"),

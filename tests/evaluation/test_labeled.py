@@ -82,7 +82,7 @@ def test_a_list_names_the_images_to_keep(folder: Path, tmp_path: Path, names: st
     found = open_labeled(DataConfig(train=str(folder)), str(tmp_path / "list.txt"), 0, None, SINGLE_PROCESS)
     assert [Path(found.train.name(i)).name for i in range(len(found.train))] == ["1.jpg", "6.jpg"]
     assert found.train.labels.tolist() == [0, 1]
-    assert found.has_labels == 8
+    assert found.available_images == 8
 
 
 def test_a_list_names_images_of_shards(folder: Path, tmp_path: Path) -> None:

@@ -200,7 +200,7 @@ def test_another_projects_checkpoint_is_exported_with_what_is_known_of_it(
     torch.save({"state_dict": theirs.state_dict()}, "theirs.pth")
     assert main(["--checkpoint=theirs.pth", f"--format={form}", f"--output={NAMES[form]}"]) == 0
     said = capsys.readouterr().out
-    assert "the checkpoint does not say how" in said
+    assert "the checkpoint does not record how" in said
     assert "mean" not in said
     if form != "onnx":
         opened = open_pretrained(NAMES[form])
@@ -336,9 +336,9 @@ def test_a_mistake_is_one_line_and_exit_code_2(
 @pytest.mark.parametrize(
     ("form", "width", "stem", "words"),
     [
-        ("torchvision", 2, "imagenet", "width 2, of which torchvision has no model; expected safetensors or onnx"),
-        ("timm", 2, "imagenet", "width 2, of which timm has no model; expected safetensors or onnx"),
-        ("timm", 1, "small", "small stem of resnet18, of which timm has no model; expected safetensors or onnx"),
+        ("torchvision", 2, "imagenet", "width 2, which torchvision does not have; expected safetensors or onnx"),
+        ("timm", 2, "imagenet", "width 2, which timm does not have; expected safetensors or onnx"),
+        ("timm", 1, "small", "small stem of resnet18, which timm does not have; expected safetensors or onnx"),
     ],
 )
 def test_an_encoder_that_a_format_has_no_model_of_is_sent_to_another(

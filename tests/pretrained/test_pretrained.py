@@ -83,7 +83,7 @@ def test_another_architecture_than_the_one_asked_for_is_refused(here: Path) -> N
     torch.save(state_dict(), "theirs.pth")
     for path in ("run", "theirs.pth"):
         assert load_encoder(path, name="resnet18").name == "resnet18"
-        with pytest.raises(UserError, match=f"{path}: got a resnet18, expected the resnet50 that was asked for"):
+        with pytest.raises(UserError, match=f"{path}: got a resnet18, expected a resnet50"):
             load_encoder(path, name="resnet50")
     with pytest.raises(UserError, match="name: got 'vit', expected one of resnet18"):
         import_weights("theirs.pth", name="vit")
@@ -131,7 +131,7 @@ def test_a_folder_that_timm_wrote_gives_encoder_and_recipe(here: Path) -> None:
     for changes, words in (
         ({"architecture": "vit_base_patch16_224"}, "config.json: got the architecture vit_base_patch16_224, expected"),
         ({"pretrained_cfg": {"interpolation": "lanczos"} | prepared}, "interpolation|std"),
-        ({"pretrained_cfg": 5}, "parts missing or wrong"),
+        ({"pretrained_cfg": 5}, "missing or invalid parts"),
     ):
         Path("theirs/config.json").write_text(json.dumps(config | changes))
         with pytest.raises(UserError, match=words):
@@ -184,16 +184,16 @@ BUILT = {
     [
         (lambda: None, "nowhere.pt", "no such file"),
         (lambda: Path("f.pt").mkdir(), "f.pt", "neither checkpoints/last.pt nor config.json and model.safetensors"),
-        (lambda: Path("f.pt").write_bytes(b""), "f.pt", "damaged or no checkpoint"),
-        (lambda: Path("f.pt").write_text("weights"), "f.pt", "damaged or no checkpoint"),
-        (lambda: Path("f.pt").write_bytes(b"PK\x03\x04"), "f.pt", "damaged or no checkpoint"),
-        (lambda: Path("f.pt").write_bytes(random.Random(0).randbytes(999)), "f.pt", "damaged or no checkpoint"),
-        (lambda: Path("f.pt").write_bytes(b"\x93"), "f.pt", "damaged or no checkpoint"),  # STACK_GLOBAL
-        (lambda: Path("f.pt").write_bytes(b"c(Y\n$ \n"), "f.pt", "damaged or no checkpoint"),  # GLOBAL
-        (lambda: np.savez("f.npz", a=np.zeros(3)), "f.npz", "damaged or no checkpoint"),
+        (lambda: Path("f.pt").write_bytes(b""), "f.pt", "damaged or not a checkpoint"),
+        (lambda: Path("f.pt").write_text("weights"), "f.pt", "damaged or not a checkpoint"),
+        (lambda: Path("f.pt").write_bytes(b"PK\x03\x04"), "f.pt", "damaged or not a checkpoint"),
+        (lambda: Path("f.pt").write_bytes(random.Random(0).randbytes(999)), "f.pt", "damaged or not a checkpoint"),
+        (lambda: Path("f.pt").write_bytes(b"\x93"), "f.pt", "damaged or not a checkpoint"),  # STACK_GLOBAL
+        (lambda: Path("f.pt").write_bytes(b"c(Y\n$ \n"), "f.pt", "damaged or not a checkpoint"),  # GLOBAL
+        (lambda: np.savez("f.npz", a=np.zeros(3)), "f.npz", "damaged or not a checkpoint"),
         (lambda: Path("f.onnx").write_bytes(b"\x08"), "f.onnx", "onnxruntime"),
-        (lambda: Path("f.safetensors").write_bytes(b""), "f.safetensors", "no safetensors file"),
-        (lambda: Path("f.safetensors").write_bytes(b"\xff" * 99), "f.safetensors", "no safetensors file"),
+        (lambda: Path("f.safetensors").write_bytes(b""), "f.safetensors", "not a safetensors file"),
+        (lambda: Path("f.safetensors").write_bytes(b"\xff" * 99), "f.safetensors", "not a safetensors file"),
         (lambda: torchscript("f.pt"), "f.pt", "TorchScript"),
         (lambda: torch.save(nn.Sequential(nn.Linear(1, 1)), "f.pt"), "f.pt", "Sequential.*state_dict"),
         (lambda: torch.save(torchvision.models.resnet18(), "f.pt"), "f.pt", "torchvision.models.resnet.*state_dict"),
@@ -201,17 +201,17 @@ BUILT = {
         (lambda: run_without("model"), "run", "'model'"),
         (lambda: run_without("config"), "run", "'config'"),
         (lambda: run_with(model={}), "run", "without conv1.weight"),
-        (lambda: run_with(model=3), "run", "parts missing or wrong"),
-        (lambda: run_with(architecture="resnet18"), "run", "parts missing or wrong"),
+        (lambda: run_with(model=3), "run", "missing or invalid parts"),
+        (lambda: run_with(architecture="resnet18"), "run", "missing or invalid parts"),
         (lambda: run_with(architecture={"encoder": "resnet18", "width": 9, "stem": "small"}), "run", "conv1.weight"),
-        (lambda: run_with(config="data: ["), "run", "parts missing or wrong"),
-        (lambda: run_with(config="5"), "run", "parts missing or wrong"),
+        (lambda: run_with(config="data: ["), "run", "missing or invalid parts"),
+        (lambda: run_with(config="5"), "run", "missing or invalid parts"),
         (lambda: run_with(config="data: {flip_prob: 7}"), "run", "flip_prob: got 7"),
         (lambda: ours(), "f.safetensors", "'encoder'"),
         (lambda: ours(**BUILT | {"width": "one"}), "f.safetensors", "'one'"),
         (lambda: ours(**BUILT | {"width": "5"}), "f.safetensors", "conv1.weight"),
         (lambda: ours(**BUILT | {"encoder": "resnet"}), "f.safetensors", "'resnet', expected one of resnet18"),
-        (lambda: ours(**BUILT | {"augmentation": "{"}), "f.safetensors", "parts missing or wrong"),
+        (lambda: ours(**BUILT | {"augmentation": "{"}), "f.safetensors", "missing or invalid parts"),
         (lambda: ours(**BUILT | {"augmentation": '{"std": [0, 1, 1]}'}), "f.safetensors", "std: got"),
     ],
 )
@@ -273,7 +273,7 @@ def test_a_file_that_would_run_code_is_refused_by_what_it_names_and_runs_nothing
     else:
         torch.save(contents, name, _use_new_zipfile_serialization=name == "zip.pth")
     named = "posix.system" if isinstance(payload, Payload) else "builtins.eval"
-    with pytest.raises(UserError, match=f"{name}.*got a pickle that would import {named}.*not read; expected tensors"):
+    with pytest.raises(UserError, match=f"{name}.*got a pickle that would import {named}.*loaded; expected tensors"):
         load_encoder(name)
     assert not Path("executed").exists()
     if name.endswith(".pkl"):  # that it is a payload

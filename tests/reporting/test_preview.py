@@ -22,10 +22,10 @@ from fastsimclr.reporting.contact_sheet import GAP, MARGIN, TAG, Page, fitted, t
 from fastsimclr.reporting.preview import (
     TEXT_WIDTH,
     Row,
-    describe_recipe,
+    describe_augmentation,
+    describe_params,
     draw_sheet,
-    parameters,
-    take,
+    first_batch,
     to_levels,
 )
 
@@ -53,7 +53,7 @@ def rows_of(
 ) -> list[Row]:
     loader = open_views(data, augmentation, images, backend=backend, seed=seed, workers=0)
     try:
-        return take(loader, seed, 0)
+        return first_batch(loader, seed, 0)
     finally:
         loader.close()
 
@@ -74,9 +74,9 @@ def where(part: NDArray[np.uint8], whole: NDArray[np.uint8], left: int) -> int:
 
 
 def test_the_words_are_those_of_the_draw() -> None:
-    assert parameters(drawn(), Augmentation()) == [["120×98 at 12,30"], ["no jitter"], []]
+    assert describe_params(drawn(), Augmentation()) == [["120×98 at 12,30"], ["no jitter"], []]
     everything = drawn(flip=True, jitter=True, grayscale=True, sigma=1.34, solarize=True)
-    assert parameters(everything, Augmentation()) == [
+    assert describe_params(everything, Augmentation()) == [
         ["120×98 at 12,30", "flipped"],
         ["hue +0.04", "brightness ×1.21", "saturation ×1.10", "contrast ×0.80"],  # in the order applied
         ["grayscale", "blur σ 1.3", "solarized"],
@@ -85,17 +85,17 @@ def test_the_words_are_those_of_the_draw() -> None:
 
 def test_what_a_recipe_never_changes_is_not_named() -> None:
     no_color = Augmentation(saturation=0.0, hue=0.0)
-    assert parameters(drawn(jitter=True), no_color)[1] == ["brightness ×1.21", "contrast ×0.80"]
-    assert parameters(drawn(), Augmentation(jitter_prob=0.0))[1] == []
+    assert describe_params(drawn(jitter=True), no_color)[1] == ["brightness ×1.21", "contrast ×0.80"]
+    assert describe_params(drawn(), Augmentation(jitter_prob=0.0))[1] == []
 
 
 def test_the_recipe_is_described_by_its_values() -> None:
-    phrases = describe_recipe(
+    phrases = describe_augmentation(
         Augmentation(image_size=96, scale=(0.2, 1.0), flip_prob=0.0, blur_prob=0.25, blur_sigma=(0.1, 1.5))
     )
     assert phrases[0] == "crop of 0.2–1 of the area, aspect ratio 0.75–1.33, bicubic to 96×96"
     assert {"no flip", "blur 0.25 (σ 0.1–1.5)", "no solarize"} < set(phrases)
-    assert describe_recipe(Augmentation().for_evaluation())[0] == "crop of the central 0.875, bicubic to 224×224"
+    assert describe_augmentation(Augmentation().for_evaluation())[0] == "crop of the central 0.875, bicubic to 224×224"
 
 
 def test_lines_are_as_wide_as_they_may_be_and_break_between_phrases() -> None:
@@ -116,7 +116,7 @@ def test_lines_are_as_wide_as_they_may_be_and_break_between_phrases() -> None:
 def test_the_views_are_the_crops_of_the_boxes_where_no_colour_changes(photos: str, backend: str) -> None:
     recipe = Augmentation(image_size=40, jitter_prob=0.0, grayscale_prob=0.0, blur_prob=0.0)
     for row in rows_of(photos, recipe, backend=backend):
-        for view, sample_params in zip(row.views, row.drawn, strict=True):
+        for view, sample_params in zip(row.views, row.params, strict=True):
             image = torch.from_numpy(row.original).permute(2, 0, 1)
             piece = TF.resized_crop(
                 image, *sample_params["box"].tolist(), [40, 40], InterpolationMode.BICUBIC, antialias=True
@@ -129,7 +129,7 @@ def test_the_views_are_the_crops_of_the_boxes_where_no_colour_changes(photos: st
 def test_the_draws_are_those_that_the_views_were_made_by(photos: str) -> None:
     recipe = Augmentation(image_size=32, solarize_prob=0.3)
     for row in rows_of(photos, recipe, backend="torchvision", images=IMAGES, seed=5):
-        for view, sample_params in zip(row.views, row.drawn, strict=True):
+        for view, sample_params in zip(row.views, row.params, strict=True):
             params = np.array([sample_params])
             made = crop(torch.from_numpy(row.original).permute(2, 0, 1), recipe, params)
             again = to_levels(photometric(made[None], params, recipe)[0], recipe)

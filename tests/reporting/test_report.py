@@ -29,7 +29,7 @@ from fastsimclr.report import MAX_RUNS, main
 from fastsimclr.reporting.charts import BOTTOM, COLORS, DASHES, TOP
 from fastsimclr.reporting.curves import MOST, reduce
 from fastsimclr.reporting.numbers import number
-from fastsimclr.reporting.report import pieces
+from fastsimclr.reporting.report import parts
 from fastsimclr.run_folder import RunFolder
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -269,7 +269,10 @@ def test_what_is_missing_is_made_and_shown(
     assert shown["Trained"] == "2 epochs | 8 steps"
     assert shown["Parameters"].startswith("11.2 M")
     assert "cpu" in shown["Device"]
-    assert points(charts(page)["kNN accuracy"])[0][0] == [0, 1, 2]
+    curve = charts(page)["kNN accuracy"]
+    assert points(curve)[0][0] == [0, 1, 2]
+    assert "Bars: ± 2 standard errors (binomial, 210 images)" in curve.text
+    assert "chance: 50 %" in curve.all("svg")[0].attributes["aria-label"]
     assert points(charts(page)["Loss"])[0][1] == pytest.approx(losses, rel=1e-3)
 
     top1 = json.loads((real / "evaluate" / "knn.json").read_text())["top1"]
@@ -283,8 +286,8 @@ def test_each_piece_is_asked_for_in_options_that_its_command_has(
 ) -> None:
     folder = run_folder(tmp_path / "run", data__train=str(tmp_path / "gone"))
     add(folder, {"checkpoints/last.pt": "no checkpoint"})
-    for piece in pieces(RunFolder(folder), "20"):
-        module, *arguments = piece.command
+    for part in parts(RunFolder(folder), "20"):
+        module, *arguments = part.command
         assert importlib.import_module(f"fastsimclr.{module}").main(arguments) == 2
         said = capsys.readouterr().err
         assert str(tmp_path / "gone") in said or str(folder / "checkpoints" / "last.pt") in said, said
@@ -295,10 +298,10 @@ def test_a_run_of_nothing_but_its_record_says_what_would_make_the_rest(tmp_path:
     page = collect(folder)
     said = [node.text for node in page.all("p", class_="quiet")]
     assert len(said) == 3
-    for piece in pieces(RunFolder(folder), "20"):
-        (sentence,) = (each for each in said if piece.what in each)
+    for part in parts(RunFolder(folder), "20"):
+        (sentence,) = (each for each in said if part.what in each)
         command = sentence.split("python -m fastsimclr.")[1]
-        assert shlex.split(command) == piece.command
+        assert shlex.split(command) == part.command
         assert ("no checkpoints/last.pt" if "--checkpoint" in command else "not made yet") in sentence
     assert "Device" not in tiles(page)
     assert list(charts(page)) == ["Loss", "kNN accuracy", "Throughput", "Learning rate", "Where a step’s time goes"]
@@ -309,7 +312,7 @@ def test_what_cannot_be_made_fails_nothing(tmp_path: Path, capsys: pytest.Captur
     folder = run_folder(tmp_path / "run", data__train=str(tmp_path / "gone"))
     assert main([str(folder)]) == 0
     said = capsys.readouterr()
-    assert "without contact sheet of the views, map of the embedding, evaluation by nearest neighbours" in said.out
+    assert "without contact sheet of the views, map of the embedding, kNN evaluation" in said.out
     sentence = next(n.text for n in read(folder / "report.html").all("p", class_="quiet") if "contact sheet" in n.text)
     assert f"{tmp_path / 'gone'}: got nothing" in sentence
     assert "fastsimclr.preview: error" not in sentence
@@ -430,7 +433,7 @@ def test_as_many_runs_are_compared_as_differ_in_color_or_dash() -> None:
 def test_runs_that_are_alike_say_so(tmp_path: Path) -> None:
     page = collect(run_folder(tmp_path / "a"), run_folder(tmp_path / "b"), tmp_path / "all.html")
     assert not section(page, "differences").all("table")
-    assert "their configurations are the same" in section(page, "differences").text
+    assert "The configurations are the same" in section(page, "differences").text
 
 
 def test_runs_of_the_same_name_are_told_apart(tmp_path: Path) -> None:
@@ -455,10 +458,10 @@ def test_classes_are_sorted_and_their_confusions_counted(tmp_path: Path) -> None
     page = section(collect(add(run_folder(tmp_path / "run"), {"evaluate/knn.json": scores})), "evaluation")
     accuracies, bars, matrix = page.all("table")
     assert accuracies.rows()[1] == [
-        "knn", "80.0 %", "97.5 %", "143 of 1,430 images", "30 images", "k 20", "fastsimclr run, step 30",
+        "knn", "80.0 %", "143 of 1,430 images", "30 images", "k 20", "fastsimclr run, step 30",
     ]  # fmt: skip
     assert [row[0] for row in bars.rows()] == ["class", "c", "a"]
-    assert "Without images to measure on: 1 class." in page.text
+    assert "Without validation images: 1 class." in page.text
     assert matrix.rows() == [["", "a", "b", "c"], ["a", "8", "2", ""], ["b", "", "8", "2"], ["c", "2", "", "8"]]
 
 
@@ -475,6 +478,117 @@ def test_of_many_classes_the_best_the_worst_and_the_mistakes_are_shown(tmp_path:
     assert pairs.rows()[1] == ["class 7", "class 9", "12", "54.5 %"]
     assert len(pairs.rows()) == 1 + 20
     assert (folder / "report.html").stat().st_size < 200_000
+
+
+@pytest.mark.parametrize("classes", [5, 6])
+def test_top5_is_left_out_with_at_most_five_classes(tmp_path: Path, classes: int) -> None:
+    scores = evaluation([f"class {i}" for i in range(classes)], "linear")
+    page = collect(add(run_folder(tmp_path / "run"), {"evaluate/linear.json": scores}))
+    table = section(page, "evaluation").all("table")[0].rows()
+    assert ("top-5" in table[0]) == (classes > 5)
+    assert tiles(page)["Linear top-1"] == ("80.0 % | top-5 97.5 %" if classes > 5 else "80.0 %")
+
+
+SETTINGS = {
+    "solver": "lbfgs",
+    "lr": 0.004687500000000001,
+    "temperature": None,
+    "leave_one_out": False,
+    "held_out_accuracy": {f"1e-0{i}": 1 / (i + 2) for i in range(9)},
+    "epoch_losses": [2.345678, *[1 / 3] * 88, 0.1234567],
+}
+
+
+def test_settings_are_a_list_of_names_and_rounded_values(tmp_path: Path) -> None:
+    scores = evaluation(["a", "b"], "linear") | {"settings": SETTINGS}
+    page = section(collect(add(run_folder(tmp_path / "run"), {"evaluate/linear.json": scores})), "evaluation")
+    (listed,) = page.all("dl", class_="pairs")
+    names, values = ([node.text for node in listed.all(tag)] for tag in ("dt", "dd"))
+    assert dict(zip(names, values, strict=True)) == {
+        "solver": "lbfgs",
+        "lr": "0.004688",
+        "temperature": "none",
+        "held out accuracy": "1e-00: 0.5, 1e-01: 0.3333, 1e-02: 0.25, 1e-03: 0.2, 1e-04: 0.1667, 1e-05: 0.1429, "
+        "1e-06: 0.125, 1e-07: 0.1111, 1e-08: 0.1",
+        "epoch losses": "2.346 → 0.1235 (90 values)",
+    }
+
+
+def test_long_settings_wrap_within_the_page(browser: Browser, tmp_path: Path) -> None:
+    folder = run_folder(tmp_path / "run")
+    collect(add(folder, {"evaluate/linear.json": evaluation(["a", "b"], "linear") | {"settings": SETTINGS}}))
+    page = browser.open(folder / "report.html", 1280)
+    table = "document.querySelector('#evaluation .scroll')"
+    assert page.evaluate(f"{table}.scrollWidth <= {table}.clientWidth")
+
+
+def knn_of(folder: Path, images: int, classes: int, **data: str) -> Path:
+    """Add a kNN evaluation of `images` validation images. data: its options; by default those of the run."""
+    scores = evaluation([f"class {i}" for i in range(classes)])
+    options = {"data": {"train": "photos", "val": "val"} | data}
+    return add(folder, {"evaluate/knn.json": scores | {"val": {"images": images}, "options": options}})
+
+
+def test_the_knn_curve_is_shown_with_chance_and_standard_errors(tmp_path: Path) -> None:
+    lines = metrics(30)
+    for line, accuracy in zip([line for line in lines if "knn_accuracy" in line], (0.39, 0.4, 0.5, 0.41), strict=True):
+        line["knn_accuracy"] = accuracy
+    folder = run_folder(tmp_path / "run", lines, data__train="photos", data__val="val")
+    chart = charts(collect(knn_of(folder, 100, 4)))["kNN accuracy"]
+    assert "chance 25 %" in chart.text
+    assert "Bars: ± 2 standard errors (binomial, 100 images)" in chart.text
+
+    height = BOTTOM - TOP
+    (curve,) = (heights(group.all("path")[0]) for group in chart.all("g", class_="line"))
+    bars = [heights(path) for path in chart.all("path") if "0.45" in path.attributes.get("style", "")]
+    per_percent = (curve[0] - curve[2]) / 11  # from 39 to 50 %
+    assert BOTTOM - curve[0] == pytest.approx(39 * per_percent, abs=1)  # the axis begins at 0
+    assert [abs(a - b) / per_percent for a, b in bars][2] == pytest.approx(4 * 5, abs=0.3)  # sqrt(0.5 * 0.5 / 100): 5 %
+    dashes = [heights(path) for path in chart.all("path") if "dasharray: 6,3" in path.attributes.get("style", "")]
+    assert dashes == [pytest.approx([BOTTOM - 25 * per_percent] * 2, abs=0.3)]
+    assert per_percent * 55 < height
+
+
+def test_chance_is_not_shown_for_an_evaluation_of_other_data(tmp_path: Path) -> None:
+    folder = knn_of(run_folder(tmp_path / "run", data__train="photos", data__val="val"), 100, 4, val="other")
+    chart = charts(collect(folder))["kNN accuracy"]
+    assert "chance" not in chart.text
+    assert "standard errors" not in chart.text
+
+
+@pytest.mark.parametrize(
+    ("loss", "options", "is_reported"),
+    [
+        (4.9, {}, True),  # ln(2 * 64 - 1) is 4.844
+        (4.8, {}, False),
+        (4.84, {"loss__decoupled": True}, True),  # ln(2 * 64 - 2) is 4.836
+        (3.5, {"loss__global_negatives": False}, True),  # ln(2 * 16 - 1) is 3.434
+    ],
+)
+def test_a_loss_above_that_of_uniform_similarities_is_reported(
+    tmp_path: Path, loss: float, options: dict[str, Any], is_reported: bool
+) -> None:
+    folder = run_folder(tmp_path / "run", metrics(30, loss=loss), **options)
+    add(folder, {"environment.json": {"world_size": 4}})
+    note = tiles(collect(folder))["Final loss"]
+    assert ("training has likely diverged, or the learning rate is too high" in note) == is_reported
+
+
+def test_a_loss_that_still_falls_is_not_called_diverged(tmp_path: Path) -> None:
+    falling = metrics(30)
+    for line in falling:
+        line |= {"loss": 9 - line["step"] / 10} if "loss" in line else {}
+    for name, lines in (("first epoch", metrics(5, loss=9.0)), ("falling", falling)):
+        note = tiles(collect(run_folder(tmp_path / name, lines)))["Final loss"]
+        assert note.endswith("Above 4.844, the loss of uniform similarities")
+
+
+def test_the_command_for_tensorboard_is_shown(tmp_path: Path) -> None:
+    folder = run_folder(tmp_path / "it's here")
+    assert "tensorboard" not in section(collect(folder), "curves").text
+    (folder / "tensorboard").mkdir()
+    commands = [code.text for code in section(collect(folder), "curves").all("code")]
+    assert [shlex.split(command) for command in commands] == [["tensorboard", "--logdir", f"{folder}/tensorboard"]]
 
 
 # The page
@@ -517,6 +631,9 @@ def test_nothing_is_fetched_and_everything_has_a_name(full: list[Path]) -> None:
             (picture,) = figure.all("svg", role="img")
             assert re.search(r"from \S+ to|Of all steps", picture.attributes["aria-label"])
         assert all(image.attributes["alt"] for image in page.all("img"))
+        linked = [link for link in page.all("a") if link.all("img")]
+        assert len(linked) == len(page.all("img"))
+        assert {link.attributes["href"][1:] for link in linked} <= set(ids)
         assert all(cell.attributes["scope"] in ("row", "col") for cell in page.all("th"))
         assert all(node.attributes["aria-label"] for node in page.all("div", role="region"))
 
@@ -542,6 +659,22 @@ def test_a_browser_shows_it_at_any_width_and_asks_for_nothing(
         with Image.open(io.BytesIO(page.screenshot(whole=False))) as image:
             paper = sum(image.convert("RGB").getpixel((2, 2))) / 3
         assert paper < 60 if dark else paper > 200
+
+
+@pytest.mark.parametrize("width", [1280, 390])
+def test_a_picture_is_shown_by_itself_at_full_size(browser: Browser, full: list[Path], width: int) -> None:
+    page = browser.open(full[0], width)
+    for key in ("map-0", "gallery-0", "preview-0"):
+        page.evaluate(f"document.querySelector('#{key} a[title]').click()")
+        left, top, shown, natural = page.evaluate(
+            f"(() => {{ const box = document.querySelector('#{key}-full'), image = box.querySelector('img');"
+            "return [box.getBoundingClientRect().left, box.getBoundingClientRect().top, image.width,"
+            "image.naturalWidth]; })()"
+        )
+        assert (left, top, shown) == (0, 0, natural)
+        page.evaluate(f"document.querySelector('#{key} .back').click()")
+        assert page.evaluate(f"document.querySelector('#{key}-full').getBoundingClientRect().left") > 0
+    assert page.complaints() == []
 
 
 def test_a_browser_that_finds_faults_would_say_so(browser: Browser, tmp_path: Path) -> None:
