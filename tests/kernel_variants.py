@@ -160,7 +160,7 @@ def views_are_wrong() -> bool:
 
 
 def loss_is_wrong(one_shape: bool) -> bool:
-    from oracle import views, loss_and_gradients, relative_error, rows_of
+    from oracle import loss_and_gradients, relative_error, row_losses, views
 
     cases = [(*case, p) for case in CASES for p in ("medium", "highest")]
     if one_shape:
@@ -169,8 +169,8 @@ def loss_is_wrong(one_shape: bool) -> bool:
         os.environ["FASTSIMCLR_EMULATION_SEED"] = str(seed)
         for m, d, temperature, precision in cases:
             z1, z2 = views(m // 2, d, torch.float32, noise=0.5 if temperature > 0.01 else 5.0)
-            got = loss_and_gradients(rows_of("emulated", precision=precision), z1, z2, temperature)
-            exact = loss_and_gradients(rows_of("reference"), z1.double(), z2.double(), temperature)
+            got = loss_and_gradients(row_losses("emulated", precision=precision), z1, z2, temperature)
+            exact = loss_and_gradients(row_losses("reference"), z1.double(), z2.double(), temperature)
             errors = [relative_error(a, b) for a, b in zip(got[:2], exact[:2], strict=True)]
             # How accurate they are is test_fused.py's to say; here whatever is more than rounding counts.
             if not max(errors) < (0.1 if precision == "medium" else 0.001):

@@ -13,7 +13,7 @@ from typing import Any
 import pytest
 import torch
 import torch.nn.functional as F
-from oracle import assert_as_accurate, loss_and_gradients, relative_error, rows_of, textbook, textbook_in_bf16, views
+from oracle import assert_as_accurate, loss_and_gradients, relative_error, row_losses, textbook, textbook_in_bf16, views
 from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 
@@ -67,7 +67,7 @@ def test_losses_and_gradients_are_as_accurate_as_eager_in_the_same_precision(
     for temperature, noise in itertools.product(temperatures, NOISES):
         seeds = range(max(1, 64 // m))  # few rows say little: as many batches as make 64
         assert_as_accurate(
-            rows_of(backend, precision=precision),
+            row_losses(backend, precision=precision),
             textbook_in_bf16(PLANES[precision]),
             [place(device, *views(m // 2, d, torch.float32, noise=noise, seed=seed)) for seed in seeds],
             temperature,
@@ -85,7 +85,7 @@ def test_half_precision_inputs_are_as_accurate_as_eager(
     batch = place(device, *views(65, 40, dtype, noise=0.3))
     planes = 1 if precision == "auto" else 2
     for eager in (textbook_in_bf16(planes), textbook):
-        assert_as_accurate(rows_of(backend, precision=precision), eager, [batch], 0.1)
+        assert_as_accurate(row_losses(backend, precision=precision), eager, [batch], 0.1)
 
 
 @on
@@ -104,9 +104,9 @@ def test_gradient_stays_exact_as_the_loss_converges(
     device: str, backend: str, precision: str, noise: float, temperature: float, loss: float, bounds: dict[str, float]
 ) -> None:
     z1, z2 = place(device, *views(128, 128, torch.float32, noise=noise))
-    exact = loss_and_gradients(rows_of("reference"), z1.double(), z2.double(), temperature)
+    exact = loss_and_gradients(row_losses("reference"), z1.double(), z2.double(), temperature)
     assert loss / 8 < exact[0].mean().item() < loss * 8, "the case is not what it says"
-    _, dz, _ = loss_and_gradients(rows_of(backend, precision=precision), z1, z2, temperature)
+    _, dz, _ = loss_and_gradients(row_losses(backend, precision=precision), z1, z2, temperature)
     assert relative_error(dz, exact[1]) < bounds[precision]
 
 
@@ -119,9 +119,9 @@ def test_highest_is_exact_to_1e_5_where_features_share_a_mean(device: str, backe
     """Every product is then positive, and sums that tensor cores truncate drift in one direction: left to accumulate
     there, they make the gradient wrong by 1.5e-5 at M = 4096 and the losses by 2e-5 at D = 2048."""
     z = [3 + F.normalize(x) * d**0.5 for x in views(m // 2, d, noise=0.5)]
-    exact = loss_and_gradients(rows_of("reference"), *z, 0.1)
+    exact = loss_and_gradients(row_losses("reference"), *z, 0.1)
     z1, z2 = place(device, *(x.float() for x in z))
-    got = loss_and_gradients(rows_of(backend, precision="highest"), z1, z2, 0.1)
+    got = loss_and_gradients(row_losses(backend, precision="highest"), z1, z2, 0.1)
     for name, a, b in zip(("losses", "dz", "dtemperature"), got, exact, strict=True):
         assert relative_error(a.cpu(), b) < 1e-5, name
 
@@ -137,8 +137,10 @@ def test_mean_weighted_rows_and_decoupled_are_the_references(
     weights[5] = 0
     options = {"decoupled": decoupled, "precision": "highest"}
     for w in (weights, None):
-        got = loss_and_gradients(rows_of(backend, **options), z1, z2, temperature, w)
-        exact = loss_and_gradients(rows_of("reference", decoupled=decoupled), z1.double(), z2.double(), temperature, w)
+        got = loss_and_gradients(row_losses(backend, **options), z1, z2, temperature, w)
+        exact = loss_and_gradients(
+            row_losses("reference", decoupled=decoupled), z1.double(), z2.double(), temperature, w
+        )
         for mine, theirs in zip(got, exact, strict=True):
             torch.testing.assert_close(mine, theirs, rtol=2e-4, atol=2e-4 * theirs.abs().max().item())
 
@@ -238,7 +240,7 @@ def test_split_as_on_a_large_gpu_it_is_as_accurate(
     splits = _extension.emulated.nt_xent_backward_splits(rows=m, columns=m, planes=1, width=d, device=0)
     assert splits > 2, "the case is not what it says"
     assert_as_accurate(
-        rows_of("emulated", precision=precision),
+        row_losses("emulated", precision=precision),
         textbook_in_bf16(PLANES[precision]),
         [views(m // 2, d, torch.float32, noise=1.0)],
         temperature,
@@ -253,8 +255,8 @@ def test_zero_rows_have_the_loss_and_gradient_of_normalize(device: str, backend:
     z1[1] = z2[1] = 0  # a zero row whose positive is zero, too
     z1[3] = 0
     z2[4] = 1e-14  # below F.normalize's eps, not 0
-    got = loss_and_gradients(rows_of(backend, precision="highest"), z1, z2, temperature)
-    exact = loss_and_gradients(rows_of("reference"), z1.double(), z2.double(), temperature)
+    got = loss_and_gradients(row_losses(backend, precision="highest"), z1, z2, temperature)
+    exact = loss_and_gradients(row_losses("reference"), z1.double(), z2.double(), temperature)
     for mine, theirs in zip(got, exact, strict=True):
         torch.testing.assert_close(mine, theirs, rtol=1e-3, atol=1e-3 / temperature)
 
@@ -262,7 +264,7 @@ def test_zero_rows_have_the_loss_and_gradient_of_normalize(device: str, backend:
 @on
 def test_layout_of_the_inputs_does_not_matter(device: str, backend: str) -> None:
     z1, z2 = place(device, *views(6, 4, torch.bfloat16))
-    expected = loss_and_gradients(rows_of(backend), z1, z2, 0.1)
+    expected = loss_and_gradients(row_losses(backend), z1, z2, 0.1)
     wide = torch.zeros(6, 9, dtype=torch.bfloat16, device=device)
     wide[:, 1::2] = z1
     flat = torch.zeros(25, dtype=torch.bfloat16, device=device)
@@ -297,7 +299,9 @@ def test_non_finite_projections_give_a_non_finite_loss(
 @on
 def test_one_image_has_no_negative_so_its_loss_and_gradient_are_zero(device: str, backend: str) -> None:
     for temperature in (0.1, 0.005):
-        losses, dz, dt = loss_and_gradients(rows_of(backend), *place(device, *views(1, 4, torch.float32)), temperature)
+        losses, dz, dt = loss_and_gradients(
+            row_losses(backend), *place(device, *views(1, 4, torch.float32)), temperature
+        )
         assert losses.tolist() == [0, 0]
         assert dz.abs().max() == 0
         assert dt == 0
@@ -339,7 +343,7 @@ def test_bits_repeat_whatever_the_order_of_threads_and_the_memory_before(
         torch.utils.deterministic.fill_uninitialized_memory = True
         for seed in range(3):
             monkeypatch.setenv("FASTSIMCLR_EMULATION_SEED", str(seed))
-            results.append(loss_and_gradients(rows_of(backend), z1, z2, temperature))
+            results.append(loss_and_gradients(row_losses(backend), z1, z2, temperature))
     finally:
         torch.use_deterministic_algorithms(False)
         torch.utils.deterministic.fill_uninitialized_memory = fill
@@ -364,7 +368,7 @@ def test_temperature_is_a_float_a_tensor_or_a_learned_parameter(device: str, bac
     module = NTXentLoss(nn.Parameter(torch.tensor(temperature, dtype=torch.float64, device=device)), backend=backend)
     module(z1, z2).backward()
     assert isinstance(module.temperature, nn.Parameter)
-    _, _, exact = loss_and_gradients(rows_of("reference"), z1.double(), z2.double(), temperature)
+    _, _, exact = loss_and_gradients(row_losses("reference"), z1.double(), z2.double(), temperature)
     assert module.temperature.grad is not None
     assert module.temperature.grad.item() == pytest.approx(exact.item(), rel=2e-3)
 
@@ -463,7 +467,7 @@ def gpu_test(function: Any) -> Any:
 def test_a_cuda_graph_replays_it_on_new_data() -> None:
     z1, z2 = (z.requires_grad_() for z in place("cuda", *views(600, 128, torch.bfloat16)))
     new1, new2 = place("cuda", *views(600, 128, torch.bfloat16, seed=1))
-    expected = loss_and_gradients(rows_of("fused"), new1, new2, 0.1)[1]
+    expected = loss_and_gradients(row_losses("fused"), new1, new2, 0.1)[1]
 
     def step() -> tuple[Tensor, ...]:
         return torch.autograd.grad(nt_xent(z1, z2, backend="fused", reduction="none").mean(), (z1, z2))
@@ -510,9 +514,9 @@ def test_it_runs_on_the_current_stream_without_waiting_for_it() -> None:
 @pytest.mark.skipif(torch.cuda.device_count() < 2, reason="needs two GPUs")
 def test_it_runs_on_the_tensors_gpu_whichever_is_current() -> None:
     z1, z2 = views(70, 16, torch.float32)
-    expected = loss_and_gradients(rows_of("fused"), *place("cuda:0", z1, z2), 0.1)
+    expected = loss_and_gradients(row_losses("fused"), *place("cuda:0", z1, z2), 0.1)
     with torch.cuda.device(0):
-        got = loss_and_gradients(rows_of("fused"), *place("cuda:1", z1, z2), 0.1)
+        got = loss_and_gradients(row_losses("fused"), *place("cuda:1", z1, z2), 0.1)
         assert torch.cuda.current_device() == 0
     for a, b in zip(expected, got, strict=True):
         assert torch.equal(a.cpu(), b.cpu())

@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 import torch
-from oracle import assert_as_accurate, loss_and_gradients, relative_error, rows_of, textbook, views
+from oracle import assert_as_accurate, loss_and_gradients, relative_error, row_losses, textbook, views
 from torch import Tensor, nn
 
 from fastsimclr.loss import NTXentLoss, nt_xent, tiled
@@ -94,8 +94,8 @@ def test_trap_m_or_d_not_a_multiple_of_the_tile(
     z1, z2 = views(n, 3)
     weights = torch.linspace(-1, 2, 2 * n, dtype=torch.float64)  # each row its own: mixed-up rows would show
     for decoupled in (False, True)[: 1 if n == 1 else 2]:
-        got = loss_and_gradients(rows_of("tiled", decoupled=decoupled), z1, z2, temperature, weights)
-        exact = loss_and_gradients(rows_of("reference", decoupled=decoupled), z1, z2, temperature, weights)
+        got = loss_and_gradients(row_losses("tiled", decoupled=decoupled), z1, z2, temperature, weights)
+        exact = loss_and_gradients(row_losses("reference", decoupled=decoupled), z1, z2, temperature, weights)
         for mine, theirs in zip(got, exact, strict=True):
             torch.testing.assert_close(mine, theirs, rtol=1e-9, atol=1e-10 / temperature)
 
@@ -112,8 +112,8 @@ def test_trap_m_or_d_not_a_multiple_of_the_tile(
 )
 def test_sizes_at_the_edges_of_the_tile_in_use(n: int, d: int) -> None:
     z1, z2 = views(n, d)
-    got = loss_and_gradients(rows_of("tiled"), z1, z2, 0.1)
-    exact = loss_and_gradients(rows_of("reference"), z1, z2, 0.1)
+    got = loss_and_gradients(row_losses("tiled"), z1, z2, 0.1)
+    exact = loss_and_gradients(row_losses("reference"), z1, z2, 0.1)
     for mine, theirs in zip(got, exact, strict=True):
         torch.testing.assert_close(mine, theirs, rtol=1e-10, atol=1e-12)
 
@@ -124,14 +124,14 @@ def test_sizes_at_the_edges_of_the_tile_in_use(n: int, d: int) -> None:
 @pytest.mark.parametrize("temperature", [0.005, 0.011, 0.0125, 0.02, 0.07, 0.5, 10.0])
 @pytest.mark.parametrize("noise", [1.0, 0.2])
 def test_float32_is_as_accurate_as_eager(temperature: float, noise: float) -> None:
-    assert_as_accurate(rows_of("tiled"), textbook, [views(300, 64, torch.float32, noise=noise)], temperature)
+    assert_as_accurate(row_losses("tiled"), textbook, [views(300, 64, torch.float32, noise=noise)], temperature)
 
 
 @pytest.mark.parametrize("temperature", [0.005, 0.07, 10.0])
 def test_float64_is_computed_in_float64(temperature: float) -> None:
     z1, z2 = views(100, 16)
-    got = loss_and_gradients(rows_of("tiled"), z1, z2, temperature)
-    exact = loss_and_gradients(rows_of("reference"), z1, z2, temperature)
+    got = loss_and_gradients(row_losses("tiled"), z1, z2, temperature)
+    exact = loss_and_gradients(row_losses("reference"), z1, z2, temperature)
     for mine, theirs in zip(got, exact, strict=True):
         assert relative_error(mine, theirs) < 1e-12 / min(temperature, 1)  # one rounding of s is 2e-16 / temperature
 
@@ -151,9 +151,9 @@ def test_gradient_stays_exact_as_the_loss_converges(
 ) -> None:
     """p_pos - 1 would cancel: its gradient is wrong by 2e-2 in float32 at a loss of 1e-5."""
     z1, z2 = views(256, 128, torch.float32, noise=noise)
-    exact = loss_and_gradients(rows_of("reference"), z1.double(), z2.double(), temperature)
+    exact = loss_and_gradients(row_losses("reference"), z1.double(), z2.double(), temperature)
     assert loss / 4 < exact[0].mean().item() < loss * 4, "the case is not what it says"
-    got = loss_and_gradients(rows_of(backend), z1, z2, temperature)
+    got = loss_and_gradients(row_losses(backend), z1, z2, temperature)
     for mine, theirs in zip(got, exact, strict=True):
         # s up to 1/temperature is rounded to 6e-8 of its size, and exp makes that a relative error.
         assert relative_error(mine, theirs) < 3e-7 / temperature
@@ -166,9 +166,9 @@ def test_collapsed_rows_at_temperatures_where_exp_nearly_overflows(temperature: 
     random = torch.Generator().manual_seed(0)
     z1, z2 = (torch.ones(1, 32) + 0.01 * torch.randn(700, 32, generator=random) for _ in range(2))
     weights = torch.full((1400,), weight / 1400)
-    got = loss_and_gradients(rows_of("tiled"), z1, z2, temperature, weights)
+    got = loss_and_gradients(row_losses("tiled"), z1, z2, temperature, weights)
     eager = loss_and_gradients(textbook, z1, z2, temperature, weights)
-    exact = loss_and_gradients(rows_of("reference"), z1.double(), z2.double(), temperature, weights)
+    exact = loss_and_gradients(row_losses("reference"), z1.double(), z2.double(), temperature, weights)
     for mine, theirs, oracle in zip(got[:2], eager[:2], exact[:2], strict=True):
         assert relative_error(mine, oracle) <= 2 * relative_error(theirs, oracle) + 2**-22
     # Of terms s/temperature of both signs nearly nothing is left; s itself is rounded to 6e-8 of its size, see above.
@@ -179,11 +179,11 @@ def test_collapsed_rows_at_temperatures_where_exp_nearly_overflows(temperature: 
 def test_trap_overflow_at_low_temperature(temperature: float) -> None:
     """exp(1/temperature) overflows float32 below 0.0113."""
     z1, z2 = views(64, 32, torch.float32, noise=0.1)
-    losses, dz, dt = loss_and_gradients(rows_of("tiled"), z1, z2, temperature)
+    losses, dz, dt = loss_and_gradients(row_losses("tiled"), z1, z2, temperature)
     assert losses.isfinite().all()
     assert dz.isfinite().all()
     assert dt.isfinite()
-    exact, _, _ = loss_and_gradients(rows_of("reference"), z1.double(), z2.double(), temperature)
+    exact, _, _ = loss_and_gradients(row_losses("reference"), z1.double(), z2.double(), temperature)
     torch.testing.assert_close(losses, exact, rtol=1e-4, atol=1e-6 / temperature)
 
 
@@ -191,7 +191,7 @@ def test_trap_fixed_offset_of_1_over_temperature_underflows() -> None:
     """Rows with nothing alike: exp(s - 1/temperature) of a whole row is 0, and its log -inf."""
     z1, z2 = (z[:, :48] * 1.0 for z in views(24, 48, torch.float32))
     z1[:], z2[:] = torch.eye(48)[:24], torch.eye(48)[24:]
-    losses, dz, _ = loss_and_gradients(rows_of("tiled"), z1, z2, 0.005)
+    losses, dz, _ = loss_and_gradients(row_losses("tiled"), z1, z2, 0.005)
     torch.testing.assert_close(losses, torch.full_like(losses, math.log(47)))  # all similarities are 0
     assert dz.isfinite().all()
 
@@ -205,8 +205,8 @@ def test_trap_fixed_offset_of_1_over_temperature_underflows() -> None:
 )
 def test_medium_precision_keeps_the_tables_bounds(noise: float, temperature: float, bound: float) -> None:
     z1, z2 = views(256, 128, torch.float32, noise=noise)
-    exact = loss_and_gradients(rows_of("reference"), z1.double(), z2.double(), temperature)
-    losses, dz, dt = loss_and_gradients(rows_of("tiled", precision="medium"), z1, z2, temperature)
+    exact = loss_and_gradients(row_losses("reference"), z1.double(), z2.double(), temperature)
+    losses, dz, dt = loss_and_gradients(row_losses("tiled", precision="medium"), z1, z2, temperature)
     assert relative_error(dz, exact[1]) < bound
     assert relative_error(losses, exact[0]) < bound * 2
     assert relative_error(dt, exact[2]) < bound * 2
@@ -217,8 +217,8 @@ def test_medium_precision_keeps_the_tables_bounds(noise: float, temperature: flo
 def test_half_precision_inputs_are_computed_in_float32(dtype: torch.dtype, precision: str) -> None:
     """Exact on the rounded inputs but for the products' precision and the rounding of dz to the inputs' dtype."""
     z1, z2 = views(256, 128, dtype, noise=0.3)
-    exact = loss_and_gradients(rows_of("reference"), z1.double(), z2.double(), 0.1)
-    losses, dz, dt = loss_and_gradients(rows_of("tiled", precision=precision), z1, z2, 0.1)
+    exact = loss_and_gradients(row_losses("reference"), z1.double(), z2.double(), 0.1)
+    losses, dz, dt = loss_and_gradients(row_losses("tiled", precision=precision), z1, z2, 0.1)
     products = 8e-3 if precision == "auto" else 1e-5
     # float16 has no number between 0 and 6e-8, and dz of a mean is small: that rounding is absolute.
     subnormal = 6e-8 / 2 * math.sqrt(dz.numel()) if dtype == torch.float16 else 0.0
@@ -235,21 +235,21 @@ def test_trap_fp16_logits_under_autocast() -> None:
     def inside(backend: str) -> Callable[..., Tensor]:
         def loss(*args: Tensor) -> Tensor:
             with torch.autocast("cpu", dtype=torch.bfloat16):
-                return rows_of(backend)(*args)
+                return row_losses(backend)(*args)
 
         return loss
 
     for backend in BACKENDS:
-        plain = loss_and_gradients(rows_of(backend), z1, z2, 0.1)
+        plain = loss_and_gradients(row_losses(backend), z1, z2, 0.1)
         automatic = loss_and_gradients(inside(backend), z1, z2, 0.1)
         for a, b in zip(plain, automatic, strict=True):
             assert torch.equal(a, b), backend
         with torch.autocast("cpu", dtype=torch.bfloat16):
             assert nt_xent(z1, z2, backend=backend).dtype == torch.float32
 
-    plain = loss_and_gradients(rows_of("tiled"), z1, z2, 0.1)
+    plain = loss_and_gradients(row_losses("tiled"), z1, z2, 0.1)
     with torch.autocast("cpu", dtype=torch.bfloat16):  # PyTorch advises against a backward in here; this one is safe
-        automatic = loss_and_gradients(rows_of("tiled"), z1, z2, 0.1)
+        automatic = loss_and_gradients(row_losses("tiled"), z1, z2, 0.1)
     for a, b in zip(plain, automatic, strict=True):
         assert torch.equal(a, b)
 
@@ -257,12 +257,12 @@ def test_trap_fp16_logits_under_autocast() -> None:
 @pytest.mark.parametrize("setting", ["medium", "high", "highest"])
 def test_callers_matmul_precision_neither_degrades_highest_nor_is_changed(setting: str) -> None:
     z1, z2 = views(300, 64, torch.float32, noise=0.3)
-    plain = loss_and_gradients(rows_of("tiled"), z1, z2, 0.1)
+    plain = loss_and_gradients(row_losses("tiled"), z1, z2, 0.1)
     before = torch.get_float32_matmul_precision()
     try:
         torch.set_float32_matmul_precision(setting)
         fine = torch.backends.mkldnn.matmul.fp32_precision
-        changed = loss_and_gradients(rows_of("tiled", precision="highest"), z1, z2, 0.1)
+        changed = loss_and_gradients(row_losses("tiled", precision="highest"), z1, z2, 0.1)
         nt_xent(z1, z2, precision="medium")
         with pytest.raises(RuntimeError, match="a failure inside"):
             fail_inside(z1, z2)
@@ -338,8 +338,8 @@ def test_zero_rows_have_the_loss_and_gradient_of_normalize(temperature: float) -
     z2[1] = 0  # a zero row whose positive is zero, too
     z1[3] = 0
     z2[4] = 1e-14  # below F.normalize's eps, not 0
-    got = loss_and_gradients(rows_of("tiled"), z1, z2, temperature)
-    exact = loss_and_gradients(rows_of("reference"), z1, z2, temperature)
+    got = loss_and_gradients(row_losses("tiled"), z1, z2, temperature)
+    exact = loss_and_gradients(row_losses("reference"), z1, z2, temperature)
     for mine, theirs in zip(got, exact, strict=True):
         torch.testing.assert_close(mine, theirs, rtol=1e-9, atol=1e-9)
 
@@ -349,8 +349,8 @@ def test_one_huge_row_is_as_good_as_its_direction(dtype: torch.dtype, huge: floa
     z1, z2 = views(6, 8, dtype)
     big = z1.clone()
     big[2] *= huge
-    small, dz_small, _ = loss_and_gradients(rows_of("tiled"), z1, z2, 0.1)
-    large, dz_large, _ = loss_and_gradients(rows_of("tiled"), big, z2, 0.1)
+    small, dz_small, _ = loss_and_gradients(row_losses("tiled"), z1, z2, 0.1)
+    large, dz_large, _ = loss_and_gradients(row_losses("tiled"), big, z2, 0.1)
     tolerance = {"rtol": 1e-4, "atol": 1e-5} if dtype == torch.float32 else {"rtol": 1e-10, "atol": 1e-12}
     torch.testing.assert_close(large, small, **tolerance)
     dz_large[2] *= huge
@@ -360,7 +360,7 @@ def test_one_huge_row_is_as_good_as_its_direction(dtype: torch.dtype, huge: floa
 @both_backends
 def test_one_image_has_no_negative_so_its_loss_and_gradient_are_zero(backend: str) -> None:
     for temperature in (0.1, 0.005):
-        losses, dz, dt = loss_and_gradients(rows_of(backend), *views(1, 4, torch.float32), temperature)
+        losses, dz, dt = loss_and_gradients(row_losses(backend), *views(1, 4, torch.float32), temperature)
         assert losses.tolist() == [0, 0]
         assert dz.abs().max() == 0
         assert dt == 0
@@ -369,7 +369,7 @@ def test_one_image_has_no_negative_so_its_loss_and_gradient_are_zero(backend: st
 @both_backends
 def test_layout_of_the_inputs_does_not_matter(backend: str) -> None:
     z1, z2 = views(6, 4)
-    expected = loss_and_gradients(rows_of(backend), z1, z2, 0.1)
+    expected = loss_and_gradients(row_losses(backend), z1, z2, 0.1)
 
     wide = torch.zeros(6, 9, dtype=torch.float64)
     wide[:, ::2][:, :4] = z1
@@ -401,7 +401,7 @@ def test_one_tensor_as_both_views_gets_both_gradients(backend: str) -> None:
 @both_backends
 def test_only_one_view_or_none_needs_a_gradient(backend: str) -> None:
     z1, z2 = views(6, 4)
-    _, exact, _ = loss_and_gradients(rows_of(backend), z1, z2, 0.1)
+    _, exact, _ = loss_and_gradients(row_losses(backend), z1, z2, 0.1)
     z2.requires_grad_()
     loss = nt_xent(z1, z2, backend=backend)  # as with a momentum encoder's z1
     torch.testing.assert_close(torch.autograd.grad(loss, z2)[0], exact[6:], rtol=1e-14, atol=1e-16)
@@ -429,8 +429,8 @@ def test_non_finite_projections_give_a_non_finite_loss(
 def test_calls_repeat_to_the_bit() -> None:
     z1, z2 = views(700, 64, torch.float32)
     for temperature in (0.1, 0.005):
-        first = loss_and_gradients(rows_of("tiled"), z1, z2, temperature)
-        again = loss_and_gradients(rows_of("tiled"), z1, z2, temperature)
+        first = loss_and_gradients(row_losses("tiled"), z1, z2, temperature)
+        again = loss_and_gradients(row_losses("tiled"), z1, z2, temperature)
         for a, b in zip(first, again, strict=True):
             assert torch.equal(a, b)
 
@@ -450,7 +450,7 @@ def test_trap_self_pair_is_masked_and_not_subtracted() -> None:
     """sum(exp) - exp(1/temperature) loses all negatives behind e^50, and its gradient leaks through the self-pair."""
     z = torch.eye(4)
     z1, z2 = z[:2].contiguous(), z[2:].contiguous()  # all similarities 0: each row has three terms of exp(0)
-    losses, dz, _ = loss_and_gradients(rows_of("tiled"), z1, z2, 0.02)
+    losses, dz, _ = loss_and_gradients(row_losses("tiled"), z1, z2, 0.02)
     torch.testing.assert_close(losses, torch.full_like(losses, math.log(3)), rtol=1e-6, atol=0)
     # Of row i: dz_i = 1/(M t) * [2/3 of each negative - 4/3 of the positive], nothing along itself.
     eye = torch.eye(4, dtype=torch.float64)
