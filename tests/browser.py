@@ -78,7 +78,7 @@ class Browser:
             self._next()
 
     def open(self, file: Path, width: int, height: int = 900, dark: bool = False) -> "Page":
-        """Open `file` in a new tab of this size, and wait until it is loaded. Below a width of 600 it emulates a phone."""
+        """Open `file` in a new tab of this size and wait until it is loaded. A width below 600 emulates a phone."""
         target = self.send("Target.createTarget", url="about:blank")["targetId"]
         session = self.send("Target.attachToTarget", targetId=target, flatten=True)["sessionId"]
         for domain in ("Page", "Runtime", "Log", "Network"):

@@ -27,7 +27,7 @@ def views(n: int, d: int, dtype: torch.dtype = torch.float64, *, noise: float = 
 def loss_and_gradients(
     loss: RowLosses, z1: Tensor, z2: Tensor, temperature: float, weights: Tensor | None = None
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Return, in float64, the losses (2N,) and the gradients dz (2N, D) and dtemperature of their mean or weighted sum."""
+    """Return in float64 the losses (2N,), and dz (2N, D) and dtemperature of their mean, or of their weighted sum."""
     z1, z2 = (z.detach().clone().requires_grad_() for z in (z1, z2))
     t = torch.tensor(temperature, dtype=torch.promote_types(z1.dtype, torch.float32), requires_grad=True)
     losses = loss(z1, z2, t)
@@ -76,7 +76,7 @@ class _Similarities(torch.autograd.Function):
 
 
 def textbook_in_bf16(planes: int) -> RowLosses:
-    """`textbook` with matrix products in bf16, each factor as `planes` (1 or 2) bf16 numbers, and the rest in float32."""
+    """`textbook` with matrix products in bf16, each factor as `planes` (1 or 2) bf16 numbers, the rest in float32."""
 
     def losses(z1: Tensor, z2: Tensor, temperature: Tensor) -> Tensor:
         n = len(z1)

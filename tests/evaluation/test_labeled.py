@@ -1,4 +1,4 @@
-"""Labeled subsets: class-balanced, reproducible for a seed, or given by a list; and matching classes of train and val."""
+"""Labeled subsets: class-balanced and reproducible, or given by a list; and matching classes of train and val."""
 
 import hashlib
 import tarfile

@@ -221,7 +221,7 @@ def save_as_solo_learn() -> nn.Module:
 
 
 def save_as_lightly() -> nn.Module:
-    """Save lightly's ResNetGenerator in a Sequential, which has no ReLU in the stem, to theirs.pth; return the module."""
+    """Save lightly's ResNetGenerator in a Sequential, which has no ReLU in the stem, to theirs.pth; return it."""
     model = randomize_norms(encoder("resnet18", stem="small"))
     children = [child for name, child in model.named_children() if name not in ("relu", "maxpool", "fc")]
     backbone = nn.Sequential(*children)
