@@ -34,7 +34,7 @@ def test_help_lists_every_command_on_one_line(arguments: list[str], capsys: pyte
     assert all(len(line) <= 100 for line in lines)
 
 
-def test_every_command_of_the_package_is_listed() -> None:
+def test_commands_lists_every_command_module() -> None:
     found = {file.stem for file in (ROOT / "fastsimclr").glob("*.py") if "sys.exit(main())" in file.read_text()}
     assert found == {*COMMANDS, "cli"}
 

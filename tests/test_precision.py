@@ -1,4 +1,4 @@
-"""The precision of the encoder: what auto selects, and training in float16 with scaled gradients."""
+"""The precision of the encoder: selection by auto, and training in float16 with scaled gradients."""
 
 import functools
 import itertools

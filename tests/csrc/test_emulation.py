@@ -428,7 +428,7 @@ def check_printed(printed: Printed, *messages: str) -> None:
         pytest.param("(k + lane", "(64 + k + lane", r"ldmatrix_x4_trans, .*: .* in shared memory", id="outside"),
     ],
 )
-def test_addresses_are_checked(build: Build, old: str, new: str, message: str, capfd: Printed) -> None:
+def test_invalid_addresses_are_reported(build: Build, old: str, new: str, message: str, capfd: Printed) -> None:
     a, b, c = random_bf16(65, 64), random_bf16(64, 64), torch.empty(64, 64)
     assert call(build("products.cu", (old, new)), "product", a, b, c, 0) == LAUNCH_FAILURE
     check_printed(capfd, message)

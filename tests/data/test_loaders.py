@@ -251,7 +251,7 @@ def test_order_depends_only_on_epoch_and_seed(digits: ArraySource) -> None:
     assert not torch.equal(both[0][0].views[0], both[1][0].views[0]), "each epoch has new views, even unshuffled"
 
 
-def test_epochs_follow_one_another_without_set_epoch(digits: ArraySource) -> None:
+def test_epochs_advance_without_set_epoch(digits: ArraySource) -> None:
     explicit, implicit = (open_views(digits, SMALL, BATCH, seed=5) for _ in range(2))
     for epoch in range(3):
         assert same(take(implicit), take(explicit, epoch))

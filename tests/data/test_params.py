@@ -1,4 +1,4 @@
-"""Sampled parameters of views: the generator against published test vectors, what they depend on, and distributions."""
+"""Sampled parameters of views: the generator against published test vectors, dependencies, and distributions."""
 
 import itertools
 from dataclasses import replace

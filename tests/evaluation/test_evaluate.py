@@ -1,4 +1,4 @@
-"""python -m fastsimclr.evaluate: accuracies against scikit-learn, what must not change, and user errors."""
+"""python -m fastsimclr.evaluate: accuracies against scikit-learn, weights that must not change, and user errors."""
 
 import json
 from pathlib import Path

@@ -31,7 +31,7 @@ def test_cosine_decays_from_the_peak_to_zero_without_restart() -> None:
         assert learning_rate(step, peak=4.8, warmup_steps=4, total_steps=20) == 0.0
 
 
-def test_changes_at_every_step() -> None:
+def test_rate_changes_at_every_step() -> None:
     # ImageNet with batch size 4096: 312 steps per epoch, 10 of 100 epochs of warmup. Only the last warmup step and the
     # first cosine step, both at the peak, are equal; a schedule stepped per epoch would give 100 values.
     each = rates(3120, 31200)

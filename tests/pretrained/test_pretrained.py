@@ -1,4 +1,4 @@
-"""Loading encoders from files: what is restored, what is rejected, and that files never execute code."""
+"""Loading encoders from files: restored weights, rejected files, and files that contain code."""
 
 import argparse
 import importlib.util

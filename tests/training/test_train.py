@@ -87,7 +87,7 @@ def error_line(capsys: pytest.CaptureFixture[str]) -> str:
 
 def test_run_writes_its_files_and_the_loss_decreases(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     # Not an image size of 16: oneDNN's bf16 gradient of a 3x3 convolution over 1x1 pixels (torch 2.14, CPUs with AMX)
-    # reads past its input, which may hold NaN.
+    # reads past its input, where memory may hold NaN.
     options = ["--config=digits", "--epochs=3", "--knn_every=1", f"--output={tmp_path / 'run'}", "--data.image_size=20"]
     assert main(options) == 0
     said = capsys.readouterr().out

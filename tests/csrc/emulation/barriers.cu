@@ -12,7 +12,7 @@ __global__ void barrier_kernel(BarrierParams p) {
   float x = float(thread);
   if (thread >= 64) x += 1;  // here
   x = __shfl_xor_sync(0xffffffffu, x, 1);
-  __syncthreads();  // prevents no race: it is what is tested
+  __syncthreads();  // prevents no race: the barrier itself is tested
   p.out[thread] = x + float(lane);
 }
 
