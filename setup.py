@@ -1,15 +1,15 @@
-"""Builds the extension fastsimclr._C with CMake and Ninja, as far as this machine's tools go:
+"""Build the extension fastsimclr._C with CMake and Ninja, depending on the tools that are available:
 
-with nvcc and a C++ compiler the CUDA build, without nvcc the CPU build, without a C++ compiler no extension at all.
-pip hides what a build prints, so the outcome and its reason are kept beside the extension, for
-fastsimclr/_extension.py to read.
+with nvcc and a C++ compiler the CUDA build, without nvcc the CPU build, without a C++ compiler no extension.
+pip hides the output of a build, so the outcome and its reason are written to a file next to the extension, which
+fastsimclr/_extension.py reads.
 
-FASTSIMCLR_CUDA=1        what is missing for the CUDA build is an error
-FASTSIMCLR_CUDA=0        the CPU build, even where there is an nvcc
-FASTSIMCLR_CUDA_ARCHS    what to compile for: "80;90"
-FASTSIMCLR_WERROR=1      compiler warnings are errors
-CUDA_HOME, CXX           obeyed: where they are set, no other nvcc or C++ compiler is looked for
-CMAKE_BUILD_PARALLEL_LEVEL   how many compilers run at once
+FASTSIMCLR_CUDA=1        fail if the CUDA build is not possible
+FASTSIMCLR_CUDA=0        make the CPU build even if nvcc is available
+FASTSIMCLR_CUDA_ARCHS    architectures to compile for: "80;90"
+FASTSIMCLR_WERROR=1      treat compiler warnings as errors
+CUDA_HOME, CXX           the CUDA toolkit and the C++ compiler; if set, no others are searched for
+CMAKE_BUILD_PARALLEL_LEVEL   number of compiler processes
 """
 
 import json
@@ -26,15 +26,15 @@ from setuptools import Extension, setup
 from setuptools.command.build_ext import build_ext
 
 ROOT = Path(__file__).resolve().parent
-USUAL_CUDA = Path("/usr/local/cuda")
+DEFAULT_CUDA_HOME = Path("/usr/local/cuda")
 WHEEL_ARCHITECTURES = ["80", "86", "89", "90", "100", "120"]
-EDITABLE_ARCHITECTURES = ["80", "90"]  # where there is no GPU to ask
+EDITABLE_ARCHITECTURES = ["80", "90"]  # on a machine without a GPU
 
 
 def find_compiler() -> tuple[str | None, str]:
-    """The C++ compiler and "", or None and why there is none that could build a Python extension."""
+    """Return the C++ compiler and "", or None and why a Python extension cannot be built."""
     if named := os.environ.get("CXX"):
-        compiler = shutil.which(shlex.split(named)[0])  # "ccache g++" is a legal value
+        compiler = shutil.which(shlex.split(named)[0])  # CXX may be "ccache g++"
         looked = f"CXX is {named!r}, which is not a program"
     else:
         names = ["c++", "g++", "clang++"]
@@ -48,22 +48,22 @@ def find_compiler() -> tuple[str | None, str]:
 
 
 def find_nvcc() -> tuple[Path | None, str]:
-    """The nvcc and "", or None and where it was looked for. No GPU is asked for: one may build for another machine."""
+    """Return nvcc and "", or None and where it was searched for. No GPU is needed to build for another machine."""
     if home := os.environ.get("CUDA_HOME"):
         candidates = [Path(home, "bin", "nvcc")]
         looked = f"CUDA_HOME is {home!r}, which has no bin/nvcc"
     else:
-        # In pip's isolated build purelib is still the environment that is being installed into.
+        # Also in pip's isolated build, purelib is the environment that is installed into.
         packages = Path(sysconfig.get_path("purelib"), "nvidia")
-        candidates = [USUAL_CUDA / "bin" / "nvcc", Path(shutil.which("nvcc") or "/nowhere")]
+        candidates = [DEFAULT_CUDA_HOME / "bin" / "nvcc", Path(shutil.which("nvcc") or "/nowhere")]
         candidates += sorted(packages.glob("*/bin/nvcc"), reverse=True)
-        looked = f"looked in CUDA_HOME, {USUAL_CUDA}, PATH and the pip package nvidia-cuda-nvcc"
+        looked = f"looked in CUDA_HOME, {DEFAULT_CUDA_HOME}, PATH and the pip package nvidia-cuda-nvcc"
     nvcc = next((path for path in candidates if os.access(path, os.X_OK)), None)
     return nvcc, "" if nvcc else f"no nvcc was found ({looked})"
 
 
 def read_switch(name: str) -> str | None:
-    """The environment variable's value, "1" or "0"; None if it is unset or empty."""
+    """Return the value of the environment variable, "1" or "0"; None if it is unset or empty."""
     value = os.environ.get(name) or None
     if value not in (None, "0", "1"):
         raise SystemExit(f"{name} is {value!r}; expected 1 or 0, or leave it unset")
@@ -71,24 +71,24 @@ def read_switch(name: str) -> str | None:
 
 
 def choose_architectures(nvcc: Path, editable: bool) -> list[str]:
-    """The architectures to compile for: a wheel is for any GPU, an editable build for the one at hand."""
+    """Return the architectures to compile for: all for a wheel, those of this machine's GPUs for an editable build."""
     if named := os.environ.get("FASTSIMCLR_CUDA_ARCHS"):
         if not re.fullmatch(r"\d+[af]?(;\d+[af]?)*", named):
             raise SystemExit(f"FASTSIMCLR_CUDA_ARCHS is {named!r}; expected numbers with ';' between, such as 80;90")
         return named.split(";")
-    wanted, default = WHEEL_ARCHITECTURES, EDITABLE_ARCHITECTURES
+    requested, default = WHEEL_ARCHITECTURES, EDITABLE_ARCHITECTURES
     if editable:
-        wanted = present_architectures() or EDITABLE_ARCHITECTURES
+        requested = present_architectures() or EDITABLE_ARCHITECTURES
     known = subprocess.run([nvcc, "--list-gpu-code"], check=True, capture_output=True, text=True).stdout.split()
-    return [arch for arch in wanted if f"sm_{arch}" in known] or default
+    return [arch for arch in requested if f"sm_{arch}" in known] or default
 
 
 def cmake_architectures(architectures: list[str]) -> str:
-    """CMAKE_CUDA_ARCHITECTURES: machine code for each architecture, and PTX of the lowest and the highest.
+    """Return CMAKE_CUDA_ARCHITECTURES: machine code for each architecture, and PTX for the lowest and the highest.
 
-    A GPU that has no machine code in the library compiles the newest PTX that is not newer than itself: the highest
-    serves later GPUs, the lowest those in between. Code for 90a or 100f runs on that GPU or family only, so its PTX
-    would serve no other.
+    For a GPU without machine code in the library, the driver compiles the newest PTX that is not newer than the GPU:
+    the highest serves later GPUs, the lowest those in between. Code for 90a or 100f runs only on that GPU or family, so
+    its PTX would not serve other GPUs.
     """
     portable = sorted((arch for arch in architectures if arch.isdigit()), key=int)
     with_ptx = {*portable[:1], *portable[-1:]}
@@ -96,7 +96,7 @@ def cmake_architectures(architectures: list[str]) -> str:
 
 
 def present_architectures() -> list[str]:
-    """The GPUs of this machine that the kernels can run on (8.0 and later): ["90"]; [] without one."""
+    """Return the architectures of this machine's GPUs that can run the kernels (8.0 and later), such as ["90"]."""
     try:
         query = ["nvidia-smi", "--query-gpu=compute_cap", "--format=csv,noheader"]
         lines = subprocess.run(query, check=True, capture_output=True, text=True).stdout.split()
@@ -107,34 +107,34 @@ def present_architectures() -> list[str]:
 
 
 def run_cmake(build: Path, prefix: Path, options: list[str]) -> None:
-    # The packages' own programs: they are there in an isolated build, whatever PATH says.
+    # The programs of the PyPI packages, which an isolated build has independently of PATH.
     from cmake import CMAKE_BIN_DIR
     from ninja import BIN_DIR
 
     cmake = Path(CMAKE_BIN_DIR, "cmake")
     options = [f"-DPython_EXECUTABLE={sys.executable}", f"-DCMAKE_MAKE_PROGRAM={Path(BIN_DIR, 'ninja')}", *options]
-    # More than a few nvcc at once exhaust the memory sooner than the cores.
+    # Limited because many nvcc processes exhaust the memory before they use all cores.
     environment = {"CMAKE_BUILD_PARALLEL_LEVEL": str(min(os.cpu_count() or 1, 8)), **os.environ}
     for command in (
-        [cmake, "--fresh", "-S", ROOT, "-B", build, "-G", "Ninja", *options],  # fresh: the last build had other tools
+        [cmake, "--fresh", "-S", ROOT, "-B", build, "-G", "Ninja", *options],  # fresh: the tools may have changed
         [cmake, "--build", build],
         [cmake, "--install", build, "--prefix", prefix, "--strip"],
     ):
         if subprocess.run(command, env=environment).returncode:
-            raise SystemExit("the extension's build failed, see above; FASTSIMCLR_CUDA=0 builds it without CUDA")
+            raise SystemExit("building the extension failed, see above; FASTSIMCLR_CUDA=0 builds it without CUDA")
 
 
 class BuildExtension(build_ext):
     def run(self) -> None:
-        wanted = read_switch("FASTSIMCLR_CUDA")
+        requested = read_switch("FASTSIMCLR_CUDA")
         compiler, reason = find_compiler()
         nvcc = None
         if compiler:
-            nvcc, reason = (None, "FASTSIMCLR_CUDA is 0") if wanted == "0" else find_nvcc()
-        if wanted == "1" and nvcc is None:
-            raise SystemExit(f"FASTSIMCLR_CUDA is 1, but {reason}; without FASTSIMCLR_CUDA it builds for the CPU")
+            nvcc, reason = (None, "FASTSIMCLR_CUDA is 0") if requested == "0" else find_nvcc()
+        if requested == "1" and nvcc is None:
+            raise SystemExit(f"FASTSIMCLR_CUDA is 1, but {reason}; unset FASTSIMCLR_CUDA to build for the CPU")
 
-        # An earlier build's library must not outlive a build that makes none.
+        # Remove the libraries of an earlier build: this one may not build any.
         library, emulated = (
             Path(self.get_ext_fullpath(f"fastsimclr.{name}")).resolve() for name in ("_C", "_emulated")
         )
@@ -153,14 +153,14 @@ class BuildExtension(build_ext):
         else:
             print(f"fastsimclr: installing without the extension: {reason}", flush=True)
             self.extensions = []
-        if self.inplace:  # a developer's build: the kernels for the CPU, too, for the tests
+        if self.inplace:  # an editable install: also build the emulated kernels for the tests
             options += ["-DFASTSIMCLR_EMULATION=ON"]
         if read_switch("FASTSIMCLR_WERROR") == "1":
             options += ["-DFASTSIMCLR_WERROR=ON"]
         if compiler:
             run_cmake(Path(self.build_temp).resolve(), library.parents[1], options)
 
-        # One record for each Python, as there is one library for each. fastsimclr/_extension.py knows this name.
+        # One record per Python version, like the library. fastsimclr/_extension.py reads this file.
         record = library.with_name(f"_build.{sys.implementation.cache_tag}.json")
         outcome = "cuda" if nvcc else "cpu" if compiler else "none"
         record.write_text(json.dumps({"extension": outcome, "reason": reason}) + "\n")

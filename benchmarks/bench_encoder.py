@@ -1,15 +1,16 @@
-"""Forward and backward of the encoder and its projection head: channels-last or not, float32 or bf16, compiled or not.
+"""Forward and backward of encoder and projector: channels-last or not, float32 or bf16, compiled or not.
 
     python -m pytest benchmarks/bench_encoder.py --benchmark-json=benchmarks/results/encoder-DEVICE.json
 
-A fixed batch of views in memory, and a fixed gradient of the projections: no loader, no loss, no optimizer. The first
-contender is what fastsimclr.train uses at its defaults: bf16 where the hardware has it (elsewhere it is emulated, and
-left out here), channels-last. The model is compiled as `--compile true` does it; compilation is not timed.
-"torchvision's" is the same with plain nn.Conv2d everywhere, as torchvision's ResNet has it.
+The batch of views and the gradient of the projections are fixed: there is no loader, no loss and no optimizer. The
+first contender uses the defaults of fastsimclr.train: channels-last, and bf16 if the hardware supports it. Hardware
+without bf16 emulates it; there the bf16 contenders are left out. Models are compiled as by `--compile true`;
+compilation is not timed. "torchvision" is the same model with nn.Conv2d everywhere, as in torchvision's ResNet.
 
-After timing, projections and gradients are compared with those of torchvision's in float32, by the norm of their
-difference. The last scale of each residual branch, zero at first, is 0.2 here: else most layers would have no gradient
-to compare. (At 1 an untrained ResNet is chaotic: bf16 then changes its gradients as much as other views do.)
+After timing, projections and gradients are compared with those of "torchvision, float32", by the norm of their
+difference. The last BatchNorm scale of each residual branch, zero at initialization, is set to 0.2: at zero most layers
+would have no gradient to compare. At 1, an untrained ResNet is chaotic: bf16 then changes its gradients as much as
+other views do.
 """
 
 import gc
@@ -21,19 +22,22 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from benchmarks.memory import peak_mib
-from benchmarks.suite import DEVICE, NO_TIME_TO_COMPILE, ON_GPU, SMALL, Check, Suite, one_line, relative_error
+from benchmarks.suite import DEVICE, NO_TIME_TO_COMPILE, ON_GPU, SMALL, Check, Suite, error_line, relative_error
 from benchmarks.train_contenders import simclr, with_plain_convolutions
 from fastsimclr.malloc import keep_freed_memory
 from fastsimclr.precision import choose_precision
 
 BRANCH_SCALE = 0.2
-FP32_BOUNDS = 1e-3, 5e-2  # another order of summation; measured 4e-5 and 0.01
+FP32_BOUNDS = 1e-3, 5e-2  # the order of summation differs; measured 4e-5 and 0.01
 
 
 @dataclass(frozen=True)
 class Case:
-    """num_views: the batch. bf16_bounds: largest relative errors of projections and gradients; measured 0.02 to 0.03
-    and 0.17 with ResNet-18, 0.05 to 0.08 and 0.45 with ResNet-50. Unrelated ones differ by 1.4."""
+    """One encoder and its batch of views.
+
+    bf16_bounds: bounds of the relative errors of projections and gradients; measured 0.02 to 0.03 and 0.17 with
+    ResNet-18, 0.05 to 0.08 and 0.45 with ResNet-50. Unrelated projections or gradients differ by 1.4.
+    """
 
     encoder: str
     stem: str
@@ -47,31 +51,31 @@ CASES = (
     Case("resnet18", "small", 32, 8 if SMALL else 1024 if ON_GPU else 256, 2 if SMALL else 10, (0.05, 0.3)),
     Case("resnet50", "imagenet", *((32, 8, 2) if SMALL else (224, 256 if ON_GPU else 8, 7)), (0.15, 0.7)),
 )
-CONTENDERS = {  # bf16, channels-last, compiled, torchvision's convolutions
+CONTENDERS = {  # bf16, channels-last, compiled, plain convolutions
     "bf16, channels-last": (True, True, False, False),
     "float32, channels-last": (False, True, False, False),
     "float32": (False, False, False, False),
     "bf16": (True, False, False, False),
     "bf16, channels-last, torch.compile": (True, True, True, False),
     "float32, channels-last, torch.compile": (False, True, True, False),
-    "torchvision's, bf16, channels-last": (True, True, False, True),
-    "torchvision's, float32": (False, False, False, True),
+    "torchvision, bf16, channels-last": (True, True, False, True),
+    "torchvision, float32": (False, False, False, True),
 }
-PLAIN = "torchvision's, float32"
+PLAIN = "torchvision, float32"
 
 
 class Pass:
-    """A contender: called, it runs the views forward and backward. All have the same weights, views and gradient."""
+    """A contender: a call runs forward and backward. All contenders have the same weights, views and gradient."""
 
-    def __init__(self, case: Case, bf16: bool, channels_last: bool, compiled: bool, torchvisions: bool) -> None:
+    def __init__(self, case: Case, bf16: bool, channels_last: bool, compiled: bool, plain: bool) -> None:
         self.bf16 = bf16
-        self.model = simclr(case.encoder, case.stem, case.image_size)  # seeds what is drawn below, too
-        if torchvisions:
+        self.model = simclr(case.encoder, case.stem, case.image_size)  # also seeds the random tensors below
+        if plain:
             with_plain_convolutions(self.model)
         for module in self.model.modules():
             if isinstance(module, nn.BatchNorm2d) and not module.weight.any():
                 nn.init.constant_(module.weight, BRANCH_SCALE)
-        coarse = torch.randn(case.num_views, 3, 4, 4, device=DEVICE)  # as alike as images are; noise is all the same
+        coarse = torch.randn(case.num_views, 3, 4, 4, device=DEVICE)  # smooth views differ as images do; noise does not
         views = F.interpolate(coarse, size=case.image_size, mode="bicubic")
         self.dz = torch.randn(case.num_views, 128, device=DEVICE)
         layout = torch.channels_last if channels_last else torch.contiguous_format
@@ -87,40 +91,40 @@ class Pass:
         return z
 
     def results(self) -> tuple[Tensor, Tensor]:
-        """Projections, and the gradients of all parameters in one vector."""
+        """Return the projections, and the gradients of all parameters in one vector."""
         z = self().detach().float()
         return z, torch.cat([p.grad.flatten() for p in self.model.parameters() if p.grad is not None])
 
 
 def prepare(case: Case, suite: Suite) -> tuple[dict[str, Pass], dict[str, str]]:
-    """The contenders, compiled where they should be; and of those that are left out, why."""
+    """Return the contenders, compiled where requested, and the reasons why others are left out."""
     precision = choose_precision("auto", DEVICE)
     passes: dict[str, Pass] = {}
     missing: dict[str, str] = {}
-    for name, (bf16, channels_last, compiled, torchvisions) in CONTENDERS.items():
+    for name, (bf16, channels_last, compiled, plain) in CONTENDERS.items():
         if bf16 and precision.autocast != torch.bfloat16:
             missing[name] = precision.why
         elif compiled and not suite.may_compile():
             missing[name] = NO_TIME_TO_COMPILE
         else:
-            passes[name] = Pass(case, bf16, channels_last, compiled, torchvisions)
+            passes[name] = Pass(case, bf16, channels_last, compiled, plain)
             try:
                 if compiled:
                     passes[name]()
             except Exception as error:
                 del passes[name]
-                missing[name] = f"does not compile: {one_line(error)}"
+                missing[name] = f"does not compile: {error_line(error)}"
     return passes, missing
 
 
-@pytest.mark.filterwarnings("default")  # the compiler's warnings are no reason to stop
+@pytest.mark.filterwarnings("default")  # warnings of the compiler are not errors
 @pytest.mark.parametrize("case", CASES, ids=lambda case: case.encoder)
-@pytest.mark.benchmark(group="encoder, forward + backward")
+@pytest.mark.benchmark(group="encoder forward + backward")
 def test_encoder(suite: Suite, case: Case) -> None:
     gc.collect()
-    keep_freed_memory()  # as fastsimclr.train does; so the rivals have that advantage, too
+    keep_freed_memory()  # as fastsimclr.train does; all contenders have this advantage
     torch.compiler.reset()
-    torch.backends.cudnn.benchmark = True  # as fastsimclr.train sets it
+    torch.backends.cudnn.benchmark = True  # as in fastsimclr.train
     passes, missing = prepare(case, suite)
     sizes = {name: getattr(case, name) for name in ("encoder", "stem", "image_size")} | {"views": case.num_views}
     suite.interleave(passes, sizes=sizes, rounds=case.rounds)
@@ -129,10 +133,10 @@ def test_encoder(suite: Suite, case: Case) -> None:
     for name, each in passes.items():
         errors = [relative_error(*pair) for pair in zip(each.results(), expected, strict=True)]
         bounds = case.bf16_bounds if each.bf16 else FP32_BOUNDS
-        Check("gradients, relative", errors[1], bounds[1])
-        checks[name] = Check("projections, relative", errors[0], bounds[0])
-        notes[name] = f"projections {errors[0]:.1g}, gradients {errors[1]:.1g} off {PLAIN}"
-        each.model.zero_grad(set_to_none=True)  # so that a call's gradients are of the call
+        Check("relative error of the gradients", errors[1], bounds[1])
+        checks[name] = Check("relative error of the projections", errors[0], bounds[0])
+        notes[name] = f"relative error against {PLAIN}: projections {errors[0]:.1g}, gradients {errors[1]:.1g}"
+        each.model.zero_grad(set_to_none=True)  # so that the peak includes the gradients
         peaks[name] = peak_mib(each)
     _, *others = passes
     suite.record(
@@ -140,5 +144,5 @@ def test_encoder(suite: Suite, case: Case) -> None:
         checks=checks,
         missing=missing,
         notes=notes,
-        ours=[name for name in others if not name.startswith("torchvision's")],
+        variants=[name for name in others if not name.startswith("torchvision")],
     )

@@ -1,9 +1,10 @@
-"""LARS on ResNet-50's parameters: ours, a loop over the tensors, and what timm and lightly have.
+"""LARS on the parameters of ResNet-50: fastsimclr, a loop over the tensors, timm and lightly.
 
     python -m pytest benchmarks/bench_optimizer.py --benchmark-json=benchmarks/results/lars-DEVICE.json
 
-In a fresh process glibc hands the pages of every freed temporary back to the system, and a step written as a loop is
-several times slower than in a training run, whose activations raise that threshold: so `settle_heap` comes first.
+In a fresh process, glibc returns the pages of every freed temporary to the system, which makes a step written as a loop
+several times slower than in a training run, whose activations raise glibc's threshold. Therefore `settle_heap` is
+called first.
 """
 
 from collections.abc import Callable
@@ -21,14 +22,14 @@ from fastsimclr.optim import LARS, is_norm_or_bias
 
 LR, WEIGHT_DECAY = 0.3, 1e-6
 MODEL, MODEL_NAME = (resnet18, "ResNet-18") if SMALL else (resnet50, "ResNet-50")
-# Of the distance that the weights moved: float32 rounding, and wd·‖w‖ and eps that timm and lightly add to ‖grad‖.
+# Relative to the update of the weights: float32 rounding, and wd·‖w‖ and eps, which timm and lightly add to ‖grad‖.
 BOUND = 1e-3
 
 Build = Callable[[list[Tensor]], Optimizer]
 
 
 class LoopLARS(Optimizer):
-    """LARS as it is usually written (barlowtwins, moco-v3): tensor by tensor, no host synchronization; lr inside."""
+    """LARS as in barlowtwins and moco-v3: one tensor at a time, no host synchronization; lr inside the velocity."""
 
     def __init__(self, params: list[Tensor]) -> None:
         super().__init__(params, {})
@@ -50,7 +51,7 @@ class LoopLARS(Optimizer):
 
 
 def decay_groups(params: list[Tensor]) -> list[dict[str, object]]:
-    """Two groups: timm and lightly neither decay nor adapt a group of weight_decay=0."""
+    """Return two groups: timm and lightly neither decay nor adapt a group with weight_decay=0."""
     return [
         {"params": [p for p in params if not is_norm_or_bias(p)], "weight_decay": WEIGHT_DECAY},
         {"params": [p for p in params if is_norm_or_bias(p)], "weight_decay": 0.0},
@@ -58,7 +59,7 @@ def decay_groups(params: list[Tensor]) -> list[dict[str, object]]:
 
 
 def contenders() -> tuple[dict[str, Build], dict[str, str]]:
-    """The optimizers by name, ours first; and of those that are not available, why."""
+    """Return the optimizers by name, fastsimclr first, and the reasons why others are not available."""
     found: dict[str, Build] = {
         "fastsimclr": lambda params: LARS(params, lr=LR, weight_decay=WEIGHT_DECAY),
         "loop over tensors": LoopLARS,
@@ -74,7 +75,7 @@ def contenders() -> tuple[dict[str, Build], dict[str, str]]:
 
 
 def prepare(build: Build, start: list[Tensor], grads: list[Tensor]) -> tuple[list[Tensor], Optimizer]:
-    """Copies of the weights, with the gradients that all share, and their optimizer."""
+    """Return copies of the weights, with the shared gradients, and their optimizer."""
     params = [p.clone().requires_grad_() for p in start]
     for p, g in zip(params, grads, strict=True):
         p.grad = g
@@ -89,18 +90,18 @@ def after_steps(build: Build, start: list[Tensor], grads: list[Tensor]) -> list[
 
 
 @torch.no_grad()
-def largest_error(ours: list[Tensor], theirs: list[Tensor], start: list[Tensor]) -> float:
-    """The largest distance of any tensor from ours, over the distance that ours moved."""
-    apart = [(p - q).norm() / (p - w0).norm() for p, q, w0 in zip(ours, theirs, start, strict=True)]
-    return float(torch.stack(apart).max())
+def largest_error(expected: list[Tensor], got: list[Tensor], start: list[Tensor]) -> float:
+    """Return the largest error of a tensor, relative to the norm of its update by fastsimclr."""
+    errors = [(p - q).norm() / (p - w0).norm() for p, q, w0 in zip(expected, got, start, strict=True)]
+    return float(torch.stack(errors).max())
 
 
-@pytest.mark.benchmark(group=f"LARS step, {MODEL_NAME}")
+@pytest.mark.benchmark(group=f"LARS step of {MODEL_NAME}")
 def test_lars_step(suite: Suite) -> None:
     torch.manual_seed(0)
     settle_heap()
     start = [p.detach().to(DEVICE) for p in MODEL().parameters()]
-    # ‖grad‖ of 1e-2·‖w‖ or so; the optimizers share the gradients, none may write to them.
+    # ‖grad‖ is about 1e-2·‖w‖. The optimizers share the gradients; none may write to them.
     grads = [1e-3 * torch.randn_like(p) for p in start]
     before = [g.clone() for g in grads]
     found, missing = contenders()
@@ -113,10 +114,8 @@ def test_lars_step(suite: Suite) -> None:
     suite.interleave(steps, sizes=sizes, rounds=2 if SMALL else 20)
     peaks = {name: peak_mib(step) for name, step in steps.items()}  # the first step allocated the momenta
     assert all(torch.equal(g, b) for g, b in zip(grads, before, strict=True))
-    moved = {name: after_steps(build, start, grads) for name, build in found.items()}
-    ours, *rivals = moved
-    checks = {
-        name: Check("weights, of the way gone", largest_error(moved[ours], moved[name], start), BOUND)
-        for name in rivals
-    }
-    suite.record(peak_mib=peaks, checks=checks, missing=missing)
+    updated = {name: after_steps(build, start, grads) for name, build in found.items()}
+    first, *others = updated
+    what = "error of the weights relative to their update"
+    checks = {name: Check(what, largest_error(updated[first], updated[name], start), BOUND) for name in others}
+    suite.record(peak_mib=peaks, checks=checks, missing=missing, readme_task=f"LARS step of {MODEL_NAME}")

@@ -1,4 +1,4 @@
-"""The kernels of views on a GPU: crops from memory, and colors against a copy of as many bytes.
+"""View kernels on a GPU: crops from memory, and color operations against a copy of the same number of bytes.
 
 python -m pytest benchmarks/bench_view_kernels.py --benchmark-json=benchmarks/results/view-kernels-DEVICE.json
 """
@@ -13,14 +13,14 @@ from fastsimclr.data.crop import crop
 from fastsimclr.data.params import sample_params
 from fastsimclr.data.photometric import photometric
 
-OURS, COPY, CIFAR10 = "photometric", "copy of as many bytes", "CIFAR-10, both views of all"
+OURS, COPY, CIFAR10 = "photometric", "copy of the same size", "both views of CIFAR-10"
 
 
 @pytest.mark.gpu
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-@pytest.mark.benchmark(group="kernels on a GPU")
+@pytest.mark.benchmark(group="view kernels on a GPU")
 def test_kernels(suite: Suite, dtype: torch.dtype) -> None:
-    """The photometric kernels at the bytes that go in and out, each once, over what a copy of as many bytes reaches."""
+    """The photometric kernels against a copy that reads and writes the same number of bytes."""
     images = 8 if SMALL else 512
     augmentation, small_views = Augmentation(), Augmentation.preset("cifar10")
     crops = torch.randint(0, 256, (images, 224, 224, 3), dtype=torch.uint8, device=DEVICE)
@@ -34,8 +34,8 @@ def test_kernels(suite: Suite, dtype: torch.dtype) -> None:
         for first in range(0, len(small), 512):
             index = np.arange(first, min(first + 512, len(small)))
             for view, recipe in enumerate(small_views.recipes):
-                drawn = sample_params(small_views, 0, 0, index, view, np.full((len(index), 2), 32))
-                photometric(crop(small, index, drawn, recipe), drawn, recipe, dtype)
+                view_params = sample_params(small_views, 0, 0, index, view, np.full((len(index), 2), 32))
+                photometric(crop(small, index, view_params, recipe), view_params, recipe, dtype)
 
     timing = suite.interleave(
         {
@@ -47,5 +47,5 @@ def test_kernels(suite: Suite, dtype: torch.dtype) -> None:
         rounds=2 if SMALL else 10,
     )
     share = timing.milliseconds[COPY].median / timing.milliseconds[OURS].median
-    suite.say(f"{dtype}: {share:.0%} of the copy bandwidth")
-    suite.record(yardsticks=[COPY, CIFAR10], headline=False)
+    suite.write_line(f"{dtype}: {share:.0%} of the copy bandwidth")
+    suite.record(references=[COPY, CIFAR10])

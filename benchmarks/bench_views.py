@@ -1,14 +1,15 @@
-"""Two augmented views of each image: our loaders against what is used elsewhere, in images a second; where time goes.
+"""Two augmented views of each image, in images per second: fastsimclr's loaders, other loaders, and each stage alone.
 
     python -m pytest benchmarks/bench_views.py --benchmark-json=benchmarks/results/views-DEVICE.json
 
-Photographs at 224² in three stages (decoding alone, two crops of each, the whole recipe), small images at 32². A call
-is a whole epoch, so that no contender works ahead while another is timed. All have the machine's cores: as many
-DataLoader workers, or DALI or torch threads. Photographs come in several copies; slow contenders get one.
+Photos at 224x224 are measured in three stages (decoding alone, two crops, the whole augmentation), small images at
+32x32. A call is a whole epoch, so that no contender works ahead while another is timed. All contenders use all cores:
+one DataLoader worker, DALI thread or torch thread per core. The set of photos contains several copies of each; slow
+contenders get one.
 
-Peak memory is that of an untimed epoch, beyond what this process held before the loader was opened: of this process and
-all its workers (PSS). Packages that this process or the server that workers are forked from has imported are in
-nobody's figure.
+Peak memory is that of this process and all its workers (PSS) during an untimed epoch, beyond what this process held
+before the loader was opened. It excludes packages imported by this process, or by the server that workers are forked
+from.
 """
 
 import gc
@@ -29,6 +30,7 @@ from benchmarks.images import four_to_three, photographs, small_images
 from benchmarks.memory import settle_heap
 from benchmarks.suite import CORES, DEVICE, ON_GPU, SMALL, Check, Suite
 from benchmarks.view_contenders import (
+    PIXEL_DIFFERENCE,
     PIXELS_BOUND,
     ROUNDS,
     WORKERS,
@@ -40,7 +42,7 @@ from benchmarks.view_contenders import (
     dali_grid,
     our_crops,
     our_views,
-    pixels_apart,
+    pixel_difference,
 )
 from benchmarks.view_peers import GRID, Contender, Photos, Setting, in_webdataset, in_workers
 from fastsimclr import Augmentation
@@ -51,21 +53,21 @@ from fastsimclr.data.params import sample_batch_params
 from fastsimclr.data.photometric import photometric
 from fastsimclr.data.sources import EncodedSource
 from fastsimclr.data.torchvision import TorchvisionBackend
-from fastsimclr.data.torchvision import crop as crop_by_torchvision
+from fastsimclr.data.torchvision import crop as crop_with_torchvision
 
 PHOTOS, COPIES, BATCH = (24, 1, 8) if SMALL else (128, 3, 32)
-FEW = 16  # images whose pixels are compared
-BATCHES = (20, 100) if SMALL else (400, 2000)  # of test_memory_stays_flat
-RECIPE = Augmentation(image_size=64) if SMALL else Augmentation()
-CROPS = replace(RECIPE, jitter_prob=0.0, grayscale_prob=0.0, blur_prob=0.0)
-SETTING = Setting(RECIPE, BATCH, WORKERS)
-# Other packages' warnings are no reason to stop; their workers end with this process.
+COMPARED = 16  # images whose pixels are compared
+BATCHES = (20, 100) if SMALL else (400, 2000)  # for test_memory_stays_flat
+AUGMENTATION = Augmentation(image_size=64) if SMALL else Augmentation()
+CROPS = replace(AUGMENTATION, jitter_prob=0.0, grayscale_prob=0.0, blur_prob=0.0)
+SETTING = Setting(AUGMENTATION, BATCH, WORKERS)
+# Warnings of other packages are not errors.
 pytestmark = pytest.mark.filterwarnings("default")
 
 
 @pytest.fixture(autouse=True)
 def threads() -> Iterable[None]:
-    """The workers have the cores; what this process does has as many threads as are left, at least one."""
+    """Leave the cores to the workers: limit this process to the remaining threads, at least one."""
     before = torch.get_num_threads()
     torch.set_num_threads(max(1, CORES - WORKERS))
     yield
@@ -78,13 +80,15 @@ def photos(tmp_path_factory: pytest.TempPathFactory) -> Images:
     folder = tmp_path_factory.mktemp("photos")
     data, origin = photographs(PHOTOS)
     named = [{f"{copy}-{i:03}.jpg": each for i, each in enumerate(data)} for copy in range(COPIES)]
-    few = {name: four_to_three(file) for name, file in list(named[0].items())[:FEW]}
+    compared = {name: four_to_three(file) for name, file in list(named[0].items())[:COMPARED]}
     whole = {name: each for copy in named for name, each in copy.items()}
-    return Images(write(folder / "whole", whole), write(folder / "once", named[0]), write(folder / "few", few), origin)
+    return Images(
+        write(folder / "whole", whole), write(folder / "once", named[0]), write(folder / "compared", compared), origin
+    )
 
 
 def write(folder: Path, files: Mapping[str, bytes]) -> Photos:
-    """Write the files, and the same in tar shards, one for each worker."""
+    """Write the images as files, and again as tar shards, one for each worker."""
     (folder / "files").mkdir(parents=True)
     paths = [folder / "files" / name for name in sorted(files)]
     for path in paths:
@@ -98,91 +102,93 @@ def write(folder: Path, files: Mapping[str, bytes]) -> Photos:
     return Photos(folder / "files", tuple(map(str, paths)), tuple(shards))
 
 
-def fastest_first(ours: dict[str, Contender], best: str) -> dict[str, Contender]:
-    """The one that the others are compared with first: on a GPU DALI's, which `auto` selects there."""
-    return dict(sorted(ours.items(), key=lambda item: item[0] != best)) if ON_GPU else ours
+def default_first(ours: dict[str, Contender], gpu_default: str) -> dict[str, Contender]:
+    """Put the loader first that `auto` selects: on a GPU the one with DALI. The others are compared with it."""
+    return dict(sorted(ours.items(), key=lambda item: item[0] != gpu_default)) if ON_GPU else ours
 
 
 LIGHTLY = Contender(
     in_workers(peers.open_pillow, peers.lightly_transform),
     requires="lightly",
-    recipe={"interpolation": "bilinear"},
-    note="bilinear, as it has fixed it",
+    hardcoded={"interpolation": "bilinear"},
+    note="bilinear interpolation, which it hardcodes",
 )
-TWISTED = "another function: at equal draws color_twist is 11.6 levels of 255 off"
-ONE_ORDER = "one order of the jitter's changes for a whole batch"
+COLOR_TWIST = "different function: with the same random parameters color_twist is off by 11.6 levels of 255"
+ONE_ORDER = "one order of the color jitter operations for a whole batch"
 
 
-@pytest.mark.benchmark(group="decoding photographs")
+@pytest.mark.benchmark(group="decoding photos")
 def test_decode(suite: Suite, photos: Images) -> None:
-    """Read and decode alone; of each image a grid of pixels is passed on."""
-    of_pillow, of_tensor = (lambda _: peers.grid_of_pillow), (lambda _: peers.grid_of_tensor)
+    """Read and decode only; a grid of pixels of each image is returned."""
+    pillow_grid, tensor_grid = (lambda _: peers.pillow_grid), (lambda _: peers.tensor_grid)
     contenders = {
-        "fastsimclr's decoder, DataLoader": Contender(in_workers(peers.open_ours, of_tensor), same_params=True),
-        "DALI's reader and decoder": by_dali(dali_grid, 1, note="also the decoder of our DALI loader"),
-        "Pillow, DataLoader": Contender(in_workers(peers.open_pillow, of_pillow)),
-        "torchvision's decode_image, DataLoader": Contender(in_workers(peers.open_tensor, of_tensor)),
-        "WebDataset, its Pillow decoder": Contender(in_webdataset(of_pillow), requires="webdataset"),
+        "fastsimclr decoder, DataLoader": Contender(in_workers(peers.open_ours, tensor_grid), same_params=True),
+        "DALI reader and decoder": by_dali(dali_grid, 1, note="also the decoder of fastsimclr's DALI loader"),
+        "Pillow, DataLoader": Contender(in_workers(peers.open_pillow, pillow_grid)),
+        "torchvision decode_image, DataLoader": Contender(in_workers(peers.open_tensor, tensor_grid)),
+        "WebDataset, Pillow decoder": Contender(in_webdataset(pillow_grid), requires="webdataset"),
     }
-    compare(suite, contenders, SETTING, photos, GRID, torch.uint8, headline=False)
+    compare(suite, contenders, SETTING, photos, GRID, torch.uint8)
 
 
-@pytest.mark.benchmark(group="two crops of photographs")
+@pytest.mark.benchmark(group="two crops of photos")
 def test_crops(suite: Suite, photos: Images) -> None:
-    """Read, decode, and crop, resize and flip twice: uint8, before any color changes."""
+    """Read and decode, then crop, resize and flip twice: uint8, before any color operation."""
     ours = {"fastsimclr, torchvision": our_crops(TorchvisionBackend), "fastsimclr, DALI": our_crops(DaliBackend)}
     contenders = {
-        **fastest_first(ours, "fastsimclr, DALI"),
-        "DALI's reader and random_resized_crop": by_dali(dali_crop_and_flip),
+        **default_first(ours, "fastsimclr, DALI"),
+        "DALI reader and random_resized_crop": by_dali(dali_crop_and_flip),
         "torchvision on Pillow": Contender(in_workers(peers.open_pillow, peers.crops_on_pillow)),
         "torchvision v2 on tensors": Contender(in_workers(peers.open_tensor, peers.crops_on_tensors)),
         "WebDataset, torchvision on Pillow": Contender(in_webdataset(peers.crops_on_pillow), requires="webdataset"),
     }
     setting = replace(SETTING, augmentation=CROPS)
-    compare(suite, contenders, setting, photos, CROPS.image_size, torch.uint8, headline=False)
+    compare(suite, contenders, setting, photos, CROPS.image_size, torch.uint8)
 
 
-@pytest.mark.benchmark(group="views of photographs")
+@pytest.mark.benchmark(group="two augmented views of photos")
 def test_photographs(suite: Suite, photos: Images) -> None:
     ours = {
         "fastsimclr, torchvision": our_views("torchvision"),
         "fastsimclr, DALI": our_views("dali"),
-        "fastsimclr, DALI, colours too": our_crops(DaliColors, slow=True, tried=True),
+        "fastsimclr, DALI, colors in DALI": our_crops(DaliColors, slow=True, experiment=True),
     }
-    kornia = f"colors in whole batches, after torchvision's crops; {ONE_ORDER}"
+    kornia = f"color operations on whole batches, after torchvision's crops; {ONE_ORDER}"
     on_tensors = Contender(in_workers(peers.open_tensor, peers.views_on_tensors), slow=True)
     contenders = {
-        **fastest_first(ours, "fastsimclr, DALI"),
-        "DALI's reader and color_twist": by_dali(dali_color_twist, differs=True, note=TWISTED),
+        **default_first(ours, "fastsimclr, DALI"),
+        "DALI reader and color_twist": by_dali(dali_color_twist, inexact=True, note=COLOR_TWIST),
         "torchvision on Pillow, ImageFilter blur": Contender(in_workers(peers.open_pillow, peers.views_on_pillow)),
-        f"torchvision v2 on tensors, GaussianBlur({peers.window(RECIPE)})": on_tensors,
-        "lightly's SimCLRTransform": LIGHTLY,
+        f"torchvision v2 on tensors, GaussianBlur({peers.window(AUGMENTATION)})": on_tensors,
+        "lightly SimCLRTransform": LIGHTLY,
         "Kornia on batches": Contender(peers.Kornia, requires="kornia", slow=True, note=kornia),
         "WebDataset, torchvision on Pillow": Contender(in_webdataset(peers.views_on_pillow), requires="webdataset"),
     }
-    compare(suite, contenders, SETTING, photos, RECIPE.image_size, torch.float32)
+    task = f"two augmented views of photos, {AUGMENTATION.image_size}x{AUGMENTATION.image_size}"
+    compare(suite, contenders, SETTING, photos, AUGMENTATION.image_size, torch.float32, readme_task=task)
 
 
-@pytest.mark.benchmark(group="views of small images")
+@pytest.mark.benchmark(group="two augmented views of small images")
 def test_small_images(suite: Suite, photos: Images) -> None:
-    """CIFAR-10's recipe. Rivals get the first 1,000 images: all would take minutes."""
-    torch.set_num_threads(CORES)  # ours has no workers
+    """The preset cifar10. The alternatives get the first 1,000 images only, as all would take minutes."""
+    torch.set_num_threads(CORES)  # fastsimclr has no workers here
     whole, origin = small_images()
-    once, few = (whole.subset(np.arange(some)) for some in (128 if SMALL else 1000, FEW))
-    kornia = f"its RandomResizedCrop on whole batches, without antialias; {ONE_ORDER}"
+    once, compared = (whole.subset(np.arange(count)) for count in (128 if SMALL else 1000, COMPARED))
+    kornia = f"RandomResizedCrop on whole batches, without antialiasing; {ONE_ORDER}"
     contenders = {
         "fastsimclr, memory": our_views("memory"),
         "torchvision on Pillow": Contender(in_workers(peers.open_pillow, peers.views_on_pillow), slow=True),
-        "lightly's SimCLRTransform": replace(LIGHTLY, slow=True),
+        "lightly SimCLRTransform": replace(LIGHTLY, slow=True),
         "Kornia on batches": Contender(peers.Kornia, requires="kornia", slow=True, note=kornia),
     }
+    task = "two augmented views of small images, 32x32"
     setting = Setting(Augmentation.preset("cifar10"), 64 if SMALL else 500, WORKERS)
-    compare(suite, contenders, setting, Images(whole, once, few, origin), 32, torch.float32)
+    compare(suite, contenders, setting, Images(whole, once, compared, origin), 32, torch.float32, readme_task=task)
 
 
-@pytest.mark.benchmark(group="stages of a photograph's views")
+@pytest.mark.benchmark(group="stages of augmenting photos")
 def test_stages(suite: Suite, photos: Images) -> None:
-    """The time of each stage of the CPU's loader on one thread."""
+    """Time of each stage of the CPU loader on one thread."""
     torch.set_num_threads(1)
     settle_heap()
     source = open_source(str(photos.whole.folder))
@@ -191,44 +197,47 @@ def test_stages(suite: Suite, photos: Images) -> None:
     files = [source.read(int(i)) for i in index]
     images = [decode(file, "photo") for file in files]
     sizes = np.array([image.shape[1:] for image in images])
-    params = sample_batch_params(RECIPE, 0, 0, index, sizes)
-    recipe = RECIPE.recipes[0]
+    params = sample_batch_params(AUGMENTATION, 0, 0, index, sizes)
+    augmentation = AUGMENTATION.recipes[0]
 
     def cropped() -> list[Tensor]:
         return [
-            torch.stack([crop_by_torchvision(image, recipe, of_view[i : i + 1]) for i, image in enumerate(images)])
-            for of_view in params
+            torch.stack(
+                [crop_with_torchvision(image, augmentation, view_params[i : i + 1]) for i, image in enumerate(images)]
+            )
+            for view_params in params
         ]
 
     crops = cropped()
 
     def colors(*dtype: torch.dtype, **options: str) -> Callable[[], tuple[Tensor, ...]]:
-        return lambda: tuple(photometric(c, d, recipe, *dtype, **options) for c, d in zip(crops, params, strict=True))
+        return lambda: tuple(
+            photometric(*pair, augmentation, *dtype, **options) for pair in zip(crops, params, strict=True)
+        )
 
-    photometry = {
-        "photometry, float32": colors(),
-        "photometry, bfloat16": colors(torch.bfloat16),
-        "photometry, PyTorch's operations": colors(backend="pytorch"),
+    color_operations = {
+        "color operations, float32": colors(),
+        "color operations, bfloat16": colors(torch.bfloat16),
+        "color operations in PyTorch": colors(implementation="pytorch"),
     }
     stages: dict[str, Callable[[], object]] = {
         "read": lambda: [source.read(int(i)) for i in index],
         "decode": lambda: [decode(file, "photo") for file in files],
-        "draw": lambda: sample_batch_params(RECIPE, 0, 0, index, sizes),
+        "sample parameters": lambda: sample_batch_params(AUGMENTATION, 0, 0, index, sizes),
         "crop, resize, flip": cropped,
     }
-    size = {"image_size": RECIPE.image_size, "views": 2, "batch_size": BATCH, "threads": 1}
-    suite.interleave(photometry | stages, sizes=size, rounds=ROUNDS if SMALL else 10)
-    ours, *variants = photometry.values()
-    apart = [pixels_apart([variant()], [ours()], RECIPE) for variant in variants]
-    names = list(photometry)[1:]
-    what = "views of equal draws, mean levels of 255"
+    size = {"image_size": AUGMENTATION.image_size, "views": 2, "batch_size": BATCH, "threads": 1}
+    suite.interleave(color_operations | stages, sizes=size, rounds=ROUNDS if SMALL else 10)
+    first, *variants = color_operations.values()
+    errors = [pixel_difference([variant()], [first()], AUGMENTATION) for variant in variants]
+    names = list(color_operations)[1:]
+    what = f"{PIXEL_DIFFERENCE}, same random parameters"
     suite.record(
         device="cpu",
-        images=dict.fromkeys(photometry | stages, BATCH),
-        checks={name: Check(what, each, PIXELS_BOUND) for name, each in zip(names, apart, strict=True)},
-        ours=names,
-        yardsticks=list(stages),
-        headline=False,
+        images=dict.fromkeys(color_operations | stages, BATCH),
+        checks={name: Check(what, error, PIXELS_BOUND) for name, error in zip(names, errors, strict=True)},
+        variants=names,
+        references=list(stages),
         images_from=photos.origin,
     )
 
@@ -236,8 +245,8 @@ def test_stages(suite: Suite, photos: Images) -> None:
 @pytest.mark.parametrize("backend", ["torchvision", "dali", "memory"])
 @pytest.mark.benchmark(group=f"memory over {BATCHES[1]:,} batches")
 def test_memory_stays_flat(suite: Suite, photos: Images, backend: str) -> None:
-    """Resident memory after the batches that fill what is ever kept, and after five times as many."""
-    few, many = BATCHES
+    """Resident memory after enough batches to fill all caches, and after five times as many."""
+    warm_up, total = BATCHES
     source = open_source("digits" if backend == "memory" else str(photos.whole.folder))
     loader = open_views(source, Augmentation(image_size=64), 4, backend=backend, device=DEVICE, workers=WORKERS)
 
@@ -247,18 +256,19 @@ def test_memory_stays_flat(suite: Suite, photos: Images, backend: str) -> None:
         return pages * os.sysconf("SC_PAGE_SIZE") / 2**20
 
     def run() -> dict[int, float]:
-        at, done = {}, 0
-        while done < many:
+        resident, done = {}, 0
+        while done < total:
             for _ in loader:
                 done += 1
                 if done in BATCHES:
-                    at[done] = resident_mib()
-                if done == many:
+                    resident[done] = resident_mib()
+                if done == total:
                     break
-        return at
+        return resident
 
-    at = suite.benchmark.pedantic(run, rounds=1)
-    suite.benchmark.extra_info.update(backend=backend, resident_mib=at, device_bytes=loader.device_bytes())
+    resident = suite.benchmark.pedantic(run, rounds=1)
+    suite.benchmark.extra_info.update(backend=backend, resident_mib=resident, device_bytes=loader.device_bytes())
     loader.close()
-    suite.say(f"{backend}: {at[few]:.0f} MiB resident after {few} batches, {at[many]:.0f} after {many:,}")
-    assert SMALL or at[many] - at[few] < 32
+    early, late = resident[warm_up], resident[total]
+    suite.write_line(f"{backend}: {early:.0f} MiB resident after {warm_up} batches, {late:.0f} after {total:,}")
+    assert SMALL or late - early < 32

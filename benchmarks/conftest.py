@@ -1,4 +1,4 @@
-"""The fixture `suite` with the time budget of each file, and what every JSON says of the machine and the versions."""
+"""The fixture `suite`, with a time budget for each file, and the machine and versions recorded in every JSON file."""
 
 import os
 import warnings
@@ -31,53 +31,55 @@ BUDGETS = pytest.StashKey[dict[Path, Budget]]()
 
 def pytest_configure(config: pytest.Config) -> None:
     config.stash[BUDGETS] = {}
-    # pytest-benchmark warns of tests that were skipped; the second, where all were, outside of pytest's own filters.
+    # pytest-benchmark warns about skipped tests, and outside of pytest's filters if all tests are skipped.
     config.addinivalue_line("filterwarnings", "ignore:Benchmark fixture was not used")
     warnings.filterwarnings("ignore", "Not saving anything")
 
 
-def say_on(config: pytest.Config) -> Callable[[str], None]:
-    """A function that prints a line at once, whatever pytest captures."""
+def uncaptured_print(config: pytest.Config) -> Callable[[str], None]:
+    """Return a function that prints a line immediately, even if pytest captures the output."""
     capture = config.pluginmanager.getplugin("capturemanager")
 
-    def say(line: str) -> None:
+    def write_line(line: str) -> None:
         with capture.global_and_fixture_disabled():
             print(line, flush=True)
 
-    return say
+    return write_line
 
 
 @pytest.hookimpl(tryfirst=True)
 def pytest_runtest_setup(item: pytest.Item) -> None:
-    """Before any fixture: start the file's budget, or skip a test that comes after its end."""
+    """Start the file's budget before any fixture, or skip the test if the budget is used up."""
     if item.get_closest_marker("gpu") and not ON_GPU:
         pytest.skip("needs a CUDA GPU")
     budgets = item.config.stash[BUDGETS]
     budget = budgets.setdefault(item.path, Budget.from_environment())
     if budget.left() <= 0:
-        reason = f"BENCH_SECONDS={budget.seconds:g} are over"
-        say_on(item.config)(f"{item.path.name}::{item.name}: skipped: {reason}")
+        reason = f"BENCH_SECONDS={budget.seconds:g} are used up"
+        uncaptured_print(item.config)(f"{item.path.name}::{item.name}: skipped: {reason}")
         pytest.skip(reason)
 
 
 @pytest.fixture
 def suite(benchmark: BenchmarkFixture, request: pytest.FixtureRequest) -> Suite:
     item = request.node
-    of_file = [each for each in request.session.items if each.path == item.path]
-    waiting = [each for each in of_file[of_file.index(item) :] if ON_GPU or not each.get_closest_marker("gpu")]
-    say = say_on(item.config)
-    say("")  # ends pytest's line of dots
-    return Suite(benchmark, f"{item.path.stem} {item.name}", item.config.stash[BUDGETS][item.path], len(waiting), say)
+    in_file = [each for each in request.session.items if each.path == item.path]
+    remaining = [each for each in in_file[in_file.index(item) :] if ON_GPU or not each.get_closest_marker("gpu")]
+    write_line = uncaptured_print(item.config)
+    write_line("")  # ends pytest's line of dots
+    return Suite(
+        benchmark, f"{item.path.stem} {item.name}", item.config.stash[BUDGETS][item.path], len(remaining), write_line
+    )
 
 
 def pytest_benchmark_update_commit_info(config: pytest.Config, commit_info: dict[str, Any]) -> None:
-    """Where there is no git checkout, BENCH_COMMIT says what is measured: as `git describe --always --dirty` does."""
+    """Take the commit from BENCH_COMMIT, as `git describe --always --dirty` prints it, where there is no checkout."""
     if described := os.environ.get("BENCH_COMMIT"):
         commit_info.update(id=described.removesuffix("-dirty"), dirty=described.endswith("-dirty"))
 
 
 def pytest_benchmark_update_machine_info(config: pytest.Config, machine_info: dict[str, Any]) -> None:
-    """Replace pytest-benchmark's page (host name, kernel, every CPU flag) by what a figure depends on."""
+    """Replace pytest-benchmark's data (host name, kernel, every CPU flag) by what the figures depend on."""
     cpu = machine_info["cpu"]
     packages = {}
     for name in PACKAGES:

@@ -1,8 +1,9 @@
-"""Our DALI loader with the colours (fastsimclr/data/photometric.py) in DALI's own graph, on the CPU or on the GPU.
+"""fastsimclr's DALI loader with the color operations (fastsimclr/data/photometric.py) in DALI's graph, on CPU or GPU.
 
-It follows the recipe change by change, in uint8 between them as torchvision does. Everything is drawn outside and comes
-in as values of each view, by which `if` sorts a batch (DALI's conditionals, which pipeline_def makes of it): 1.7 times
-as fast on a CPU as changing all views, most of them by neutral factors.
+It applies the operations one by one, with uint8 images between them, as torchvision does. All random parameters are
+sampled outside the graph and passed in per view. DALI's conditionals (pipeline_def converts each `if`) apply an
+operation only to the views that need it: 1.7 times as fast on a CPU as applying it to all views, with neutral factors
+for most.
 """
 
 from typing import Any
@@ -17,14 +18,14 @@ from fastsimclr.data.dali import DaliBackend
 from fastsimclr.data.params import ViewParams
 from fastsimclr.data.photometric import blur_window
 
-BRIGHTNESS, CONTRAST, SATURATION, HUE, NONE = range(5)  # of a draw's order
-TRUNCATE = -0.499 / 255  # a brightness_shift by which DALI, which rounds, comes to torchvision's whole levels
+BRIGHTNESS, CONTRAST, SATURATION, HUE, NONE = range(5)  # operations, as in ViewParams' order
+TRUNCATE = -0.499 / 255  # brightness_shift that makes DALI, which rounds, truncate as torchvision does
 
-Inputs = dict[str, Any]  # by name: arrays (B, …); in the graph DALI's nodes, for a view each
+Inputs = dict[str, Any]  # by name: arrays (B, …); inside the graph, DALI nodes for one view
 
 
 class DaliColors(DaliBackend):
-    """A front whose `crops` are whole views (B, S, S, 3), float32, by our draws."""
+    """A crop backend whose `crops` are complete views (B, S, S, 3), float32, from fastsimclr's random parameters."""
 
     def _view_inputs(self, params: ViewParams, recipe: Augmentation) -> Inputs:
         inputs = super()._view_inputs(params, recipe) | color_inputs(params, recipe)
@@ -34,29 +35,32 @@ class DaliColors(DaliBackend):
         return super()._build(enable_conditionals=True, **options)
 
     def _view(self, images: Any, inputs: Inputs, recipe: Augmentation) -> Any:
-        return finished(super()._view(images, inputs, recipe), inputs, recipe)
+        return apply_colors(super()._view(images, inputs, recipe), inputs, recipe)
 
 
 def color_inputs(params: ViewParams, recipe: Augmentation) -> Inputs:
-    """What the graph of `recipe`, one view's, needs of the draws (B,): nothing for what is never done."""
+    """Return the graph's inputs for one view of each image, from its params (B,).
+
+    Operations that `recipe` never applies have no inputs.
+    """
     inputs: Inputs = _jitter_inputs(params) if recipe.jitter_prob > 0 else {}
     if recipe.grayscale_prob > 0:
         inputs["grayscale"] = params["grayscale"]
     if recipe.blur_prob > 0:
         sigma = params["sigma"]
         inputs |= {"blurred": sigma > 0, "sigma": sigma}
-        # Beyond three sigma nothing is visible, and small sigmas' weights are denormal numbers, which are slow.
+        # Weights beyond three sigma are invisible, and for small sigmas they are denormal numbers, which are slow.
         inputs["window"] = np.minimum(2 * np.ceil(3 * sigma) + 1, blur_window(recipe)).astype(np.int32)
     if recipe.solarize_prob > 0:
         inputs["solarize"] = params["solarize"]
     return inputs
 
 
-def finished(x: Any, inputs: Inputs, recipe: Augmentation) -> Any:
-    """The graph: a view HWC, float32, normalised, from its crop HWC uint8."""
+def apply_colors(x: Any, inputs: Inputs, recipe: Augmentation) -> Any:
+    """Build the graph from a crop, HWC uint8, to the normalized view, HWC float32."""
     if "before" in inputs:
         x = _jitter(x, inputs)
-    if inputs.get("grayscale"):  # None, and left out of the graph, where the recipe has none
+    if inputs.get("grayscale"):  # without this input, the graph has no such operation
         x = fn.color_space_conversion(_luma(x), image_type=types.GRAY, output_type=types.RGB)
     if inputs.get("blurred"):
         x = fn.gaussian_blur(x, sigma=inputs["sigma"], window_size=inputs["window"])
@@ -76,24 +80,26 @@ def _luma(x: Any) -> Any:
 
 
 def _jitter_inputs(params: ViewParams) -> Inputs:
-    """before, after: (B, 3), which of brightness, contrast and saturation come before the hue and after it, then NONE.
+    """Return the inputs of `_jitter`.
 
-    So the hue, of many operators, stands in the graph once. The other inputs are `_turn_hue`'s, and the factors.
+    before, after: (B, 3), the operations among brightness, contrast and saturation to apply before and after the hue
+    shift, or NONE. The hue shift, which takes many operators, is thus only once in the graph. The other inputs are the
+    factors, and the arguments of `_shift_hue`.
     """
     jitter, order = params["jitter"], params["order"]
-    change = np.where(jitter[:, None], order, NONE).astype(np.uint8)
+    operation = np.where(jitter[:, None], order, NONE).astype(np.uint8)
     hue_at, step = np.argmax(order == HUE, axis=1)[:, None], np.arange(4)
     brightness, contrast, saturation, hue_shift = params["factors"].T
     thirds = np.rint(hue_shift * 3)
     rest = hue_shift * 6 - thirds * 2
     places = thirds[:, None] * 2 + np.where(rest < 0, -1, 1)[:, None] * np.arange(3)
     return {
-        "before": np.where(step < hue_at, change, np.uint8(NONE))[:, :3],
-        "after": np.where(step > hue_at, change, np.uint8(NONE))[:, 1:],
+        "before": np.where(step < hue_at, operation, np.uint8(NONE))[:, :3],
+        "after": np.where(step > hue_at, operation, np.uint8(NONE))[:, 1:],
         "brightness": brightness,
         "contrast": contrast,
         "saturation": saturation,
-        "turned": jitter & (hue_shift != 0),
+        "hue_shifted": jitter & (hue_shift != 0),
         "places": (places % 3).astype(np.int32)[:, :, None],
         "sixths": np.abs(rest),
     }
@@ -101,34 +107,34 @@ def _jitter_inputs(params: ViewParams) -> Inputs:
 
 def _jitter(x: Any, inputs: Inputs) -> Any:
     for slot in range(3):
-        x = _change(x, inputs["before"][slot], inputs)
-    if inputs["turned"]:
+        x = _apply(x, inputs["before"][slot], inputs)
+    if inputs["hue_shifted"]:
         x = _shift_hue(x, inputs["places"], inputs["sixths"])
     for slot in range(3):
-        x = _change(x, inputs["after"][slot], inputs)
+        x = _apply(x, inputs["after"][slot], inputs)
     return x
 
 
-def _change(x: Any, change: Any, inputs: Inputs) -> Any:
-    if change == BRIGHTNESS:
+def _apply(x: Any, operation: Any, inputs: Inputs) -> Any:
+    if operation == BRIGHTNESS:
         x = fn.brightness(x, brightness=inputs["brightness"], brightness_shift=TRUNCATE)
-    elif change == CONTRAST:
-        # An argument lies on the CPU, a GPU operator's too: DALI waits for it there. On a CPU .cpu() does nothing.
+    elif operation == CONTRAST:
+        # Arguments are on the CPU, even for GPU operators; DALI waits for the copy. On a CPU, .cpu() is a no-op.
         mean = fn.reductions.mean(_luma(x)).cpu()
         x = fn.brightness_contrast(x, contrast=inputs["contrast"], contrast_center=mean, brightness_shift=TRUNCATE)
-    elif change == SATURATION:
+    elif operation == SATURATION:
         x = fn.saturation(x, saturation=inputs["saturation"])
     return x
 
 
 def _shift_hue(x: Any, places: Any, sixths: Any) -> Any:
-    """Turn the hue circle of HSV by whole thirds, by which channels change places, and α = `sixths`, 0 ≤ α ≤ 1, more.
+    """Shift the hue of HSV by whole thirds of the hue circle, which permute the channels, and by α sixths, 0 ≤ α ≤ 1.
 
-    A pixel's channel x, of y and z the next on the circle in the turn's direction, with low ≤ x, y, z ≤ high, becomes
-    clamp(x - y + (high - α (high - low) if y > z else low + α (high - low)), low, high).
-    In uint8 throughout, by which no step leaves 0 … 255: floats take DALI one and a half times as long.
+    x is a channel of a pixel, y and z are the next channels in the direction of the shift, and low and high are the
+    pixel's extremes. x becomes clamp(x - y + (high - α (high - low) if y > z else low + α (high - low)), low, high).
+    All steps are in uint8, ordered so that none leaves 0 to 255; with floats DALI takes one and a half times as long.
 
-    places: where among RGBRG x, y and z begin.
+    places: start of x, y and z in the channels RGBRG. sixths: α.
     """
     planes = fn.transpose(x, perm=[2, 0, 1], transpose_layout=False)
     planes = fn.cat(planes, planes[:2], axis=0)

@@ -1,4 +1,4 @@
-"""The images that benchmarks read: those of ../shared/data where they exist, else built in or synthetic."""
+"""The images of the benchmarks: those in ../shared/data if present, else built-in or synthetic ones."""
 
 import io
 import tarfile
@@ -16,7 +16,7 @@ SHARED = Path(__file__).resolve().parents[2] / "shared" / "data"
 
 
 def small_images(count: int | None = None) -> tuple[ArraySource, str]:
-    """The first `count` images (None: all), decoded, of CIFAR-10 or else of the digits; and their name."""
+    """Return the first `count` images (None: all) of CIFAR-10, or else of the digits, decoded, and the name."""
     found = (SHARED / "cifar10").is_dir() and not SMALL
     source = open_source(str(SHARED / "cifar10" / "train-{0..4}.tar") if found else "digits")
     source = source.subset(np.arange(min(count or len(source), len(source))))
@@ -27,7 +27,7 @@ def small_images(count: int | None = None) -> tuple[ArraySource, str]:
 
 
 def photographs(count: int) -> tuple[list[bytes], str]:
-    """At most `count` JPEG files: the first of the archive, or else synthetic ones; and their origin."""
+    """Return at most `count` JPEG files, from the archive or else synthetic, and their origin."""
     archive = SHARED / "photos" / "flowers_300.tar"
     if not archive.is_file():
         return synthetic(count), "synthetic"
@@ -36,29 +36,30 @@ def photographs(count: int) -> tuple[list[bytes], str]:
         return [file.read() for file in files if file is not None], archive.name
 
 
-def synthetic(number: int) -> list[bytes]:
-    """JPEG files of coarse blobs and fine noise: 500×400, about 110 KB."""
+def synthetic(count: int) -> list[bytes]:
+    """Generate JPEG files of coarse blobs and fine noise, 500×400, of about 110 KB."""
     rng = np.random.default_rng(0)
-    made = []
-    for _ in range(number):
+    files = []
+    for _ in range(count):
         blobs = Image.fromarray(rng.integers(0, 256, (12, 15, 3), dtype=np.uint8))
         smooth = np.asarray(blobs.resize((500, 400), Image.Resampling.BICUBIC))
         noisy = np.clip(smooth + rng.normal(0, 8, smooth.shape), 0, 255).astype(np.uint8)
         file = io.BytesIO()
         Image.fromarray(noisy).save(file, "JPEG", quality=92)
-        made.append(file.getvalue())
-    return made
+        files.append(file.getvalue())
+    return files
 
 
 def four_to_three(file: bytes) -> bytes:
-    """The middle of an image at a ratio of 4 to 3, so that a crop of the whole area is the whole image.
+    """Crop the center of an image to the aspect ratio 4:3, so that a crop of the whole area is the whole image.
 
-    Where no such crop fits into an image, torchvision and we take its middle, DALI and Kornia any part.
+    If no crop of the requested area and ratio fits, torchvision and fastsimclr crop the center, DALI and Kornia a
+    random part.
     """
     with Image.open(io.BytesIO(file)) as opened:
         image = opened.convert("RGB")
     unit = min(image.width // 4, image.height // 3)
     left, top = (image.width - 4 * unit) // 2, (image.height - 3 * unit) // 2
-    cut = io.BytesIO()
-    image.crop((left, top, left + 4 * unit, top + 3 * unit)).save(cut, "JPEG", quality=95)
-    return cut.getvalue()
+    cropped = io.BytesIO()
+    image.crop((left, top, left + 4 * unit, top + 3 * unit)).save(cropped, "JPEG", quality=95)
+    return cropped.getvalue()

@@ -1,12 +1,12 @@
-"""What each kernel takes of a multiprocessor, and how long its hot loop is, by the compiler's output: no GPU needed.
+"""Report each kernel's registers, spills, occupancy and instructions, from the compiler's output. Needs no GPU.
 
     python -m benchmarks.kernel_resources [--archs 80 90] [--json benchmarks/results/kernel_resources.json]
 
-Registers and spills are ptxas's. Blocks that fit a multiprocessor follow from them, from __launch_bounds__ and from the
-shared memory. Instructions are those of the disassembled machine code: "loop" is one round of the innermost loop with
-the most tensor-core instructions; both sides of a branch in it count.
+Registers and spills are reported by ptxas. The number of blocks per multiprocessor follows from the registers,
+__launch_bounds__ and shared memory. Instructions are counted in the disassembled machine code: "loop" is one iteration
+of the innermost loop with the most tensor-core instructions, counting both sides of its branches.
 
-Needs nvcc, c++filt, and cuobjdump and nvdisasm: of PATH, of CUDA_HOME, or Triton's, which brings them.
+Needs nvcc, c++filt, cuobjdump and nvdisasm, from PATH, CUDA_HOME or Triton, which includes them.
 """
 
 import argparse
@@ -27,8 +27,8 @@ from fastsimclr.environment import commit
 ROOT = Path(__file__).resolve().parents[1]
 SOURCES = ("csrc/normalize.cu", "csrc/forward.cu", "csrc/backward.cu")
 FLAGS = ("-Xptxas", "-v", "--std=c++17", "-O3")
-# Warps, blocks and KiB of shared memory of a multiprocessor; registers are 64 K on each. CUDA C++ Programming Guide,
-# "Compute capabilities".
+# Warps, blocks and KiB of shared memory per multiprocessor; all have 64 K registers. Source: CUDA C++ Programming
+# Guide, "Compute capabilities".
 LIMITS = {
     "80": (64, 32, 164),
     "86": (48, 16, 100),
@@ -37,12 +37,15 @@ LIMITS = {
     "100": (64, 32, 228),
     "120": (48, 24, 100),
 }
-RESERVED_SHARED = 1024  # bytes of each block's that the system takes
+RESERVED_SHARED = 1024  # bytes of shared memory per block reserved by the system
 
 
 @dataclass(frozen=True)
 class Kernel:
-    """One instance of a kernel for one architecture. loop: instructions, 0 without a loop of tensor-core ones."""
+    """One instance of a kernel for one architecture.
+
+    loop: instructions of the hot loop; 0 if no loop has tensor-core instructions.
+    """
 
     name: str
     arch: str
@@ -56,7 +59,7 @@ class Kernel:
 
 @dataclass
 class Block:
-    """Instructions without a branch between them, and the labels of the blocks that may come next."""
+    """A basic block: its instructions, and the labels of the blocks it can branch to."""
 
     opcodes: list[str] = field(default_factory=list)
     targets: list[str] = field(default_factory=list)
@@ -68,19 +71,21 @@ class Block:
 
 
 def find_tool(name: str) -> str:
-    """The program `name`. Raises SystemExit where there is none."""
+    """Return the path of the program `name`. Raises SystemExit if it is not found."""
     folders = [Path(os.environ.get("CUDA_HOME", "/usr/local/cuda"), "bin")]
     triton = importlib.util.find_spec("triton")
     if triton is not None and triton.origin is not None:
         folders.append(Path(triton.origin).parent / "backends" / "nvidia" / "bin")
-    found = shutil.which(name) or shutil.which(name, path=os.pathsep.join(map(str, folders)))
-    if found is None:
-        raise SystemExit(f"{name} was not found; looked in PATH, {', '.join(map(str, folders))}")
-    return found
+    path = shutil.which(name) or shutil.which(name, path=os.pathsep.join(map(str, folders)))
+    if path is None:
+        raise SystemExit(
+            f"{name} not found in PATH, {', '.join(map(str, folders))}: install it, or add its folder to PATH"
+        )
+    return path
 
 
 def run(tool: str, *arguments: str) -> str:
-    """What a tool prints, on both streams. Raises SystemExit with it where it fails."""
+    """Return what a tool prints to stdout and stderr. Raises SystemExit with that output if the tool fails."""
     done = subprocess.run([find_tool(tool), *arguments], stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
     if done.returncode:
         raise SystemExit(f"{tool} {' '.join(arguments)}\n{done.stdout}")
@@ -88,7 +93,10 @@ def run(tool: str, *arguments: str) -> str:
 
 
 def dynamic_shared(name: str) -> int:
-    """Bytes a block, of TileStream in tile.cuh: A once, if wide twice, B twice, two bytes a number; 16 a column."""
+    """Return the bytes per block of TileStream in tile.cuh.
+
+    It holds A once, or twice if wide, and B twice, at two bytes per number, and 16 bytes per column.
+    """
     shape = re.search(r"Shape<(\d+), (\d+), (\w+), (\w+)>", name)
     if not shape:
         return 0
@@ -98,14 +106,14 @@ def dynamic_shared(name: str) -> int:
 
 
 def blocks_that_fit(arch: str, threads: int, registers: int, shared: int) -> tuple[int, str]:
-    """Blocks of a multiprocessor, as CUDA's occupancy calculator has it, and what is used up first."""
+    """Return the blocks per multiprocessor, as CUDA's occupancy calculator does, and the limiting resource."""
     most_warps, most_blocks, shared_kib = LIMITS[arch.rstrip("af")]
     warps = -(-threads // 32)
     registers_of_warp = -(-32 * registers // 256) * 256
     fit = {
         "warps": most_warps // warps,
         "blocks": most_blocks,
-        "registers": 65536 // registers_of_warp // 4 * 4 // warps,  # as many warps in each of the four parts
+        "registers": 65536 // registers_of_warp // 4 * 4 // warps,  # equal warps per partition
         "shared memory": shared_kib * 1024 // (-(-(shared + RESERVED_SHARED) // 128) * 128),
     }
     limit = min(fit, key=lambda what: fit[what])
@@ -113,7 +121,7 @@ def blocks_that_fit(arch: str, threads: int, registers: int, shared: int) -> tup
 
 
 def parse_blocks(listing: str) -> dict[str, Block]:
-    """One kernel's basic blocks, in order, by label; those without one get a number."""
+    """Return the basic blocks of a kernel, in order, by label; those without a label get a number."""
     current = Block()
     blocks, ended = {"entry": current}, False
     for line in listing.splitlines():
@@ -133,35 +141,35 @@ def parse_blocks(listing: str) -> dict[str, Block]:
 
 
 def reach(start: str, edges: Mapping[str, Sequence[str]], without: str = "") -> set[str]:
-    """The blocks that can be reached, on ways that do not lead through one of them."""
-    seen, waiting = set(), [start]
-    while waiting:
-        name = waiting.pop()
+    """Return the blocks that can be reached from `start` on paths that avoid the block `without`."""
+    seen, pending = set(), [start]
+    while pending:
+        name = pending.pop()
         if name not in seen and name != without:
             seen.add(name)
-            waiting += edges[name]
+            pending += edges[name]
     return seen
 
 
 def hot_loop(blocks: Mapping[str, Block]) -> set[str]:
-    """The innermost natural loop with the most tensor-core instructions; empty if there is none."""
-    after: dict[str, list[str]] = {}
-    before: dict[str, list[str]] = {name: [] for name in blocks}
+    """Return the innermost natural loop with the most tensor-core instructions; empty if there is none."""
+    successors: dict[str, list[str]] = {}
+    predecessors: dict[str, list[str]] = {name: [] for name in blocks}
     for name, following in zip(blocks, [*list(blocks)[1:], None], strict=True):
-        after[name] = [each for each in blocks[name].targets if each in blocks]
-        after[name] += [following] if blocks[name].falls_through and following else []
-        for each in after[name]:
-            before[each].append(name)
-    reachable = reach("entry", after)
-    loops: dict[str, set[str]] = {}  # by head; several branches back are one loop
-    for head in filter(reachable.__contains__, blocks):  # in order, so that ties have one outcome
-        undominated = reach("entry", after, without=head)
-        for name in before[head]:
+        successors[name] = [each for each in blocks[name].targets if each in blocks]
+        successors[name] += [following] if blocks[name].falls_through and following else []
+        for each in successors[name]:
+            predecessors[each].append(name)
+    reachable = reach("entry", successors)
+    loops: dict[str, set[str]] = {}  # by header; several back edges to one header form one loop
+    for header in filter(reachable.__contains__, blocks):  # in order, so that ties are deterministic
+        undominated = reach("entry", successors, without=header)
+        for name in predecessors[header]:
             if name in reachable and name not in undominated:
-                loops[head] = loops.get(head, {head}) | reach(name, before, without=head)
-    tensor = {head: sum(blocks[name].tensor for name in body & reachable) for head, body in loops.items()}
-    loops = {head: body & reachable for head, body in loops.items() if tensor[head]}
-    innermost = [head for head, body in loops.items() if not any(other < body for other in loops.values())]
+                loops[header] = loops.get(header, {header}) | reach(name, predecessors, without=header)
+    tensor = {header: sum(blocks[name].tensor for name in body & reachable) for header, body in loops.items()}
+    loops = {header: body & reachable for header, body in loops.items() if tensor[header]}
+    innermost = [header for header, body in loops.items() if not any(other < body for other in loops.values())]
     return loops[max(innermost, key=tensor.__getitem__)] if innermost else set()
 
 
@@ -181,21 +189,21 @@ def compile_and_read(source: Path, arch: str) -> list[Kernel]:
     kernels = []
     for part in ptxas.split("Compiling entry function '")[1:]:
 
-        def bytes_of(pattern: str, part: str = part) -> int:
+        def sum_matches(pattern: str, part: str = part) -> int:
             return sum(map(int, re.findall(pattern, part)))
 
         mangled = part[: part.index("'")]
         name = re.sub(r"^void |\(anonymous namespace\)::|fastsimclr::", "", run("c++filt", mangled).strip())
         name = name.rsplit("(", 1)[0]
-        registers = bytes_of(r"Used (\d+) registers")
-        shared = bytes_of(r"(\d+) bytes smem") + dynamic_shared(name)
+        registers = sum_matches(r"Used (\d+) registers")
+        shared = sum_matches(r"(\d+) bytes smem") + dynamic_shared(name)
         blocks = parse_blocks(code[mangled])
         kernels.append(
             Kernel(
                 name,
                 arch,
                 registers,
-                bytes_of(r"(\d+) bytes spill (?:stores|loads)"),
+                sum_matches(r"(\d+) bytes spill (?:stores|loads)"),
                 *blocks_that_fit(arch, launch_bounds[mangled], registers, shared),
                 sum(len(block.opcodes) for block in blocks.values()),
                 sum(len(blocks[each].opcodes) for each in hot_loop(blocks)),
@@ -206,8 +214,8 @@ def compile_and_read(source: Path, arch: str) -> list[Kernel]:
 
 def main(arguments: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--archs", nargs="+", default=["80", "90"], help="compute capabilities without the point")
-    parser.add_argument("--json", type=Path, help="where to write the same figures")
+    parser.add_argument("--archs", nargs="+", default=["80", "90"], help="compute capabilities without the dot")
+    parser.add_argument("--json", type=Path, help="file to write the same figures to")
     options = parser.parse_args(arguments)
     rows = []
     for source in SOURCES:

@@ -1,4 +1,4 @@
-"""Peak memory of a call: of torch's allocator, or of this process with all its workers."""
+"""Peak memory of a call, in torch's allocator or in this process and all its workers."""
 
 import ctypes
 import gc
@@ -13,9 +13,9 @@ import torch
 
 
 def peak_mib(call: Callable[[], object]) -> float:
-    """The most that torch's allocator holds during `call`, beyond what it held before.
+    """Return the peak memory of torch's allocator during `call`, beyond what it held before.
 
-    On a CPU torch.profiler sees it; scratch that a matrix library takes by itself is not in it.
+    On a CPU it is measured by torch.profiler, without the scratch memory that matrix libraries allocate themselves.
     """
     if torch.cuda.is_available():
         torch.cuda.synchronize()
@@ -38,7 +38,7 @@ def peak_mib(call: Callable[[], object]) -> float:
 
 
 def tree_mib() -> float:
-    """Memory of this process and all its descendants now; what several share counts once in all (PSS)."""
+    """Return the memory of this process and all its descendants (PSS, which counts shared memory once)."""
     total, waiting = 0.0, [os.getpid()]
     while waiting:
         folder = Path("/proc", str(waiting.pop()))
@@ -46,19 +46,19 @@ def tree_mib() -> float:
             for task in (folder / "task").iterdir():
                 waiting += map(int, (task / "children").read_text().split())
             rollup = (folder / "smaps_rollup").read_text()
-        except (FileNotFoundError, ProcessLookupError):  # it has ended in the meantime
+        except (FileNotFoundError, ProcessLookupError):  # the process has ended
             continue
         total += sum(int(line.split()[1]) for line in rollup.splitlines() if line.startswith("Pss:")) / 1024
     return total
 
 
-def most_mib(call: Callable[[], object]) -> float:
-    """The most memory that this process and its workers hold while `call` runs."""
-    seen, done = [0.0], threading.Event()
+def tree_peak_mib(call: Callable[[], object]) -> float:
+    """Return the peak memory of this process and its workers while `call` runs, sampled every 50 ms."""
+    samples, done = [0.0], threading.Event()
 
     def sample() -> None:
         while not done.wait(0.05):
-            seen.append(tree_mib())
+            samples.append(tree_mib())
 
     sampler = threading.Thread(target=sample)
     sampler.start()
@@ -67,16 +67,19 @@ def most_mib(call: Callable[[], object]) -> float:
     finally:
         done.set()
         sampler.join()
-    return max(*seen, tree_mib())
+    return max(*samples, tree_mib())
 
 
 def trimmed_mib() -> float:
-    """Memory held now, after the heap returned what it keeps unused: the next contender shall not reuse it."""
+    """Return the memory held after the heap has returned its unused memory, which the next contender could reuse."""
     gc.collect()
     getattr(ctypes.CDLL(None), "malloc_trim", lambda _: 0)(0)
     return tree_mib()
 
 
 def settle_heap() -> None:
-    """Free a block just under glibc's largest threshold (32 MiB), as training does: glibc keeps 64 MiB from then on."""
+    """Free a block just under glibc's largest mmap threshold (32 MiB), as training does.
+
+    From then on glibc keeps up to 64 MiB of freed memory.
+    """
     torch.ones(31 * 2**18)

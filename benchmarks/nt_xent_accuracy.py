@@ -2,8 +2,9 @@
 
     python -m benchmarks.nt_xent_accuracy --json accuracy.json [--num_views 8192,32768] [--width 128] [--backend fused]
 
-Tensor cores truncate while they accumulate. Where all features share a mean, all products have one sign, and the errors
-of a sum add up: the hardest case for precision "highest", which promises 1e-5. Exit code 1: an error above its bound.
+Tensor cores truncate while they accumulate. If all features share a mean, all products have the same sign, and the
+errors of a sum add up: the hardest case for precision "highest", whose bound is 1e-5. Exit code 1 if an error is above
+its bound.
 """
 
 import argparse
@@ -20,11 +21,11 @@ from fastsimclr.loss import nt_xent
 
 TEMPERATURE = 0.1
 MEAN = 3.5  # in standard deviations: the cosine of unrelated rows is MEAN^2 / (1 + MEAN^2) = 0.92
-BOUNDS = {"highest": 1e-5, "medium": None}  # bf16 products promise no bound here: their errors are recorded
+BOUNDS = {"highest": 1e-5, "medium": None}  # bf16 products have no bound here: their errors are only recorded
 
 
 def features(num_views: int, width: int, device: torch.device) -> tuple[Tensor, Tensor]:
-    """Two views of views / 2 images, each (views / 2, width) float32."""
+    """Return the features of two views of num_views / 2 images, each (num_views / 2, width) float32."""
     random = torch.Generator().manual_seed(0)
     image = torch.randn(num_views // 2, width, generator=random)
     pair = [image + 0.5 * torch.randn(image.shape, generator=random) for _ in range(2)]
@@ -33,7 +34,7 @@ def features(num_views: int, width: int, device: torch.device) -> tuple[Tensor, 
 
 
 def losses_and_dz(z1: Tensor, z2: Tensor, **options: Any) -> tuple[Tensor, Tensor]:
-    """Losses (M,), and the gradient of their mean (M, D), both in float64."""
+    """Return the losses (M,) and the gradient of their mean (M, D), both in float64."""
     z1, z2 = (z.detach().requires_grad_() for z in (z1, z2))
     losses = nt_xent(z1, z2, TEMPERATURE, reduction="none", **options)
     dz = torch.cat(torch.autograd.grad(losses.mean(), (z1, z2)))
@@ -58,7 +59,7 @@ def measure(num_views: int, width: int, precision: str, backend: str, device: to
 
 
 def verdict(row: dict[str, Any]) -> str:
-    """met, MISSED or recorded. NaN is missed."""
+    """Return a verdict: met, MISSED (also for NaN), or recorded if there is no bound."""
     if row["bound"] is None:
         return "recorded"
     within = all(row[f"{name}_relative_error"] <= row["bound"] for name in ("losses", "dz"))
@@ -67,10 +68,10 @@ def verdict(row: dict[str, Any]) -> str:
 
 def main(arguments: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--num_views", default="8192,32768")
-    parser.add_argument("--width", type=int, default=128)
-    parser.add_argument("--backend", default="fused")
-    parser.add_argument("--json", type=Path, required=True)
+    parser.add_argument("--num_views", default="8192,32768", help="numbers of views (default: %(default)s)")
+    parser.add_argument("--width", type=int, default=128, help="width of the features (default: %(default)s)")
+    parser.add_argument("--backend", default="fused", help="backend of nt_xent (default: %(default)s)")
+    parser.add_argument("--json", type=Path, required=True, help="file to write the results to")
     options = parser.parse_args(arguments)
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     record: dict[str, Any] = {
@@ -84,7 +85,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         for precision in BOUNDS:
             row = measure(num_views, options.width, precision, options.backend, device)
             record["rows"].append(row | {"verdict": verdict(row)})
-            options.json.write_text(json.dumps(record, indent=2) + "\n")  # after each: the time may run out
+            options.json.write_text(json.dumps(record, indent=2) + "\n")  # after each row, as time may run out
             print(
                 f"{num_views} x {options.width}, {precision}: losses {row['losses_relative_error']:.2g}, "
                 f"dz {row['dz_relative_error']:.2g} (worst row {row['dz_worst_row']:.2g}); {verdict(row)}",

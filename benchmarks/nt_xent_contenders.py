@@ -1,4 +1,4 @@
-"""The NT-Xent losses of bench_nt_xent.py: ours, the dense loss as everyone writes it, other packages'."""
+"""The NT-Xent losses of bench_nt_xent.py: fastsimclr, the usual dense implementation, and other packages."""
 
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -12,8 +12,8 @@ from fastsimclr._extension import why_unavailable
 from fastsimclr.loss import nt_xent
 
 TEMPERATURE = 0.1
-BF16_LARGEST_ON_CPU = 1024  # without bf16 units autocast is 20 times slower than float32
-PML_LARGEST = 512  # it lists each positive with each negative pair: 134 million floats at 512, M^3
+BF16_MAX_VIEWS_ON_CPU = 1024  # without bf16 units autocast is 20 times slower than float32
+PML_MAX_VIEWS = 512  # it lists each positive with each negative pair: M^3 floats, 134 million at 512 views
 EXACT = (1e-5, 1e-4)
 
 Loss = Callable[[Tensor, Tensor], Tensor]
@@ -21,12 +21,15 @@ Loss = Callable[[Tensor, Tensor], Tensor]
 
 @dataclass(frozen=True)
 class Contender:
-    """loss: of (z1, z2), both (N, D) float32. bound: the largest relative errors of the loss and of the gradients; None
-    where it computes in less than its inputs' precision: then its errors are recorded."""
+    """One implementation of the loss.
+
+    loss: function of z1 and z2, both (N, D) float32. bound: bounds of the relative errors of the loss and of the
+    gradients; None if it computes at lower precision than its inputs, in which case its errors are only recorded.
+    """
 
     loss: Loss
     bound: tuple[float, float] | None = None
-    ours: bool = False
+    is_fastsimclr: bool = False
 
 
 def dense(z1: Tensor, z2: Tensor) -> Tensor:
@@ -38,37 +41,37 @@ def dense(z1: Tensor, z2: Tensor) -> Tensor:
 
 
 def dense_bf16(z1: Tensor, z2: Tensor) -> Tensor:
-    """Under autocast products and logits are bf16; logits of 10 then lie 0.06 apart, and the loss is rough."""
+    """Under autocast, products and logits are bf16: logits near 10 are rounded to steps of 0.06."""
     with torch.autocast(z1.device.type, dtype=torch.bfloat16):
         return dense(z1, z2)
 
 
-def our_losses(device: torch.device) -> tuple[dict[str, Contender], dict[str, str]]:
-    def ours(backend: str, precision: str, bound: tuple[float, float]) -> Contender:
+def fastsimclr_losses(device: torch.device) -> tuple[dict[str, Contender], dict[str, str]]:
+    def contender(backend: str, precision: str, bound: tuple[float, float]) -> Contender:
         def loss(z1: Tensor, z2: Tensor) -> Tensor:
             return nt_xent(z1, z2, TEMPERATURE, backend=backend, precision=precision)
 
-        return Contender(loss, bound, ours=True)
+        return Contender(loss, bound, is_fastsimclr=True)
 
-    tiled = {"tiled": ours("tiled", "highest", EXACT), "tiled, medium": ours("tiled", "medium", (1e-3, 2e-2))}
-    if why := "it is a CUDA kernel" if device.type == "cpu" else why_unavailable(device):
+    tiled = {"tiled": contender("tiled", "highest", EXACT), "tiled, medium": contender("tiled", "medium", (1e-3, 2e-2))}
+    if why := "CUDA kernel, needs a GPU" if device.type == "cpu" else why_unavailable(device):
         return tiled, {"fused": why}
     fused = {
-        "fused, medium": ours("fused", "medium", (1e-3, 2e-2)),
-        "fused": ours("fused", "highest", (1e-4, 1e-4)),
+        "fused, medium": contender("fused", "medium", (1e-3, 2e-2)),
+        "fused": contender("fused", "highest", (1e-4, 1e-4)),
     }
     return fused | tiled, {}
 
 
 def contenders(num_views: int, device: torch.device, *, compiling: bool) -> tuple[dict[str, Contender], dict[str, str]]:
-    """The losses by name, the one that the others are compared with first; and why others are left out."""
-    torch.compiler.reset()  # else the graphs of all sizes stay
-    found, missing = our_losses(device)
+    """Return the losses by name, and the reasons why others are left out. All are compared with the first."""
+    torch.compiler.reset()  # frees the graphs of other sizes
+    found, missing = fastsimclr_losses(device)
     found["dense"] = Contender(dense, EXACT)
-    if device.type == "cuda" or num_views <= BF16_LARGEST_ON_CPU:
+    if device.type == "cuda" or num_views <= BF16_MAX_VIEWS_ON_CPU:
         found["dense, bf16"] = Contender(dense_bf16)
     else:
-        missing["dense, bf16"] = f"on a CPU up to M={BF16_LARGEST_ON_CPU} only"
+        missing["dense, bf16"] = f"on a CPU only up to {BF16_MAX_VIEWS_ON_CPU} views"
     try:
         from lightly.loss import NTXentLoss as LightlyLoss
 
@@ -79,8 +82,8 @@ def contenders(num_views: int, device: torch.device, *, compiling: bool) -> tupl
         from pytorch_metric_learning.losses import NTXentLoss as MetricLearningLoss
         from pytorch_metric_learning.losses import SelfSupervisedLoss
 
-        if num_views > PML_LARGEST:
-            raise ImportError(f"takes M^3 memory: up to M={PML_LARGEST} only")
+        if num_views > PML_MAX_VIEWS:
+            raise ImportError(f"memory cubic in the number of views: only up to {PML_MAX_VIEWS} views")
         loss = SelfSupervisedLoss(MetricLearningLoss(temperature=TEMPERATURE))
         found["pytorch-metric-learning"] = Contender(loss, EXACT)
     except ImportError as error:

@@ -1,10 +1,10 @@
-"""Tables and charts of what `pytest benchmarks --benchmark-json=FILE` has measured, on one device or on several.
+"""Make tables and charts of what `pytest benchmarks --benchmark-json=FILE` has measured, on one or several devices.
 
-    python -m benchmarks.report FILE... --output DIR                 # report.md, and a chart of each group
+    python -m benchmarks.report FILE... --output DIR                 # report.md and one chart per group
     python -m benchmarks.report [FILE...] --readme README.md [--check]
 
-Without a FILE: those in benchmarks/results. Exit code 1: the README is out of date; 2: a user mistake, in one line
-on stderr.
+Without FILE, the files in benchmarks/results are read. Exit codes: 1 if the README is out of date; 2 for a user error,
+reported as one line on stderr.
 """
 
 import argparse
@@ -14,21 +14,36 @@ from pathlib import Path
 from typing import NoReturn
 
 from benchmarks import charts
-from benchmarks.measured import TOO_WIDE, Contender, Kind, Measured, Mistake, committed, counted, number, read
+from benchmarks.benchmark_json import (
+    WIDE_SPREAD,
+    Contender,
+    Result,
+    Role,
+    UserError,
+    find_result_files,
+    format_number,
+    pluralize,
+    read_results,
+)
 from benchmarks.suite import Spread
 
 RESULTS = Path(__file__).parent / "results"
 BEGIN, END = "<!-- benchmarks: begin -->", "<!-- benchmarks: end -->"
+DISADVANTAGES = "Where an alternative is faster or smaller"
+README_ORDER = ("NT-Xent", "two augmented views of photos", "two augmented views", "training step", "LARS step")
 
 INTRODUCTION = f"""# Benchmarks
 
-The contenders of a table were timed in turn, one call of each a round. "Times ours": how many times as long one takes
-as ours (the first, in bold) in the same round, the median of the rounds and their quartiles; per image, where calls
-take different numbers of them. **Below 1 it is faster than ours.** The spread is the distance of these quartiles over
-the median. Above {TOO_WIDE:.0%} it is marked ⚠: the machine was not quiet, or the contender is not steady, and its
-figure is worth no more than its quartiles say. "Check": that a contender computes the same function as the first, after
-it was timed; what was compared, the error and its bound. "On" says the device, and its number what else it was measured
-on.
+The contenders in a table were timed in turn, one call of each per round.
+
+- **Relative time**: the contender's time divided by that of fastsimclr (the first row, in bold) in the same round, as
+  the median over the rounds with its quartiles. It is per image where calls process different numbers of images.
+  **Below 1, the contender is faster than fastsimclr.**
+- **Spread**: the interquartile range of the relative time divided by its median. Above {WIDE_SPREAD:.0%} it is
+  marked ⚠: the machine was busy, or the contender's time varies, and the median is only a rough figure.
+- **Check**: whether the contender computes the same result as the first row, tested after timing: what was compared,
+  its error and the bound.
+- **Device**: the device, with a link to the full setup.
 """
 
 
@@ -38,219 +53,226 @@ def table(head: Sequence[str], rows: Iterable[Sequence[str]]) -> list[str]:
 
 
 def quartiles(spread: Spread) -> str:
-    return f"{number(spread.median)} ({number(spread.lower)} to {number(spread.upper)})"
+    return f"{format_number(spread.median)} ({format_number(spread.lower)} to {format_number(spread.upper)})"
 
 
-def footnotes(measured: Iterable[Measured]) -> dict[str, int]:
-    """Numbers from 1, in order of first use."""
-    return {setup: n for n, setup in enumerate(dict.fromkeys(each.setup for each in measured), 1)}
+def footnotes(results: Iterable[Result]) -> dict[str, int]:
+    """Number the setups from 1, in order of first use."""
+    return {setup: n for n, setup in enumerate(dict.fromkeys(each.setup for each in results), 1)}
 
 
-def together(measured: Sequence[Measured], key: Callable[[Measured], object]) -> list[list[Measured]]:
-    """Those of one key, in order of the first of each."""
-    found: dict[object, list[Measured]] = {}
-    for each in measured:
-        found.setdefault(key(each), []).append(each)
-    return list(found.values())
+def group_by(results: Sequence[Result], key: Callable[[Result], object]) -> list[list[Result]]:
+    """Group the results by key, in order of the first result of each group."""
+    groups: dict[object, list[Result]] = {}
+    for each in results:
+        groups.setdefault(key(each), []).append(each)
+    return list(groups.values())
 
 
-def report(measured: Sequence[Measured], left_out: Sequence[str]) -> str:
-    numbers = footnotes(measured)
-    lines = [INTRODUCTION, *(f"{line}.\n" for line in left_out), "## Where we lose", "", *losses(measured, numbers), ""]
-    lines += ["## Measured on", "", *(f"{n}. {setup}" for setup, n in numbers.items())]
-    for group in together(measured, lambda each: each.group):
+def report(results: Sequence[Result], left_out: Sequence[str]) -> str:
+    numbers = footnotes(results)
+    lines = [INTRODUCTION, *(f"{line}.\n" for line in left_out), f"## {DISADVANTAGES}", ""]
+    lines += [*disadvantages(results, numbers), ""]
+    lines += ["## Setups", "", *(f"{n}. {setup}" for setup, n in numbers.items())]
+    for group in group_by(results, lambda each: each.group):
         lines += ["", f"## {group[0].group}", "", f"![{group[0].group}]({charts.file_name(group[0].group)})"]
-        for same in together(group, lambda each: each.key):
-            lines += ["", *section(same, numbers)]
+        for devices in group_by(group, lambda each: each.benchmark_id):
+            lines += ["", *section(devices, numbers)]
     return "\n".join(lines) + "\n"
 
 
-def losses(measured: Sequence[Measured], numbers: dict[str, int]) -> list[str]:
+def disadvantages(results: Sequence[Result], numbers: dict[str, int]) -> list[str]:
     lines = []
-    for each in measured:
-        for rival in each.rivals:
-            if lost := lost_to(rival, each.first):
-                where = f"{each.group}, {each.size}, {on(each, numbers)}"
-                note = f"; {rival.note}" if rival.note else ""
-                lines.append(f"- {where}: **{rival.name}** {', and '.join(lost)}{note}")
-    return lines or ["No rival is faster than ours, or smaller, in anything measured here."]
+    for each in results:
+        for alternative in each.alternatives:
+            if advantages := compare(alternative, each.first):
+                where = f"{each.group}, {each.size}, {device_link(each, numbers)}"
+                note = f"; {alternative.note}" if alternative.note else ""
+                lines.append(f"- {where}: **{alternative.name}** {', and '.join(advantages)}{note}")
+    return lines or ["No alternative is faster than fastsimclr, or needs less memory, in any of these benchmarks."]
 
 
-def lost_to(rival: Contender, first: Contender) -> list[str]:
-    """In what ours is slower or larger."""
-    lost = []
-    if rival.ratio and rival.ratio.median < 1:
-        unsure = ", within the noise" if rival.ratio.upper >= 1 else ""
-        lost.append(f"takes {quartiles(rival.ratio)} times as long as ours{unsure}")
-    if rival.peak_mib is not None and first.peak_mib is not None and rival.peak_mib < first.peak_mib:
-        lost.append(f"holds {number(rival.peak_mib)} MiB at most, ours {number(first.peak_mib)}")
-    return lost
+def compare(alternative: Contender, first: Contender) -> list[str]:
+    """Say in what the alternative is faster or smaller than the first contender."""
+    advantages = []
+    if alternative.ratio and alternative.ratio.median < 1:
+        noise = ", within the noise" if alternative.ratio.upper >= 1 else ""
+        advantages.append(f"takes {quartiles(alternative.ratio)} times as long as fastsimclr{noise}")
+    if alternative.peak_mib is not None and first.peak_mib is not None and alternative.peak_mib < first.peak_mib:
+        peaks = f"{format_number(alternative.peak_mib)} MiB, fastsimclr {format_number(first.peak_mib)} MiB"
+        advantages.append(f"peaks at {peaks}")
+    return advantages
 
 
-def on(measured: Measured, numbers: dict[str, int]) -> str:
-    return f"{measured.device} [[{numbers[measured.setup]}]](#measured-on)"
+def device_link(result: Result, numbers: dict[str, int]) -> str:
+    return f"{result.device} [[{numbers[result.setup]}]](#setups)"
 
 
-def section(same: Sequence[Measured], numbers: dict[str, int]) -> list[str]:
-    """One benchmark, on all devices."""
-    with_images = any(each.images for measured in same for each in measured.contenders)
-    head = ["on", "contender", "times ours (quartiles)", "spread", "ms (quartiles)", "images/s", "peak MiB", "check"]
-    keep = [title for title in head if with_images or title != "images/s"]
+def section(devices: Sequence[Result], numbers: dict[str, int]) -> list[str]:
+    """Write the section of one benchmark, measured on one or several devices."""
+    with_images = any(each.images for result in devices for each in result.contenders)
+    head = ["device", "contender", "relative time (quartiles)", "spread", "ms (quartiles)"]
+    head += ["images/s", "peak MiB", "check"]
+    columns = [title for title in head if with_images or title != "images/s"]
     rows = [
-        [cell for title, cell in zip(head, row(each, measured, numbers), strict=True) if title in keep]
-        for measured in same
-        for each in measured.contenders
+        [cell for title, cell in zip(head, row(each, result, numbers), strict=True) if title in columns]
+        for result in devices
+        for each in result.contenders
     ]
-    rounds = ", ".join(f"{counted(each.rounds, 'round')} on {on(each, numbers)} ({each.source})" for each in same)
+    rounds = ", ".join(
+        f"{pluralize(each.rounds, 'round')} on {device_link(each, numbers)} ({each.source})" for each in devices
+    )
     return [
-        f"### {same[0].size or same[0].name}",
+        f"### {devices[0].size or devices[0].name}",
         "",
         f"{rounds}.",
         "",
-        *table(keep, rows),
-        *remarks(same, numbers),
+        *table(columns, rows),
+        *notes(devices, numbers),
     ]
 
 
-def row(each: Contender, measured: Measured, numbers: dict[str, int]) -> list[str]:
+def row(each: Contender, result: Result, numbers: dict[str, int]) -> list[str]:
     rate = each.images_per_second
     return [
-        on(measured, numbers),
-        f"**{each.name}**" if each.kind is Kind.FIRST else each.name,
+        device_link(result, numbers),
+        f"**{each.name}**" if each.role is Role.FIRST else each.name,
         quartiles(each.ratio) if each.ratio else "1",
-        f"**⚠ spread {each.spread:.0%}**" if each.spread > TOO_WIDE else f"{each.spread:.0%}" if each.ratio else "",
+        f"**⚠ {each.spread:.0%}**" if each.spread > WIDE_SPREAD else f"{each.spread:.0%}" if each.ratio else "",
         quartiles(each.time_ms),
-        "" if rate is None else number(rate),
-        "" if each.peak_mib is None else number(each.peak_mib),
-        same_function(each),
+        "" if rate is None else format_number(rate),
+        "" if each.peak_mib is None else format_number(each.peak_mib),
+        check_cell(each),
     ]
 
 
-def same_function(each: Contender) -> str:
-    """How a contender was found to compute the same function as the first, or why not."""
+def check_cell(each: Contender) -> str:
+    """Say how the contender's result was checked, or why it was not."""
     if each.check:
         return f"{each.check.what}: {each.check.error:.1g} ≤ {each.check.bound:g}"
-    if each.differs:
-        return "**differs**, see below"
-    return "other work" if each.kind is Kind.YARDSTICK else "the others are compared with it"
+    if each.inexact:
+        return "**inexact**, see below"
+    return "different work" if each.role is Role.REFERENCE else "the others are compared with it"
 
 
-def remarks(same: Sequence[Measured], numbers: dict[str, int]) -> list[str]:
+def notes(devices: Sequence[Result], numbers: dict[str, int]) -> list[str]:
     lines = []
-    for measured in same:
-        where = f" ({on(measured, numbers)})" if len(same) > 1 else ""
-        for each in measured.contenders:
-            notes = [each.kind.value] * (each.kind is Kind.TRIED) + [each.note] * bool(each.note)
-            lines += [f"- {each.name}{where}: {'; '.join(notes)}"] if notes else []
-        lines += [f"- not here: {name}{where}: {why}" for name, why in measured.missing.items()]
+    for result in devices:
+        where = f" ({device_link(result, numbers)})" if len(devices) > 1 else ""
+        for each in result.contenders:
+            parts = [each.role.value] * (each.role is Role.EXPERIMENT) + [each.note] * bool(each.note)
+            lines += [f"- {each.name}{where}: {'; '.join(parts)}"] if parts else []
+        lines += [f"- not measured: {name}{where}: {why}" for name, why in result.missing.items()]
     return ["", *lines] if lines else []
 
 
-def summary(measured: Sequence[Measured]) -> str:
-    """The README's table: a row a benchmark that is its headline and has rivals, and what it was measured on."""
-    measured = [each for each in measured if each.headline and each.rivals]
-    if not measured:
-        return "(Nothing is measured yet that `benchmarks.report` can read.)"
-    numbers = footnotes(measured)
-    rows = [
-        [
-            f"{each.group}; {each.size}",
-            f"{each.device} [{numbers[each.setup]}]",
-            own_figure(each.first),
-            others(each),
-            memory(each),
-        ]
-        for each in measured
+def readme_table(results: Sequence[Result]) -> str:
+    """Write the README's tables, one per machine, with a row for each benchmark that has a task title.
+
+    The best alternative is the fastest one, even if it is inexact.
+    """
+    lines = []
+    results = sorted((each for each in results if each.readme_task and each.alternatives), key=readme_position)
+    for machine in group_by(results, lambda each: each.machine):
+        lines += [f"Device: {machine[0].machine}.", ""]
+        head = ["task", "fastsimclr", "best alternative", "times faster"]
+        lines += [*table(head, (readme_row(each) for each in machine)), ""]
+    best = [each.alternatives[0] for each in results]
+    if any(each.ratio and each.ratio.median < 1 for each in best):
+        lines += ["Below 1, the alternative is faster.", ""]
+    if any(each.inexact for each in best):
+        lines += ["† Inexact: it computes a different function, or at lower precision.", ""]
+    if any(each.spread > WIDE_SPREAD for each in best):
+        lines += [f"⚠ Noisy: the interquartile range is more than {WIDE_SPREAD:.0%} of the median.", ""]
+    anchor = DISADVANTAGES.lower().replace(" ", "-")
+    lines += [
+        "All results, with quartiles, peak memory and versions: "
+        "[benchmarks/results/report.md](benchmarks/results/report.md).",
+        f"{DISADVANTAGES}: [list](benchmarks/results/report.md#{anchor}).",
     ]
-    head = ["", "on", "ours", "others' time over ours, the fastest first", "peak MiB: ours, the fastest other's"]
-    marked = any(each.spread > TOO_WIDE for one in measured for each in one.contenders)
-    warning = [f"⚠: the ratio's quartiles lie more than {TOO_WIDE:.0%} apart.", ""] if marked else []
-    return "\n".join([*table(head, rows), "", *warning, *(f"[{n}] {setup}  " for setup, n in numbers.items())])
+    return "\n".join(lines)
 
 
-def own_figure(first: Contender) -> str:
-    rate = first.images_per_second
-    return f"{f'{number(first.time_ms.median)} ms' if rate is None else f'{number(rate)} images/s'} ({first.name})"
+def readme_position(result: Result) -> int:
+    positions = (i for i, start in enumerate(README_ORDER) if result.readme_task.startswith(start))
+    return next(positions, len(README_ORDER))
 
 
-def others(measured: Measured) -> str:
-    listed = {
-        kind: "; ".join(times(each) for each in measured.contenders if each.kind is kind)
-        for kind in (Kind.RIVAL, Kind.OURS, Kind.TRIED)
-    }
-    return "; ".join(each if kind is Kind.RIVAL else f"{kind.value}: {each}" for kind, each in listed.items() if each)
+def readme_row(result: Result) -> list[str]:
+    best = result.alternatives[0]
+    assert best.ratio is not None
+    return [
+        result.readme_task,
+        time_or_rate(result.first),
+        f"{best.name}{' †' if best.inexact else ''}: {time_or_rate(best)}",
+        f"{format_number(best.ratio.median)}{' ⚠' if best.spread > WIDE_SPREAD else ''}",
+    ]
 
 
-def times(other: Contender) -> str:
-    assert other.ratio is not None
-    figure = f"{number(other.ratio.median)}×{' ⚠' if other.spread > TOO_WIDE else ''}"
-    lost = other.kind is Kind.RIVAL and other.ratio.median < 1
-    return f"{other.name} {f'**{figure}**' if lost else figure}"
+def time_or_rate(each: Contender) -> str:
+    rate = each.images_per_second
+    return f"{format_number(each.time_ms.median)} ms" if rate is None else f"{format_number(rate)} images/s"
 
 
-def memory(measured: Measured) -> str:
-    known = [each.peak_mib for each in (measured.first, *measured.rivals[:1])]
-    return ", ".join("?" if each is None else number(each) for each in known) if known[0] is not None else ""
-
-
-def update_readme(path: Path, measured: Sequence[Measured], *, check: bool) -> int:
+def update_readme(path: Path, results: Sequence[Result], *, check: bool) -> int:
     try:
         text = path.read_text()
     except OSError as error:
-        raise Mistake(f"{path}: {error.strerror}") from error
+        raise UserError(f"{path}: {error.strerror}") from error
     before, begin, rest = text.partition(BEGIN)
     _, end, after = rest.partition(END)
     if not begin or not end:
-        raise Mistake(f"{path}: has no lines {BEGIN} and {END}")
-    made = f"{before}{BEGIN}\n{summary(measured)}\n{END}{after}"
+        raise UserError(f"{path}: expected the lines {BEGIN} and {END}, found no such pair")
+    updated = f"{before}{BEGIN}\n{readme_table(results)}\n{END}{after}"
     if check:
-        print(f"{path}: {'as measured' if made == text else 'out of date: run python -m benchmarks.report --readme'}")
-        return int(made != text)
-    path.write_text(made)
+        up_to_date = updated == text
+        print(f"{path}: {'up to date' if up_to_date else 'out of date: run python -m benchmarks.report --readme'}")
+        return int(not up_to_date)
+    path.write_text(updated)
     return 0
 
 
-def write_report(folder: Path, measured: Sequence[Measured], left_out: Sequence[str]) -> None:
+def write_report(folder: Path, results: Sequence[Result], left_out: Sequence[str]) -> None:
     folder.mkdir(parents=True, exist_ok=True)
-    for group in together(measured, lambda each: each.group):
-        charts.draw(group, folder / charts.file_name(group[0].group))
-    (folder / "report.md").write_text(report(measured, left_out))
+    for group in group_by(results, lambda each: each.group):
+        charts.write_chart(group, folder / charts.file_name(group[0].group))
+    (folder / "report.md").write_text(report(results, left_out))
     print(folder / "report.md")
 
 
 class Parser(argparse.ArgumentParser):
     def error(self, message: str) -> NoReturn:
-        """In one line, without argparse's usage."""
+        """Report the error in one line, without the usage."""
         self.exit(2, f"{self.prog}: {message}\n")
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
     parser = Parser(prog="python -m benchmarks.report", description=(__doc__ or "").split("\n")[0])
     parser.add_argument("files", nargs="*", type=Path, metavar="FILE", help="(default: those in benchmarks/results)")
-    parser.add_argument("--output", type=Path, metavar="DIR", help="write report.md and its charts there")
-    parser.add_argument("--readme", type=Path, metavar="README.md", help="write the table between its two marker lines")
+    parser.add_argument("--output", type=Path, metavar="DIR", help="folder to write report.md and its charts to")
     parser.add_argument(
-        "--check", action="store_true", help="with --readme: write nothing, exit with 1 if it would differ"
+        "--readme", type=Path, metavar="README.md", help="file whose table to update, between two markers"
     )
-    asked = parser.parse_args(arguments)
-    if not (asked.output or asked.readme):
-        parser.error("say what to make: --output or --readme")
-    if asked.check and not asked.readme:
-        parser.error("--check goes with --readme")
+    parser.add_argument("--check", action="store_true", help="with --readme: write nothing; exit with 1 if out of date")
+    options = parser.parse_args(arguments)
+    if not (options.output or options.readme):
+        parser.error("got neither --output nor --readme, expected at least one of them")
+    if options.check and not options.readme:
+        parser.error("got --check without --readme: add --readme README.md")
     try:
-        measured, left_out = read(asked.files or committed(RESULTS))
-        if not measured and not asked.readme:
-            raise Mistake("; ".join(left_out) or "no benchmark in these files")
+        results, left_out = read_results(options.files or find_result_files(RESULTS))
+        if not results and not options.readme:
+            raise UserError("; ".join(left_out) or "got files without benchmarks")
         code = 0
-        if asked.output:
-            write_report(asked.output, measured, left_out)
-        if asked.readme:
-            code = update_readme(asked.readme, measured, check=asked.check)
+        if options.output:
+            write_report(options.output, results, left_out)
+        if options.readme:
+            code = update_readme(options.readme, results, check=options.check)
         for line in left_out:
             print(line)
         return code
-    except Mistake as mistake:
-        parser.error(str(mistake))
+    except UserError as error:
+        parser.error(str(error))
 
 
 if __name__ == "__main__":

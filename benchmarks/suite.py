@@ -1,16 +1,16 @@
-"""Compare contenders on a noisy machine: in rounds, one call of each per round, by the median of the rounds' ratios.
+"""Compare contenders on a noisy machine: time one call of each per round, and report the median of the rounds' ratios.
 
-A machine that slows down for a second slows every contender of that round, and the ratio stays. Each timed call follows
-an untimed one of the same contender, so that nobody pays for the caches and the heap that the previous one left; calls
-that take a second need none.
+A machine that slows down for a second slows all contenders of that round, so the ratio hardly changes. Each timed call
+follows an untimed one of the same contender, so that no contender pays for the state of the caches and the heap that
+the previous one left. Calls of a second or more need no untimed call.
 
-    def test_sum(suite: Suite) -> None:                         # the fixture of conftest.py
+    def test_sum(suite: Suite) -> None:                         # the fixture in conftest.py
         timing = suite.interleave({"ours": f, "theirs": g}, sizes={"numbers": 512})     # ours first
-        suite.record(checks={"theirs": Check("sum, relative", error, 1e-6)})            # what benchmarks.report reads
+        suite.record(checks={"theirs": Check("relative error of the sum", error, 1e-6)})   # for benchmarks.report
 
-BENCH_SECONDS (default 300) is the time that each bench_*.py may take. What is left of it is shared by the tests that
-remain, and decides how many rounds a test gets: at least MIN_ROUNDS. A test that has no time for those is skipped, and
-says so. BENCH_SMALL=1 runs everything at sizes at which the figures mean nothing, to see that it runs.
+BENCH_SECONDS (default 300) is the time budget of each bench_*.py. The remaining tests share the remaining time, which
+determines their number of rounds: at least MIN_ROUNDS. A test without time for those is skipped, with a message.
+BENCH_SMALL=1 runs everything at small sizes, only to check that it runs; its figures mean nothing.
 """
 
 import itertools
@@ -33,16 +33,17 @@ DEVICE_NAME = torch.cuda.get_device_name() if ON_GPU else "cpu"
 CORES = 1 if SMALL else len(os.sched_getaffinity(0))
 
 MIN_ROUNDS = 3
-WARM_UP_ROUNDS, WARM_UP_SECONDS, WARM_UP_PART = 3, 2.0, 0.1  # at least one round; the part is of a test's share
+# The warm-up ends after that many rounds, that time, or that fraction of the test's budget, but not before one round.
+WARM_UP_ROUNDS, WARM_UP_SECONDS, WARM_UP_FRACTION = 3, 2.0, 0.1
 LONG_CALL_SECONDS = 1.0
-TIMED_PART = 0.6  # of a test's share; the rest is for checks and memory
-COMPILE_SECONDS = 60.0  # that torch.compile may take on two cores
-NO_TIME_TO_COMPILE = "is compiled: not at small sizes, nor without time for it"
-SHOW_SECONDS = 10.0  # between two lines of the same contender
+TIMED_FRACTION = 0.6  # of the test's budget; the rest is for checks and peak memory
+COMPILE_SECONDS = 60.0  # expected time of torch.compile on two cores
+NO_TIME_TO_COMPILE = "not compiled at small sizes, nor without time for it"
+PROGRESS_SECONDS = 10.0  # between two progress lines of the same contender
 
 
 class Budget:
-    """The seconds that one file of benchmarks may take."""
+    """Time budget of one benchmark file, in seconds."""
 
     def __init__(self, seconds: float = math.inf) -> None:
         self.seconds = seconds
@@ -75,7 +76,7 @@ class Spread:
 
 @dataclass(frozen=True)
 class Timing:
-    """Milliseconds of each contender, and each rival's time over that of the first."""
+    """Milliseconds of each contender, and each other contender's time divided by that of the first."""
 
     rounds: int
     milliseconds: dict[str, Spread]
@@ -84,27 +85,28 @@ class Timing:
 
 @dataclass(frozen=True)
 class Check:
-    """That a contender computes the same function as the first: measured after timing, on what was timed."""
+    """Check that a contender computes the same function as the first; made after timing, on what was timed."""
 
     what: str
-    """E.g. "loss, relative" or "views, mean levels of 255"."""
+    """What is compared, such as "relative error of the loss"."""
     error: float
     bound: float
 
     def __post_init__(self) -> None:
-        assert self.error <= self.bound, f"another function: {self.what} {self.error:.3g}, beyond {self.bound:.3g}"
+        assert self.error <= self.bound, f"different function: {self.what} is {self.error:.3g}, above {self.bound:.3g}"
 
 
 def relative_error(got: torch.Tensor, expected: torch.Tensor) -> float:
     return float((got - expected).norm() / expected.norm())
 
 
-def one_line(error: Exception) -> str:
+def error_line(error: Exception) -> str:
+    """Return the error's type and the first line of its message."""
     return f"{type(error).__name__}: {(str(error).splitlines() or [''])[0][:200]}"
 
 
 def verdict(what: str, got: float, *, at_least: float | None = None, at_most: float | None = None) -> str:
-    """The line that says whether a target is met."""
+    """Return a line that says whether a target is met."""
     met = (at_least is None or got >= at_least) and (at_most is None or got <= at_most)
     bound = f"at most {at_most:g}" if at_least is None else f"at least {at_least:g}"
     return f"{what} {bound}: {'met' if met else 'MISSED'} ({got:.3g})"
@@ -112,29 +114,32 @@ def verdict(what: str, got: float, *, at_least: float | None = None, at_most: fl
 
 @dataclass
 class Suite:
-    """One benchmark. tests: how many share what is left of the budget, this one included. say: prints a line."""
+    """One benchmark.
+
+    tests: number of tests that share the remaining budget, including this one. write_line: prints a line of progress.
+    """
 
     benchmark: BenchmarkFixture
     name: str = ""
     budget: Budget = field(default_factory=Budget)
     tests: int = 1
-    say: Callable[[str], object] = print
+    write_line: Callable[[str], object] = print
 
     def __post_init__(self) -> None:
-        self.share = self.budget.left() / self.tests
+        self.test_seconds = self.budget.left() / self.tests
         self._started = time.monotonic()
-        self._shown: dict[str, float] = {}
+        self._printed_at: dict[str, float] = {}
         self._sizes: Mapping[str, object] = {}
 
-    def share_left(self) -> float:
-        return self.share - (time.monotonic() - self._started)
+    def test_seconds_left(self) -> float:
+        return self.test_seconds - (time.monotonic() - self._started)
 
     def may_compile(self) -> bool:
-        """Whether there is time to compile a contender and to measure it."""
+        """Return whether there is time to compile a contender and to measure it."""
         return not SMALL and self.budget.left() > 2 * COMPILE_SECONDS
 
     def skip(self, reason: str) -> NoReturn:
-        self.say(f"{self.name}: skipped: {reason}")
+        self.write_line(f"{self.name}: skipped: {reason}")
         pytest.skip(reason)
 
     def interleave(
@@ -145,16 +150,16 @@ class Suite:
         rounds: int = 20,
         repeats: int = 1,
     ) -> Timing:
-        """Time the contenders in alternation, rivals in an order that reverses from round to round.
+        """Time the contenders in turn; the order of all but the first is reversed from round to round.
 
-        contenders: by name; the first is ours, the one that pytest-benchmark's own columns show. rounds: the most that
-        is of use. repeats: calls timed as one, so that they share a wait for the GPU; times are of one of them.
+        contenders: calls by name; pytest-benchmark's own columns show the first. rounds: maximum number of rounds.
+        repeats: number of calls timed as one, with one GPU synchronization; the times are per call.
         """
-        ours, *rivals = contenders
+        first, *others = contenders
         self._sizes = sizes
         seconds: dict[str, list[float]] = {name: [] for name in contenders}
         last: dict[str, float] = {}  # seconds of all repeats
-        turn = itertools.count()
+        round_number = itertools.count()
 
         def call(name: str) -> None:
             start = time.perf_counter()
@@ -163,70 +168,72 @@ class Suite:
             self.synchronize()
             last[name] = time.perf_counter() - start
             seconds[name].append(last[name] / repeats)
-            self._show(name, seconds[name], seconds[ours] or [last[ours] / repeats])  # at first ours is yet to come
+            # In a round, the first contender is called last.
+            self._print_progress(name, seconds[name], seconds[first] or [last[first] / repeats])
 
-        def lead_in(name: str) -> None:
+        def untimed_call(name: str) -> None:
             if name in short:
                 contenders[name]()
                 self.synchronize()
 
-        def call_rivals() -> None:
-            for name in rivals if next(turn) % 2 else reversed(rivals):
-                lead_in(name)
+        def call_others() -> None:
+            for name in others if next(round_number) % 2 else reversed(others):
+                untimed_call(name)
                 call(name)
-            lead_in(ours)
+            untimed_call(first)
 
         start = time.monotonic()
         for _ in range(1 if SMALL else WARM_UP_ROUNDS):
             for name in contenders:
                 call(name)
-                # At the least, until all are warm and have their rounds; not an hour for the first of ten slow ones.
+                # A lower bound of the remaining time, so that slow contenders are skipped after one call.
                 calls = len(contenders) - len(last) + min(MIN_ROUNDS, rounds) * len(contenders)
                 self._require(calls * min(last.values()), rounds)
-            if time.monotonic() - start > min(WARM_UP_SECONDS, WARM_UP_PART * self.share):
+            if time.monotonic() - start > min(WARM_UP_SECONDS, WARM_UP_FRACTION * self.test_seconds):
                 break
         short = {name for name, each in last.items() if each < LONG_CALL_SECONDS}
         round_seconds = sum(2 * each if name in short else each for name, each in last.items())
         self._require(min(MIN_ROUNDS, rounds) * round_seconds, rounds)
-        fit = int(min(rounds, TIMED_PART * max(0.0, self.share_left()) / round_seconds))
+        fit = int(min(rounds, TIMED_FRACTION * max(0.0, self.test_seconds_left()) / round_seconds))
         rounds = max(fit, min(MIN_ROUNDS, rounds))
         for each in seconds.values():
             each.clear()
-        self.benchmark.pedantic(call, args=(ours,), setup=call_rivals, rounds=rounds)
+        self.benchmark.pedantic(call, args=(first,), setup=call_others, rounds=rounds)
         assert len({len(each) for each in seconds.values()}) == 1, (
-            "pytest-benchmark called ours more often than its setup"
+            "pytest-benchmark called the first contender more often than its setup"
         )
 
         timing = Timing(
             rounds=rounds,
             milliseconds={name: Spread.of([1e3 * s for s in each]) for name, each in seconds.items()},
             speedup={
-                name: Spread.of([a / b for a, b in zip(seconds[name], seconds[ours], strict=True)]) for name in rivals
+                name: Spread.of([a / b for a, b in zip(seconds[name], seconds[first], strict=True)]) for name in others
             },
         )
         self.benchmark.extra_info.update(asdict(timing))
         return timing
 
     def _require(self, seconds: float, rounds: int) -> None:
-        """Skip the test if its fewest rounds take longer than is left."""
+        """Skip the test if its minimum number of rounds takes longer than the remaining budget."""
         left = max(0.0, self.budget.left())
         if seconds > left:
-            least = f"{min(MIN_ROUNDS, rounds)} rounds take about {seconds:.0f} s"
-            self.skip(f"{least}, and {left:.0f} s are left of BENCH_SECONDS={self.budget.seconds:g}")
+            needed = f"{min(MIN_ROUNDS, rounds)} rounds take about {seconds:.0f} s"
+            self.skip(f"{needed}, but only {left:.0f} s of BENCH_SECONDS={self.budget.seconds:g} are left")
 
     def synchronize(self) -> None:
         if ON_GPU:
             torch.cuda.synchronize()
 
-    def _show(self, name: str, seconds: Sequence[float], ours: Sequence[float]) -> None:
-        """One line, the first time that a contender is measured and then every few seconds."""
+    def _print_progress(self, name: str, seconds: Sequence[float], first: Sequence[float]) -> None:
+        """Print a line the first time that a contender is measured, and then every few seconds."""
         now = time.monotonic()
-        if now - self._shown.get(name, -math.inf) < SHOW_SECONDS:
+        if now - self._printed_at.get(name, -math.inf) < PROGRESS_SECONDS:
             return
-        self._shown[name] = now
-        ratio = statistics.median(seconds) / statistics.median(ours)
+        self._printed_at[name] = now
+        ratio = statistics.median(seconds) / statistics.median(first)
         milliseconds = 1e3 * statistics.median(seconds)
-        self.say(f"{self.name} | {listed(self._sizes)} | {name} | {milliseconds:.4g} ms | {ratio:.3g} x ours")
+        sizes = format_sizes(self._sizes)
+        self.write_line(f"{self.name} | {sizes} | {name} | {milliseconds:.4g} ms | relative time {ratio:.3g}")
 
     def record(
         self,
@@ -237,25 +244,29 @@ class Suite:
         checks: Mapping[str, Check] | None = None,
         missing: Mapping[str, str] | None = None,
         notes: Mapping[str, str] | None = None,
-        ours: Collection[str] = (),
-        tried: Collection[str] = (),
-        yardsticks: Collection[str] = (),
-        differing: Collection[str] = (),
-        headline: bool = True,
+        variants: Collection[str] = (),
+        experiments: Collection[str] = (),
+        references: Collection[str] = (),
+        inexact: Collection[str] = (),
+        readme_task: str = "",
         images_from: str = "",
     ) -> None:
-        """Print what was measured, and put what `benchmarks.report` needs beside the times into benchmark.extra_info.
+        """Print the results, and add what `benchmarks.report` needs besides the times to benchmark.extra_info.
 
-        images: source images of a call of each contender. missing: contenders that were not measured, and why.
-        ours: other setups of the package. tried: variants of it that exist in benchmarks/ alone. yardsticks: those that
-        do other work. None of these is a rival. differing: rivals that compute another function, or in less precision,
-        as their notes say. All others but the first have to be checked. headline: it gets a row in README.md.
+        images: source images per call of each contender. missing: contenders that were not measured, and why.
+        images_from: origin of the images. readme_task: title of this benchmark's row in README.md; none if empty.
+
+        Contenders are alternatives to the first, unless they are listed as one of these: variants: other settings of
+        the package; experiments: implementations that exist in benchmarks/ only; references: different work.
+
+        inexact: alternatives that compute another function, or at lower precision, as their notes must say. All other
+        contenders except the first and the references need a check.
         """
         info = self.benchmark.extra_info
-        unchecked = set(info["speedup"]) - {*(checks or {}), *yardsticks, *differing}
-        assert not unchecked, f"not checked, and not said to differ: {', '.join(sorted(unchecked))}"
-        unsaid = set(differing) - set(notes or {})
-        assert not unsaid, f"how far off they are is not in the notes: {', '.join(sorted(unsaid))}"
+        unchecked = set(info["speedup"]) - {*(checks or {}), *references, *inexact}
+        assert not unchecked, f"neither checked nor listed as inexact: {', '.join(sorted(unchecked))}"
+        without_note = set(inexact) - set(notes or {})
+        assert not without_note, f"inexact contenders without a note on their error: {', '.join(sorted(without_note))}"
         info.update(
             device=device,
             sizes=dict(self._sizes),
@@ -264,22 +275,24 @@ class Suite:
             checks={name: asdict(check) for name, check in (checks or {}).items()},
             missing=dict(missing or {}),
             notes=dict(notes or {}),
-            ours=list(ours),
-            tried=list(tried),
-            yardsticks=list(yardsticks),
-            differing=list(differing),
-            headline=headline,
+            variants=list(variants),
+            experiments=list(experiments),
+            references=list(references),
+            inexact=list(inexact),
+            readme_task=readme_task,
             images_from=images_from,
             targets=[],
         )
-        self._show_all(info)
+        self._print_results(info)
 
-    def _show_all(self, info: Mapping[str, Any]) -> None:
-        self.say(f"{self.name}: {listed(info['sizes'])}; {info['device']}; {info['rounds']} rounds, median (quartiles)")
+    def _print_results(self, info: Mapping[str, Any]) -> None:
+        self.write_line(
+            f"{self.name}: {format_sizes(info['sizes'])}; {info['device']}; {info['rounds']} rounds, median (quartiles)"
+        )
         for name, milliseconds in info["milliseconds"].items():
             cells = [f"  {name:42} {Spread(**milliseconds)} ms"]
             if name in info["speedup"]:
-                cells.append(f"{Spread(**info['speedup'][name])} x ours")
+                cells.append(f"relative time {Spread(**info['speedup'][name])}")
             if name in info["images"]:
                 cells.append(f"{1e3 * info['images'][name] / milliseconds['median']:,.0f} images/s")
             if name in info["peak_mib"]:
@@ -288,16 +301,16 @@ class Suite:
                 cells.append("{what} {error:.1g}".format(**info["checks"][name]))
             if name in info["notes"]:
                 cells.append(info["notes"][name])
-            self.say("; ".join(cells))
+            self.write_line("; ".join(cells))
         for name, why in info["missing"].items():
-            self.say(f"  {name:42} not measured: {why}")
+            self.write_line(f"  {name:42} not measured: {why}")
 
-    def judge(self, *verdicts: str) -> None:
-        """Print and record whether targets are met; at small sizes they mean nothing."""
+    def record_targets(self, *verdicts: str) -> None:
+        """Print and record whether the targets are met, except at small sizes, where they mean nothing."""
         for each in () if SMALL else verdicts:
-            self.say(f"  target, {each}")
+            self.write_line(f"  target, {each}")
             self.benchmark.extra_info["targets"].append(each)
 
 
-def listed(sizes: Mapping[str, object]) -> str:
+def format_sizes(sizes: Mapping[str, object]) -> str:
     return ", ".join(f"{name.replace('_', ' ')} {value}" for name, value in sizes.items())

@@ -1,5 +1,6 @@
-"""The training loops of bench_train.py: ours, and lightly's examples/pytorch/simclr.py as it is written, with
-torchvision's model: its transform in a DataLoader, one view after the other through the model, its loss, SGD, float32.
+"""The training loops of bench_train.py: fastsimclr, and lightly's examples/pytorch/simclr.py with torchvision's model.
+
+lightly's loop has its transform in a DataLoader, its loss, SGD and float32; each view is a separate forward pass.
 """
 
 import copy
@@ -26,19 +27,19 @@ from fastsimclr.optim import build_optimizer
 from fastsimclr.precision import choose_precision
 from fastsimclr.training.step import Step
 
-LR = 0.06  # the example's
+LR = 0.06  # as in lightly's example
 NO_SCALER = GradScaler(DEVICE.type, enabled=False)
 
 
 def simclr(name: str, stem: str, image_size: int) -> SimCLR:
-    """The same weights each time."""
+    """Build a model, with the same weights in each call."""
     torch.manual_seed(0)
-    chosen = encoder(name, 1, stem, image_size=image_size)
-    return SimCLR(chosen, projector(chosen.out_features)).to(DEVICE)
+    backbone = encoder(name, 1, stem, image_size=image_size)
+    return SimCLR(backbone, projector(backbone.out_features)).to(DEVICE)
 
 
 def with_plain_convolutions(model: SimCLR) -> SimCLR:
-    """The model, changed to compute as torchvision's: our encoder has other forms of convolutions of small maps."""
+    """Replace fastsimclr's convolutions of small feature maps by nn.Conv2d, as in torchvision's model, in place."""
     for module in model.modules():
         if isinstance(module, SmallMapConv2d):
             module.__class__ = nn.Conv2d
@@ -47,18 +48,18 @@ def with_plain_convolutions(model: SimCLR) -> SimCLR:
 
 @dataclass
 class Contender:
-    """A loop around a model."""
+    """A training loop and its model."""
 
     model: SimCLR
     optimizer: torch.optim.Optimizer
     batches: Callable[[], Iterable[Sequence[Tensor]]]
-    """An epoch's, each of two views, (B, 3, H, W)."""
+    """Returns the batches of an epoch, each of two views (B, 3, H, W)."""
     backward: Callable[[Sequence[Tensor]], Tensor]
-    """A batch's loss, detached; leaves its gradients in the model."""
+    """Computes the gradients of a batch; returns its loss, detached."""
     dtype: torch.dtype = torch.float32
-    """Of the views, and of the model's products."""
-    together: bool = True
-    """Both views go through the model, and so through its batch normalisation, in one batch."""
+    """Dtype of the views, and of the model's matrix products."""
+    joint_batch_norm: bool = True
+    """Whether both views pass through the model, and so its BatchNorm, in one batch."""
 
     def update(self, views: Sequence[Tensor]) -> Tensor:
         loss = self.backward(views)
@@ -68,23 +69,23 @@ class Contender:
 
     def epoch(self) -> None:
         losses = [self.update(views) for views in self.batches()]
-        float(torch.stack(losses).mean())  # as a log has it: waits for the device
+        float(torch.stack(losses).mean())  # waits for the device, as logging does
 
     def loss(self, views: Sequence[Tensor]) -> float:
-        """Of these views, in the precision that is timed."""
+        """Return the loss of these views, in the precision that is timed."""
         loss = self.backward([view.to(self.dtype) for view in views])
         self.optimizer.zero_grad(set_to_none=True)
         return float(loss)
 
 
-def ours(
+def fastsimclr_loop(
     model: SimCLR,
     batches: Callable[[], Iterable[Sequence[Tensor]]],
     temperature: float,
     precision: str,
     micro_batch_size: int | None = None,
 ) -> Contender:
-    """A step of fastsimclr.train at its defaults, except for the optimizer, which is the example's."""
+    """The step of fastsimclr.train at its defaults, except for the optimizer, which is that of lightly's example."""
     chosen = choose_precision(precision, DEVICE)
     model = copy.deepcopy(model).to(memory_format=torch.channels_last)  # type: ignore[call-overload]
     step = Step(model, NTXentLoss(temperature, precision="highest"), chosen, micro_batch_size, NO_SCALER)
@@ -97,7 +98,7 @@ def ours(
     )
 
 
-def views_of(loader: ViewLoader) -> Callable[[], Iterator[Sequence[Tensor]]]:
+def view_batches(loader: ViewLoader) -> Callable[[], Iterator[Sequence[Tensor]]]:
     return lambda: (batch.views for batch in loader)
 
 
@@ -107,7 +108,7 @@ def lightly_loader(source: ArraySource, augmentation: Augmentation, batch_size: 
 
 
 def lightly_loop(model: SimCLR, loader: Loader, temperature: float, *, tuned: bool) -> Contender:
-    """tuned: under bf16 autocast and channels-last, two lines that an expert would change."""
+    """lightly's loop. tuned: with bf16 autocast and channels-last, which take two lines of code."""
     from lightly.loss import NTXentLoss as LightlyLoss
 
     model = with_plain_convolutions(copy.deepcopy(model))
@@ -130,12 +131,12 @@ def lightly_loop(model: SimCLR, loader: Loader, temperature: float, *, tuned: bo
         lambda: loader,
         backward,
         torch.bfloat16 if tuned else torch.float32,
-        together=False,
+        joint_batch_norm=False,
     )
 
 
 def small_views() -> Augmentation:
-    """The preset cifar10, with the filter that lightly's transform has, which is torchvision's default."""
+    """The preset cifar10, with bilinear interpolation, which lightly's transform hardcodes (torchvision's default)."""
     preset = Augmentation.preset("cifar10")
     return Augmentation(**{**vars(preset), "interpolation": "bilinear"})
 
@@ -146,7 +147,10 @@ def open_small_views(source: ArraySource, augmentation: Augmentation, batch_size
 
 
 def large_step(batch_size: int, micro_batch_size: int, name: str) -> Callable[[], float]:
-    """A step of ResNet-18 at 32² in micro-batches with the loss "ours" or "dense"; returns the loss. Weights stay."""
+    """Return a step of ResNet-18 at 32x32 in micro-batches, with the loss "ours" or "dense".
+
+    The step returns the loss and does not change the weights.
+    """
     torch.manual_seed(0)
     model = simclr("resnet18", "imagenet", 32).to(memory_format=torch.channels_last)  # type: ignore[call-overload]
     chosen = choose_precision("auto", DEVICE)
@@ -159,14 +163,17 @@ def large_step(batch_size: int, micro_batch_size: int, name: str) -> Callable[[]
         model.zero_grad(set_to_none=True)
         return loss
 
-    # What is allocated once, such as threads and their scratch, does not count.
+    # Exclude one-time allocations, such as threads and their scratch memory.
     step.backward([view[: 2 * micro_batch_size] for view in views], 2 * micro_batch_size)
     model.zero_grad(set_to_none=True)
     return run
 
 
-def fits(batch_size: int, micro_batch_size: int, name: str, limit_mib: float) -> bool:
-    """Whether that step fits into so much memory beyond what is held before it. Limits its process for good."""
+def fits_in_memory(batch_size: int, micro_batch_size: int, name: str, limit_mib: float) -> bool:
+    """Return whether the step fits into limit_mib beyond the memory held before it.
+
+    The limit stays in force: call this in a process of its own.
+    """
     run = large_step(batch_size, micro_batch_size, name)
     if DEVICE.type == "cuda":
         total = torch.cuda.get_device_properties(DEVICE).total_memory
@@ -181,7 +188,7 @@ def fits(batch_size: int, micro_batch_size: int, name: str, limit_mib: float) ->
     except torch.OutOfMemoryError:
         return False
     except RuntimeError as error:
-        if "can't allocate memory" not in str(error):  # so says torch's allocator for CPUs
+        if "can't allocate memory" not in str(error):  # the message of torch's CPU allocator
             raise
         return False
     return True

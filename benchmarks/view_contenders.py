@@ -1,8 +1,9 @@
-"""Our loaders in bench_views.py, DALI as it is used elsewhere, and how all loaders are compared.
+"""fastsimclr's loaders in bench_views.py, DALI's own pipelines, and the comparison of all loaders.
 
-All are opened on the same images, timed in alternation, and checked to make the same views. Ours are compared at the
-whole recipe, as equal seeds draw equal views. Rivals draw on their own: they are compared where the recipe leaves
-nothing to chance, which is reading, decoding, resizing, flipping, blurring and normalizing.
+All loaders are opened on the same images, timed in turn, and checked to return the same views. fastsimclr's loaders are
+compared on the whole augmentation, as they sample the same random parameters from the same seed. The alternatives
+sample their own: they are compared without random operations, which leaves reading, decoding, resizing, flipping,
+blurring and normalizing.
 """
 
 import functools
@@ -20,8 +21,8 @@ from nvidia.dali import pipeline_def
 from nvidia.dali.plugin.pytorch import DALIGenericIterator, LastBatchPolicy
 from torch import Tensor
 
-from benchmarks.memory import most_mib, settle_heap, trimmed_mib
-from benchmarks.suite import CORES, DEVICE, ON_GPU, SMALL, Check, Suite, one_line
+from benchmarks.memory import settle_heap, tree_peak_mib, trimmed_mib
+from benchmarks.suite import CORES, DEVICE, ON_GPU, SMALL, Check, Suite, error_line
 from benchmarks.view_peers import GRID, Contender, Loader, Photos, Setting
 from fastsimclr import Augmentation
 from fastsimclr.data import open_source, open_views
@@ -30,32 +31,33 @@ from fastsimclr.data.loader import BatchRequest, CropBackend
 from fastsimclr.data.sampler import Sampler
 from fastsimclr.data.torchvision import TorchvisionBackend
 
-PIXELS_BOUND = 1.5  # mean levels of 255, between two loaders of ours: tests/data/test_loaders.py
+PIXELS_BOUND = 1.5  # as between two of fastsimclr's loaders in tests/data/test_loaders.py
+PIXEL_DIFFERENCE = "mean pixel difference (scale 0 to 255)"
 ROUNDS = 2 if SMALL else 5
 WORKERS = min(16, CORES)
 
 
 @dataclass(frozen=True)
 class Images:
-    """What contenders are opened on: an epoch, a slow contender's epoch, and a few of a ratio of 4 to 3."""
+    """The images of an epoch, those of a slow contender's epoch, and those, 4:3, whose pixels are compared."""
 
     whole: Any
     once: Any
-    few: Any
+    compared: Any
     origin: str
 
 
-class Opened:
-    """A contender's loader, of which an epoch has run. side, dtype: of each view that a batch has to consist of."""
+class OpenLoader:
+    """A contender's loader, after one epoch. side, dtype: expected side and dtype of each view."""
 
     def __init__(self, contender: Contender, setting: Setting, data: Images, side: int, dtype: torch.dtype) -> None:
         if contender.requires:
-            importlib.import_module(contender.requires)  # else its imports are in its memory
+            importlib.import_module(contender.requires)  # so that its imports are not part of its memory
         images = data.once if contender.slow else data.whole
         before = trimmed_mib()
         self.side, self.dtype, self.images = side, dtype, len(images)
-        self.loader = open_on(contender, images, setting)
-        self.peak_mib = most_mib(self.epoch) - before
+        self.loader = open_loader_on(contender, images, setting)
+        self.peak_mib = tree_peak_mib(self.epoch) - before
 
     def epoch(self) -> None:
         seen = 0
@@ -68,7 +70,7 @@ class Opened:
         assert seen == self.images
 
 
-def open_on(contender: Contender, images: Any, setting: Setting) -> Loader:
+def open_loader_on(contender: Contender, images: Any, setting: Setting) -> Loader:
     return contender.open(images, replace(setting, batch_size=min(setting.batch_size, len(images))))
 
 
@@ -77,7 +79,7 @@ def close(loader: Loader) -> None:
 
 
 def levels(view: Tensor, augmentation: Augmentation) -> Tensor:
-    """A view's pixels in levels of 255, float32 on the CPU, from uint8 or from normalized ones."""
+    """Return the pixels of a uint8 or normalized view on the scale 0 to 255, float32 on the CPU."""
     view = view.detach().cpu()
     if view.dtype == torch.uint8:
         return view.float()
@@ -85,30 +87,30 @@ def levels(view: Tensor, augmentation: Augmentation) -> Tensor:
     return (view.float() * std + mean) * 255
 
 
-def pixels_apart(some: Loader, others: Loader, augmentation: Augmentation) -> float:
-    """Mean difference in levels of 255 of two unshuffled loaders' views. Both have to show as many."""
+def pixel_difference(a_loader: Loader, b_loader: Loader, augmentation: Augmentation) -> float:
+    """Return the mean pixel difference between the views of two unshuffled loaders of equal length."""
     total, pixels = 0.0, 0
-    for left, right in itertools.zip_longest(some, others, fillvalue=()):
-        for a, b in zip(left, right, strict=True):
+    for a_batch, b_batch in itertools.zip_longest(a_loader, b_loader, fillvalue=()):
+        for a, b in zip(a_batch, b_batch, strict=True):
             total += float((levels(a, augmentation) - levels(b, augmentation)).abs().sum())
             pixels += a.numel()
     return total / pixels
 
 
 def without_randomness(augmentation: Augmentation) -> Augmentation:
-    """The recipe with the same steps, none of them random; the color jitter, which has no such form, left out."""
-    blur = {"blur": 1.0, "blur_sigma": (1.0, 1.0)} if augmentation.blur_prob else {}
+    """Return the augmentation without randomness; color jitter, which has no such form, is left out."""
+    blur = {"blur_prob": 1.0, "blur_sigma": (1.0, 1.0)} if augmentation.blur_prob else {}
     return replace(augmentation, scale=(1.0, 1.0), flip_prob=1.0, jitter_prob=0.0, grayscale_prob=0.0, **blur)
 
 
-def check_pixels(ours: Contender, other: Contender, setting: Setting, few: Any, side: int) -> Check:
-    augmentation = replace(setting.augmentation, **other.recipe)
-    what = "decoded pixels" if side == GRID else "views of equal seeds"
+def check_pixels(ours: Contender, other: Contender, setting: Setting, compared: Any, side: int) -> Check:
+    augmentation = replace(setting.augmentation, **other.hardcoded)
+    what = "decoded images" if side == GRID else "same random parameters"
     if side != GRID and not other.same_params:
-        augmentation, what = without_randomness(augmentation), "views with nothing random"
+        augmentation, what = without_randomness(augmentation), "no random operations"
     setting = replace(setting, augmentation=augmentation, workers=0, shuffle=False)
-    pair = [open_on(each, few, setting) for each in (other, ours)]
-    check = Check(f"{what}, mean levels of 255", pixels_apart(*pair, augmentation), PIXELS_BOUND)
+    pair = [open_loader_on(each, compared, setting) for each in (other, ours)]
+    check = Check(f"{PIXEL_DIFFERENCE}, {what}", pixel_difference(*pair, augmentation), PIXELS_BOUND)
     for loader in pair:
         close(loader)
     return check
@@ -121,52 +123,53 @@ def compare(
     data: Images,
     side: int,
     dtype: torch.dtype,
-    headline: bool = True,
+    *,
+    readme_task: str = "",
 ) -> None:
-    """Open, time, check and record the contenders; the first is ours. side, dtype: see `Opened`."""
-    opened: dict[str, Opened] = {}
+    """Open, time, check and record the contenders, fastsimclr first. side, dtype: see `OpenLoader`."""
+    opened: dict[str, OpenLoader] = {}
     missing: dict[str, str] = {}
     for name, contender in contenders.items():
         try:
-            opened[name] = Opened(contender, setting, data, side, dtype)
+            opened[name] = OpenLoader(contender, setting, data, side, dtype)
         except Exception as error:
             if not contender.requires:
                 raise
-            missing[name] = one_line(error)
+            missing[name] = error_line(error)
     settle_heap()
     sizes = {"image_size": setting.augmentation.image_size, "views": 2, "batch_size": setting.batch_size}
     epochs = {name: each.epoch for name, each in opened.items()}
     suite.interleave(epochs, sizes=sizes | {"workers": WORKERS, "cores": CORES}, rounds=ROUNDS)
-    ours, *names = opened
+    first, *names = opened
     others = {name: contenders[name] for name in names}
     suite.record(
         images={name: each.images for name, each in opened.items()},
         peak_mib={name: each.peak_mib for name, each in opened.items()},
         checks={
-            name: check_pixels(contenders[ours], each, setting, data.few, side)
+            name: check_pixels(contenders[first], each, setting, data.compared, side)
             for name, each in others.items()
-            if not each.differs
+            if not each.inexact
         },
         missing=missing,
         notes={name: each.note for name, each in others.items() if each.note},
-        ours=[name for name, each in others.items() if each.same_params and not each.tried],
-        tried=[name for name, each in others.items() if each.tried],
-        differing=[name for name, each in others.items() if each.differs],
-        headline=headline,
+        variants=[name for name, each in others.items() if each.same_params and not each.experiment],
+        experiments=[name for name, each in others.items() if each.experiment],
+        inexact=[name for name, each in others.items() if each.inexact],
+        readme_task=readme_task,
         images_from=data.origin,
     )
     for each in opened.values():
         close(each.loader)
     opened.clear()
     epochs.clear()
-    gc.collect()  # rivals' workers end with their loaders
+    gc.collect()  # ends the workers of loaders without close()
 
 
-# Ours
+# fastsimclr
 
 
 class OurViews:
-    """`open_views`, its batches as pairs."""
+    """`open_views`, returning pairs of views."""
 
     def __init__(self, data: Any, setting: Setting, backend: str) -> None:
         self._loader = open_views(
@@ -188,7 +191,7 @@ class OurViews:
 
 
 class OurCrops:
-    """The first half of our loaders: read, decode, crop, resize, flip; by `DaliColours` also the colors."""
+    """The first half of fastsimclr's loaders: read, decode, crop, resize, flip; with `DaliColors`, also the colors."""
 
     def __init__(self, photos: Photos, setting: Setting, crop_backend: type[CropBackend]) -> None:
         source = open_source(str(photos.folder))
@@ -203,8 +206,8 @@ class OurCrops:
     def __iter__(self) -> Iterator[tuple[Tensor, ...]]:
         epoch = self._sampler.epoch
         requests = (BatchRequest(self._sampler.seed, epoch, index) for index in self._sampler.remaining())
-        for made in self._crop_backend.crops(requests):
-            yield tuple(view.permute(0, 3, 1, 2) for view in made.crops)
+        for batch in self._crop_backend.crops(requests):
+            yield tuple(view.permute(0, 3, 1, 2) for view in batch.crops)
         self._sampler.epoch = epoch + 1
 
     def close(self) -> None:
@@ -219,11 +222,11 @@ def our_crops(crop_backend: type[CropBackend], **more: Any) -> Contender:
     return Contender(functools.partial(OurCrops, crop_backend=crop_backend), same_params=True, **more)
 
 
-# DALI as it is used elsewhere
+# DALI's own pipelines
 
 
 class DaliReader:
-    """DALI's own reader and decoder, and `count` results of `make` for each image, as tensors on the device."""
+    """DALI's reader and decoder, and `count` results of `make` for each image, as tensors on the device."""
 
     def __init__(
         self, photos: Photos, setting: Setting, make: Callable[[Any, Augmentation, str], Any], count: int = 2
@@ -257,11 +260,11 @@ class DaliReader:
             yield tuple(batch[name].permute(0, 3, 1, 2) for name in self._names)
 
 
-def dali_grid(images: Any, augmentation: Augmentation, place: str) -> Any:
-    return fn.resize(images, size=[GRID] * 2, interp_type=types.INTERP_NN, antialias=False, device=place)
+def dali_grid(images: Any, augmentation: Augmentation, device: str) -> Any:
+    return fn.resize(images, size=[GRID] * 2, interp_type=types.INTERP_NN, antialias=False, device=device)
 
 
-def dali_crop(images: Any, augmentation: Augmentation, place: str) -> Any:
+def dali_crop(images: Any, augmentation: Augmentation, device: str) -> Any:
     return fn.random_resized_crop(
         images,
         size=[augmentation.image_size] * 2,
@@ -269,21 +272,22 @@ def dali_crop(images: Any, augmentation: Augmentation, place: str) -> Any:
         random_area=list(augmentation.scale),
         interp_type=types.INTERP_CUBIC,
         antialias=True,
-        device=place,
+        device=device,
     )
 
 
-def dali_crop_and_flip(images: Any, augmentation: Augmentation, place: str) -> Any:
+def dali_crop_and_flip(images: Any, augmentation: Augmentation, device: str) -> Any:
     flip = fn.random.coin_flip(probability=augmentation.flip_prob)
-    return fn.flip(dali_crop(images, augmentation, place), horizontal=flip, device=place)
+    return fn.flip(dali_crop(images, augmentation, device), horizontal=flip, device=device)
 
 
-def dali_color_twist(images: Any, augmentation: Augmentation, place: str) -> Any:
+def dali_color_twist(images: Any, augmentation: Augmentation, device: str) -> Any:
     """The usual SimCLR graph: two crops, color_twist, blur, normalize.
 
-    One matrix for the whole jitter, in a fixed order, with contrast about 128 and a hue turned in YIQ.
+    color_twist applies the whole color jitter as one matrix, in a fixed order, with contrast about 128 and the hue
+    shifted in YIQ.
     """
-    x = dali_crop(images, augmentation, place)
+    x = dali_crop(images, augmentation, device)
     jittered = fn.random.coin_flip(probability=augmentation.jitter_prob, dtype=types.BOOL)
     if jittered:
         x = fn.color_twist(
@@ -292,17 +296,17 @@ def dali_color_twist(images: Any, augmentation: Augmentation, place: str) -> Any
             contrast=fn.random.uniform(range=(1 - augmentation.contrast, 1 + augmentation.contrast)),
             saturation=fn.random.uniform(range=(1 - augmentation.saturation, 1 + augmentation.saturation)),
             hue=fn.random.uniform(range=(-360 * augmentation.hue, 360 * augmentation.hue)),
-            device=place,
+            device=device,
         )
-    grey = fn.random.coin_flip(probability=augmentation.grayscale_prob, dtype=types.BOOL)
-    if grey:
-        x = fn.saturation(x, saturation=0.0, device=place)
+    grayscale = fn.random.coin_flip(probability=augmentation.grayscale_prob, dtype=types.BOOL)
+    if grayscale:
+        x = fn.saturation(x, saturation=0.0, device=device)
     blurred = fn.random.coin_flip(probability=augmentation.blur_prob, dtype=types.BOOL)
     if blurred:
-        x = fn.gaussian_blur(x, sigma=fn.random.uniform(range=augmentation.blur_sigma), device=place)
+        x = fn.gaussian_blur(x, sigma=fn.random.uniform(range=augmentation.blur_sigma), device=device)
     flip = fn.random.coin_flip(probability=augmentation.flip_prob)
     mean, std = ([255 * level for level in levels] for levels in (augmentation.mean, augmentation.std))
-    return fn.crop_mirror_normalize(x, mirror=flip, mean=mean, std=std, output_layout="HWC", device=place)
+    return fn.crop_mirror_normalize(x, mirror=flip, mean=mean, std=std, output_layout="HWC", device=device)
 
 
 def by_dali(make: Callable[[Any, Augmentation, str], Any], count: int = 2, **more: Any) -> Contender:

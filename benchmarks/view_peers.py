@@ -1,8 +1,8 @@
-"""The rivals of bench_views.py: torchvision, lightly, Kornia and WebDataset, used as their documentation shows.
+"""Alternatives in bench_views.py: torchvision, lightly, Kornia and WebDataset, used as their documentation shows.
 
-All of them work in a DataLoader's processes. These are forked from a server that has imported what they need, because
-to fork this process would copy locks that threads of torch or DALI hold. DALI is not imported here, so the server has
-no DALI. lightly, Kornia and WebDataset are imported where they are used: they may not be installed.
+All of them use DataLoader workers. These are forked from a server with the necessary imports, because forking this
+process would copy locks held by threads of torch or DALI. This module does not import DALI, so that the server does not
+either. lightly, Kornia and WebDataset are imported where they are used, as they may not be installed.
 """
 
 import multiprocessing
@@ -23,7 +23,7 @@ from benchmarks.suite import CORES, DEVICE
 from fastsimclr import Augmentation
 from fastsimclr.data.images import decode
 
-GRID = 8  # pixels a side that the decoding stage passes on: whole images are of many sizes
+GRID = 8  # side of the grid of pixels that the decoding stage returns, as whole images differ in size
 PRELOADED = ("benchmarks.view_peers", "torch.utils.data._utils.worker", "lightly.transforms")
 PRELOADED += ("webdataset", "fastsimclr.data.torchvision")  # those not installed are ignored
 
@@ -33,7 +33,7 @@ Transform = Callable[[Any], Sequence[Tensor]]
 
 @dataclass(frozen=True)
 class Photos:
-    """The same photographs as contenders read them: files of one folder, and as many tar shards as workers."""
+    """The same photos as files of one folder and as tar shards, one per worker."""
 
     folder: Path
     files: tuple[str, ...]
@@ -45,7 +45,7 @@ class Photos:
 
 @dataclass(frozen=True)
 class Setting:
-    """How a contender is opened. workers: processes or threads; 0 for none."""
+    """Settings of a loader. workers: number of processes or threads; 0 loads in the calling thread."""
 
     augmentation: Augmentation
     batch_size: int
@@ -55,25 +55,27 @@ class Setting:
 
 @dataclass(frozen=True)
 class Contender:
-    """open: makes the loader of photographs (`Photos`) or of small images (an ArraySource).
+    """A loader to compare.
 
-    same_draws: equal seeds give the same views as ours. tried: ours, but not part of the package. requires: the package
-    that it needs. recipe: what it has fixed of the recipe, for comparison. slow: it gets one copy of the images where
-    others get several. differs: it computes another function, and is not held to ours. note: what else to know of it.
+    open: opens the loader of photos (`Photos`) or of small images (an ArraySource). same_params: it samples the same
+    random parameters from the same seed as fastsimclr's default loader. experiment: it is built on fastsimclr, but not
+    part of the package. requires: the package that it needs. hardcoded: fields of the augmentation that it hardcodes;
+    fastsimclr uses them too when both are compared. slow: it gets one copy of the images, the others several. inexact:
+    it computes another function, so its views are not compared. note: remark for the report.
     """
 
     open: Callable[[Any, Setting], Loader]
     same_params: bool = False
-    tried: bool = False
+    experiment: bool = False
     requires: str = ""
-    recipe: dict[str, Any] = field(default_factory=dict)
+    hardcoded: dict[str, Any] = field(default_factory=dict)
     slow: bool = False
-    differs: bool = False
+    inexact: bool = False
     note: str = ""
 
 
 def start_server() -> None:
-    """Start the server that workers are forked from, with its imports, by letting it fork one."""
+    """Start the server that workers are forked from, by forking a first process, which loads its imports."""
     context = multiprocessing.get_context("forkserver")
     context.set_forkserver_preload(list(PRELOADED))
     first = context.Process(target=int)
@@ -82,7 +84,7 @@ def start_server() -> None:
 
 
 def open_loader(dataset: Any, setting: Setting, **options: Any) -> Loader:
-    """A DataLoader as their examples open it, with workers that stay from epoch to epoch."""
+    """Open a DataLoader with persistent workers."""
     loader: Loader = DataLoader(
         dataset,
         num_workers=setting.workers,
@@ -94,43 +96,43 @@ def open_loader(dataset: Any, setting: Setting, **options: Any) -> Loader:
 
 
 class EachImage(Dataset[Any]):
-    """Files, or arrays (H, W, 3) uint8, each opened once and made into a sequence of tensors."""
+    """Files, or arrays (H, W, 3) uint8, each read once and transformed into a sequence of tensors."""
 
-    def __init__(self, images: tuple[Any, ...], read: Callable[[Any], Any], make: Transform) -> None:
-        self.images, self.read, self.make = images, read, make
+    def __init__(self, images: tuple[Any, ...], read: Callable[[Any], Any], transform: Transform) -> None:
+        self.images, self.read, self.transform = images, read, transform
 
     def __len__(self) -> int:
         return len(self.images)
 
     def __getitem__(self, index: int) -> Sequence[Tensor]:
-        return self.make(self.read(self.images[index]))
+        return self.transform(self.read(self.images[index]))
 
 
 def in_workers(
     read: Callable[[Any], Any], transform: Callable[[Augmentation], Transform]
 ) -> Callable[[Any, Setting], Loader]:
-    """Opens a DataLoader whose workers read each image and transform it, as the recipe says."""
+    """Return a function that opens a DataLoader whose workers read and transform each image."""
 
-    def opened(data: Any, setting: Setting) -> Loader:
+    def open_images(data: Any, setting: Setting) -> Loader:
         images = data.files if isinstance(data, Photos) else tuple(data.images.numpy())
         return open_loader(EachImage(images, read, transform(setting.augmentation)), setting)
 
-    return opened
+    return open_images
 
 
 def in_webdataset(transform: Callable[[Augmentation], Transform]) -> Callable[[Any, Setting], Loader]:
-    """Opens WebDataset's reader of tar shards, one a worker, with its Pillow decoder."""
+    """Return a function that opens WebDataset's reader of tar shards, one per worker, with its Pillow decoder."""
 
-    def opened(photos: Photos, setting: Setting) -> Loader:
+    def open_shards(photos: Photos, setting: Setting) -> Loader:
         import webdataset as wds
 
         dataset = wds.WebDataset(list(photos.shards), shardshuffle=len(photos.shards) if setting.shuffle else False)
         if setting.shuffle:
-            dataset = dataset.shuffle(1000)  # the samples that its examples keep to draw from
+            dataset = dataset.shuffle(1000)  # the shuffle buffer of WebDataset's examples
         dataset = dataset.decode("pil").to_tuple("jpg").map_tuple(transform(setting.augmentation)).map(first_of)
         return open_loader(dataset.batched(setting.batch_size), setting, batch_size=None, shuffle=False)
 
-    return opened
+    return open_shards
 
 
 def first_of(sample: tuple[Any, ...]) -> Any:
@@ -152,13 +154,13 @@ def open_ours(file: str) -> Tensor:
     return decode(np.fromfile(file, dtype=np.uint8), file)
 
 
-def grid_of_pillow(image: Image.Image) -> tuple[Tensor, ...]:
-    """(3, GRID, GRID) of the decoded image's pixels."""
+def pillow_grid(image: Image.Image) -> tuple[Tensor, ...]:
+    """Return a grid of the image's pixels, (3, GRID, GRID)."""
     return (v2.functional.pil_to_tensor(image.resize((GRID, GRID), Image.Resampling.NEAREST)),)
 
 
-def grid_of_tensor(image: Tensor) -> tuple[Tensor, ...]:
-    """The same pixels as Pillow's and DALI's nearest neighbors: those at the middle of each cell."""
+def tensor_grid(image: Tensor) -> tuple[Tensor, ...]:
+    """Return the pixel at the center of each cell, as nearest-neighbor resizing in Pillow and DALI does."""
     rows, columns = (((torch.arange(GRID) + 0.5) * (side / GRID)).long() for side in image.shape[1:])
     return (image[:, rows[:, None], columns],)
 
@@ -166,7 +168,7 @@ def grid_of_tensor(image: Tensor) -> tuple[Tensor, ...]:
 # torchvision and lightly
 
 
-class Twice:
+class TwoViews:
     """Two views of an image."""
 
     def __init__(self, steps: list[torch.nn.Module]) -> None:
@@ -177,7 +179,7 @@ class Twice:
 
 
 class PillowBlur(torch.nn.Module):
-    """Pillow's Gaussian blur (three box filters), the usual shortcut of fast recipes."""
+    """Pillow's Gaussian blur, approximated by three box filters."""
 
     def __init__(self, augmentation: Augmentation) -> None:
         super().__init__()
@@ -203,40 +205,40 @@ def crop_and_flip(augmentation: Augmentation) -> list[torch.nn.Module]:
     ]
 
 
-def recipe(augmentation: Augmentation, blur: torch.nn.Module, *last: torch.nn.Module) -> Twice:
+def augment(augmentation: Augmentation, blur: torch.nn.Module, *conversion: torch.nn.Module) -> TwoViews:
     jitter = v2.ColorJitter(augmentation.brightness, augmentation.contrast, augmentation.saturation, augmentation.hue)
     colors = [v2.RandomApply([jitter], augmentation.jitter_prob), v2.RandomGrayscale(augmentation.grayscale_prob)]
     finish = [
-        *last,
+        *conversion,
         v2.ToDtype(torch.float32, scale=True),
         v2.Normalize(list(augmentation.mean), list(augmentation.std)),
     ]
-    return Twice([*crop_and_flip(augmentation), *colors, *([blur] if augmentation.blur_prob else []), *finish])
+    return TwoViews([*crop_and_flip(augmentation), *colors, *([blur] if augmentation.blur_prob else []), *finish])
 
 
-def views_on_pillow(augmentation: Augmentation) -> Twice:
-    """The fastest recipe of torchvision's with the same semantics, lightly's list: all on Pillow's images."""
-    return recipe(augmentation, PillowBlur(augmentation), v2.PILToTensor())
+def views_on_pillow(augmentation: Augmentation) -> TwoViews:
+    """torchvision's v2 transforms on Pillow images, in the order of lightly's SimCLRTransform."""
+    return augment(augmentation, PillowBlur(augmentation), v2.PILToTensor())
 
 
-def views_on_tensors(augmentation: Augmentation) -> Twice:
+def views_on_tensors(augmentation: Augmentation) -> TwoViews:
     """torchvision's v2 transforms on uint8 tensors, with its GaussianBlur."""
-    return recipe(
+    return augment(
         augmentation,
         v2.RandomApply([v2.GaussianBlur(window(augmentation), augmentation.blur_sigma)], augmentation.blur_prob),
     )
 
 
-def crops_on_pillow(augmentation: Augmentation) -> Twice:
-    return Twice([*crop_and_flip(augmentation), v2.PILToTensor()])
+def crops_on_pillow(augmentation: Augmentation) -> TwoViews:
+    return TwoViews([*crop_and_flip(augmentation), v2.PILToTensor()])
 
 
-def crops_on_tensors(augmentation: Augmentation) -> Twice:
-    return Twice(crop_and_flip(augmentation))
+def crops_on_tensors(augmentation: Augmentation) -> TwoViews:
+    return TwoViews(crop_and_flip(augmentation))
 
 
 def lightly_transform(augmentation: Augmentation) -> Any:
-    """lightly's SimCLRTransform, set to our recipe. Raises ImportError where lightly is not installed."""
+    """lightly's SimCLRTransform with the options of `augmentation`. Raises ImportError if lightly is not installed."""
     from lightly.transforms import SimCLRTransform
 
     return SimCLRTransform(
@@ -260,10 +262,10 @@ def lightly_transform(augmentation: Augmentation) -> Any:
 
 
 class Kornia:
-    """Kornia's augmentations of whole batches, on the device: in this process, with all cores' threads.
+    """Kornia's augmentations of whole batches on the device, in this process, with one thread per core.
 
-    Photographs are of many sizes and no batch before they are cropped: workers decode and crop them by torchvision, and
-    Kornia changes the colors. Small images are a batch from the start, and Kornia does everything.
+    Photos differ in size, so they form a batch only after cropping: workers decode and crop them with torchvision, and
+    Kornia applies the color operations. Small images form a batch from the start, and Kornia does everything.
     """
 
     def __init__(self, data: Any, setting: Setting) -> None:
@@ -302,10 +304,10 @@ class Kornia:
         if self._images is None:
             yield from self._crops
             return
-        number = len(self._images)
-        order = torch.randperm(number) if self._setting.shuffle else torch.arange(number)
-        for chosen in order.split(self._setting.batch_size):
-            yield (self._images[chosen],) * 2
+        count = len(self._images)
+        order = torch.randperm(count) if self._setting.shuffle else torch.arange(count)
+        for index in order.split(self._setting.batch_size):
+            yield (self._images[index],) * 2
 
     @torch.no_grad()
     def __iter__(self) -> Iterator[tuple[Tensor, ...]]:

@@ -1,13 +1,14 @@
 // Backward: for each row i of this rank, over the negatives j among all columns,
 //   a_i = sum over j of G_ij u_j,   G_ij = g_i p_ij + g_j p_ji,   p_ij = exp(s_ij - lse_i),
-// which project_kernel (normalize.cu) turns into the gradient. s is symmetric, so one exponential serves both terms:
-// G_ij = exp(s_ij) (w_i + w_j) with w_i = g_i exp(-lse_i). G goes from the accumulators of the first product straight
-// into the second as its left operand, in registers, and the tile of Ẑ_j in shared memory serves both.
+// from which project_kernel (normalize.cu) computes the gradient. s is symmetric, so both terms share one exponential:
+// G_ij = exp(s_ij) (w_i + w_j) with w_i = g_i exp(-lse_i). G stays in registers: the accumulators of the first product
+// are the left operand of the second. Both products use the same tile of Ẑ_j in shared memory.
 //
-// A block of threads owns its rows' sums and walks over all columns: no atomics, the same bits in every run. Where
-// there are fewer row blocks than the GPU can hold, the columns are split, too, and project_kernel adds the parts.
-// Where the width is cut (tile.cuh), each block of threads does one block of the sums' width and begins each tile's
-// products with the block after its own, so that the last one, still in shared memory, is the one that G multiplies.
+// A thread block owns the sums of its rows and iterates over all columns: no atomics, so the result is bitwise
+// reproducible. If there are fewer row blocks than the GPU can run concurrently, the columns are split, too, and
+// project_kernel adds the partial sums. If the width is divided into blocks (tile.cuh), each thread block computes one
+// block of the width of the sums. It starts the products of each tile with the block after its own, so that the last
+// one, which is still in shared memory, is the one that G multiplies.
 #include "mma.cuh"
 #include "nt_xent.h"
 #include "tile.cuh"
@@ -15,7 +16,7 @@
 namespace fastsimclr {
 namespace {
 
-// What a row or column brings to G: w = g exp(-lse); or, where exp(-lse) may be no normal number, g and lse apart.
+// The factor of a row or column in G: w = g exp(-lse), or g and lse separately if exp(-lse) may not be a normal number.
 template <bool kExpFits>
 struct Weight {
   float g, lse;
@@ -44,7 +45,7 @@ __device__ __forceinline__ float pair_gradient(float s, const Weight<false>& row
   return row.g * exp2_approx(s - row.lse) + column.g * exp2_approx(s - column.lse);
 }
 
-// Sums of a warp's rows, kBlockK wide: C fragments.
+// The sums of a warp's rows, kBlockK wide, as C fragments.
 template <class S>
 struct Accumulators {
   float value[S::kRowTiles][S::kBlockK / 8][4];
@@ -58,7 +59,7 @@ struct Accumulators {
         for (int e = 0; e < 4; e++) value[i][j][e] = 0;
   }
 
-  // += G B over the tile's columns: `gradients` are C fragments, whose layout is that of A fragments.
+  // += G B over the tile's columns. `gradients` are C fragments, which have the layout of A fragments.
   __device__ void add(const TileProducts<S>& gradients, const uint16_t* b_shared) {
     constexpr int kSteps = S::kColumns / 16;
     uint32_t a[kSteps][S::kPlanes][S::kRowTiles][4];
@@ -81,7 +82,7 @@ struct Accumulators {
     const int row = lane % 16, chunk = lane / 16;
 #pragma unroll
     for (int k16 = 0; k16 < S::kBlockK / 16; k16++) {
-      float product[S::kRowTiles][2][4] = {};  // of two planes: a short sum for each tile, see multiply_add
+      float product[S::kRowTiles][2][4] = {};  // with two planes, a short sum per tile: see multiply_add
 #pragma unroll
       for (int j16 = 0; j16 < kSteps; j16++) {
         uint32_t b[S::kPlanes][4];
@@ -110,12 +111,12 @@ struct Accumulators {
 template <class S, bool kExpFits>
 __global__ void __launch_bounds__(kThreads, 2) backward_kernel(BackwardParams p) {
   const float temperature = value_of(p.temperature);
-  if ((temperature >= p.temperature.smallest) != kExpFits) return;  // the other kernel's task
-  const float to_bits = kLog2E / temperature;
+  if ((temperature >= p.temperature.smallest) != kExpFits) return;  // the other kernel computes this
+  const float scale_log2 = kLog2E / temperature;
   const int warp = threadIdx.x / 32, lane = threadIdx.x % 32;
   const int row0 = int(blockIdx.x) * S::kRows;
   const int k_block = blockIdx.y;
-  const int columns_per_split = divide_up(divide_up(p.columns.count, S::kColumns), p.splits) * S::kColumns;
+  const int columns_per_split = ceil_div(ceil_div(p.columns.count, S::kColumns), p.splits) * S::kColumns;
   const int column_begin = min(int(blockIdx.z) * columns_per_split, p.columns.count);
   const int column_end = min(column_begin + columns_per_split, p.columns.count);
 
@@ -135,7 +136,7 @@ __global__ void __launch_bounds__(kThreads, 2) backward_kernel(BackwardParams p)
   Accumulators<S> sums;
   sums.clear();
 
-  // A tile's column weights travel beside it: read from memory while the tile before is multiplied.
+  // The column weights of the next tile are read from global memory while the current tile is multiplied.
   const bool has_column = threadIdx.x < S::kColumns;
   Weight<kExpFits> next{};
   if (has_column) next = weight_of<kExpFits>(p, column_begin + int(threadIdx.x));
@@ -143,7 +144,7 @@ __global__ void __launch_bounds__(kThreads, 2) backward_kernel(BackwardParams p)
   for (int column0 = column_begin; column0 < column_end; column0 += S::kColumns) {
     Weight<kExpFits>* weights = column_weights + stage * S::kColumns;
     stage ^= 1;
-    if (has_column) weights[threadIdx.x] = next;  // read after the barriers of stream.next()
+    if (has_column) weights[threadIdx.x] = next;  // read after the barrier in stream.next()
     if (has_column) next = weight_of<kExpFits>(p, column0 + S::kColumns + int(threadIdx.x));
     TileProducts<S> products;
     products.clear();
@@ -162,7 +163,7 @@ __global__ void __launch_bounds__(kThreads, 2) backward_kernel(BackwardParams p)
 #pragma unroll
           for (int below = 0; below < 2; below++) {
             float& x = products.value[i][j][e + 2 * below];
-            x = pair_gradient(x * to_bits, row_weights[i][below], column);
+            x = pair_gradient(x * scale_log2, row_weights[i][below], column);
           }
       }
     sums.add(products, stream.b());
@@ -191,11 +192,11 @@ constexpr size_t kSharedBytes = TileStream<S>::kSharedBytes + sizeof(Weight<fals
 int backward_splits(int rows, int columns, int planes, int width) {
   return with_shape(planes, width, [&](auto shape) {
     using S = decltype(shape);
-    const int64_t at_once =
+    const int64_t concurrent_blocks =
         int64_t(multiprocessors()) * blocks_per_multiprocessor(backward_kernel<S, true>, kThreads, kSharedBytes<S>);
-    const int64_t blocks = divide_up(rows, S::kRows) * TileStream<S>::k_blocks(width);
-    constexpr int kMostSplits = 8;  // each is another (2n, width) of memory
-    return choose_splits(blocks, at_once, divide_up(columns, S::kColumns), kMostSplits);
+    const int64_t blocks = ceil_div(rows, S::kRows) * TileStream<S>::k_blocks(width);
+    constexpr int kMaxSplits = 8;  // each needs (2n, width) of memory
+    return choose_splits(blocks, concurrent_blocks, ceil_div(columns, S::kColumns), kMaxSplits);
   });
 }
 
@@ -205,7 +206,7 @@ cudaError_t backward(const BackwardParams& params, cudaStream_t stream) {
   return with_shape(params.planes, params.width, [&](auto shape) {
     return for_temperature(params.temperature, [&](auto fits) {
       using S = std::conditional_t<fits.value, decltype(shape), typename decltype(shape)::Low>;
-      const dim3 grid(unsigned(divide_up(params.rows.count, S::kRows)), unsigned(TileStream<S>::k_blocks(params.width)),
+      const dim3 grid(unsigned(ceil_div(params.rows.count, S::kRows)), unsigned(TileStream<S>::k_blocks(params.width)),
                       unsigned(params.splits));
       return launch(backward_kernel<S, fits.value>, grid, kThreads, kSharedBytes<S>, stream, params);
     });

@@ -1,8 +1,8 @@
-// Python module fastsimclr._C. It takes raw pointers, sizes and a stream handle, never a tensor: no Torch header is
-// needed to build it, and one binary serves every Torch version. Functions that do real work release the GIL
-// (py::call_guard<py::gil_scoped_release>()); those that make Python objects, like build_info, hold it.
+// Python module fastsimclr._C. Its functions take raw pointers, sizes and a stream handle instead of tensors: building
+// it needs no Torch headers, and one binary works with every Torch version. Functions that compute release the GIL
+// (py::call_guard<py::gil_scoped_release>()); those that create Python objects, like build_info, hold it.
 //
-// Compiled with FASTSIMCLR_EMULATION it is fastsimclr._emulated, for tests: the same functions, run on the CPU.
+// With FASTSIMCLR_EMULATION this is fastsimclr._emulated, for tests: the kernels, emulated on the CPU.
 #include "bindings.h"
 
 #include <string>
@@ -48,7 +48,7 @@ py::dict build_info() {
 
 #ifdef FASTSIMCLR_KERNELS
 
-// Why the kernels cannot run on this device; "" if they can.
+// Returns why the kernels cannot run on this device, or "" if they can.
 std::string probe(int device) {
   std::string reason = describe(cudaSetDevice(device), "cudaSetDevice");
   if (reason.empty()) reason = describe(load_nt_xent(), "loading the kernels of the loss");
@@ -223,13 +223,14 @@ void define_nt_xent(py::module_& module) {
 PYBIND11_MODULE(FASTSIMCLR_MODULE, module, py::mod_gil_not_used()) {
   module.doc() = "Compiled part of fastsimclr. Used through fastsimclr.loss and fastsimclr.data.";
   module.def("build_info", &fastsimclr::build_info,
-             "What this library was built from: version, compiler, cuda, cuda_runtime, architectures.");
+             "How this library was built: version, compiler, cuda, cuda_runtime, architectures.");
   fastsimclr::define_views(module);
 #ifdef FASTSIMCLR_KERNELS
-  module.def("probe", &fastsimclr::probe, pybind11::kw_only(), pybind11::arg("device"),
-             pybind11::call_guard<pybind11::gil_scoped_release>(),
-             "Why the kernels cannot run on this device: the driver is too old, there is no image for it, ...; \"\" if "
-             "they can. Loads a kernel of the loss and one of the views.");
+  module.def(
+      "probe", &fastsimclr::probe, pybind11::kw_only(), pybind11::arg("device"),
+      pybind11::call_guard<pybind11::gil_scoped_release>(),
+      "Returns why the kernels cannot run on this device (driver too old, no image for it, ...), or \"\" if they "
+      "can. Loads a kernel of the loss and one of the views.");
   fastsimclr::define_nt_xent(module);
 #endif
 }

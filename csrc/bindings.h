@@ -1,4 +1,4 @@
-// What the files of the binding share.
+// Shared by the files of the binding.
 #pragma once
 
 #include <pybind11/pybind11.h>
@@ -19,7 +19,7 @@
 
 namespace fastsimclr {
 
-// A tensor's or array's memory as Python has it (torch.Tensor.data_ptr(), ndarray.ctypes.data); 0 is no array.
+// Address of a tensor or array from Python (torch.Tensor.data_ptr(), ndarray.ctypes.data); 0: no array.
 using Address = uintptr_t;
 
 template <class T>
@@ -32,7 +32,7 @@ T* pointer(Address address) {
 // "cudaSetDevice failed: cudaErrorInvalidDevice, invalid device ordinal", or "" without an error.
 inline std::string describe(cudaError_t error, const char* call) {
   if (error == cudaSuccess) return "";
-  cudaGetLastError();  // reported here, so the next call must not report it again
+  cudaGetLastError();  // clears the error, so that the next call does not report it again
   return std::string(call) + " failed: " + cudaGetErrorName(error) + ", " + cudaGetErrorString(error);
 }
 
@@ -40,12 +40,12 @@ inline void check(cudaError_t error, const char* call) {
   if (error != cudaSuccess) throw std::runtime_error("fastsimclr: " + describe(error, call));
 }
 
-// A launch goes to the thread's current device. The caller has made the pointers' device current for its own CUDA
-// runtime, and makes the one before current again; this library has a runtime of its own, which has to be told as well.
+// Kernels are launched on the thread's current device. The caller sets the device of the pointers in its own CUDA
+// runtime and restores the previous one; this library has a separate runtime, whose device must be set as well.
 inline void use_device(int device) { check(cudaSetDevice(device), "cudaSetDevice"); }
 
 #endif
 
-void define_views(pybind11::module_& module);  // of bindings_views.cpp
+void define_views(pybind11::module_& module);  // in bindings_views.cpp
 
 }  // namespace fastsimclr

@@ -1,4 +1,4 @@
-// The bindings of the data path: view_params.h, crop.h, photometric.h.
+// Bindings of the view operations: view_params.h, crop.h, photometric.h.
 #include <algorithm>
 #include <array>
 
@@ -13,7 +13,7 @@ namespace fastsimclr {
 namespace {
 
 void define_pixel_type(py::module_& module) {
-  py::enum_<PixelType>(module, "PixelType", py::module_local())  // _C and its twin both have one
+  py::enum_<PixelType>(module, "PixelType", py::module_local())  // both _C and _emulated define it
       .value("float32", PixelType::kFloat32)
       .value("bfloat16", PixelType::kBfloat16)
       .value("float16", PixelType::kFloat16);
@@ -56,7 +56,7 @@ void define_sample_params(py::module_& module) {
 
 #endif
 
-// The arguments that crop and photometric have on a CPU and on a GPU.
+// The arguments of crop and photometric that CPU and GPU have in common.
 CropParams crop_params(Address images, int height, int width, Address index, Address view_params, int64_t num_views,
                        int size, bool bicubic, Address out) {
   CropParams p;

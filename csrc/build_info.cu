@@ -5,7 +5,7 @@
 namespace fastsimclr {
 namespace {
 
-constexpr int kArchitectures[] = {__CUDA_ARCH_LIST__};  // 800, 900, ...: ten times what sm_80, sm_90 say
+constexpr int kArchitectures[] = {__CUDA_ARCH_LIST__};  // 800, 900, ...: ten times the numbers of sm_80, sm_90
 
 std::string dotted(int major, int minor) { return std::to_string(major) + "." + std::to_string(minor); }
 
@@ -15,7 +15,7 @@ CudaBuildInfo cuda_build_info() {
   CudaBuildInfo info;
   info.toolkit = dotted(__CUDACC_VER_MAJOR__, __CUDACC_VER_MINOR__);
 
-  int runtime = 0;  // 13000 for 13.0; the runtime is in this library, so no driver is needed to ask it
+  int runtime = 0;  // 13000 for 13.0; needs no driver, because the runtime is linked statically
   info.runtime =
       cudaRuntimeGetVersion(&runtime) == cudaSuccess ? dotted(runtime / 1000, runtime % 1000 / 10) : "unknown";
 

@@ -1,4 +1,4 @@
-// What a CUDA build knows of itself. Only build_info.cu sees nvcc's macros, so only it can tell.
+// Build information of a CUDA build. Only build_info.cu, compiled by nvcc, has the macros.
 #pragma once
 
 #include <string>

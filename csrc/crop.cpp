@@ -1,4 +1,4 @@
-// One view at a time: its rows' columns are weighed into a block of its width, and that one's rows into the view.
+// One view at a time: the rows of the crop are resized horizontally, and the result vertically.
 #include "crop.h"
 
 #include <vector>
@@ -8,7 +8,7 @@
 namespace fastsimclr {
 namespace {
 
-// The weights of a whole side. View's pixel i: weights[i * taps + k] counts pixel first[i] + k of the image.
+// The weights of one side: weights[i * taps + k] is the weight of image pixel first[i] + k in pixel i of the view.
 struct Filter {
   int taps = 0;
   std::vector<int> first;
@@ -18,12 +18,12 @@ struct Filter {
     for (int i = 0; i < size; i++) taps = std::max(taps, side.end(i) - side.first(i));
     weights.assign(size_t(size) * size_t(taps), 0.0f);
     for (int i = 0; i < size; i++) {
-      // All taps lie inside the side; those beyond the filter's reach weigh nothing.
+      // All taps are inside the crop; those outside the filter's support have weight 0.
       const int begin = std::min(side.first(i), side.length - taps);
-      float* of_pixel = &weights[size_t(i) * size_t(taps)];
+      float* pixel_weights = &weights[size_t(i) * size_t(taps)];
       float sum = 0;
-      for (int k = 0; k < taps; k++) sum += of_pixel[k] = side.weight(i, begin + k);
-      for (int k = 0; k < taps; k++) of_pixel[k] /= sum;
+      for (int k = 0; k < taps; k++) sum += pixel_weights[k] = side.weight(i, begin + k);
+      for (int k = 0; k < taps; k++) pixel_weights[k] /= sum;
       first[size_t(i)] = side.start + begin;
     }
   }
@@ -31,7 +31,7 @@ struct Filter {
 
 struct Scratch {
   std::vector<float> sums;
-  std::vector<uint8_t> wide;  // (rows of the crop, size, 3)
+  std::vector<uint8_t> horizontal;  // (rows of the crop, size, 3)
 };
 
 FASTSIMCLR_CLONES void one_view(const CropParams& p, int64_t view, Scratch& scratch) {
@@ -39,11 +39,11 @@ FASTSIMCLR_CLONES void one_view(const CropParams& p, int64_t view, Scratch& scra
   const Filter columns({view_params.left, view_params.width, p.size, p.bicubic}, p.size);
   const Filter rows({view_params.top, view_params.height, p.size, p.bicubic}, p.size);
   const int64_t pitch = 3 * int64_t(p.size);
-  scratch.wide.resize(size_t(view_params.height) * size_t(pitch));
+  scratch.horizontal.resize(size_t(view_params.height) * size_t(pitch));
   scratch.sums.resize(size_t(pitch));
   for (int y = 0; y < view_params.height; y++) {
     const uint8_t* row = p.images + ((p.index[view] * p.height + view_params.top + y) * p.width) * 3;
-    uint8_t* to = scratch.wide.data() + y * pitch;
+    uint8_t* to = scratch.horizontal.data() + y * pitch;
     for (int i = 0; i < p.size; i++) {
       const float* weights = &columns.weights[size_t(i) * size_t(columns.taps)];
       const uint8_t* from = row + 3 * int64_t(columns.first[size_t(i)]);
@@ -65,7 +65,7 @@ FASTSIMCLR_CLONES void one_view(const CropParams& p, int64_t view, Scratch& scra
     for (int k = 0; k < rows.taps; k++) {
       const float weight = rows.weights[size_t(i) * size_t(rows.taps) + size_t(k)];
       const uint8_t* __restrict__ from =
-          &scratch.wide[size_t(rows.first[size_t(i)] - view_params.top + k) * size_t(pitch)];
+          &scratch.horizontal[size_t(rows.first[size_t(i)] - view_params.top + k) * size_t(pitch)];
       for (int64_t x = 0; x < pitch; x++) sums[x] += weight * from[x];
     }
     uint8_t* __restrict__ to = p.out + (view * p.size + i) * pitch;

@@ -1,6 +1,6 @@
-// Views cut out of images in the GPU's memory: a block makes kColumns columns of one view. Its threads weigh the crop's
-// columns first, into shared memory as levels of 8 bits, and then the rows of that. A weight is computed where it is
-// used: that is cheaper than to share a table of them.
+// Crops of images in GPU memory: a thread block computes kColumns columns of one view. Its threads first resize the
+// crop horizontally, into shared memory as uint8, and then vertically. Weights are computed where they are used, which
+// is cheaper than sharing a table of them.
 #include "crop.h"
 #include "mma.cuh"
 
@@ -8,11 +8,11 @@ namespace fastsimclr {
 namespace {
 
 constexpr int kColumns = 32, kThreads = 256;
-constexpr int64_t kMaxShared = 99 << 10;  // of a block on every GPU from sm_80 on
+constexpr int64_t kMaxShared = 99 << 10;  // per block, on every GPU since sm_80
 
-// The sum of the weighed pixels of one of view's pixels; at(j): level of pixel j of the side.
+// Pixel i of the view: the weighted mean of pixels of the crop. at(j): value of pixel j of the side.
 template <class At>
-__device__ __forceinline__ uint8_t weighed(const Side& side, int i, At at) {
+__device__ __forceinline__ uint8_t weighted_mean(const Side& side, int i, At at) {
   float sum = 0, weights = 0;
   const int end = side.end(i);
   for (int j = side.first(i); j < end; j++) {
@@ -27,23 +27,25 @@ __global__ void __launch_bounds__(kThreads) crop_kernel(CropParams p) {
   const int tiles = (p.size + kColumns - 1) / kColumns;
   const int64_t view = blockIdx.x / unsigned(tiles);
   const int column0 = int(blockIdx.x % unsigned(tiles)) * kColumns;
-  const int numbers = 3 * (p.size - column0 < kColumns ? p.size - column0 : kColumns);  // of a row: its channels
+  const int row_size =
+      3 * (p.size - column0 < kColumns ? p.size - column0 : kColumns);  // pixels and channels of a row of this block
   const ViewParams view_params = p.view_params[view];
   const Side columns(view_params.left, view_params.width, p.size, p.bicubic),
       rows(view_params.top, view_params.height, p.size, p.bicubic);
   const uint8_t* image = p.images + p.index[view] * p.height * p.width * 3;
-  auto* wide = reinterpret_cast<uint8_t*>(dynamic_shared());  // (rows of the crop, numbers)
+  auto* horizontal = reinterpret_cast<uint8_t*>(dynamic_shared());  // (rows of the crop, row_size)
 
-  for (int n = int(threadIdx.x); n < view_params.height * numbers; n += kThreads) {
-    const int y = n / numbers, x = column0 + n % numbers / 3, channel = n % numbers % 3;
+  for (int n = int(threadIdx.x); n < view_params.height * row_size; n += kThreads) {
+    const int y = n / row_size, x = column0 + n % row_size / 3, channel = n % row_size % 3;
     const uint8_t* row = image + (int64_t(view_params.top + y) * p.width + view_params.left) * 3 + channel;
-    wide[n] = weighed(columns, view_params.flip ? p.size - 1 - x : x, [=](int j) { return row[3 * int64_t(j)]; });
+    horizontal[n] =
+        weighted_mean(columns, view_params.flip ? p.size - 1 - x : x, [=](int j) { return row[3 * int64_t(j)]; });
   }
-  __syncthreads();  // the rows of a pixel are other threads' work
+  __syncthreads();  // the rows that a pixel needs are written by other threads
   uint8_t* out = p.out + (view * p.size * p.size + column0) * 3;
-  for (int n = int(threadIdx.x); n < p.size * numbers; n += kThreads) {
-    const int y = n / numbers, x = n % numbers;
-    out[int64_t(y) * p.size * 3 + x] = weighed(rows, y, [=](int j) { return wide[j * numbers + x]; });
+  for (int n = int(threadIdx.x); n < p.size * row_size; n += kThreads) {
+    const int y = n / row_size, x = n % row_size;
+    out[int64_t(y) * p.size * 3 + x] = weighted_mean(rows, y, [=](int j) { return horizontal[j * row_size + x]; });
   }
 }
 

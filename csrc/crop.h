@@ -1,6 +1,6 @@
-// Views cut out of decoded images of one size that lie in memory: crop, antialiased resize, flip. The filters are
-// torchvision's: a triangle or Keys' cubic with a = -0.5, as wide as an output pixel where the crop shrinks,
-// renormalized at the crop's border; rounded to levels after the columns, and again after the rows.
+// Crop, antialiased resize and flip of decoded images of one size in memory. The filters are torchvision's: a triangle,
+// or Keys' cubic with a = -0.5, scaled to the size of an output pixel when downsampling, and renormalized at the border
+// of the crop. Values are rounded to uint8 after the horizontal and after the vertical pass.
 #pragma once
 
 #ifdef FASTSIMCLR_EMULATION
@@ -27,29 +27,30 @@ struct CropParams {
   uint8_t* out = nullptr;  // (num_views, size, size, 3)
 };
 
-// One side of a crop: how its pixels [start, start + length) count in the pixels of the view.
+// One side of a crop: the weights of its pixels [start, start + length) in the pixels of the view.
 struct Side {
   int start, length;
-  float scale;  // pixels of the image to one of the view
+  float scale;  // pixels of the image per pixel of the view
   bool bicubic;
 
   FASTSIMCLR_PIXEL Side(int start_, int length_, int size, bool bicubic_)
       : start(start_), length(length_), scale(float(length_) / float(size)), bicubic(bicubic_) {}
 
-  FASTSIMCLR_PIXEL float widened() const { return scale > 1 ? scale : 1; }
-  FASTSIMCLR_PIXEL float reach() const { return (bicubic ? 2 : 1) * widened(); }
-  FASTSIMCLR_PIXEL float centre(int i) const { return (float(i) + 0.5f) * scale; }  // of view's pixel i, from start
+  FASTSIMCLR_PIXEL float filter_scale() const { return scale > 1 ? scale : 1; }
+  FASTSIMCLR_PIXEL float support() const { return (bicubic ? 2 : 1) * filter_scale(); }
+  // The center of pixel i of the view, relative to start.
+  FASTSIMCLR_PIXEL float center(int i) const { return (float(i) + 0.5f) * scale; }
   FASTSIMCLR_PIXEL int first(int i) const {
-    const int x = int(centre(i) - reach());
+    const int x = int(center(i) - support());
     return x > 0 ? x : 0;
   }
   FASTSIMCLR_PIXEL int end(int i) const {
-    const int x = int(centre(i) + reach()) + 1;
+    const int x = int(center(i) + support()) + 1;
     return x < length ? x : length;
   }
-  // Of pixel start + j in the view's pixel i, not yet divided by the sum of all.
+  // The weight of pixel start + j in pixel i of the view, not normalized.
   FASTSIMCLR_PIXEL float weight(int i, int j) const {
-    const float x = (float(j) + 0.5f - centre(i)) / widened(), distance = x < 0 ? -x : x;
+    const float x = (float(j) + 0.5f - center(i)) / filter_scale(), distance = x < 0 ? -x : x;
     if (!bicubic) return distance < 1 ? 1 - distance : 0;
     if (distance < 1) return (1.5f * distance - 2.5f) * distance * distance + 1;
     return distance < 2 ? ((-0.5f * distance + 2.5f) * distance - 4) * distance + 2 : 0;
@@ -61,11 +62,11 @@ FASTSIMCLR_PIXEL uint8_t rounded_level(float x) {
   return uint8_t(x < 0 ? 0 : x > 255 ? 255 : x);
 }
 
-// On the CPU; everything is in its memory.
+// On the CPU. All arrays are in host memory.
 void crop_on_cpu(const CropParams& params, int threads);
 
 #if defined(FASTSIMCLR_CUDA) || defined(FASTSIMCLR_EMULATION) || defined(__CUDACC__)
-// On the GPU. cudaErrorInvalidValue if the images are higher than its shared memory takes: 1,000 pixels always fit.
+// On the GPU. Returns cudaErrorInvalidValue if the images are too high for shared memory: 1,000 pixels always fit.
 cudaError_t crop(const CropParams& params, cudaStream_t stream);
 #endif
 

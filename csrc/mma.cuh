@@ -1,5 +1,5 @@
-// What the kernels take from the machine below C++: tensor-core products, asynchronous copies, conversions, launches.
-// Compiled by g++ for tests, the same names come from emulation/cuda_on_cpu.h, which runs them on a CPU.
+// Wrappers of PTX and CUDA: tensor-core products, asynchronous copies, conversions, launches. For tests compiled by
+// g++, emulation/cuda_on_cpu.h defines the same names for the CPU.
 #pragma once
 
 #ifndef __CUDACC__
@@ -11,7 +11,7 @@
 
 #include <cstdint>
 
-// Inputs of 16 bits, as they lie in memory.
+// 16-bit floating-point numbers in memory.
 struct Bf16 {
   uint16_t bits;
 };
@@ -38,14 +38,14 @@ __device__ __forceinline__ Half from_float<Half>(float x) {
   return {__half_as_ushort(__float2half_rn(x))};
 }
 
-// Two numbers in one register, `low` in the lower half: how mma takes bf16.
+// Two bf16 numbers in one register, `low` in the lower half: the operand format of mma.
 __device__ __forceinline__ uint32_t pack_bf16(float low, float high) {
   uint32_t packed;
   asm("cvt.rn.bf16x2.f32 %0, %1, %2;" : "=r"(packed) : "f"(high), "f"(low));
   return packed;
 }
 
-// 2^x in one instruction of the special-function unit, to 2 units in the last place; subnormal results become 0.
+// 2^x in one instruction of the special function unit, with an error of up to 2 ulp; subnormal results become 0.
 __device__ __forceinline__ float exp2_approx(float x) {
   float y;
   asm("ex2.approx.ftz.f32 %0, %1;" : "=f"(y) : "f"(x));
@@ -61,8 +61,8 @@ __device__ __forceinline__ uint32_t shared_address(const void* shared) {
   return static_cast<uint32_t>(__cvta_generic_to_shared(shared));
 }
 
-// Four 8x8 matrices of 16 bits: lane 8 m + r gives the address of matrix m's row r; register m gets, in lane l,
-// elements 2 (l % 4) and 2 (l % 4) + 1 of row l / 4 of matrix m.
+// Loads four 8x8 matrices of 16-bit elements. Lane 8 m + r passes the address of row r of matrix m; register m of lane
+// l receives elements 2 (l % 4) and 2 (l % 4) + 1 of row l / 4 of matrix m.
 __device__ __forceinline__ void ldmatrix_x4(uint32_t (&r)[4], const void* shared_row) {
   asm volatile("ldmatrix.sync.aligned.m8n8.x4.shared.b16 {%0, %1, %2, %3}, [%4];"
                : "=r"(r[0]), "=r"(r[1]), "=r"(r[2]), "=r"(r[3])
@@ -70,7 +70,7 @@ __device__ __forceinline__ void ldmatrix_x4(uint32_t (&r)[4], const void* shared
                : "memory");
 }
 
-// The same with each 8x8 matrix transposed on its way.
+// The same, with each 8x8 matrix transposed.
 __device__ __forceinline__ void ldmatrix_x4_trans(uint32_t (&r)[4], const void* shared_row) {
   asm volatile("ldmatrix.sync.aligned.m8n8.x4.trans.shared.b16 {%0, %1, %2, %3}, [%4];"
                : "=r"(r[0]), "=r"(r[1]), "=r"(r[2]), "=r"(r[3])
@@ -79,9 +79,9 @@ __device__ __forceinline__ void ldmatrix_x4_trans(uint32_t (&r)[4], const void* 
 }
 
 // C (16 x 8, float) += A (16 x 16, bf16) B (16 x 8, bf16). With g = lane / 4 and t = lane % 4, a lane holds
-//   a: rows g, g + 8, g, g + 8 of columns 2t, 2t, 2t + 8, 2t + 8 (and the next column each)
-//   b: rows 2t, 2t + 8 (and the next row each) of column g
-//   c: row g columns 2t, 2t + 1; row g + 8 the same columns
+//   a: rows g, g + 8, g, g + 8 of columns 2t, 2t, 2t + 8, 2t + 8 (each with the next column)
+//   b: rows 2t, 2t + 8 (each with the next row) of column g
+//   c: columns 2t, 2t + 1 of row g, then of row g + 8
 __device__ __forceinline__ void mma_bf16(float (&c)[4], const uint32_t (&a)[4], uint32_t b0, uint32_t b1) {
   asm volatile(
       "mma.sync.aligned.m16n8k16.row.col.f32.bf16.bf16.f32 {%0, %1, %2, %3}, {%4, %5, %6, %7}, {%8, %9}, "
@@ -90,7 +90,7 @@ __device__ __forceinline__ void mma_bf16(float (&c)[4], const uint32_t (&a)[4], 
       : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b0), "r"(b1));
 }
 
-// Copies 16 bytes, past the registers; zeros, without a look at `global`, if it is not valid.
+// Copies 16 bytes without using registers. If not valid, writes zeros and does not read `global`.
 __device__ __forceinline__ void cp_async_16(void* shared, const void* global, bool valid) {
   asm volatile("cp.async.cg.shared.global [%0], [%1], 16, %2;" ::"r"(shared_address(shared)), "l"(global),
                "r"(valid ? 16 : 0)
@@ -99,7 +99,7 @@ __device__ __forceinline__ void cp_async_16(void* shared, const void* global, bo
 
 __device__ __forceinline__ void cp_async_commit() { asm volatile("cp.async.commit_group;" ::: "memory"); }
 
-// Waits for this thread's copies, but for those of its latest kPending groups. Other threads see them after a barrier.
+// Waits for this thread's copies except the latest kPending groups. Other threads see the data after a barrier.
 template <int kPending>
 __device__ __forceinline__ void cp_async_wait() {
   asm volatile("cp.async.wait_group %0;" ::"n"(kPending) : "memory");
@@ -108,8 +108,8 @@ __device__ __forceinline__ void cp_async_wait() {
 template <class Params>
 cudaError_t launch(void (*kernel)(Params), dim3 grid, int threads, size_t shared_bytes, cudaStream_t stream,
                    const Params& params) {
-  constexpr size_t kWithoutAsking = 48 << 10;
-  if (shared_bytes > kWithoutAsking) {
+  constexpr size_t kDefaultSharedBytes = 48 << 10;
+  if (shared_bytes > kDefaultSharedBytes) {
     const cudaError_t error = cudaFuncSetAttribute(reinterpret_cast<const void*>(kernel),
                                                    cudaFuncAttributeMaxDynamicSharedMemorySize, int(shared_bytes));
     if (error != cudaSuccess) return error;
@@ -125,7 +125,7 @@ inline int multiprocessors() {
   return count;
 }
 
-// Whether the driver has an image of this kernel for the current device; loads it.
+// Loads this kernel; an error means that there is no image of it for the current device.
 template <class Params>
 cudaError_t load(void (*kernel)(Params)) {
   cudaFuncAttributes attributes;

@@ -1,11 +1,11 @@
-// Unit rows for the products, each row's length, and the cosine of each positive pair; and on the way back, what the
-// sums over the negatives become: the gradient through the normalization.
+// normalize: unit rows for the products, the norm of each row, and the cosine of each positive pair. project: the
+// gradient through the normalization, from the sums over the negatives.
 //
-// One warp takes one image, that is row i of z1 and row i of z2: it has both views of a pair at hand.
+// One warp processes one image, row i of z1 and row i of z2, so it has both views of a pair.
 //
-// The positives' cosines come from here, of the rounded rows: a hard negative, nearly as close as the positive, then
-// has the same error from the row that both are compared with, and the loss, which is their difference, does not have
-// it.
+// The cosines of the positives are computed from the rounded rows. The similarity of a hard negative, nearly as close
+// as the positive, then has the same rounding error of the anchor row, and the error cancels in the loss, which is a
+// difference of similarities.
 #include "mma.cuh"
 #include "nt_xent.h"
 #include "tile.cuh"
@@ -20,7 +20,7 @@ __device__ float warp_sum(float x) {
   return x;
 }
 
-// Row `image` of both views. d is walked with the lanes side by side, whatever the strides.
+// Row `image` of both views. Neighboring lanes read neighboring elements along d, whatever the strides.
 template <class T>
 struct Pair {
   const T* z1;
@@ -36,19 +36,19 @@ struct Pair {
   __device__ float second(int k) const { return to_float(z2[k * stride_2]); }
 };
 
-// Stores x as the products will see it, and returns that.
+// Stores x rounded to the planes, as used by the products, and returns the rounded value.
 __device__ float store_unit(uint16_t* row, int planes, int width, int k, float x) {
   const Bf16 high = from_float<Bf16>(x);
   row[k] = high.bits;
   if (planes == 1) return to_float(high);
-  const Bf16 low = from_float<Bf16>(x - to_float(high));  // what the rounding left
+  const Bf16 low = from_float<Bf16>(x - to_float(high));  // the rounding error of `high`
   row[width + k] = low.bits;
   return to_float(high) + to_float(low);
 }
 
 __device__ float clamped_norm(float squares) {
   const float norm = sqrtf(squares);
-  return norm < kNormEps ? kNormEps : norm;  // a NaN stays
+  return norm < kNormEps ? kNormEps : norm;  // keeps NaN
 }
 
 template <class T>
@@ -66,7 +66,7 @@ __global__ void __launch_bounds__(32 * kWarpsPerBlock) normalize_kernel(Normaliz
   }
   const float norm_1 = clamped_norm(warp_sum(squares_1)), norm_2 = clamped_norm(warp_sum(squares_2));
 
-  const float inverse_1 = 1 / norm_1, inverse_2 = 1 / norm_2;  // dividing each element spills registers on sm_120
+  const float inverse_1 = 1 / norm_1, inverse_2 = 1 / norm_2;  // a division per element spills registers on sm_120
   uint16_t* row_1 = p.unit + image * p.planes * p.width;
   uint16_t* row_2 = row_1 + int64_t(p.z.n) * p.planes * p.width;
   float cosine = 0;
@@ -84,7 +84,7 @@ __global__ void __launch_bounds__(32 * kWarpsPerBlock) normalize_kernel(Normaliz
   }
 }
 
-// With u the unit rows, a the sums over the negatives and pull = g_i q_i + g_pos q_pos:
+// With unit rows u, sums over the negatives a, and pull = g_i q_i + g_pos q_pos:
 //   dẑ_i = scale / temperature * (a_i - pull u_pos),   dz_i = (dẑ_i - (u_i·dẑ_i) u_i) / |z_i|
 template <class T>
 __global__ void __launch_bounds__(32 * kWarpsPerBlock) project_kernel(ProjectParams p) {
@@ -102,7 +102,7 @@ __global__ void __launch_bounds__(32 * kWarpsPerBlock) project_kernel(ProjectPar
   };
   const auto gradients = [&](int k) {
     Both both{z.first(k) / norm_1, z.second(k) / norm_2, 0, 0};
-    for (int64_t split = 0; split < p.splits; split++) {  // always in this order: the same bits in every run
+    for (int64_t split = 0; split < p.splits; split++) {  // fixed order: bitwise reproducible
       both.d_1 += p.sums[(split * rows + row_1) * p.width + k];
       both.d_2 += p.sums[(split * rows + row_2) * p.width + k];
     }
@@ -125,12 +125,12 @@ __global__ void __launch_bounds__(32 * kWarpsPerBlock) project_kernel(ProjectPar
     p.along[row_1] = along_1 * scale;
     p.along[row_2] = along_2 * scale;
   }
-  if (!(norm_1 > kNormEps)) along_1 = 0;  // as F.normalize: below its eps the length is a constant
+  if (!(norm_1 > kNormEps)) along_1 = 0;  // as in F.normalize, whose norm is constant below eps
   if (!(norm_2 > kNormEps)) along_2 = 0;
   T* dz_1 = static_cast<T*>(p.dz1) + image * p.z.d;
   T* dz_2 = static_cast<T*>(p.dz2) + image * p.z.d;
   for (int k = lane; k < p.z.d; k += 32) {
-    const Both both = gradients(k);  // the second reading comes from the cache
+    const Both both = gradients(k);  // the second read hits the cache
     dz_1[k] = from_float<T>((both.d_1 - along_1 * both.u_1) * (scale / norm_1));
     dz_2[k] = from_float<T>((both.d_2 - along_2 * both.u_2) * (scale / norm_2));
   }

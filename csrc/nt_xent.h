@@ -1,8 +1,8 @@
-// The NT-Xent loss on raw pointers. Shared by the kernels' files and the binding; the mathematics is in forward.cu and
-// backward.cu. All pointers are of the device, all arrays are contiguous but for the projections z.
+// The NT-Xent loss on raw pointers, shared by the kernels and the binding; the equations are in forward.cu and
+// backward.cu. All pointers are device pointers, and all arrays except the projections z are contiguous.
 //
-// n images of this rank are 2n rows (z1's, then z2's); all ranks' rows together are the columns, M of them; this rank's
-// rows are columns [offset, offset + 2n). A launcher does nothing but launch: every array is the caller's.
+// The n images of this rank are 2n rows (z1's, then z2's). The M columns are the rows of all ranks; this rank's rows
+// are columns [offset, offset + 2n). A launcher only launches kernels: the caller allocates all arrays.
 #pragma once
 
 #ifdef FASTSIMCLR_EMULATION
@@ -17,20 +17,20 @@ namespace fastsimclr {
 
 enum class DataType { kFloat32, kBfloat16, kFloat16 };
 
-constexpr float kNormEps = 1e-12f;  // of torch.nn.functional.normalize
-constexpr int kMaxRows = 1 << 30;   // rows and columns are int, offsets of elements int64_t
+constexpr float kNormEps = 1e-12f;  // the eps of torch.nn.functional.normalize
+constexpr int kMaxRows = 1 << 30;   // row and column indices are int, element offsets int64_t
 
-// A temperature that the host knows, or one that only the device does (then the host never waits for it).
+// A temperature as a value, or as a device pointer, which the host never waits for.
 struct Temperature {
-  const float* pointer = nullptr;  // null: `value` is it
+  const float* pointer = nullptr;  // if null, `value` is used
   float value = 0;
-  // Of smallest_temperature. The host computes it and host and device compare with it: a logarithm that differs by its
-  // last bit between them would at the bound itself launch a kernel that leaves the work to the other one.
+  // The result of smallest_temperature, computed only on the host. If the device computed the logarithm, too, and it
+  // differed in the last bit, the host could launch, at exactly this temperature, the kernel that returns immediately.
   float smallest = 0;
 };
 
-// From this temperature on, sums of `columns` exponentials of up to 1/temperature, and their inverses, are finite and
-// normal numbers. Below, the kernels keep a maximum or an lse in every exponent.
+// The lowest temperature at which sums of `columns` exponentials of up to 1/temperature, and the inverses of these
+// sums, are finite normal numbers. At lower temperatures the kernels subtract a maximum or an lse in each exponent.
 float smallest_temperature(int columns);
 
 // Two batches of projections, (n, d) each; element (i, k) is at i * row_stride + k * column_stride.
@@ -44,8 +44,8 @@ struct Projections {
   int64_t row_stride_2 = 0, column_stride_2 = 0;
 };
 
-// Unit rows as the tensor cores take them: (rows, planes, width) bf16, planes 1 or, each number being the sum of two,
-// 2; width is d rounded up to a multiple of 8, with zeros beyond d.
+// Unit rows as input of the tensor cores: (rows, planes, width) bf16. With 2 planes each number is the sum of two bf16
+// numbers. width is d rounded up to a multiple of 8, with zeros beyond d.
 struct UnitRows {
   const uint16_t* data = nullptr;
   int count = 0;
@@ -56,25 +56,25 @@ struct NormalizeParams {
   int planes = 1;
   int width = 0;
   uint16_t* unit = nullptr;   // out (2n, planes, width): z / |z|
-  float* norm = nullptr;      // out (2n,): |z|, at least kNormEps
-  float* positive = nullptr;  // out (n,): the two views' cosine
+  float* norm = nullptr;      // out (2n,): max(|z|, kNormEps)
+  float* positive = nullptr;  // out (n,): cosine similarity of the two views
 };
 
 struct ForwardParams {
   UnitRows rows, columns;
   int planes = 1;
   int width = 0;
-  bool symmetric = false;  // columns are the rows: half of the similarities are enough
-  bool has_pairs = false;  // whether rows meet themselves and their positives among these columns, and then
-  int offset = 0;          //   the first row's column
+  bool symmetric = false;  // the columns are the rows: only half of the similarities are computed
+  bool has_pairs = false;  // these columns include the rows and their positives
+  int offset = 0;          // if has_pairs: the column of the first row
   int all_columns = 0;     // M
   Temperature temperature;
-  int column_unit = 0;    // of forward_column_unit
-  float* sums = nullptr;  // out (slots, 2n), slots = columns / column_unit, rounded up
+  int column_unit = 0;    // the result of forward_column_unit
+  float* sums = nullptr;  // out (slots, 2n), slots = ceil(columns / column_unit)
 };
 
 struct LossParams {
-  const float* sums = nullptr;  // (slots, 2n), of all columns
+  const float* sums = nullptr;  // (slots, 2n), for all columns
   int slots = 0;
   const float* positive = nullptr;  // (n,)
   int n = 0;
@@ -82,8 +82,8 @@ struct LossParams {
   bool decoupled = false;
   Temperature temperature;
   float* losses = nullptr;  // out (2n,)
-  float* lse = nullptr;     // out (2n,): log2 of the denominator
-  float* q = nullptr;       // out (2n,): share of the negatives in the denominator
+  float* lse = nullptr;     // out (2n,): log2 of the softmax denominator
+  float* q = nullptr;       // out (2n,): fraction of the denominator due to the negatives
 };
 
 struct BackwardParams {
@@ -93,8 +93,8 @@ struct BackwardParams {
   int offset = 0;
   Temperature temperature;
   const float* lse = nullptr;      // (M,)
-  const float* weights = nullptr;  // (M,) in [-1, 1]: gradient of each row's loss; null: all 1
-  int splits = 1;                  // of backward_splits
+  const float* weights = nullptr;  // (M,) in [-1, 1]: gradient with respect to each row's loss; null: all 1
+  int splits = 1;                  // the result of backward_splits
   float* sums = nullptr;           // out (splits, 2n, width): sums over the negatives, see backward.cu
 };
 
@@ -104,21 +104,21 @@ struct ProjectParams {
   Temperature temperature;
   const float* norm = nullptr;     // (2n,)
   const float* q = nullptr;        // (2n,)
-  const float* weights = nullptr;  // (2n,) of this rank's rows; null: all 1
-  const float* scale = nullptr;    // (1,): what all gradients are multiplied with, and
-  float factor = 1;                //   once more
-  const float* sums = nullptr;     // (splits, 2n, width)
+  const float* weights = nullptr;  // (2n,) for this rank's rows; null: all 1
+  const float* scale = nullptr;    // (1,): all gradients are multiplied by scale * factor
+  float factor = 1;
+  const float* sums = nullptr;  // (splits, 2n, width)
   int splits = 1;
-  void* dz1 = nullptr;     // out (n, d) of z's dtype
+  void* dz1 = nullptr;     // out (n, d) in the dtype of z
   void* dz2 = nullptr;     // out (n, d)
-  float* along = nullptr;  // out (2n,): ẑ·dẑ, from which the temperature's gradient is made
+  float* along = nullptr;  // out (2n,): ẑ·dẑ, for the gradient of the temperature
 };
 
-// How the work is cut: what `sums` of the forward and of the backward are sized by.
+// How the work is split, which determines the size of `sums` in the forward and backward.
 int forward_column_unit(int rows, int columns, int planes, int width, bool symmetric);
 int backward_splits(int rows, int columns, int planes, int width);
 
-// Loads one of the kernels: an error means that none of them can run on the current device.
+// Loads one of the loss kernels: an error means that none of them can run on the current device.
 cudaError_t load_nt_xent();
 
 cudaError_t normalize(const NormalizeParams& params, cudaStream_t stream);

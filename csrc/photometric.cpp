@@ -1,6 +1,6 @@
-// One image at a time, in planes of floats that stay in a core's L2 cache, and those in strips that stay in L1: a strip
-// goes through all changes before the next one does. The loops are plain; the compiler vectorises them, once for each
-// kind of CPU, and the machine's own is chosen when the library is loaded.
+// One image at a time, in planes of floats that stay in a core's L2 cache, processed in strips that stay in L1: all
+// operations are applied to a strip before the next one. The compiler vectorizes the loops for several kinds of CPU,
+// and the version for this CPU is selected when the library is loaded.
 #include "photometric.h"
 
 #include <algorithm>
@@ -16,53 +16,52 @@ namespace {
 
 constexpr int64_t kStrip = 2048;  // pixels
 
-// Memory of one thread: three planes, and what a blur needs beside them.
+// Scratch memory of a thread: three planes, and rows and kernel of a blur.
 struct Scratch {
   std::vector<float> planes, rows, kernel;
 };
 
-// The same pixels of three planes.
+// A range of pixels in the three planes.
 struct Strip {
   float *r, *g, *b;
   int64_t size;
 };
 
 template <class F>
-FASTSIMCLR_INLINE void for_each_pixel(Strip strip, F change) {
+FASTSIMCLR_INLINE void for_each_pixel(Strip strip, F op) {
   float* __restrict__ r = strip.r, * __restrict__ g = strip.g, * __restrict__ b = strip.b;
   for (int64_t i = 0; i < strip.size; i++) {
-    const Pixel x = change(Pixel{r[i], g[i], b[i]});
+    const Pixel x = op(Pixel{r[i], g[i], b[i]});
     r[i] = x.r;
     g[i] = x.g;
     b[i] = x.b;
   }
 }
 
-// gray_term: of contrast alone.
-FASTSIMCLR_INLINE void jitter(Strip strip, int change, float factor, float gray_term) {
-  if (change == kBrightness) for_each_pixel(strip, [=](Pixel x) FASTSIMCLR_LAMBDA { return brightness(x, factor); });
-  if (change == kContrast)
-    for_each_pixel(strip, [=](Pixel x) FASTSIMCLR_LAMBDA { return blend(x, factor, gray_term); });
-  if (change == kSaturation) for_each_pixel(strip, [=](Pixel x) FASTSIMCLR_LAMBDA { return saturation(x, factor); });
-  if (change == kHue && factor != 0) {
-    const float hue_shift = sixths(factor);
+// gray_term: only for contrast.
+FASTSIMCLR_INLINE void jitter(Strip strip, int op, float factor, float gray_term) {
+  if (op == kBrightness) for_each_pixel(strip, [=](Pixel x) FASTSIMCLR_LAMBDA { return brightness(x, factor); });
+  if (op == kContrast) for_each_pixel(strip, [=](Pixel x) FASTSIMCLR_LAMBDA { return blend(x, factor, gray_term); });
+  if (op == kSaturation) for_each_pixel(strip, [=](Pixel x) FASTSIMCLR_LAMBDA { return saturation(x, factor); });
+  if (op == kHue && factor != 0) {
+    const float hue_shift = hue_in_sixths(factor);
     for_each_pixel(strip, [=](Pixel x) FASTSIMCLR_LAMBDA { return hue(x, hue_shift); });
   }
 }
 
-FASTSIMCLR_INLINE int sum_of_luma(Strip strip) {  // of at most kStrip pixels: it fits
+FASTSIMCLR_INLINE int sum_of_luma(Strip strip) {  // at most kStrip pixels, so it does not overflow
   int sum = 0;
   for (int64_t i = 0; i < strip.size; i++) sum += int(luma({strip.r[i], strip.g[i], strip.b[i]}));
   return sum;
 }
 
-FASTSIMCLR_INLINE uint16_t to_bf16(float x) {  // nearest even; x is finite
+FASTSIMCLR_INLINE uint16_t to_bf16(float x) {  // rounds to nearest even; x is finite
   uint32_t bits;
   std::memcpy(&bits, &x, sizeof(bits));
   return uint16_t((bits + 0x7fff + (bits >> 16 & 1)) >> 16);
 }
 
-// Interleaved, normalized, as T, from `first` on; `cast` makes one of a float.
+// Stores the strip normalized and interleaved, from pixel `first` on. cast: converts float to T.
 template <class T, class Cast>
 FASTSIMCLR_INLINE void store(const PhotometricParams& p, Strip strip, int64_t first, Cast cast) {
   T* __restrict__ out = static_cast<T*>(p.out) + 3 * first;
@@ -73,7 +72,7 @@ FASTSIMCLR_INLINE void store(const PhotometricParams& p, Strip strip, int64_t fi
   }
 }
 
-// A strip's last changes. first: its first pixel among those of all images.
+// Solarizes, normalizes and stores a strip. first: its first pixel, counted over all images.
 FASTSIMCLR_INLINE void finish(const PhotometricParams& p, const ViewParams& view_params, Strip strip, int64_t first) {
   if (view_params.solarize)
     for_each_pixel(strip, [](Pixel x) FASTSIMCLR_LAMBDA { return Pixel{solarize(x.r), solarize(x.g), solarize(x.b)}; });
@@ -84,9 +83,9 @@ FASTSIMCLR_INLINE void finish(const PhotometricParams& p, const ViewParams& view
     store<_Float16>(p, strip, first, [](float v) FASTSIMCLR_LAMBDA { return _Float16(v); });
 }
 
-// The kernel's middle and one side. Weights beyond four standard deviations are left out: together they are 6e-5.
+// Computes the center and one side of the kernel. Omits weights beyond four standard deviations, 6e-5 in total.
 FASTSIMCLR_INLINE int make_kernel(std::vector<float>& kernel, float sigma, int taps, int height, int width) {
-  taps = std::min(taps, 2 * std::min(height, width) - 1);  // a mirror shows no more than the image
+  taps = std::min(taps, 2 * std::min(height, width) - 1);  // reflection is limited by the image size
   const int radius = std::min(taps / 2, int(std::ceil(4 * sigma)));
   kernel.resize(size_t(radius) + 1);
   float sum = 0;
@@ -98,13 +97,13 @@ FASTSIMCLR_INLINE int make_kernel(std::vector<float>& kernel, float sigma, int t
   return radius;
 }
 
-// to[i] = sum over k of kernel[|k|] at(k)[i] for `width` numbers, kVectors vectors at a time whose sums stay in
-// registers; the last of them begin earlier, and compute again what the ones before have.
+// to[i] = sum over k of kernel[|k|] at(k)[i] for `width` elements, kVectors vectors at a time, whose sums stay in
+// registers. The last vectors start earlier and recompute some elements.
 template <int kVectors, class At>
-FASTSIMCLR_INLINE void weigh_vectors(float* to, const float* kernel, int radius, int width, At at) {
-  constexpr int kPiece = kVectors * kLanes;
-  for (int piece = 0; piece < width; piece += kPiece) {
-    const int begin = std::min(piece, width - kPiece);
+FASTSIMCLR_INLINE void convolve_vectors(float* to, const float* kernel, int radius, int width, At at) {
+  constexpr int kChunk = kVectors * kLanes;
+  for (int chunk = 0; chunk < width; chunk += kChunk) {
+    const int begin = std::min(chunk, width - kChunk);
     const auto lanes = [=](int k) FASTSIMCLR_LAMBDA { return reinterpret_cast<const Lanes*>(at(k) + begin); };
     Lanes sums[kVectors];
     for (int v = 0; v < kVectors; v++) sums[v] = kernel[0] * lanes(0)[v];
@@ -117,35 +116,35 @@ FASTSIMCLR_INLINE void weigh_vectors(float* to, const float* kernel, int radius,
 }
 
 template <class At>
-FASTSIMCLR_INLINE void weigh_row(float* to, const float* kernel, int radius, int width, At at) {
-  if (width >= 4 * kLanes) return weigh_vectors<4>(to, kernel, radius, width, at);
-  if (width >= kLanes) return weigh_vectors<1>(to, kernel, radius, width, at);
+FASTSIMCLR_INLINE void convolve_row(float* to, const float* kernel, int radius, int width, At at) {
+  if (width >= 4 * kLanes) return convolve_vectors<4>(to, kernel, radius, width, at);
+  if (width >= kLanes) return convolve_vectors<1>(to, kernel, radius, width, at);
   for (int i = 0; i < width; i++) {
     to[i] = kernel[0] * at(0)[i];
     for (int k = 1; k <= radius; k++) to[i] += kernel[k] * (at(-k)[i] + at(k)[i]);
   }
 }
 
-// Gaussian blur, separable, mirrored at the borders; each row goes on to its last changes at once.
+// Separable Gaussian blur with reflected borders; each row is finished immediately.
 FASTSIMCLR_INLINE void blur_and_finish(const PhotometricParams& p, const ViewParams& view_params, int64_t image,
                                        Scratch& scratch) {
   const int height = p.height, width = p.width;
   const int radius = make_kernel(scratch.kernel, view_params.sigma, p.blur_taps, height, width);
   const float* kernel = scratch.kernel.data();
   scratch.rows.resize(4 * size_t(width) + 2 * size_t(radius));
-  float* middle = scratch.rows.data() + radius;  // a row with its mirrored ends
+  float* middle = scratch.rows.data() + radius;  // a row with reflected ends
   float* blurred = middle + width + radius;      // three rows
   for (int y = 0; y < height; y++) {
     for (int channel = 0; channel < 3; channel++) {
       const float* plane = scratch.planes.data() + int64_t(channel) * height * width;
-      weigh_row(middle, kernel, radius, width,
-                [=](int k) FASTSIMCLR_LAMBDA { return plane + int64_t(mirrored(y + k, height)) * width; });
+      convolve_row(middle, kernel, radius, width,
+                   [=](int k) FASTSIMCLR_LAMBDA { return plane + int64_t(reflect(y + k, height)) * width; });
       for (int k = 1; k <= radius; k++) {
-        middle[-k] = middle[mirrored(-k, width)];
-        middle[width - 1 + k] = middle[mirrored(width - 1 + k, width)];
+        middle[-k] = middle[reflect(-k, width)];
+        middle[width - 1 + k] = middle[reflect(width - 1 + k, width)];
       }
       float* row = blurred + channel * width;
-      weigh_row(row, kernel, radius, width, [=](int k) FASTSIMCLR_LAMBDA { return middle + k; });
+      convolve_row(row, kernel, radius, width, [=](int k) FASTSIMCLR_LAMBDA { return middle + k; });
       for (int x = 0; x < width; x++) row[x] = float(int(row[x] + 0.5f));
     }
     finish(p, view_params, {blurred, blurred + width, blurred + 2 * width, width}, (image * height + y) * width);
@@ -164,7 +163,7 @@ FASTSIMCLR_CLONES void one_image(const PhotometricParams& p, int64_t image, Scra
   const float contrast = view_params.factors[kContrast];
 
   int64_t total = 0;
-  for (int64_t first = 0; first < size; first += kStrip) {  // up to the contrast, which is about the view's mean luma
+  for (int64_t first = 0; first < size; first += kStrip) {  // until contrast, which needs the mean luma of the view
     const Strip strip = strip_at(first);
     const uint8_t* __restrict__ crop = p.crops + 3 * (image * size + first);
     float* __restrict__ r = strip.r, * __restrict__ g = strip.g, * __restrict__ b = strip.b;
@@ -179,7 +178,7 @@ FASTSIMCLR_CLONES void one_image(const PhotometricParams& p, int64_t image, Scra
     total += sum_of_luma(strip);
   }
   const float mean_term = float(double(total) / double(size)) * (1 - contrast);
-  for (int64_t first = 0; first < size; first += kStrip) {  // from it on
+  for (int64_t first = 0; first < size; first += kStrip) {  // contrast and the operations after it
     const Strip strip = strip_at(first);
     for (int step = contrast_step; view_params.jitter && step < 4; step++)
       jitter(strip, view_params.order[step], view_params.factors[view_params.order[step]], mean_term);

@@ -1,5 +1,5 @@
-// What happens to a view's colors: jitter in the order drawn, grey, blur, solarization, normalization, cast. What each
-// change does is in pixel.h.
+// The color operations of a view: jitter in the sampled order, grayscale, blur, solarize, normalize, cast. The
+// operations on a pixel are in pixel.h.
 #pragma once
 
 #ifdef FASTSIMCLR_EMULATION
@@ -21,27 +21,27 @@ struct PhotometricParams {
   const ViewParams* view_params = nullptr;  // (images,)
   int64_t images = 0;
   int height = 0, width = 0;
-  int blur_taps = 3;           // odd: the most that a blur's kernel has
-  float scale[3] = {1, 1, 1};  // of a level, before
-  float shift[3] = {0, 0, 0};  // this is added
+  int blur_taps = 3;           // odd: maximum size of the blur's kernel
+  float scale[3] = {1, 1, 1};  // normalization: out = value * scale + shift
+  float shift[3] = {0, 0, 0};
   PixelType dtype = PixelType::kFloat32;
-  void* out = nullptr;  // (images, height, width, 3) of dtype: channels-last
+  void* out = nullptr;  // (images, height, width, 3) of `dtype`: channels-last
 };
 
-// On the CPU; everything is in its memory.
+// On the CPU. All arrays are in host memory.
 void photometric_on_cpu(const PhotometricParams& params, int threads);
 
 #if defined(FASTSIMCLR_CUDA) || defined(FASTSIMCLR_EMULATION) || defined(__CUDACC__)
-constexpr int kLumaParts = 32;  // of an image, which are summed by a block each
+constexpr int kLumaParts = 32;  // parts of an image, each summed by a thread block
 
-// Loads one of the kernels: an error means that none of the views' kernels can run on the current device.
+// Loads one of the view kernels: an error means that none of them can run on the current device.
 cudaError_t load_views();
 
-// How far a blur can reach on the GPU, in pixels to each side.
+// The maximum radius of a blur on the GPU, in pixels.
 int max_blur_radius();
 
-// On the GPU. parts: (images, kLumaParts) of its memory to work with; max_sigma: no view's blur is wider; 0: there is
-// none. cudaErrorInvalidValue if a blur may reach further than max_blur_radius().
+// On the GPU. parts: (images, kLumaParts) of scratch memory; max_sigma: the largest sigma of all views, 0 without blur.
+// Returns cudaErrorInvalidValue if the radius of a blur may exceed max_blur_radius().
 cudaError_t photometric(const PhotometricParams& params, float* parts, float max_sigma, cudaStream_t stream);
 #endif
 

@@ -1,19 +1,18 @@
-// What happens to one pixel's colors, the same on CPUs and GPUs: torchvision's operations on uint8 tensors, clamped
-// and truncated to whole levels after each. fastsimclr/data/photometric.py holds the same in PyTorch: the tests'
-// oracle.
+// The color operations on a pixel, for CPU and GPU: torchvision's operations on uint8 tensors, with values clamped and
+// truncated to integers after each. fastsimclr/data/photometric.py has the same in PyTorch, the reference of the tests.
 #pragma once
 
 #if defined(__CUDACC__)
 #define FASTSIMCLR_PIXEL __host__ __device__ __forceinline__
-#else  // into the loops, so that these are vectorised for the CPU that they are compiled for
+#else  // inlined into loops that are vectorized for several kinds of CPU
 #define FASTSIMCLR_PIXEL inline __attribute__((always_inline))
 #endif
 
 namespace fastsimclr {
 
-enum Change { kBrightness, kContrast, kSaturation, kHue };  // numbers of ViewParams::order
+enum ColorOp { kBrightness, kContrast, kSaturation, kHue };  // the values in ViewParams::order
 
-struct Pixel {  // levels 0 to 255, whole ones
+struct Pixel {  // integers from 0 to 255
   float r, g, b;
 };
 
@@ -22,7 +21,7 @@ FASTSIMCLR_PIXEL float level(float x) {
   return float(int(x < 255 ? x : 255));
 }
 
-FASTSIMCLR_PIXEL float luma(Pixel x) {  // ITU-R 601-2, with torchvision's digits
+FASTSIMCLR_PIXEL float luma(Pixel x) {  // ITU-R 601-2, with the coefficients of torchvision
   return float(int(x.r * 0.2989f + x.g * 0.587f + x.b * 0.114f));
 }
 
@@ -30,8 +29,8 @@ FASTSIMCLR_PIXEL Pixel brightness(Pixel x, float factor) {
   return {level(x.r * factor), level(x.g * factor), level(x.b * factor)};
 }
 
-// Away from or towards a grey: `gray_term` is that grey times (1 - factor). Of one for the whole view, its mean
-// luma, it is contrast; of the pixel's own luma, saturation.
+// Blends with a gray: `gray_term` is the gray times (1 - factor). With the view's mean luma as gray this is contrast,
+// with the luma of the pixel it is saturation.
 FASTSIMCLR_PIXEL Pixel blend(Pixel x, float factor, float gray_term) {
   return {level(gray_term + x.r * factor), level(gray_term + x.g * factor), level(gray_term + x.b * factor)};
 }
@@ -39,7 +38,7 @@ FASTSIMCLR_PIXEL Pixel blend(Pixel x, float factor, float gray_term) {
 FASTSIMCLR_PIXEL Pixel saturation(Pixel x, float factor) { return blend(x, factor, luma(x) * (1 - factor)); }
 
 // HSV to RGB in closed form: value - spread * clamp(min(k, 4 - k), 0, 1), with k = (5, 3 or 1 + sixths) mod 6.
-FASTSIMCLR_PIXEL float channel_of_hue(float k, float value, float spread) {
+FASTSIMCLR_PIXEL float hsv_channel(float k, float value, float spread) {
   k = k >= 6 ? k - 6 : k;
   k = k < 4 - k ? k : 4 - k;
   k = k > 0 ? k : 0;
@@ -47,30 +46,28 @@ FASTSIMCLR_PIXEL float channel_of_hue(float k, float value, float spread) {
   return float(int(x * ((255 + 1 - 1e-3f) / 255)));  // torchvision's float to uint8
 }
 
-// Turns the hue circle of HSV by `turn` sixths, from 0 to 6.
+// Shifts the hue of HSV by `hue_shift` sixths of the hue circle, in [0, 6].
 FASTSIMCLR_PIXEL Pixel hue(Pixel x, float hue_shift) {
   const float larger = x.g > x.b ? x.g : x.b, smaller = x.g < x.b ? x.g : x.b;
   const float value = x.r > larger ? x.r : larger, low = x.r < smaller ? x.r : smaller;
   const float spread = value - low;
   const bool red = value == x.r, green = value == x.g;
-  const float across = red ? x.g - x.b : green ? x.b - x.r : x.r - x.g;  // 0 where there is no color
+  const float across = red ? x.g - x.b : green ? x.b - x.r : x.r - x.g;  // 0 for gray
   const float from = red ? 0.0f : green ? 2.0f : 4.0f;
   float at = from + across / (spread == 0 ? 1.0f : spread) + hue_shift;  // [-1, 11)
   at = at < 0 ? at + 6 : at;
   at = at >= 6 ? at - 6 : at;
-  return {channel_of_hue(at + 5, value, spread), channel_of_hue(at + 3, value, spread),
-          channel_of_hue(at + 1, value, spread)};
+  return {hsv_channel(at + 5, value, spread), hsv_channel(at + 3, value, spread), hsv_channel(at + 1, value, spread)};
 }
 
-FASTSIMCLR_PIXEL float sixths(float hue_shift) {
-  return 6 * (hue_shift < 0 ? hue_shift + 1 : hue_shift);
-}  // hue_shift: in [-1, 1]
+// hue_shift: in [-1, 1], as a fraction of the hue circle.
+FASTSIMCLR_PIXEL float hue_in_sixths(float hue_shift) { return 6 * (hue_shift < 0 ? hue_shift + 1 : hue_shift); }
 
 FASTSIMCLR_PIXEL Pixel grayscale(Pixel x) { return {luma(x), luma(x), luma(x)}; }
 
 FASTSIMCLR_PIXEL float solarize(float x) { return x >= 128 ? 255 - x : x; }
 
-// Beyond both ends of `size` pixels the image is mirrored; `i` is at most that far outside.
-FASTSIMCLR_PIXEL int mirrored(int i, int size) { return i < 0 ? -i : i >= size ? 2 * size - 2 - i : i; }
+// The index of pixel i of `size` pixels with reflected borders, for i in (-size, 2 * size - 1).
+FASTSIMCLR_PIXEL int reflect(int i, int size) { return i < 0 ? -i : i >= size ? 2 * size - 2 - i : i; }
 
 }  // namespace fastsimclr

@@ -1,15 +1,16 @@
-// Tiles of the similarity matrix, shared by the forward and the backward: a block of threads holds some rows of Ẑ in
-// shared memory, streams all columns' rows past them, and has each tile of products in its registers.
+// Tiles of the similarity matrix, shared by the forward and the backward: a thread block keeps some rows of Ẑ in shared
+// memory, streams the rows of all columns through it, and holds each tile of products in registers.
 //
-//   rows     A: kRows of them, kRowsPerWarp to a warp, so that a row's sums stay within a warp
-//   columns  B: kColumns at a time, in two buffers; while one is multiplied, the other is filled by cp.async
-//   width    in blocks of kBlockK numbers. All of it in one block (the usual case): A is loaded once and stays.
-//            In several: A's and B's blocks come by turns, and a tile is done with the last of them.
+//   rows     A: kRows rows, kRowsPerWarp per warp, so that the sums of a row stay within a warp
+//   columns  B: kColumns at a time, double-buffered: cp.async fills one buffer while the other is multiplied
+//   width    in blocks of kBlockK elements. With one block (the usual case) A is loaded once and stays in shared
+//   memory.
+//            With several, each step loads a block of A and of B, and a tile is complete after its last block.
 //
-// planes = 2 is the product of sums of two bf16 numbers, (a + a')(b + b') without the last term: a b + a b' + a' b.
+// planes = 2: products of sums of two bf16 numbers, (a + a')(b + b') without the last term: a b + a b' + a' b.
 //
-// A row in shared memory is kBlockK bf16, in chunks of 16 bytes of which chunk c lies at c ^ (row % 8): the eight rows
-// of an 8x8 matrix that ldmatrix reads then lie in eight different groups of four banks.
+// A row in shared memory is kBlockK bf16 in chunks of 16 bytes. Chunk c is stored at position c ^ (row % 8), so that
+// the eight rows of an 8x8 matrix that ldmatrix reads are in eight different groups of four banks.
 #pragma once
 
 #include <type_traits>
@@ -22,22 +23,23 @@ namespace fastsimclr {
 constexpr int kWarps = 4;
 constexpr int kThreads = 32 * kWarps;
 constexpr int kStages = 2;
-constexpr int kBlockRows = 128;  // every kRows divides it
+constexpr int kBlockRows = 128;  // a multiple of every kRows
 constexpr unsigned kAllLanes = 0xffffffffu;
 constexpr float kLog2E = 1.4426950408889634f;
 
-__host__ __device__ constexpr int divide_up(int a, int b) { return (a + b - 1) / b; }
+__host__ __device__ constexpr int ceil_div(int a, int b) { return (a + b - 1) / b; }
 
-// Shapes: with 32 rows a warp, each fragment of B that is read from shared memory serves two products (with 16, shared
-// memory would be the limit); the registers hold that many accumulators up to a width of 128 in one plane.
+// Tile shapes. With 32 rows per warp, each fragment of B read from shared memory is used in two products; with 16,
+// shared memory bandwidth would be the limit. Up to a width of 128 in one plane, the accumulators for 32 rows fit in
+// registers.
 template <int kBlockK_, int kPlanes_, bool kWide_ = false, bool kTall_ = (kPlanes_ == 1 && kBlockK_ <= 128)>
 struct Shape {
   static constexpr int kBlockK = kBlockK_;
   static constexpr int kPlanes = kPlanes_;
-  static constexpr bool kWide = kWide_;  // the width takes several blocks
+  static constexpr bool kWide = kWide_;  // the width has several blocks
   static constexpr bool kTall = kTall_;
-  using Low = Shape<kBlockK, kPlanes, kWide, false>;  // for a kernel that needs more registers
-  static constexpr int kRowTiles = kTall ? 2 : 1;     // of 16 rows, in a warp
+  using Low = Shape<kBlockK, kPlanes, kWide, false>;  // for kernels that need more registers
+  static constexpr int kRowTiles = kTall ? 2 : 1;     // tiles of 16 rows per warp
   static constexpr int kRowsPerWarp = 16 * kRowTiles;
   static constexpr int kRows = kWarps * kRowsPerWarp;
   static constexpr int kColumns = kTall ? 64 : 32;
@@ -50,15 +52,15 @@ __device__ __forceinline__ float value_of(const Temperature& temperature) {
   return temperature.pointer ? *temperature.pointer : temperature.value;
 }
 
-// Where this rank's rows meet themselves and their positives, which are no negatives.
+// Where rows are compared with themselves and their positives, which are not negatives.
 struct Pairs {
-  bool among_columns;  // false: nowhere, these columns are other ranks' rows
+  bool among_columns;  // false: these columns are rows of other ranks, all negatives
   int n;               // half of the rows
   int offset;          // row i is column offset + i
 };
 
-// What of a tile is to be left out, counted from the tile's corner (row0, column0): all beyond the edges, and three
-// diagonals, on which column - row is `self`, `up` (for rows before `half`) or `down` (from there on).
+// The elements of a tile to exclude, relative to its corner (row0, column0): those outside the matrix, and three
+// diagonals, on which column - row is `self`, `up` (for rows before `half`) or `down` (for the other rows).
 template <class S>
 struct TileMask {
   int rows, columns;
@@ -73,7 +75,7 @@ struct TileMask {
     half = pairs.n - row0;
   }
 
-  // Whether there is anything to leave out: most tiles have nothing.
+  // Whether no element is excluded, as in most tiles.
   __device__ bool is_empty() const {
     return rows >= S::kRows && columns >= S::kColumns && misses(self) && misses(up) && misses(down);
   }
@@ -88,13 +90,13 @@ struct TileMask {
   static __device__ bool misses(int diagonal) { return diagonal <= -S::kRows || diagonal >= S::kColumns; }
 };
 
-// One row block against the columns [column_begin, column_end): the pipeline and its shared memory. A tile of columns
-// takes k_blocks steps; each step's blocks of A and B are fetched while the step before is multiplied.
+// The pipeline of one row block over the columns [column_begin, column_end), and its shared memory. A tile of columns
+// takes k_blocks steps; the blocks of A and B of each step are loaded while the previous step is multiplied.
 template <class S>
 class TileStream {
  public:
-  // first_k: the block of the width to begin each tile with; the last one is then the block before it. Starts the first
-  // copies: the shared memory must be free.
+  // first_k: the block of the width to start each tile with; the last one is then the block before it. Starts the first
+  // copies, so no thread may still use the shared memory.
   __device__ TileStream(char* shared, const UnitRows& rows, const UnitRows& columns, int width, int row0,
                         int column_begin, int column_end, int first_k)
       : rows_(rows),
@@ -117,16 +119,17 @@ class TileStream {
   static constexpr int kSlotsA = S::kWide ? kStages : 1;
   static constexpr size_t kSharedBytes = sizeof(uint16_t) * (kSlotsA * S::kElementsA + kStages * S::kElementsB);
 
-  static __host__ __device__ int k_blocks(int width) { return S::kWide ? divide_up(width, S::kBlockK) : 1; }
+  static __host__ __device__ int k_blocks(int width) { return S::kWide ? ceil_div(width, S::kBlockK) : 1; }
 
   __device__ int k_blocks() const { return k_blocks(width_); }
   __device__ const uint16_t* a() const { return a_ + (S::kWide ? stage_ * S::kElementsA : 0); }
   __device__ const uint16_t* b() const { return b_ + stage_ * S::kElementsB; }
 
-  // Makes the next step's blocks a() and b(), and starts to fetch those of the step after it.
+  // Moves a() and b() to the blocks of the next step, and starts to load those of the step after it.
   __device__ void next() {
     cp_async_wait<0>();
-    // All threads' copies are there, and every thread is done with the step before, whose buffers are filled next.
+    // The copies of all threads have arrived, and all threads are done with the previous step, whose buffers are
+    // filled next.
     __syncthreads();
     stage_ ^= 1;
     if (S::kWide && ++fetched_k_ == k_blocks()) fetched_k_ = 0;
@@ -172,11 +175,11 @@ class TileStream {
   int stage_ = kStages - 1;
 };
 
-// c += a b for fragments of one or two planes; the small terms first.
+// c += a b for fragments of one or two planes; the small terms are added first.
 //
-// Tensor cores truncate each sum toward zero, so a long sum drifts: where features share a mean, 4096 columns in one
-// accumulator made dz wrong by 1.5e-5. One plane is rounded more coarsely than that. With two, sums are kept short:
-// they start from zero and are added in float32, which rounds to nearest.
+// Tensor cores truncate each sum toward zero, so a long sum drifts: for features with a common mean, 4096 columns in
+// one accumulator caused an error of 1.5e-5 in dz. The rounding of one plane is coarser than that. With two planes,
+// sums are kept short: they start from zero and are added in float32, which rounds to nearest.
 template <int kPlanes, int kTiles>
 __device__ __forceinline__ void multiply_add(float (&c)[4], const uint32_t (&a)[kPlanes][kTiles][4], int tile,
                                              const uint32_t (&b)[kPlanes][4], int half) {
@@ -187,7 +190,7 @@ __device__ __forceinline__ void multiply_add(float (&c)[4], const uint32_t (&a)[
   mma_bf16(c, a[0][tile], b[0][2 * half], b[0][2 * half + 1]);
 }
 
-// A warp's part of a tile: element (row, column) of the C fragments of mma.
+// A warp's part of a tile, as C fragments of mma.
 template <class S>
 struct TileProducts {
   float value[S::kRowTiles][S::kColumnTiles][4];
@@ -201,9 +204,9 @@ struct TileProducts {
         for (int e = 0; e < 4; e++) value[i][j][e] = 0;
   }
 
-  // += A Bᵀ over the kBlockK numbers in shared memory.
+  // += A Bᵀ over the kBlockK elements in shared memory.
   __device__ void add(const uint16_t* a_shared, const uint16_t* b_shared) {
-    if constexpr (S::kWide && S::kPlanes == 2) {  // a short sum for each block of the width: see multiply_add
+    if constexpr (S::kWide && S::kPlanes == 2) {  // a short sum per block of the width: see multiply_add
       TileProducts block;
       block.clear();
       block.accumulate(a_shared, b_shared);
@@ -218,7 +221,7 @@ struct TileProducts {
     }
   }
 
-  // The same, all in the tensor cores.
+  // The same, accumulated in the tensor cores only.
   __device__ void accumulate(const uint16_t* a_shared, const uint16_t* b_shared) {
     const int warp = threadIdx.x / 32, lane = threadIdx.x % 32;
     const int a_row = warp * S::kRowsPerWarp + lane % 16, a_chunk = lane / 16;
@@ -247,7 +250,7 @@ struct TileProducts {
     }
   }
 
-  // -inf, whose exponential is 0, for what the mask covers.
+  // Sets masked elements to -inf, whose exponential is 0.
   __device__ void exclude(const TileMask<S>& mask) {
     if (mask.is_empty()) return;
     const int warp = threadIdx.x / 32, lane = threadIdx.x % 32;
@@ -264,20 +267,22 @@ struct TileProducts {
   }
 };
 
-// How many parts to split a walk over `steps` into that is made by `blocks` blocks of threads, `at_once` of which the
-// GPU runs at a time: the number with the fewest rounds times steps of a part. Parts cost memory, so more of them have
-// to save a tenth of the time. None is empty.
-inline int choose_splits(int64_t blocks, int64_t at_once, int steps, int most) {
-  const auto cost = [&](int splits) { return (blocks * splits + at_once - 1) / at_once * divide_up(steps, splits); };
+// Returns the number of parts to split a loop of `steps` steps into, which is executed by each of `blocks` thread
+// blocks, of which the GPU runs `concurrent_blocks` at a time. Minimizes the number of waves times the steps of a part.
+// Parts need memory, so more parts must save at least a tenth of the time. No part is empty.
+inline int choose_splits(int64_t blocks, int64_t concurrent_blocks, int steps, int max_splits) {
+  const auto cost = [&](int splits) {
+    return (blocks * splits + concurrent_blocks - 1) / concurrent_blocks * ceil_div(steps, splits);
+  };
   int best = 1;
-  for (int splits = 2; splits <= most && splits <= steps; splits++) {
-    const bool last_is_empty = int64_t(splits - 1) * divide_up(steps, splits) >= steps;
+  for (int splits = 2; splits <= max_splits && splits <= steps; splits++) {
+    const bool last_is_empty = int64_t(splits - 1) * ceil_div(steps, splits) >= steps;
     if (!last_is_empty && 10 * cost(splits) <= 9 * cost(best)) best = splits;
   }
   return best;
 }
 
-// Calls f(Shape) with the shape for these numbers of planes and this width: one binary for every size.
+// Calls f(Shape) with the shape for this number of planes and this width.
 template <class F>
 auto with_shape(int planes, int width, F f) {
   if (planes == 1) {
@@ -291,8 +296,8 @@ auto with_shape(int planes, int width, F f) {
   return f(Shape<128, 2, true>());
 }
 
-// Calls f(std::bool_constant<whether exponentials fit>), which launches that kernel. If only the device knows the
-// temperature, both are launched: the wrong one returns at once.
+// Calls f(std::bool_constant<kExpFits>), which launches that kernel. If only the device knows the temperature, both
+// kernels are launched, and the wrong one returns immediately.
 template <class F>
 cudaError_t for_temperature(const Temperature& temperature, F f) {
   const bool known = temperature.pointer == nullptr, fits = temperature.value >= temperature.smallest;

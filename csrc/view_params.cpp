@@ -1,4 +1,4 @@
-// The arithmetic is that of data/params.py, in double, operation by operation: both draw the same.
+// The same operations as in data/params.py, in double precision and in the same order, so that both sample the same.
 #include "view_params.h"
 
 #include <algorithm>
@@ -8,8 +8,8 @@
 namespace fastsimclr {
 namespace {
 
-constexpr uint32_t kChoices = 0, kFactors = 1, kOthers = 2, kAttempts = 3;  // counter blocks of four numbers each
-constexpr uint32_t kCropAttempts = 10;                                      // as torchvision's RandomResizedCrop
+constexpr uint32_t kChoices = 0, kFactors = 1, kOthers = 2, kAttempts = 3;  // counter blocks, four numbers each
+constexpr uint32_t kCropAttempts = 10;                                      // as in torchvision's RandomResizedCrop
 
 // Four numbers in [0, 1), multiples of 2^-24.
 std::array<double, 4> uniform(const SampleParams& p, int64_t index, uint32_t block) {
@@ -37,8 +37,8 @@ void set_box(ViewParams& view_params, int64_t top, int64_t left, int64_t height,
   view_params.width = int32_t(width);
 }
 
-// The distribution of torchvision's RandomResizedCrop: the first of ten attempts that fits, else the largest central
-// crop whose aspect ratio is allowed.
+// The distribution of torchvision's RandomResizedCrop: the first of ten attempts that fits, else the largest center
+// crop with an allowed aspect ratio.
 void random_box(const SampleParams& p, int64_t index, int64_t height, int64_t width, ViewParams& view_params) {
   for (uint32_t k = 0; k < kCropAttempts; k++) {
     const auto u = uniform(p, index, kAttempts + k);
@@ -58,7 +58,7 @@ void center_box(const SampleParams& p, int64_t height, int64_t width, ViewParams
   set_box(view_params, (height - side) / 2, (width - side) / 2, side, side);
 }
 
-std::array<uint8_t, 4> permutation(int number) {  // of 0 … 23, in lexicographic order
+std::array<uint8_t, 4> permutation(int number) {  // number: 0 … 23, in lexicographic order
   std::array<uint8_t, 4> order;
   std::iota(order.begin(), order.end(), uint8_t(0));
   while (number-- > 0) std::next_permutation(order.begin(), order.end());

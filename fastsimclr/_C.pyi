@@ -1,4 +1,4 @@
-"""Types of the compiled extension (csrc/bindings*.cpp). A CPU-only build lacks nt_xent_*, *_cuda and the constants."""
+"""Types of the compiled extension (csrc/bindings*.cpp). A CPU build has no probe, nt_xent_*, *_cuda or constants."""
 
 from typing import Any
 
@@ -8,7 +8,7 @@ class DataType:
     float16: DataType
 
 def build_info() -> dict[str, Any]: ...
-def probe(*, device: int) -> str: ...  # why the kernels cannot run there; "" if they can
+def probe(*, device: int) -> str: ...  # why the kernels cannot run on the device; "" if they can
 
 class PixelType:
     float32: PixelType
@@ -18,14 +18,14 @@ class PixelType:
 LUMA_PARTS: int
 MAX_BLUR_RADIUS: int
 
-# csrc/view_params.h, crop.h and photometric.h say what each argument is.
+# The arguments are documented in csrc/view_params.h, crop.h and photometric.h.
 def sample_params(**arguments: Any) -> None: ...
 def crop(**arguments: Any) -> None: ...
 def photometric(**arguments: Any) -> None: ...
 def crop_cuda(**arguments: Any) -> None: ...
 def photometric_cuda(**arguments: Any) -> None: ...
 
-# Addresses, sizes and options by keyword: csrc/nt_xent.h says what each is. They raise RuntimeError for a CUDA error.
+# Addresses, sizes and options, documented in csrc/nt_xent.h. A CUDA error raises RuntimeError.
 def nt_xent_normalize(**arguments: Any) -> None: ...
 def nt_xent_forward_column_unit(
     *, rows: int, columns: int, planes: int, width: int, symmetric: bool, device: int

@@ -1,3 +1,3 @@
-"""The twin of _C for tests, only in an editable build: the same functions, run on the CPU (csrc/emulation)."""
+"""Types of _emulated, only in editable builds: the kernels of _C, emulated on the CPU for tests (csrc/emulation)."""
 
 from fastsimclr._C import *  # noqa: F403

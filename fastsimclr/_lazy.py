@@ -1,6 +1,6 @@
-"""Import the names that a package exports when they are first used.
+"""Import the names that a package exports on first use (https://peps.python.org/pep-0562).
 
-`--help` and `import fastsimclr` then do not pay for PyTorch and what it brings (https://peps.python.org/pep-0562).
+`--help` and `import fastsimclr` then do not wait for PyTorch to be imported.
 """
 
 import importlib
@@ -9,9 +9,9 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 
-def export(package: str, homes: Mapping[str, Sequence[str]]) -> Callable[[str], Any]:
-    """The `__getattr__` of a package that exports the names in `homes`: module -> the names that it defines."""
-    module_of = {name: module for module, names in homes.items() for name in names}
+def export(package: str, exports: Mapping[str, Sequence[str]]) -> Callable[[str], Any]:
+    """Return the `__getattr__` of a package. exports: names to export, by the module that defines them."""
+    module_of = {name: module for module, names in exports.items() for name in names}
 
     def get(name: str) -> Any:
         if name not in module_of:

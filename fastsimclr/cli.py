@@ -1,6 +1,6 @@
-"""The console script `fastsimclr COMMAND`, and what the commands share: the argument parser and the exit codes.
+"""The console script `fastsimclr COMMAND`, and the argument parser and exit codes of all commands.
 
-0: done; 2: a user's mistake, reported as one line on stderr; 1: an internal error, with its traceback.
+Exit codes: 0: success; 2: a user error, reported as one line on stderr; 1: an internal error, with its traceback.
 """
 
 import argparse
@@ -15,18 +15,18 @@ from fastsimclr.version import __version__
 
 COMMANDS = {
     "train": "pre-train an encoder with SimCLR",
-    "evaluate": "measure an encoder by kNN, linear, fine-tuned or supervised classification",
+    "evaluate": "evaluate an encoder by kNN, linear, fine-tuned or supervised classification",
     "embed": "write the features of all images, a map of them and their nearest neighbors",
     "export": "convert an encoder for torchvision, safetensors, ONNX or timm",
     "preview": "draw the views that an encoder will see",
-    "report": "write one HTML page of one run, or of several compared",
+    "report": "write an HTML report of one run, or a comparison of several",
     "doctor": "show what is installed, what will be used, and why",
 }
-"""Each is the module fastsimclr.COMMAND, which is imported only when the command runs."""
+"""Commands and their help. Command X is the module fastsimclr.X, imported only when the command runs."""
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Run `fastsimclr COMMAND`; returns the exit code."""
+    """Run `fastsimclr COMMAND` and return the exit code."""
     command, *options = (sys.argv[1:] if arguments is None else arguments) or ["--help"]
     if command in ("-h", "--help"):
         print(usage())
@@ -41,7 +41,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 
 def usage() -> str:
-    """The text of `fastsimclr --help`."""
+    """Return the text of `fastsimclr --help`."""
     commands = "\n".join(f"  {name:9} {about}" for name, about in COMMANDS.items())
     return f"""usage: fastsimclr COMMAND [options]
        fastsimclr COMMAND --help
@@ -49,11 +49,11 @@ def usage() -> str:
 
 {commands}
 
-`python -m fastsimclr.COMMAND` does the same, and runs under torchrun."""
+`python -m fastsimclr.COMMAND` is equivalent and can be run under torchrun."""
 
 
 class Parser(argparse.ArgumentParser):
-    """An argparse parser whose errors are one line."""
+    """An argparse parser that reports errors in one line."""
 
     def error(self, message: str) -> Any:
         raise UserError(f"{message}; see {self.prog} --help")
@@ -62,7 +62,7 @@ class Parser(argparse.ArgumentParser):
 def exit_code(command: str, work: Callable[[], object]) -> int:
     """Run `work` and return the exit code of fastsimclr.`command`: 0, or 2 after a UserError.
 
-    Rank 0 prints the error. Other exceptions are internal errors, and propagate.
+    Rank 0 prints the error. Other exceptions are internal errors and propagate.
     """
     try:
         work()

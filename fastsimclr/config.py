@@ -55,7 +55,7 @@ class ModelConfig:
 
     encoder: Literal["resnet18", "resnet34", "resnet50", "resnet101", "resnet152"] = "resnet50"
     """torchvision's ResNet of that name."""
-    width: int = 1
+    width: float = 1
     """Multiplier of every layer's channels."""
     stem: Literal["auto", "imagenet", "small"] = "auto"
     """First layers: imagenet (7x7, stride 2, pool) or small (3x3, stride 1); auto: small up to 64 pixels."""

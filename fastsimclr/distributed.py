@@ -1,4 +1,4 @@
-"""Ranks and collectives: what one process needs to know of the others, and how it exchanges rows with them."""
+"""Ranks and collectives: process group setup, and exchange of rows and objects between ranks."""
 
 import os
 import re
@@ -15,13 +15,13 @@ from fastsimclr.profiling import stage
 
 Result = TypeVar("Result")
 
-# Custom operators take no process group as an argument, only strings: every group that a loss has seen, by its name.
+# Process groups by name: custom operators accept strings as arguments, but not process groups.
 _groups: dict[str, dist.ProcessGroup] = {}
 
 
 @dataclass(frozen=True)
 class World:
-    """The place of this process among all: `rank` of `world_size`, and the device that it computes on."""
+    """The rank of this process, the number of processes and the device of this process."""
 
     rank: int
     world_size: int
@@ -33,15 +33,15 @@ class World:
 
 
 SINGLE_PROCESS = World(0, 1, torch.device("cpu"))
-"""This process and no other, on the CPU."""
+"""A single process on the CPU."""
 
 
 def start(device: str) -> World:
-    """Join the processes that torchrun started (or stand alone), on `device` ("auto", "cpu", "cuda", "cuda:1").
+    """Initialize the process group if torchrun started this process, and select the device.
 
-    Under torchrun each rank takes the GPU of its LOCAL_RANK; collectives go through nccl for tensors on a GPU and
-    through gloo for tensors on the CPU, so that flags can be exchanged without touching the GPU.
-    Raises UserError if the device is not here.
+    device: "auto", "cpu", "cuda" or "cuda:1". Under torchrun each rank uses the GPU of its LOCAL_RANK. Collectives use
+    nccl for tensors on a GPU and gloo for tensors on the CPU, so that flags can be exchanged without using the GPU.
+    Raises UserError if the device is not available.
     """
     if device == "auto":
         device = "cuda" if torch.cuda.is_available() else "cpu"
@@ -67,14 +67,14 @@ def start(device: str) -> World:
 
 
 def stop() -> None:
-    """Leave the process group, if there is one."""
-    _groups.clear()  # a group that is held has threads until the interpreter has gone
+    """Destroy the process group, if there is one."""
+    _groups.clear()  # threads of a group that is still referenced run until the interpreter exits
     if dist.is_initialized():
         dist.destroy_process_group()
 
 
 def resolve_group(group: dist.ProcessGroup | str | None) -> dist.ProcessGroup | None:
-    """The process group meant by `group`: None for a process alone (no group, or "world" without torch.distributed)."""
+    """Return the process group, or None for a single process (None, or "world" without torch.distributed)."""
     if group is None:
         return None
     if isinstance(group, str):
@@ -90,7 +90,7 @@ def resolve_group(group: dist.ProcessGroup | str | None) -> dist.ProcessGroup | 
 
 
 def group_name(group: dist.ProcessGroup | None) -> str:
-    """A name for `group` that `group_of` finds again; "" for None."""
+    """Register `group` for `group_of` and return its name; "" for None."""
     if group is None:
         return ""
     _groups[group.group_name] = group
@@ -98,14 +98,14 @@ def group_name(group: dist.ProcessGroup | None) -> str:
 
 
 def group_of(name: str) -> dist.ProcessGroup:
-    """The group that `group_name` gave this name."""
+    """Return the group that `group_name` registered under this name."""
     return _groups[name]
 
 
 def gather_sizes(size: int, group: dist.ProcessGroup, device: torch.device) -> list[int]:
-    """`size` of every rank, in the order of ranks.
+    """Return the `size` of every rank, in rank order.
 
-    Goes through the CPU where the group has a backend for it (gloo): on a GPU-only group this waits for the GPU.
+    Uses the CPU if the group has a CPU backend (gloo); otherwise this waits for the GPU.
     """
     has_cpu_backend = "cpu" in {d.type for d in group._device_types}
     with stage("gather"):
@@ -116,15 +116,18 @@ def gather_sizes(size: int, group: dist.ProcessGroup, device: torch.device) -> l
 
 
 def all_gather_rows(rows: Tensor, sizes: list[int], group: dist.ProcessGroup) -> Tensor:
-    """Rows of every rank, one rank after the other: (n_r, ...) on each to (sum of n_r, ...) on all. No gradient.
+    """Gather the rows of all ranks, in rank order: (n_r, ...) on each to (sum of n_r, ...) on all. No gradient.
 
-    sizes: n_r of every rank. Uneven ranks are padded to the largest for the exchange.
+    sizes: n_r of every rank. If they differ, rows are padded to the largest for the exchange.
     """
     return start_gather_rows(rows, sizes, group)()
 
 
 def start_gather_rows(rows: Tensor, sizes: list[int], group: dist.ProcessGroup) -> Callable[[], Tensor]:
-    """all_gather_rows that goes on in the background: call what this returns for the result. Leave `rows` alone."""
+    """Start all_gather_rows asynchronously. Returns a function that waits for the result and returns it.
+
+    Do not modify `rows` before that.
+    """
     largest = max(sizes)
     rank = dist.get_rank(group)
     assert rows.shape[0] == sizes[rank], (rows.shape, sizes, rank)
@@ -138,7 +141,7 @@ def start_gather_rows(rows: Tensor, sizes: list[int], group: dist.ProcessGroup) 
         work = dist.all_gather_into_tensor(gathered, padded, group=group, async_op=True)
 
     def wait() -> Tensor:
-        assert work is not None  # this process is of the group
+        assert work is not None  # None only for a process outside the group
         with stage("gather"):
             work.wait()
             if min(sizes) == largest:
@@ -149,10 +152,7 @@ def start_gather_rows(rows: Tensor, sizes: list[int], group: dist.ProcessGroup) 
 
 
 class _GatherRows(torch.autograd.Function):
-    """all_gather_rows whose backward adds what every rank's loss sends to this rank's rows.
-
-    Four projects forgot that sum: their gradients came out W times too small.
-    """
+    """all_gather_rows whose backward sums the gradients of every rank's loss for this rank's rows."""
 
     @staticmethod
     def forward(ctx: Any, rows: Tensor, sizes: list[int], group: dist.ProcessGroup) -> Tensor:
@@ -182,26 +182,26 @@ class _SumOverRanks(torch.autograd.Function):
 
 
 def gather_rows(rows: Tensor, sizes: list[int], group: dist.ProcessGroup) -> Tensor:
-    """all_gather_rows, differentiable: the gradient is that of the sum of all ranks' losses."""
+    """Differentiable all_gather_rows: the gradient is that of the sum of all ranks' losses."""
     return _GatherRows.apply(rows, sizes, group)
 
 
 def sum_over_ranks(x: Tensor, group: dist.ProcessGroup) -> Tensor:
-    """Sum of `x` over the ranks of `group`, differentiable (the gradient is summed over ranks, too)."""
+    """Sum `x` over the ranks of `group`. Differentiable: the gradient is summed over the ranks, too."""
     return _SumOverRanks.apply(x, group)
 
 
 def broadcast_object(value: Any, world: World) -> Any:
-    """The first rank's `value`, on all ranks (any picklable object)."""
+    """Return rank 0's `value` (any picklable object) on all ranks."""
     if world.world_size == 1:
         return value
-    box = [value]
-    dist.broadcast_object_list(box, src=0, device=torch.device("cpu"))
-    return box[0]
+    values = [value]
+    dist.broadcast_object_list(values, src=0, device=torch.device("cpu"))
+    return values[0]
 
 
 def gather_objects(value: Any, world: World) -> list[Any]:
-    """Every rank's `value` in the order of ranks, on all ranks (any picklable object)."""
+    """Return every rank's `value` (any picklable object), in rank order, on all ranks."""
     if world.world_size == 1:
         return [value]
     values: list[Any] = [None] * world.world_size
@@ -210,20 +210,21 @@ def gather_objects(value: Any, world: World) -> list[Any]:
 
 
 def raise_on_all_ranks(failure: str | None, world: World) -> None:
-    """Raise UserError on all ranks if any has failed, with the first rank's reason that there is."""
+    """Raise UserError on all ranks if `failure` is not None on any, with the message of the lowest failed rank."""
     failures = [f for f in gather_objects(failure, world) if f is not None]
     if failures:
         raise UserError(failures[0])
 
 
-def run_on_all_ranks(part: Callable[[], Result], world: World) -> Result:
-    """The result of a part that has no collective in it: a rank that fails must not leave the others waiting.
+def run_on_all_ranks(function: Callable[[], Result], world: World) -> Result:
+    """Call `function` and return its result; if it raises UserError on one rank, raise UserError on all.
 
-    Raises UserError on all ranks if it does on any.
+    Otherwise the other ranks would wait for the failed one in the next collective. `function` must not call
+    collectives.
     """
     failure, result = None, None
     try:
-        result = part()
+        result = function()
     except UserError as error:
         failure = str(error)
     raise_on_all_ranks(failure, world)

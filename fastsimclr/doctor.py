@@ -1,6 +1,6 @@
-"""What is here, what will be used, why, and what to install to be faster.
+"""Show what is installed, what will be used and why, and what to install for more speed.
 
-It ends with 0 whatever is missing: to say so is what it is for.
+The exit code is 0 even if something is missing.
 """
 
 import argparse
@@ -12,12 +12,12 @@ from fastsimclr.cli import Parser, exit_code
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Run the command line; returns the exit code."""
+    """Run the command and return the exit code."""
     return exit_code("doctor", lambda: run(_options(arguments)))
 
 
 def run(options: argparse.Namespace) -> None:
-    from fastsimclr.environment import describe, examine  # here: --help needs no PyTorch
+    from fastsimclr.environment import describe, examine  # imported here so that --help does not import PyTorch
 
     found = examine()
     print(json.dumps(found, indent=2) if options.json else describe(found))
@@ -25,7 +25,7 @@ def run(options: argparse.Namespace) -> None:
 
 def _options(arguments: Sequence[str] | None) -> argparse.Namespace:
     parser = Parser(prog="python -m fastsimclr.doctor", description=__doc__)
-    parser.add_argument("--json", action="store_true", help="the same for programs")
+    parser.add_argument("--json", action="store_true", help="print JSON")
     return parser.parse_args(arguments)
 
 

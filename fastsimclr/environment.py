@@ -1,4 +1,4 @@
-"""What is here, what will be used of it and why: for doctor to say, and for a run to keep."""
+"""Report what is installed, what will be used and why: for fastsimclr.doctor and a run's environment.json."""
 
 import platform
 import subprocess
@@ -17,12 +17,12 @@ from fastsimclr.data.sources import FolderSource
 from fastsimclr.precision import choose_precision
 from fastsimclr.version import __version__
 
-OPTIONAL = {"umap-learn": "maps by UMAP instead of t-SNE", "onnxruntime": "export to ONNX", "timm": "use in timm"}
-"""Packages that some command can do without, and what they are for."""
+OPTIONAL = {"umap-learn": "UMAP maps instead of t-SNE", "onnxruntime": "ONNX export", "timm": "timm encoders"}
+"""Optional packages and what they are for."""
 
 
 def installed(*packages: str) -> str | None:
-    """The version of the first that is installed, by its metadata: importing it may fail, or take long."""
+    """Return the version of the first installed package, from its metadata: importing it may fail or be slow."""
     for package in packages:
         try:
             return version(package)
@@ -31,8 +31,8 @@ def installed(*packages: str) -> str | None:
     return None
 
 
-def gpus_of_driver() -> list[list[str]]:
-    """[name, driver's version] of each GPU, by nvidia-smi: it also sees those that torch does not."""
+def driver_gpus() -> list[list[str]]:
+    """Return [name, driver version] of each GPU from nvidia-smi, including GPUs that PyTorch cannot use."""
     query = ["nvidia-smi", "--query-gpu=name,driver_version", "--format=csv,noheader"]
     try:
         lines = subprocess.run(query, check=True, capture_output=True, text=True, timeout=20).stdout.splitlines()
@@ -41,9 +41,9 @@ def gpus_of_driver() -> list[list[str]]:
     return [line.rsplit(", ", 1) for line in lines if ", " in line]
 
 
-def gpus_of_torch() -> tuple[list[dict[str, Any]], str]:
-    """The GPUs that torch can use; if there are none, what torch says of it."""
-    with warnings.catch_warnings(record=True) as caught:  # a driver too old for this torch is a warning
+def torch_gpus() -> tuple[list[dict[str, Any]], str]:
+    """Return the GPUs that PyTorch can use; if there are none, also PyTorch's reason, if it reports one."""
+    with warnings.catch_warnings(record=True) as caught:  # PyTorch warns about a driver that is too old for it
         warnings.simplefilter("always")
         if not torch.cuda.is_available():
             return [], "; ".join(str(each.message).splitlines()[0] for each in caught)
@@ -55,7 +55,7 @@ def gpus_of_torch() -> tuple[list[dict[str, Any]], str]:
 
 
 def choice(choose: Callable[[], tuple[str, str]]) -> dict[str, str]:
-    """What would be taken, and why; or that nothing can be, and why."""
+    """Return the backend that would be used and why; backend "none" if choosing one fails."""
     try:
         backend, why = choose()
     except Exception as error:
@@ -64,25 +64,25 @@ def choice(choose: Callable[[], tuple[str, str]]) -> dict[str, str]:
 
 
 def crops_and_colors(device: torch.device) -> tuple[str, str]:
-    """The implementation of the views' operations on `device`, and why."""
+    """Return the implementation of the crop and color operations on `device`, and why."""
     if native.is_compiled(device):
-        return "compiled", "the extension has them for this device"
+        return "compiled", "the extension supports this device"
     return "pytorch", _extension.describe_build() if device.type == "cpu" else _extension.why_unavailable(device)
 
 
-def advice(found: dict[str, Any], complaint: str) -> list[str]:
-    """What to install to be faster, most effective first. complaint: torch's, of the GPU that it can't use."""
+def advice(found: dict[str, Any], torch_reason: str) -> list[str]:
+    """Return what to install for more speed, most effective first. torch_reason: why PyTorch can't use the GPU."""
     if not found["gpus"] and not found["driver"]:
-        return ["nothing to install: the fused loss and decoding by DALI on the GPU need an NVIDIA GPU"]
+        return ["nothing to install: the fused loss and DALI's GPU decoding need an NVIDIA GPU"]
     if not found["gpus"]:
         if found["cuda_of_torch"] is None:
-            return ["there is a GPU, but this torch is for the CPU: install a CUDA build of it, see pytorch.org"]
-        return [f"torch can't use the GPU: {complaint or 'it does not say why; is CUDA_VISIBLE_DEVICES empty?'}"]
+            return ["this machine has a GPU, but PyTorch is a CPU build: install a CUDA build, see pytorch.org"]
+        return [f"PyTorch can't use the GPU: {torch_reason or 'no reason reported; is CUDA_VISIBLE_DEVICES empty?'}"]
     lines = []
     if float(found["gpus"][0]["capability"]) >= 8:
         if found["extension"]["extension"] != "cuda":
             lines.append(
-                "for the fused loss: g++ and CUDA's nvcc, then install fastsimclr again, with FASTSIMCLR_CUDA=1"
+                "for the fused loss: install g++ and CUDA's nvcc, then reinstall fastsimclr with FASTSIMCLR_CUDA=1"
             )
         elif reason := _extension.why_unavailable(torch.device("cuda")):
             lines.append(f"for the fused loss: {reason}")
@@ -93,8 +93,8 @@ def advice(found: dict[str, Any], complaint: str) -> list[str]:
 
 
 def examine() -> dict[str, Any]:
-    gpus, complaint = gpus_of_torch()
-    driver = gpus_of_driver()
+    gpus, torch_reason = torch_gpus()
+    driver = driver_gpus()
     device = torch.device("cuda" if gpus else "cpu")
     folder = FolderSource((), np.empty(0, np.int64), ())
     found: dict[str, Any] = {
@@ -116,35 +116,35 @@ def examine() -> dict[str, Any]:
         "precision": choose_precision("auto", device).why,
         "optional": {name: installed(name) for name in OPTIONAL},
     }
-    return found | {"to_be_faster": advice(found, complaint)}
+    return found | {"to_be_faster": advice(found, torch_reason)}
 
 
 def describe(found: dict[str, Any]) -> str:
-    """What examine() found, as text in two columns."""
+    """Format the result of examine() as text in two columns."""
     rows = [(name, found[name] or "not installed") for name in ("fastsimclr", "python", "torch", "torchvision", "dali")]
-    rows.append(("cuda of torch", found["cuda_of_torch"] or "none: this torch is for the CPU"))
-    rows.append(("driver", found["driver"] or "none: nvidia-smi names no GPU"))
+    rows.append(("torch CUDA", found["cuda_of_torch"] or "none: PyTorch is a CPU build"))
+    rows.append(("driver", found["driver"] or "none: nvidia-smi finds no GPU"))
     rows += [("gpu", f"{gpu['name']}, compute capability {gpu['capability']}") for gpu in found["gpus"]]
-    rows += [] if found["gpus"] else [("gpu", "none that torch can use")]
+    rows += [] if found["gpus"] else [("gpu", "none that PyTorch can use")]
     rows.append(("extension", found["extension"]["description"]))
     for name in ("loss", "crops_and_colors", "views_of_a_folder"):
         rows.append((name.replace("_", " "), f"{found[name]['backend']}: {found[name]['why']}"))
     rows.append(("precision", found["precision"]))
     rows += [(name, version or f"not installed (for {OPTIONAL[name]})") for name, version in found["optional"].items()]
-    rows += [("to be faster", line) for line in found["to_be_faster"]]
+    rows += [("for more speed", line) for line in found["to_be_faster"]]
     return "\n".join(f"{name:19}{text}" for name, text in rows)
 
 
 def commit() -> str | None:
-    """The commit of the checkout that this package runs from, "+" behind it where files differ; None without one."""
+    """Return the commit of the checkout that this package runs from, with "+" appended if files differ; else None."""
     folder = Path(__file__).resolve().parent
     try:
-        asked = subprocess.run(
+        described = subprocess.run(
             ["git", "describe", "--always", "--abbrev=12", "--match=", "--dirty=+"],
             cwd=folder, check=True, capture_output=True, text=True, timeout=20,
         )  # fmt: skip
         tracked = subprocess.run(["git", "ls-files", Path(__file__).name], cwd=folder, capture_output=True, timeout=20)
     except (OSError, subprocess.SubprocessError):
         return None
-    # An installed package may lie inside somebody else's repository.
-    return asked.stdout.strip() if tracked.stdout else None
+    # An installed package may be inside an unrelated repository.
+    return described.stdout.strip() if tracked.stdout else None

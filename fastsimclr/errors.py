@@ -1,5 +1,5 @@
-"""The one exception that says: this is yours to mend, and here is how."""
+"""The exception for user errors."""
 
 
 class UserError(ValueError):
-    """A user's mistake, in one line: what was got, what is expected, what to do. Entry points exit with code 2."""
+    """A user error, described in one line: what was got, what was expected, what to do. Commands exit with code 2."""

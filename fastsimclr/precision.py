@@ -1,4 +1,4 @@
-"""Select the precision that an encoder computes in, and record why."""
+"""Select the encoder's precision and record why."""
 
 from typing import NamedTuple
 
@@ -6,33 +6,33 @@ import torch
 from torch.amp import GradScaler
 
 _AUTOCAST = {"bf16": torch.bfloat16, "fp16": torch.float16}
-_TENSOR_CORES = (7, 0)  # the oldest compute capability with fp16 tensor cores (V100)
+_TENSOR_CORES = (7, 0)  # the lowest compute capability with fp16 tensor cores (V100)
 
 
 class Precision(NamedTuple):
-    """The dtypes that an encoder computes in."""
+    """The dtypes of an encoder's computation and weights."""
 
     autocast: torch.dtype | None
-    """The dtype of autocast; None: no autocast."""
+    """Dtype of autocast; None: no autocast."""
     dtype: torch.dtype
-    """The dtype of the weights."""
+    """Dtype of the weights."""
     why: str
     """The choice and its reason, for logs."""
 
     @property
     def view_dtype(self) -> torch.dtype:
-        """The dtype that a loader should deliver views in: autocast's, so that nothing is left to convert."""
+        """Dtype in which a loader delivers views: that of autocast, which saves a conversion."""
         return self.autocast or torch.float32
 
     def grad_scaler(self, device: torch.device) -> GradScaler:
-        """A scaler that keeps small gradients from vanishing in float16. Disabled for all other precisions."""
+        """Return a scaler that keeps small gradients from underflowing in float16. Disabled for other precisions."""
         return GradScaler(device.type, enabled=self.autocast == torch.float16)
 
 
 def choose_precision(wanted: str, device: torch.device) -> Precision:
-    """The precision called `wanted`: "bf16", "fp16", "fp32", "fp64" or "auto".
+    """Return the precision for `wanted`: "bf16", "fp16", "fp32", "fp64" or "auto".
 
-    auto: bf16 autocast where the hardware has it, else fp16 autocast on a GPU with tensor cores, else fp32.
+    auto: bf16 autocast if the hardware supports it, else fp16 autocast on a GPU with tensor cores, else fp32.
     """
     if wanted == "auto":
         wanted, why = _fastest(device)
@@ -42,17 +42,17 @@ def choose_precision(wanted: str, device: torch.device) -> Precision:
 
 
 def autocast_to(device: torch.device, dtype: torch.dtype | None) -> torch.autocast:
-    """Autocast to `dtype`, or no autocast at all if that is None."""
+    """Return a context manager for autocast to `dtype`; disabled if `dtype` is None."""
     return torch.autocast(device.type, dtype, enabled=dtype is not None)
 
 
 def _fastest(device: torch.device) -> tuple[str, str]:
     if device.type != "cuda":
         if torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported():
-            return "bf16", "bf16 autocast (auto: this CPU has it)"
-        return "fp32", "fp32 (auto: this CPU has no bf16)"
+            return "bf16", "bf16 autocast (auto: this CPU supports bf16)"
+        return "fp32", "fp32 (auto: this CPU does not support bf16)"
     if torch.cuda.is_bf16_supported(including_emulation=False):
-        return "bf16", "bf16 autocast (auto: this GPU has it)"
+        return "bf16", "bf16 autocast (auto: this GPU supports bf16)"
     if torch.cuda.get_device_capability(device) >= _TENSOR_CORES:
         return "fp16", "fp16 autocast with scaled gradients (auto: this GPU has fp16 tensor cores, but no bf16)"
     return "fp32", "fp32 (auto: this GPU has neither bf16 nor fp16 tensor cores)"

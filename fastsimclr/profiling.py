@@ -1,12 +1,12 @@
-"""Where a step's time goes: its stages, and a trace of some steps for `train --profile`.
+"""Time the stages of a training step, and trace some steps for `train --profile`.
 
-Stages are timed by the device's own clock, without ever waiting for the device. A step is cut into consecutive pieces:
-entering a stage begins a piece of it, leaving it one of the stage around it. So the pieces of a step add up to the
-step, and a stage within a stage counts for itself alone. On a GPU a cut is an event in the stream, read when the step's
-loss has arrived anyway. It gives the time at which the *GPU* got there: "data_wait" is how long the GPU had nothing to
-do, not how long Python waited.
+Stages are timed on the device, without synchronizing with it. A step is divided into consecutive intervals: entering a
+stage starts an interval of that stage, leaving it starts one of the enclosing stage. The intervals of a step therefore
+add up to the step, and the time of a nested stage is not part of the enclosing one. On a GPU the boundaries are CUDA
+events in the stream, which are read when the step's loss has arrived. They record the time at which the *GPU* reaches
+them: "data_wait" is the time that the GPU is idle, not the time that Python waits.
 
-    with stage("forward"):      # anywhere below the loop; costs nothing unless a clock is `running`
+    with stage("forward"):      # anywhere in the training loop; does nothing unless a clock is `running`
         z = model(images)
 """
 
@@ -20,64 +20,65 @@ import torch
 from torch.profiler import ProfilerActivity, profile, record_function, schedule
 
 OTHER = "other"
-"""The stage of whatever is in no other."""
+"""The stage of everything outside the other stages."""
 FIRST_TRACED, TRACED_STEPS = 6, 20
-"""The first step that is traced, counted from this start, and how many: before it cuDNN still tries algorithms."""
+"""First traced step, counted from the start of the process, and number of traced steps. In the steps before it cuDNN
+benchmarks algorithms."""
 
 _running: "StageClock | None" = None
 
 
 def stage(name: str) -> AbstractContextManager[object]:
-    """What is done within counts as stage `name` of the step of the clock that is running, if one is."""
+    """Return a context manager that times its block as stage `name`, if a clock is running."""
     return nullcontext() if _running is None else _running.stage(name)
 
 
 class StageClock:
-    """Cuts steps into stages on one device, from its making on."""
+    """Times the stages of steps on one device. The first step starts when the clock is created."""
 
     def __init__(self, device: torch.device) -> None:
         self._device = device
-        self._inside = [OTHER]
-        self._cuts = [(OTHER, self._now())]
+        self._open_stages = [OTHER]
+        self._boundaries = [(OTHER, self._now())]
         self._started = time.perf_counter()
 
     def restart(self) -> None:
-        """Begin the step again: the time since the end of the last one belongs to no step."""
-        self._cuts = [(OTHER, self._now())]
+        """Restart the current step: the time since the end of the last one is not counted."""
+        self._boundaries = [(OTHER, self._now())]
         self._started = time.perf_counter()
 
     @contextmanager
     def running(self) -> Iterator[None]:
-        """This is the clock of every `stage` within."""
+        """Use this clock for every `stage` in the block."""
         global _running
-        before, _running = _running, self
+        previous, _running = _running, self
         try:
             yield
         finally:
-            _running = before
+            _running = previous
 
     @contextmanager
     def stage(self, name: str) -> Iterator[None]:
-        self._inside.append(name)
-        self._cut()
+        self._open_stages.append(name)
+        self._mark_boundary()
         try:
-            with record_function(f"stage: {name}"):  # in a profiler's trace
+            with record_function(f"stage: {name}"):  # the label in a profiler trace
                 yield
         finally:
-            self._inside.pop()
-            self._cut()
+            self._open_stages.pop()
+            self._mark_boundary()
 
     def end_step(self) -> tuple[float, Callable[[], dict[str, float]]]:
-        """End this step and begin the next. Returns the seconds that it took here on the host, and a function that
-        gives the milliseconds of each stage once the device has done all that was queued before this call."""
-        self._cut()
-        cuts, self._cuts = self._cuts, self._cuts[-1:]
+        """End this step and start the next. Returns the step's seconds on the host, and a function that returns the
+        milliseconds of each stage. Call it after the device has finished all work queued before this call."""
+        self._mark_boundary()
+        boundaries, self._boundaries = self._boundaries, self._boundaries[-1:]
         now = time.perf_counter()
         seconds, self._started = now - self._started, now
-        return seconds, lambda: _milliseconds(cuts)
+        return seconds, lambda: _milliseconds(boundaries)
 
-    def _cut(self) -> None:
-        self._cuts.append((self._inside[-1], self._now()))
+    def _mark_boundary(self) -> None:
+        self._boundaries.append((self._open_stages[-1], self._now()))
 
     def _now(self) -> "float | torch.cuda.Event":
         if self._device.type != "cuda":
@@ -87,24 +88,24 @@ class StageClock:
         return event
 
 
-def _milliseconds(cuts: "list[tuple[str, float | torch.cuda.Event]]") -> dict[str, float]:
+def _milliseconds(boundaries: "list[tuple[str, float | torch.cuda.Event]]") -> dict[str, float]:
     stages: dict[str, float] = {}
-    for (name, start), (_, end) in itertools.pairwise(cuts):
+    for (name, start), (_, end) in itertools.pairwise(boundaries):
         if isinstance(start, torch.cuda.Event):
             assert isinstance(end, torch.cuda.Event)
-            passed = start.elapsed_time(end)
+            elapsed_ms = start.elapsed_time(end)
         else:
             assert isinstance(end, float)
-            passed = 1000 * (end - start)
-        stages[name] = stages.get(name, 0.0) + passed
+            elapsed_ms = 1000 * (end - start)
+        stages[name] = stages.get(name, 0.0) + elapsed_ms
     rest = stages.pop(OTHER)
     return {name: round(ms, 4) for name, ms in {**stages, OTHER: rest}.items()}
 
 
 class Trace:
-    """Traces TRACED_STEPS steps from FIRST_TRACED on into `file`, a .json.gz; fewer where the run ends before.
+    """Traces TRACED_STEPS steps from step FIRST_TRACED on with torch.profiler; fewer if the run ends earlier.
 
-    By torch.profiler, for Perfetto (ui.perfetto.dev) or chrome://tracing.
+    Writes `file` (.json.gz) for Perfetto (ui.perfetto.dev) or chrome://tracing.
     """
 
     def __init__(self, file: Path, device: torch.device) -> None:
@@ -115,20 +116,20 @@ class Trace:
             schedule=schedule(wait=FIRST_TRACED - 2, warmup=1, active=TRACED_STEPS, repeat=1),
             on_trace_ready=self._write,
             record_shapes=True,
-            acc_events=True,  # else it warns that a new cycle clears them, and there is no other
+            acc_events=True,  # avoids the warning that a new cycle clears events; there is only one cycle
         )
         self.is_written = False
         self._profile.start()
 
     def end_step(self) -> None:
-        """A step is done."""
+        """Mark the end of a step."""
         self._profile.step()
 
     def close(self) -> None:
-        """The run ends here: write what there is, if that has not been done."""
+        """Stop tracing, and write the trace if it has not been written."""
         self._profile.stop()
 
-    def _write(self, made: profile) -> None:
+    def _write(self, profiler: profile) -> None:
         self.file.parent.mkdir(parents=True, exist_ok=True)
-        made.export_chrome_trace(str(self.file))
+        profiler.export_chrome_trace(str(self.file))
         self.is_written = True

@@ -1,4 +1,4 @@
-"""A run's folder: the names of its files, its checkpoints, and the one way that a file is written."""
+"""A run folder: the names of its files, its checkpoints, and atomic writing of files."""
 
 import contextlib
 import os
@@ -13,11 +13,11 @@ from fastsimclr.errors import UserError
 
 FORMAT = 1
 MAP, GALLERY = "map.png", "gallery.png"
-"""The pictures in the output folder of fastsimclr.embed."""
+"""The images in the output folder of fastsimclr.embed."""
 
 
 class RunFolder:
-    """The files of a run. None of them need exist."""
+    """Paths of the files of a run, which need not exist."""
 
     def __init__(self, path: str | Path) -> None:
         self.path = Path(path)
@@ -40,7 +40,7 @@ class RunFolder:
 
     @classmethod
     def of(cls, checkpoint: str | Path | None) -> "RunFolder | None":
-        """The run that a --checkpoint (RUN or RUN/checkpoints/last.pt) belongs to; None for any other file."""
+        """Return the run of a --checkpoint (RUN or RUN/checkpoints/last.pt); None for any other file."""
         if checkpoint is None:
             return None
         path = Path(checkpoint)
@@ -49,42 +49,42 @@ class RunFolder:
 
     @classmethod
     def for_results(cls, checkpoint: str | Path | None) -> "RunFolder":
-        """The run of a --checkpoint, whose folder takes the results for want of --output. Raises UserError if none."""
+        """Return the run of a --checkpoint, the default for --output. Raises UserError if it is not in a run folder."""
         run = cls.of(checkpoint)
         if run is None:
-            raise UserError("--output: got none, and --checkpoint is not in a run's folder; expected a folder")
+            raise UserError("--output: got none, and --checkpoint is not in a run folder; expected a folder")
         return run
 
     def save(self, state: dict[str, Any]) -> None:
-        """Replace the checkpoint. state: tensors, numbers, strings and containers of them."""
+        """Replace the checkpoint atomically. state: tensors, numbers, strings and containers of them."""
         with replace_atomically(self.checkpoint) as partial, open(partial, "wb") as file:
             torch.save(state | {"format": FORMAT}, file)
 
 
 def load_checkpoint(path: Path) -> dict[str, Any]:
-    """The state that `RunFolder.save` wrote, on the CPU. Never runs code from the file.
+    """Load the state that `RunFolder.save` wrote, on the CPU. Never runs code from the file.
 
-    Raises UserError if it is missing, damaged, or another program's.
+    Raises UserError if the file is missing, damaged or not a checkpoint of fastsimclr.
     """
     try:
         state = torch.load(path, map_location="cpu", weights_only=True)
     except FileNotFoundError as error:
         raise UserError(f"{path}: got no such file, expected a checkpoint (RUN/checkpoints/last.pt)") from error
     except (OSError, RuntimeError, EOFError, pickle.UnpicklingError) as error:
-        raise UserError(f"{path}: got a damaged file or no checkpoint, expected one that a run wrote") from error
+        raise UserError(f"{path}: got a damaged file or no checkpoint, expected one of a fastsimclr run") from error
     if not is_checkpoint(state):
-        raise UserError(f"{path}: got a file of another kind, expected a checkpoint that a fastsimclr run wrote")
+        raise UserError(f"{path}: got another kind of file, expected a checkpoint of a fastsimclr run")
     return state
 
 
 def is_checkpoint(state: Any) -> bool:
-    """Whether `RunFolder.save` wrote this, in the format of this version."""
+    """Return whether `RunFolder.save` wrote this state, in the current format."""
     return isinstance(state, dict) and state.get("format") == FORMAT
 
 
 def scan_cache(checkpoint: str | Path | None, output: Path) -> Path:
-    """The folder that keeps the results of a scan for bad images: that of the checkpoint's run, where train has scanned
-    its images, or `output` if there is no such folder or it is read-only."""
+    """Return the folder that caches scans for bad images: the checkpoint's run folder, which has the cache of training,
+    or `output` if there is no run folder or it is read-only."""
     run = RunFolder.of(checkpoint)
     return run.path if run is not None and os.access(run.path, os.W_OK) else output
 
@@ -92,15 +92,15 @@ def scan_cache(checkpoint: str | Path | None, output: Path) -> Path:
 def check_new(output: Path, force: bool, option: str = "--output") -> None:
     """Raise UserError if `output` exists and may not be overwritten."""
     if output.exists() and not force:
-        raise UserError(f"{option}: got {output}, which already exists; give another name, or --force to overwrite it")
+        raise UserError(f"{option}: got {output}, which already exists; choose another name or --force to replace it")
 
 
 @contextlib.contextmanager
 def replace_atomically(path: Path, partial: Path | None = None) -> Iterator[Path]:
-    """Write a file that replaces `path` atomically: the block fills the file `partial` (by default, path.partial).
+    """Replace the file `path` atomically: the block writes the file `partial` (default: path.partial).
 
-    When the block ends, the file is flushed to the disk and renamed, so that `path` is never half written. If the block
-    fails, `path` is left as it was.
+    When the block ends, the file is flushed to disk and renamed, so `path` is never partially written. If the block
+    raises, `path` is left unchanged.
     """
     partial = partial or temporary_path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
@@ -108,18 +108,18 @@ def replace_atomically(path: Path, partial: Path | None = None) -> Iterator[Path
         yield partial
         rename_atomically(partial, path)
     except BaseException:
-        with contextlib.suppress(OSError):  # the reason to report is the first one
+        with contextlib.suppress(OSError):  # report the first error
             partial.unlink(missing_ok=True)
         raise
 
 
 def temporary_path(path: Path) -> Path:
-    """The name of a file that is not yet complete."""
+    """Return the name of the incomplete file of `path`."""
     return path.with_name(f"{path.name}.partial")
 
 
 def rename_atomically(partial: Path, path: Path) -> None:
-    """Flush a complete file to the disk and give it its final name."""
+    """Flush a complete file to disk and rename it to `path`."""
     descriptor = os.open(partial, os.O_RDONLY)
     try:
         os.fsync(descriptor)
@@ -135,7 +135,7 @@ def write_text(path: Path, text: str) -> None:
 
 
 def write_atomically(output: Path, write: Callable[[Path], object]) -> None:
-    """Have `write` fill the file that is to replace the user's `output`. Raises UserError if it cannot be written."""
+    """Replace the file `output` atomically with the one that `write` writes. Raises UserError if that fails."""
     try:
         with replace_atomically(output) as partial:
             write(partial)

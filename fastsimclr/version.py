@@ -4,5 +4,5 @@ from importlib.metadata import PackageNotFoundError, version
 
 try:
     __version__ = version("fastsimclr")
-except PackageNotFoundError:  # a checkout that is not installed
+except PackageNotFoundError:  # a checkout that has not been installed
     __version__ = "0+unknown"

@@ -1,10 +1,10 @@
-"""Importing this module hides every package that a machine with only PyTorch and the test tools lacks.
+"""Importing this module hides all packages except PyTorch and the test tools, to emulate a bare GPU machine.
 
     python -c "import bare_machine, benchmarks.learning"     # with scripts/ in PYTHONPATH
     python -m pytest -p bare_machine --collect-only ...
 
-A hidden package looks as if it were not installed: `import` raises ModuleNotFoundError and `find_spec` returns None.
-BARE_MACHINE_HAS names packages to leave visible: "jsonargparse,yaml".
+A hidden package behaves as if it were not installed: `import` raises ModuleNotFoundError, `find_spec` returns None.
+BARE_MACHINE_HAS lists packages that stay visible: "jsonargparse,yaml".
 """
 
 import os
@@ -21,8 +21,8 @@ MISSING = {
 HIDDEN = MISSING - set(os.environ.get("BARE_MACHINE_HAS", "").split(","))
 
 
-class Hiding:
-    """Finds what the finders before it find, except hidden packages."""
+class HidingFinder:
+    """Wraps other finders and hides packages from them."""
 
     def __init__(self, finders: list[Any]) -> None:
         self.finders = finders
@@ -36,10 +36,10 @@ class Hiding:
         return next((spec for spec in found if spec is not None), None)
 
     def find_distributions(self, *context: Any) -> Iterator[Any]:
-        """For importlib.metadata, by which pytest finds its plugins."""
+        """Used by importlib.metadata, with which pytest finds its plugins."""
         for finder in self.finders:
             if hasattr(finder, "find_distributions"):
                 yield from finder.find_distributions(*context)
 
 
-sys.meta_path[:] = [Hiding(list(sys.meta_path))]
+sys.meta_path[:] = [HidingFinder(list(sys.meta_path))]

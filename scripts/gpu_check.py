@@ -1,20 +1,20 @@
 """Build, test and measure fastsimclr on a machine with an NVIDIA GPU and nvcc, without a network.
 
-    scripts/gpu_check.sh OUT_DIR               # every default stage, in GPU_CHECK_SECONDS (570) altogether
-    scripts/gpu_check.sh OUT_DIR STAGE...      # these stages, each within its own limit
-    scripts/gpu_check.sh --dry-run [STAGE...]  # no GPU needed: list the commands, check that they could start
+    scripts/gpu_check.sh OUT_DIR               # all default stages, within GPU_CHECK_SECONDS (570) in total
+    scripts/gpu_check.sh OUT_DIR STAGE...      # these stages, each with its own time limit
+    scripts/gpu_check.sh --dry-run [STAGE...]  # no GPU needed: list the commands and check that they can start
 
 The machine needs Python with torch, torchvision, triton, pytest, pytest-benchmark and pybind11, and the programs cmake,
-ninja and nvcc. A stage that lacks anything else is reported as "not done here", which is not a failure.
-Stages run in the order of gpu_stages.py, and results are written as they come, so an interrupted run keeps what it has:
-log.txt, summary.json (updated after every stage), gpu_tests.xml (JUnit), and one JSON file per measurement. Those of
+ninja and nvcc. A stage with other missing requirements is reported as "not done here", which is not a failure.
+Stages run in the order of gpu_stages.py. Results are written immediately, so an interrupted run keeps them: log.txt,
+summary.json (updated after every stage), gpu_tests.xml (JUnit), and one JSON file per measurement. The files of
 pytest-benchmark are input for `python -m benchmarks.report`.
 
-Exit code 0: no stage failed; 1: a stage failed (later stages still ran, except after `build`); 2: there is no GPU, or
-the call is wrong.
+Exit code 0: no stage failed; 1: a stage failed (later stages still ran, except after `build`); 2: no GPU, or invalid
+arguments.
 
-NAME_SECONDS       the limit of stage NAME, such as RIVALS_SECONDS=300
-GPU_CHECK_COMMIT   what to record where there is no git checkout
+NAME_SECONDS       time limit of stage NAME, such as RIVALS_SECONDS=300
+GPU_CHECK_COMMIT   commit to record if there is no git checkout
 CIFAR10            for `learning`: a folder with cifar-10-batches-py, or with train-*.tar and test.tar
 """
 
@@ -39,10 +39,10 @@ DEFAULT_SECONDS = 570
 
 
 class Runner:
-    """Runs stages one after the other and records them in OUT_DIR."""
+    """Runs stages in sequence and records the results in OUT_DIR."""
 
     def __init__(self, out: Path, machine: dict[str, str], budget: float) -> None:
-        """machine: commit, device, driver and arch. budget: seconds for all stages together."""
+        """machine: commit, device, driver and arch. budget: seconds for all stages in total."""
         self.out, self.machine = out, machine
         self.deadline = time.monotonic() + budget
         self.stages: list[dict[str, Any]] = []
@@ -55,7 +55,7 @@ class Runner:
         return not any(stage["failed"] for stage in self.stages)
 
     def run(self, stages: Sequence[Stage]) -> bool:
-        """Run the stages; returns whether none failed."""
+        """Run the stages and return whether no stage failed."""
         for stage in stages:
             self.stages.append(self.run_stage(stage))
             self.write_summary()
@@ -82,7 +82,7 @@ class Runner:
         started = time.monotonic()
         code, unproven, refused = self.execute(command, limit, stage)
         outcome, failed = "ok", False
-        if code in (124, 137):  # timeout's
+        if code in (124, 137):  # exit codes of `timeout`
             outcome, failed = f"cut off after {limit} s", limit == whole
         elif refused and (code != 0 or unproven):
             outcome = "not done here: the machine does not allow it"
@@ -93,7 +93,7 @@ class Runner:
         return self.record(stage, outcome, failed, code, time.monotonic() - started, command)
 
     def values(self, limit: int) -> dict[str, str]:
-        """Values of the {names} in a stage's command and environment. begin: seconds after which no new size starts."""
+        """Return the values of {names} in commands and environments. begin: seconds after which no new size starts."""
         return {
             **self.machine,
             "python": sys.executable,
@@ -114,10 +114,10 @@ class Runner:
         return files
 
     def execute(self, command: list[str], limit: int, stage: Stage) -> tuple[int, list[str], bool]:
-        """Exit code, the stage's proofs that no line matched, and whether one matched its refusal."""
+        """Return the exit code, the stage's proofs that no line matched, and whether a line matched its refusal."""
         unproven, refused = list(stage.proofs), False
         environment = {name: value.format_map(self.values(limit)) for name, value in stage.environment.items()}
-        # INT first: pytest then still writes what it has.
+        # SIGINT first, so that pytest writes the results it has.
         with subprocess.Popen(
             ["timeout", "--signal=INT", "--kill-after=5", str(limit), *command],
             cwd=ROOT,
@@ -137,7 +137,7 @@ class Runner:
                     if re.search(r": (met|MISSED)\b", line):
                         self.verdicts.append(f"{stage.name}: {line.strip()}")
             except KeyboardInterrupt:
-                process.terminate()  # timeout passes it on to what it started
+                process.terminate()  # `timeout` forwards it to its child processes
                 raise
         return process.returncode, unproven, refused
 
@@ -160,7 +160,7 @@ class Runner:
 
     def say(self, line: str) -> None:
         print(line, flush=True)
-        with open(self.out / "log.txt", "a") as log:  # opened each time: it is complete even if this process is killed
+        with open(self.out / "log.txt", "a") as log:  # reopened: complete if this process is killed
             print(line, file=log)
 
 
@@ -168,9 +168,9 @@ class Runner:
 
 
 def dry_run(stages: Sequence[Stage]) -> bool:
-    """List the commands, and check on a bare machine what they start; returns whether all checks passed.
+    """List the commands, check that they can start on a bare machine, and return whether all checks passed.
 
-    Scripts have to parse, modules to be imported, test files to be collected, each with at least one test.
+    The checks: scripts parse, modules can be imported, and at least one test is collected from each test file.
     """
     for stage in stages:
         needs = (*stage.programs, *stage.modules, *stage.folders)
@@ -198,10 +198,10 @@ def dry_run(stages: Sequence[Stage]) -> bool:
 
 
 class Check:
-    """A command that should succeed, started at once, so that several run at a time."""
+    """A command that should succeed. It starts immediately, so that several run concurrently."""
 
     def __init__(self, what: str, command: list[str], files: Sequence[str] = (), has: Sequence[str] = ()) -> None:
-        """files: of which the command has to print a test each. has: see bare_machine.py."""
+        """files: the command must print a test of each. has: packages to leave visible, see bare_machine.py."""
         self.what, self.command, self.files = what, command, files
         path = os.pathsep.join([os.environ["PYTHONPATH"], str(ROOT / "scripts")])
         environment = {**os.environ, "PYTHONPATH": path, "BARE_MACHINE_HAS": ",".join(has)}
@@ -211,7 +211,7 @@ class Check:
 
     def passes(self) -> bool:
         output = self.process.communicate()[0]
-        # A marker that selects nothing is how tests get lost.
+        # A marker that selects no test must not go unnoticed.
         untested = [file for file in self.files if not re.search(f"^{re.escape(file)}", output, re.MULTILINE)]
         passed = self.process.returncode == 0 and not untested
         print(f"{'ok' if passed else 'FAILED'}: {self.what}")
@@ -222,7 +222,7 @@ class Check:
 
 def collection(files: list[str], *marker: str, has: Sequence[str] = ()) -> Check:
     collect = [sys.executable, *PYTEST[1:], "-p", "bare_machine", "--collect-only", "-q", *marker, *files]
-    what = f"{' '.join(files)} can be collected{' where there is ' + ', '.join(has) if has else ''}"
+    what = f"{' '.join(files)} can be collected{' with ' + ', '.join(has) if has else ''}"
     return Check(what, collect if files else [], files, has)
 
 
@@ -230,17 +230,17 @@ def collection(files: list[str], *marker: str, has: Sequence[str] = ()) -> Check
 
 
 def examine() -> dict[str, str]:
-    """commit, device, driver, and arch: the compute capability as nvcc wants it. SystemExit(2) without a GPU."""
-    ask = (
+    """Return commit, device, driver and arch (compute capability, as for nvcc). SystemExit(2) without a GPU."""
+    code = (
         "import torch; assert torch.cuda.is_available(), 'torch sees no GPU'; "
         "print(torch.cuda.get_device_name(), *torch.cuda.get_device_capability(), sep='\\n')"
     )
-    asked = subprocess.run([sys.executable, "-c", ask], capture_output=True, text=True)
-    if asked.returncode:
-        reason = (asked.stderr.strip().splitlines() or ["no reason was given"])[-1]
-        print(f"gpu_check: there is no GPU to check: {reason}", file=sys.stderr)
+    queried = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    if queried.returncode:
+        reason = (queried.stderr.strip().splitlines() or ["no reason was given"])[-1]
+        print(f"gpu_check: no GPU is available: {reason}", file=sys.stderr)
         raise SystemExit(2)
-    device, major, minor = asked.stdout.strip().splitlines()[-3:]
+    device, major, minor = queried.stdout.strip().splitlines()[-3:]
     describe = subprocess.run(
         ["git", "describe", "--always", "--dirty", "--abbrev=40"], cwd=ROOT, capture_output=True, text=True
     )
@@ -253,11 +253,11 @@ def examine() -> dict[str, str]:
 
 
 def prepare_environment() -> None:
-    """What all stages have in common."""
+    """Set the environment variables of all stages."""
     os.environ["PYTHONPATH"] = os.pathsep.join(filter(None, [str(ROOT), os.environ.get("PYTHONPATH")]))
     os.environ.update(PYTHONUNBUFFERED="1", PYTEST_DISABLE_PLUGIN_AUTOLOAD="1")
     cuda = [os.path.join(home, "bin") for home in (os.environ.get("CUDA_HOME"), "/usr/local/cuda") if home]
-    # This Python's cmake and ninja come before older ones of the system.
+    # Prefer the cmake and ninja of this Python environment to older system versions.
     os.environ["PATH"] = os.pathsep.join([sysconfig.get_path("scripts"), os.environ["PATH"], *cuda])
 
 
@@ -265,21 +265,21 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(
         prog="gpu_check.sh", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("--dry-run", action="store_true", help="start no stage, only check that they could start")
+    parser.add_argument("--dry-run", action="store_true", help="run no stage, only check that the stages can start")
     parser.add_argument("words", nargs="*", metavar="OUT_DIR [STAGE...]")
-    asked = parser.parse_args(arguments)
-    if not asked.dry_run and not asked.words:
+    options = parser.parse_args(arguments)
+    if not options.dry_run and not options.words:
         parser.error("expected a folder for the results")
-    names = asked.words if asked.dry_run else asked.words[1:]
+    names = options.words if options.dry_run else options.words[1:]
     known = {stage.name: stage for stage in STAGES}
     if unknown := [name for name in names if name not in known]:
         parser.error(f"got the stages {', '.join(unknown)}, expected some of {', '.join(known)}")
     prepare_environment()
-    stages = [stage for stage in STAGES if stage.name in names or (not names and (stage.default or asked.dry_run))]
-    if asked.dry_run:
+    stages = [stage for stage in STAGES if stage.name in names or (not names and (stage.default or options.dry_run))]
+    if options.dry_run:
         return int(not dry_run(stages))
     machine = examine()
-    out = Path(asked.words[0]).resolve()
+    out = Path(options.words[0]).resolve()
     out.mkdir(parents=True, exist_ok=True)
     budget = float("inf") if names else float(os.environ.get("GPU_CHECK_SECONDS", DEFAULT_SECONDS))
     return int(not Runner(out, machine, budget).run(stages))

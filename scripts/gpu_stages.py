@@ -1,7 +1,7 @@
-"""The stages of gpu_check.py in their order: what each one runs, and what it needs.
+"""The stages of gpu_check.py, in order: the command of each and its requirements.
 
-The most important come first, so that any prefix of the list is useful: whether the kernels are correct, then how
-accurate and how fast they are and why, then everything else.
+The most important come first, so that an interrupted run is useful: correctness of the kernels, then their accuracy and
+speed, then everything else.
 """
 
 import importlib.util
@@ -12,7 +12,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-# The plugin is named because autoload is off (see gpu_check.py): other plugins' warnings would be errors.
+# Plugin autoload is off (see gpu_check.py), because warnings of other plugins would be errors.
 PYTEST = ("{python}", "-m", "pytest", "-p", "pytest_benchmark.plugin", "-p", "no:cacheprovider")
 GPU_TESTS = (*PYTEST, "-m", "gpu", "--durations=5")
 LOSS_AND_VIEWS = ("tests/loss/test_fused.py", "tests/data/test_crop.py", "tests/data/test_photometric.py")
@@ -29,29 +29,29 @@ cmake --install build/gpu_check --prefix .
 
 @dataclass(frozen=True)
 class Stage:
-    """A command, and what it needs. {python}, {out} and other names of `Runner.values` are filled in."""
+    """A command and its requirements. {python}, {out} and the other names of `Runner.values` are substituted."""
 
     name: str
     seconds: int
     command: tuple[str, ...]
     files: tuple[str, ...] = ()
-    """Test or benchmark files, put after the command."""
+    """Test or benchmark files, appended to the command."""
     optional_files: dict[str, tuple[str, ...]] = field(default_factory=dict)
-    """More of them, and the modules that each imports; left out where one of these is missing."""
+    """More files and the modules that each imports; a file is left out if one of its modules is missing."""
     modules: tuple[str, ...] = ()
     programs: tuple[str, ...] = ()
     folders: tuple[str, ...] = ()
-    """Environment variables that name a folder."""
+    """Environment variables that must be set to a folder."""
     environment: dict[str, str] = field(default_factory=dict)
     proofs: tuple[str, ...] = ()
-    """Patterns. Unless a line matches each of them, exit code 0 proves nothing."""
+    """Regular expressions. The stage fails unless a line of the output matches each of them."""
     refusal: str = ""
-    """A pattern. A failure with a line that matches means that the machine does not allow it."""
+    """Regular expression. If a line matches it, a failure means that the machine does not permit this stage."""
     default: bool = True
     fatal: bool = False
 
     def lacking(self) -> str:
-        """Why the stage cannot be done here: "" if it can."""
+        """Return why the stage cannot run on this machine, or "" if it can."""
         reasons = [f"{name} is not installed" for name in missing(self.modules)]
         reasons += [f"{name} is not in PATH" for name in self.programs if not shutil.which(name)]
         reasons += [f"{name} names no folder" for name in self.folders if not os.path.isdir(os.environ.get(name, ""))]
@@ -62,14 +62,14 @@ def missing(modules: Sequence[str]) -> list[str]:
     def is_installed(module: str) -> bool:
         try:
             return importlib.util.find_spec(module) is not None
-        except ModuleNotFoundError:  # nvidia.dali where there is no nvidia
+        except ModuleNotFoundError:  # nvidia.dali without the package nvidia
             return False
 
     return [module for module in modules if not is_installed(module)]
 
 
 def passed(*files: str) -> tuple[str, ...]:
-    """Proofs that tests passed, in each of the files: if all tests are skipped, pytest exits with 0."""
+    """Return proofs that tests of each file passed: pytest also exits with 0 if all tests are skipped."""
     return (r"\d+ passed", *(rf"^{re.escape(file)} .*\." for file in files))
 
 
@@ -85,7 +85,7 @@ def sanitizer(tool: str) -> Stage:
         120,
         ("compute-sanitizer", "--tool", tool, *options, "{python}", "scripts/small_kernels.py"),
         programs=("compute-sanitizer",),
-        # Each tensor is an allocation of its own: within the caching allocator's blocks no access is out of bounds.
+        # Allocate each tensor separately: inside a block of the caching allocator no access is out of bounds.
         environment={"PYTORCH_NO_CUDA_MEMORY_CACHING": "1"},
         proofs=(r"SUMMARY: 0 (errors|hazards)",),
         refusal=r"Device not supported|Unable to find injection|not supported on this",

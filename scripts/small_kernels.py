@@ -1,9 +1,9 @@
-"""Run the loss and view kernels at small sizes and compare each result with the CPU's.
+"""Run the loss and view kernels at small sizes and compare the results with those of the CPU.
 
-    python scripts/small_kernels.py                # on a GPU; also the program that compute-sanitizer watches
-    python scripts/small_kernels.py --emulated     # the same kernels in emulation, without a GPU
+    python scripts/small_kernels.py                # on a GPU, also under compute-sanitizer
+    python scripts/small_kernels.py --emulated     # the same kernels, emulated on the CPU
 
-Everything but the kernels runs on the CPU, so that compute-sanitizer sees few kernels of others. Exit code 1: a result
+Everything else runs on the CPU, so that compute-sanitizer checks few kernels of other libraries. Exit code 1: a result
 is wrong.
 """
 
@@ -20,9 +20,9 @@ from fastsimclr.data.params import sample_params
 from fastsimclr.data.photometric import photometric
 from fastsimclr.loss import nt_xent
 
-# No size is a multiple of a tile's; widths below, at and above one block. "highest" has half the block width.
+# No size is a multiple of a tile; widths below, at and above one block, which is half as wide for "highest".
 LOSS_SIZES = ((65, 30), (131, 128), (67, 264))
-BOUNDS = {"medium": (1e-3, 2e-2), "highest": (1e-5, 1e-4)}  # relative, of the loss and of dz
+BOUNDS = {"medium": (1e-3, 2e-2), "highest": (1e-5, 1e-4)}  # relative errors of the loss and of dz
 
 
 def check_loss(device: str, backend: str) -> None:
@@ -46,7 +46,7 @@ def check_views(device: str, backend: Any) -> None:
     images = torch.randint(0, 256, (5, 45, 50, 3), dtype=torch.uint8, generator=torch.Generator().manual_seed(0))
     index = np.arange(5)
     for interpolation in ("bilinear", "bicubic"):
-        # Every change of colors for every view. 37: no multiple of a tile.
+        # All color operations. 37: not a multiple of a tile.
         augmentation = Augmentation(
             image_size=37,
             interpolation=interpolation,
@@ -59,7 +59,7 @@ def check_views(device: str, backend: Any) -> None:
         expected = crop(images, index, params, augmentation)
         got = crop(images.to(device), index, params, augmentation, backend).cpu()
         levels = (got.int() - expected.int()).abs().float()
-        # float32 sums in another order may round a half to the other level.
+        # float32 sums in another order may round a half to a different level.
         report(f"crops, {interpolation}, levels", [float(levels.mean()), float(levels.max())], (0.02, 1.0))
         for dtype in (torch.float32, torch.bfloat16):
             expected_view = photometric(expected, params, augmentation, dtype).float()
@@ -69,17 +69,17 @@ def check_views(device: str, backend: Any) -> None:
 
 
 def report(what: str, errors: list[float], bounds: tuple[float, ...]) -> None:
-    right = all(error <= bound for error, bound in zip(errors, bounds, strict=True))  # NaN is wrong
-    figures = ", ".join(f"{error:.2g} (at most {bound:g})" for error, bound in zip(errors, bounds, strict=True))
-    print(f"{what}: {figures}{'' if right else ': WRONG'}", flush=True)
-    if not right:
-        sys.exit(f"{what}: the kernel's result differs from the CPU's")
+    is_correct = all(error <= bound for error, bound in zip(errors, bounds, strict=True))  # False for NaN
+    values = ", ".join(f"{error:.2g} (at most {bound:g})" for error, bound in zip(errors, bounds, strict=True))
+    print(f"{what}: {values}{'' if is_correct else ': WRONG'}", flush=True)
+    if not is_correct:
+        sys.exit(f"{what}: the result of the kernel differs from the CPU's")
 
 
 if __name__ == "__main__":
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--emulated", action="store_true", help="run the kernels on the CPU, in emulation")
-    parser.add_argument("--only", choices=("loss", "views"), help="run one of the two checks")
+    parser.add_argument("--emulated", action="store_true", help="emulate the kernels on the CPU")
+    parser.add_argument("--only", choices=("loss", "views"), help="run only this check")
     options = parser.parse_args()
     if options.only != "views":
         check_loss("cpu" if options.emulated else "cuda", "emulated" if options.emulated else "fused")

@@ -1,4 +1,4 @@
-"""python -m fastsimclr.doctor: reports what is and is not available, and exits with code 0 in both cases."""
+"""python -m fastsimclr.doctor: it reports what is installed and what is missing, and exits with 0 either way."""
 
 import json
 import os
@@ -22,7 +22,7 @@ ROOT = Path(__file__).resolve().parents[1]
 
 
 def doctor(*arguments: str, **variables: str) -> str:
-    """Run doctor in a new process and return its stdout; stderr must be empty."""
+    """Run it in a new process as a user does, and return its stdout. Nothing may be printed on stderr."""
     command = [sys.executable, "-m", "fastsimclr.doctor", *arguments]
     done = subprocess.run(command, cwd=ROOT, env=os.environ | variables, capture_output=True, text=True, timeout=120)
     assert done.returncode == 0, done.stderr
@@ -31,56 +31,57 @@ def doctor(*arguments: str, **variables: str) -> str:
 
 
 @pytest.fixture(scope="module")
-def report() -> dict[str, Any]:
+def found() -> dict[str, Any]:
     return dict(json.loads(doctor("--json")))
 
 
-def test_reports_what_will_be_used_and_why(report: dict[str, Any]) -> None:
-    assert report["fastsimclr"] == fastsimclr.__version__
-    assert report["torch"] == torch.__version__
-    assert len(report["gpus"]) == torch.cuda.device_count()
-    assert f"extension: {report['extension']['description']}" == describe_build()
+def test_doctor_reports_what_will_be_used_and_why(found: dict[str, Any]) -> None:
+    assert found["fastsimclr"] == fastsimclr.__version__
+    assert found["torch"] == torch.__version__
+    assert len(found["gpus"]) == torch.cuda.device_count()
+    assert f"extension: {found['extension']['description']}" == describe_build()
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     backend, why = loss.choose_backend("auto", device)
-    assert report["loss"] == {"backend": backend, "why": why.removeprefix("auto: ")}
-    assert report["precision"] == choose_precision("auto", device).why
-    assert report["optional"]["timm"] == version("timm")
-    assert all(line for line in report["to_be_faster"])
+    assert found["loss"] == {"backend": backend, "why": why.removeprefix("auto: ")}
+    assert found["precision"] == choose_precision("auto", device).why
+    assert found["optional"]["timm"] == version("timm")
+    assert all(line for line in found["to_be_faster"])
 
 
-def test_reports_the_loader_used_for_a_folder(report: dict[str, Any], tmp_path: Path) -> None:
+def test_doctor_reports_the_backend_of_a_folder_of_images(found: dict[str, Any], tmp_path: Path) -> None:
     Image.new("RGB", (8, 8)).save(tmp_path / "1.png")
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     backend, why = data.choose_backend(open_source(str(tmp_path)), device)
-    assert report["views_of_a_folder"] == {"backend": backend, "why": why}
+    assert found["views_of_a_folder"] == {"backend": backend, "why": why}
 
 
-def test_text_has_two_columns() -> None:
+def test_the_text_is_in_two_columns() -> None:
     lines = doctor().splitlines()
-    assert {"fastsimclr", "torch", "driver", "gpu", "extension", "loss", "views of a folder", "to be faster"} <= {
+    assert {"fastsimclr", "torch", "driver", "gpu", "extension", "loss", "views of a folder", "for more speed"} <= {
         line[:19].strip() for line in lines
     }
     assert all(line[:19].endswith(" ") and line[19] != " " for line in lines)
 
 
-def test_reports_that_no_gpu_is_found() -> None:
-    """As on a laptop: without nvidia-smi (empty PATH) and with all GPUs hidden."""
+def test_doctor_reports_a_missing_gpu() -> None:
+    """Without nvidia-smi (empty PATH) and with every GPU hidden, as on a laptop."""
     lines = dict(
         line.split(maxsplit=1)
         for line in doctor(PATH="", CUDA_VISIBLE_DEVICES="").splitlines()
         if " of " not in line[:19]
     )
-    assert lines["driver"] == "none: nvidia-smi names no GPU"
-    assert lines["gpu"] == "none that torch can use"
+    assert lines["driver"] == "none: nvidia-smi finds no GPU"
+    assert lines["gpu"] == "none that PyTorch can use"
     assert lines["loss"].startswith("tiled: ")
+    assert not lines["extension"].startswith("CUDA")
 
 
 @pytest.mark.gpu
-@pytest.mark.skipif(not torch.cuda.is_available(), reason="there is no GPU")
-def test_reports_a_gpu_and_how_to_use_it(report: dict[str, Any]) -> None:
-    assert report["gpus"][0]["name"] == torch.cuda.get_device_name(0)
-    assert report["gpus"][0]["capability"] == "{}.{}".format(*torch.cuda.get_device_capability(0))
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+def test_doctor_reports_the_gpu_and_how_to_use_it(found: dict[str, Any]) -> None:
+    assert found["gpus"][0]["name"] == torch.cuda.get_device_name(0)
+    assert found["gpus"][0]["capability"] == "{}.{}".format(*torch.cuda.get_device_capability(0))
     hidden = json.loads(doctor("--json", CUDA_VISIBLE_DEVICES=""))
     assert hidden["gpus"] == []
     if hidden["driver"]:
-        assert "torch can't use the GPU" in hidden["to_be_faster"][0]
+        assert "PyTorch can't use the GPU" in hidden["to_be_faster"][0]

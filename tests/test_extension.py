@@ -94,6 +94,15 @@ def test_unsupported_compute_capability_is_not_probed(mock_gpu: SimpleNamespace)
     assert mock_gpu.calls == 0
 
 
+def test_description_names_what_this_machine_can_use(
+    mock_gpu: SimpleNamespace, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    assert _extension.describe_build() == "extension: CUDA 13.0 for sm_80, sm_90 (g++ 12.2)"
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    expected = "extension: C++ for the CPU (its CUDA kernels for sm_80, sm_90 need a GPU)"
+    assert _extension.describe_build() == expected
+
+
 @pytest.mark.skipif(_extension.emulated is None, reason="needs the emulation of an editable build")
 def test_probe_of_emulated_kernels() -> None:
     assert _extension.emulated.probe(device=0) == ""

@@ -1,4 +1,4 @@
-"""scripts/gpu_check.sh, as far as a machine without a GPU can tell: its dry run, its runner and what it starts."""
+"""scripts/gpu_check.sh on a machine without a GPU: its dry run, its runner and the programs that it starts."""
 
 import importlib
 import json
@@ -26,7 +26,7 @@ without_gpu = pytest.mark.skipif(torch.cuda.is_available(), reason="for machines
 
 @pytest.fixture(scope="module")
 def check() -> Iterator[ModuleType]:
-    """The module gpu_check, with scripts/ in the path for its neighbors."""
+    """The module gpu_check, with scripts/ in sys.path for its imports."""
     sys.path.insert(0, str(ROOT / "scripts"))
     yield importlib.import_module("gpu_check")
     sys.path.remove(str(ROOT / "scripts"))
@@ -41,10 +41,10 @@ def gpu_check(*arguments: str, root: Path = ROOT) -> subprocess.CompletedProcess
     )
 
 
-# The dry run
+# Dry run
 
 
-def test_everything_it_starts_can_start_on_a_bare_machine() -> None:
+def test_dry_run_passes() -> None:
     done = gpu_check("--dry-run")
     assert done.returncode == 0, done.stdout
     assert "FAILED" not in done.stdout
@@ -52,15 +52,15 @@ def test_everything_it_starts_can_start_on_a_bare_machine() -> None:
         assert re.search(rf"^ok: .*{name}", done.stdout, re.MULTILINE), name
 
 
-def test_a_missing_import_and_a_lost_gpu_test_are_found(tmp_path: Path) -> None:
+def test_dry_run_finds_a_missing_import_and_a_missing_gpu_test(tmp_path: Path) -> None:
     for name in ("scripts", "tests", "benchmarks", "fastsimclr"):
         shutil.copytree(ROOT / name, tmp_path / name, ignore=shutil.ignore_patterns("results", "__pycache__"))
     shutil.copy(ROOT / "pyproject.toml", tmp_path)
     test_file, conftest = tmp_path / "tests" / "loss" / "test_fused.py", tmp_path / "tests" / "conftest.py"
     test_file.write_text(test_file.read_text().replace("import torch\n", "import jsonargparse\nimport torch\n", 1))
-    marked = 'pytest.param("gpu", marks=pytest.mark.gpu)'
-    assert marked in conftest.read_text()
-    conftest.write_text(conftest.read_text().replace(marked, '"gpu"'))
+    gpu_param = 'pytest.param("gpu", marks=pytest.mark.gpu)'
+    assert gpu_param in conftest.read_text()
+    conftest.write_text(conftest.read_text().replace(gpu_param, '"gpu"'))
     done = gpu_check("--dry-run", "tests", root=tmp_path)
     assert done.returncode == 1
     assert "No module named 'jsonargparse'" in done.stdout
@@ -81,10 +81,10 @@ def test_every_gpu_test_belongs_to_a_stage(check: ModuleType) -> None:
 
 
 @without_gpu
-def test_without_a_gpu_it_says_so_and_ends_with_2(tmp_path: Path) -> None:
+def test_exits_with_2_without_a_gpu(tmp_path: Path) -> None:
     done = gpu_check(str(tmp_path / "out"))
     assert done.returncode == 2
-    assert done.stderr.endswith("there is no GPU to check: AssertionError: torch sees no GPU\n")
+    assert done.stderr.endswith("no GPU is available: AssertionError: torch sees no GPU\n")
     assert not (tmp_path / "out").exists()
 
 
@@ -92,13 +92,13 @@ def test_without_a_gpu_it_says_so_and_ends_with_2(tmp_path: Path) -> None:
     ("arguments", "message"),
     [((), "expected a folder"), (("out", "no_stage"), "got the stages no_stage, expected some of build, doctor")],
 )
-def test_a_wrong_call_ends_with_2(arguments: tuple[str, ...], message: str) -> None:
+def test_exits_with_2_for_wrong_arguments(arguments: tuple[str, ...], message: str) -> None:
     done = gpu_check(*arguments)
     assert done.returncode == 2
     assert message in done.stderr
 
 
-# The runner
+# Runner
 
 
 def run(check: ModuleType, out: Path, *stages: Any, budget: float = 100.0) -> tuple[bool, list[dict[str, Any]]]:
@@ -133,20 +133,20 @@ def test_outcomes_of_stages(check: ModuleType, tmp_path: Path, capfd: pytest.Cap
     assert "begun\n" in (tmp_path / "log.txt").read_text()
 
 
-def test_a_fatal_stage_stops_the_run(check: ModuleType, tmp_path: Path) -> None:
+def test_fatal_stage_stops_the_run(check: ModuleType, tmp_path: Path) -> None:
     ok, done = run(check, tmp_path, shell(check, "build", "exit 1", fatal=True), shell(check, "tests", "true"))
     assert not ok
     assert [stage["name"] for stage in done] == ["build"]
 
 
-def test_the_record_is_there_while_the_next_stage_runs(check: ModuleType, tmp_path: Path) -> None:
+def test_summary_is_written_before_the_next_stage(check: ModuleType, tmp_path: Path) -> None:
     ok, _ = run(
         check, tmp_path, shell(check, "a", "true"), shell(check, "b", 'grep -q \'"name": "a"\' {out}/summary.json')
     )
     assert ok
 
 
-def test_the_budget_cuts_stages_off_and_that_is_no_failure(check: ModuleType, tmp_path: Path) -> None:
+def test_stages_cut_off_by_the_budget_are_not_failures(check: ModuleType, tmp_path: Path) -> None:
     started = time.monotonic()
     stages = [shell(check, "a", "sleep 60", seconds=60), shell(check, "b", "true", seconds=60)]
     ok, done = run(check, tmp_path, *stages, budget=12)
@@ -155,7 +155,7 @@ def test_the_budget_cuts_stages_off_and_that_is_no_failure(check: ModuleType, tm
     assert time.monotonic() - started < 30
 
 
-def test_files_whose_modules_are_missing_are_left_out(check: ModuleType, tmp_path: Path) -> None:
+def test_files_with_missing_modules_are_left_out(check: ModuleType, tmp_path: Path) -> None:
     files = {"one": ("json",), "two": ("nowhere.module",)}
     _, (done,) = run(check, tmp_path, check.Stage("a", 20, ("echo",), ("always",), files))
     assert done["command"] == "echo always one"
@@ -169,25 +169,25 @@ def test_verdicts_are_repeated_at_the_end(check: ModuleType, tmp_path: Path) -> 
     ]
 
 
-# What it starts
+# Programs that it starts
 
 
 @pytest.mark.skipif(bool(why_unavailable(torch.device("cpu"))), reason=why_unavailable(torch.device("cpu")) or "-")
-def test_the_small_kernels_are_right_in_emulation() -> None:
+def test_small_kernels_pass_in_emulation() -> None:
     command = [sys.executable, ROOT / "scripts" / "small_kernels.py", "--emulated"]
     done = subprocess.run(command, env={**os.environ, "PYTHONPATH": str(ROOT)}, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
     assert done.stdout.count("at most") == 20  # errors of 6 losses (and their dz), 2 crops (2 figures each), 4 colors
 
 
-def test_a_wrong_result_of_a_kernel_is_an_error(check: ModuleType) -> None:
+def test_small_kernels_report_wrong_results(check: ModuleType) -> None:
     small_kernels = importlib.import_module("small_kernels")
     for error in (0.2, float("nan")):
         with pytest.raises(SystemExit, match="differs from the CPU's"):
             small_kernels.report("loss", [0.0, error], (0.1, 0.1))
 
 
-def test_accuracy_is_measured_and_judged(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_accuracy_and_its_verdicts(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     file = tmp_path / "accuracy.json"
     assert nt_xent_accuracy.main(["--num_views=512", "--width=32", "--backend=tiled", f"--json={file}"]) == 0
     highest, medium = json.loads(file.read_text())["rows"]
@@ -205,7 +205,7 @@ def test_features_share_a_mean() -> None:
     assert unrelated[unrelated != 0].mean() > 0.9
 
 
-def test_learning_runs_as_many_minutes_as_there_is_time_for(tmp_path: Path) -> None:
+def test_learning_skips_durations_that_do_not_fit(tmp_path: Path) -> None:
     for name, count in (("train-0.tar", 16), ("test.tar", 8)):
         images = [(f"{i:02}.jpg", jpeg(photo(32, 32, i))) for i in range(count)]
         labels = [(f"{i:02}.cls", str(i % 2).encode()) for i in range(count)]
@@ -216,6 +216,6 @@ def test_learning_runs_as_many_minutes_as_there_is_time_for(tmp_path: Path) -> N
     learning.main(command)
     record = json.loads(file.read_text())
     assert record["seconds_per_epoch"] > 0
-    (one,) = record["runs"]
-    assert one["epochs"] == 1
-    assert 0 <= one["knn"] <= 1
+    (learned,) = record["runs"]
+    assert learned["epochs"] == 1
+    assert 0 <= learned["knn"] <= 1

@@ -121,7 +121,7 @@ def test_build_info_of_the_installed_package() -> None:
     assert info["cuda_runtime"].split(".")[0] == info["cuda"].split(".")[0]  # cudart is from nvcc's toolkit
     assert info["architectures"]
     assert all(re.fullmatch(r"sm_\d+", name) for name in info["architectures"])
-    assert describe_build().startswith(f"extension: CUDA {info['cuda']} for {info['architectures'][0]}")
+    assert re.match(rf"extension: .*CUDA .*for {info['architectures'][0]}", describe_build())
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="needs a machine without a GPU")
@@ -148,7 +148,7 @@ def test_cuda_build_has_the_requested_architectures(checkout: Path) -> None:
     assert "building for CUDA" in build(
         checkout, FASTSIMCLR_CUDA="1", FASTSIMCLR_CUDA_ARCHS="80", FASTSIMCLR_WERROR="1"
     )
-    assert re.fullmatch(r"extension: CUDA \d+\.\d+ for sm_80 \(.*\)", describe(checkout / "lib"))
+    assert re.fullmatch(r"extension: .*CUDA .*for sm_80\b.*\)", describe(checkout / "lib"))
     library = checkout / "lib" / "fastsimclr" / LIBRARY
     images = [find_tool("cuobjdump"), "--list-elf", "--list-ptx", library]
     listing = subprocess.run(images, check=True, capture_output=True, text=True).stdout
@@ -158,7 +158,7 @@ def test_cuda_build_has_the_requested_architectures(checkout: Path) -> None:
     assert "-lineinfo" in flags
     assert "-Xcompiler=-Werror" in flags  # the host compiler's warnings
     assert re.search(r"-Werror[ =]all-warnings", " ".join(flags))  # nvcc's own
-    assert "-Werror" in compiler_flags(checkout, "draws.cpp")
+    assert "-Werror" in compiler_flags(checkout, "view_params.cpp")
 
 
 @needs_compiler
@@ -168,7 +168,7 @@ def test_build_without_nvcc_is_for_the_cpu_and_reports_it(checkout: Path) -> Non
     code = "from setuptools.build_meta import build_wheel; build_wheel('dist')"
     done = run(checkout, "-c", code, CUDA_HOME=nowhere)
     assert f"building for the CPU only: {reason}" in done.stdout, done.stdout + done.stderr
-    assert "-Werror" not in compiler_flags(checkout, "draws.cpp"), "newer compilers may warn"
+    assert "-Werror" not in compiler_flags(checkout, "view_params.cpp"), "newer compilers may warn"
 
     (wheel,) = (checkout / "dist").iterdir()
     with zipfile.ZipFile(wheel) as archive:
@@ -239,7 +239,7 @@ def test_search_order_of_nvcc(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -
 
     monkeypatch.delenv("CUDA_HOME", raising=False)
     monkeypatch.setenv("PATH", str(tmp_path / "path"))
-    monkeypatch.setattr(setup, "USUAL_CUDA", tmp_path / "usual")
+    monkeypatch.setattr(setup, "DEFAULT_CUDA_HOME", tmp_path / "usual")
     monkeypatch.setattr(sysconfig, "get_path", lambda name: str(tmp_path / name))
     nvcc, reason = setup.find_nvcc()
     assert nvcc is None

@@ -76,7 +76,7 @@ def open_training(output: Path, *more: str, world: World = World(0, 1, CPU)) -> 
         ((6, 1), None, "fp32 (auto: this GPU has neither bf16 nor fp16 tensor cores)"),
         ((7, 0), torch.float16, TURING),
         ((7, 5), torch.float16, TURING),
-        ((8, 0), torch.bfloat16, "bf16 autocast (auto: this GPU has it)"),
+        ((8, 0), torch.bfloat16, "bf16 autocast (auto: this GPU supports bf16)"),
     ],
 )
 def test_auto_selects_the_gpus_fast_precision(

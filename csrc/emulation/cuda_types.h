@@ -1,4 +1,4 @@
-// CUDA's types, with the alignment that they have there.
+// CUDA's types, with their alignment.
 #pragma once
 
 #include <cstdint>
@@ -41,6 +41,6 @@ enum cudaError_t {
   cudaErrorLaunchFailure = 719
 };
 
-// Hidden: each shared library has its own machine (fibers.h).
+// Hidden: each shared library has its own emulator (see fibers.h).
 __attribute__((visibility("hidden"))) inline uint3 threadIdx = {}, blockIdx = {};
 __attribute__((visibility("hidden"))) inline dim3 blockDim, gridDim;

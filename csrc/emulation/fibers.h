@@ -1,5 +1,5 @@
-// Fibers: one for each CUDA thread, on a stack of its own. A switch makes no system call on x86-64, where it is fifteen
-// instructions; elsewhere it is ucontext's.
+// Fibers, one per CUDA thread, each with its own stack. On x86-64 a switch takes fifteen instructions and no system
+// call; on other CPUs it uses ucontext.
 #pragma once
 
 #include <sys/mman.h>
@@ -32,13 +32,13 @@
 #include <sanitizer/common_interface_defs.h>
 #endif
 
-// Hidden: each shared library has its own machine, even if a process loads several that were compiled differently.
+// Hidden: each shared library has its own emulator, even if a process loads several with different compiler options.
 namespace [[gnu::visibility("hidden")]] emulation {
 
-// A stack with a page below it that can't be touched, so that an overflow is no silent corruption.
+// A stack with a guard page below it, so that an overflow does not corrupt memory silently.
 class Stack {
  public:
-  static constexpr size_t kBytes = size_t(256) << 10;  // address space; only what is touched becomes memory
+  static constexpr size_t kBytes = size_t(256) << 10;  // address space; memory is allocated on first access
 
   Stack() : page_(size_t(sysconf(_SC_PAGESIZE))) {
     memory_ = mmap(nullptr, page_ + kBytes, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS | MAP_NORESERVE, -1, 0);
@@ -59,7 +59,7 @@ class Stack {
   void* memory_;
 };
 
-// A place to switch to: a fiber, or the host's own stack.
+// A context to switch to: a fiber, or the host's stack.
 struct Context {
 #if FASTSIMCLR_EMULATION_ASSEMBLY
   void* stack_pointer = nullptr;
@@ -78,18 +78,18 @@ struct Context {
 #ifdef __clang__
 #define FASTSIMCLR_EMULATION_OPAQUE noinline
 #else
-#define FASTSIMCLR_EMULATION_OPAQUE noipa  // or callers would keep values in registers that "this body" doesn't touch
+#define FASTSIMCLR_EMULATION_OPAQUE noipa  // callers must not keep values in registers that the body does not name
 #endif
 
-// Pushes what the ABI has a function preserve, and returns on the other stack to whoever was suspended there. The
-// modes of floating point are not switched: kernels don't change them.
+// Pushes the callee-saved registers and continues the suspended function on the other stack. Floating-point modes are
+// not switched, because kernels don't change them.
 __attribute__((naked, FASTSIMCLR_EMULATION_OPAQUE)) inline void swap_stacks(void** /*rdi: save*/, void* /*rsi: load*/) {
   asm volatile(
       "pushq %%rbp\n\t pushq %%rbx\n\t pushq %%r12\n\t pushq %%r13\n\t pushq %%r14\n\t pushq %%r15\n\t"
       "movq %%rsp, (%%rdi)\n\t"
       "movq %%rsi, %%rsp\n\t"
       "popq %%r15\n\t popq %%r14\n\t popq %%r13\n\t popq %%r12\n\t popq %%rbx\n\t popq %%rbp\n\t"
-      "popq %%rcx\n\t"  // a jump: `ret` would be predicted to go back to the caller on the stack before
+      "popq %%rcx\n\t"  // a jump, because `ret` would be mispredicted to return to the caller on the old stack
       "jmp *%%rcx" ::
           : "memory");
 }
@@ -97,19 +97,19 @@ __attribute__((naked, FASTSIMCLR_EMULATION_OPAQUE)) inline void swap_stacks(void
 #undef FASTSIMCLR_EMULATION_OPAQUE
 #endif
 
-inline Context* left_context = nullptr;  // the one that the latest switch came from
+inline Context* previous_context = nullptr;  // the context before the last switch
 
-// First thing on a stack that was switched to.
+// Must be called first after a switch, on the new stack.
 inline void arrive([[maybe_unused]] Context& here) {
 #if FASTSIMCLR_EMULATION_ASAN
-  __sanitizer_finish_switch_fiber(here.fake_stack, &left_context->bottom, &left_context->bytes);
+  __sanitizer_finish_switch_fiber(here.fake_stack, &previous_context->bottom, &previous_context->bytes);
 #endif
 }
 
-// Goes on in `to`. is_last: `from` is not coming back.
+// Switches to `to`. is_last: `from` will not be resumed.
 inline void switch_context(Context& from, Context& to, [[maybe_unused]] bool is_last) {
 #if FASTSIMCLR_EMULATION_ASAN
-  left_context = &from;
+  previous_context = &from;
   __sanitizer_start_switch_fiber(is_last ? nullptr : &from.fake_stack, to.bottom, to.bytes);
 #endif
 #if FASTSIMCLR_EMULATION_ASSEMBLY
@@ -120,20 +120,20 @@ inline void switch_context(Context& from, Context& to, [[maybe_unused]] bool is_
   arrive(from);
 }
 
-// Makes `context` one that calls entry() on this stack, whatever was there before. entry must begin with arrive() and
-// must not return. index staggers the stacks: all at the same offset in a page would compete for the same cache
+// Initializes `context` to call entry() on this stack, whose contents are discarded. entry must start with arrive() and
+// must not return. index staggers the stacks: with the same offset in a page they would compete for the same cache
 // lines.
 inline void start_context(Context& context, const Stack& stack, size_t index, void (*entry)()) {
   const size_t bytes = Stack::kBytes - index % 61 * 64;
 #if FASTSIMCLR_EMULATION_ASAN
-  __asan_unpoison_memory_region(stack.bottom(), Stack::kBytes);  // of a fiber that was dropped
+  __asan_unpoison_memory_region(stack.bottom(), Stack::kBytes);  // may be poisoned by a fiber that was abandoned
   context.bottom = stack.bottom();
   context.bytes = bytes;
   context.fake_stack = nullptr;
 #endif
 #if FASTSIMCLR_EMULATION_ASSEMBLY
   auto* top = reinterpret_cast<void**>(stack.bottom() + bytes);
-  *--top = nullptr;                         // entry's return address: here stack traces end
+  *--top = nullptr;                         // return address of entry: the end of stack traces
   *--top = reinterpret_cast<void*>(entry);  // what swap_stacks jumps to
   for (int saved = 0; saved < 6; saved++) *--top = nullptr;
   context.stack_pointer = top;

@@ -1,9 +1,9 @@
-// Runs a grid's blocks one after the other, in random order, and a block's threads as fibers that switch where they
-// wait: at operations of the warp (shuffle, ldmatrix, mma, __syncwarp), at block barriers and at their end.
+// Runs the blocks of a grid sequentially, in random order, and the threads of a block as fibers, which switch where
+// threads wait: at warp operations (shuffle, ldmatrix, mma, __syncwarp), at block barriers and at their end.
 //
-// What the hardware leaves open is chosen at random, from a seed: the order of lanes; which warp runs, and for how long
-// before another one has its turn. Mostly one warp is as far ahead of the others as barriers let it be. With all in
-// step a missing barrier would stay hidden.
+// What the hardware does not specify is random, from a seed: the order of lanes, which warp runs, and for how long. In
+// most cases one warp runs as far ahead of the others as barriers permit. If all ran in lockstep, missing barriers
+// would not be detected.
 #pragma once
 
 #include <cstdarg>
@@ -24,7 +24,7 @@
 
 namespace [[gnu::visibility("hidden")]] emulation {
 
-constexpr size_t kMaxSharedBytes = size_t(99) << 10;  // of a block on sm_86 and sm_120
+constexpr size_t kMaxSharedBytes = size_t(99) << 10;  // per block, on sm_86 and sm_120
 constexpr int kMaxThreads = 1024;
 
 class Machine {
@@ -39,7 +39,7 @@ class Machine {
   }
   cudaError_t take_last_error() { return std::exchange(last_error_, cudaSuccess); }
 
-  // For kernels.
+  // Used by kernels.
   int thread_index() const { return current_; }
   int lane() const { return current_ % kLanes; }
   WarpMemory& memory() { return warps_[current_ / kLanes]->memory; }
@@ -51,32 +51,32 @@ class Machine {
     return offset < shared_bytes_ && bytes <= shared_bytes_ - offset;
   }
 
-  // All lanes must come here. The last one calls complete(memory()); then all of them go on, in any order.
+  // All lanes must call this. The last one calls complete(memory()); then all continue, in any order.
   template <class F>
-  void meet_warp(const Meeting& meeting, F complete) {
-    const races::Unwatched unwatched;
+  void sync_warp(const SyncPoint& sync_point, F complete) {
+    const races::DetectionPause pause;
     Warp& warp = *warps_[current_ / kLanes];
-    wait_at(State::kAtWarpOperation, meeting);
-    if (warp.arrived == 0) warp.meeting = meeting;
-    if (!(warp.meeting == meeting)) fail("lanes of a warp are at different operations");
+    wait_at(State::kAtWarpOperation, sync_point);
+    if (warp.arrived == 0) warp.sync_point = sync_point;
+    if (!(warp.sync_point == sync_point)) fail("lanes of a warp are at different operations");
     if (++warp.arrived == kLanes) {
       complete(warp.memory);
       warp.arrived = 0;
       warp.ready = ~0u;
       if (random_.below(16) == 0) random_.shuffle(warp.order, kLanes);
     }
-    go_on();
+    run_next_thread();
   }
 
-  // All threads that have not exited must come here.
-  void meet_block(const Meeting& meeting) {
-    const races::Unwatched unwatched;
-    wait_at(State::kAtBarrier, meeting);
-    if (at_barrier_ == 0) barrier_ = meeting;
-    if (!(barrier_ == meeting)) fail("threads wait at different barriers");
+  // All threads that have not exited must call this.
+  void sync_block(const SyncPoint& sync_point) {
+    const races::DetectionPause pause;
+    wait_at(State::kAtBarrier, sync_point);
+    if (at_barrier_ == 0) barrier_ = sync_point;
+    if (!(barrier_ == sync_point)) fail("threads wait at different barriers");
     at_barrier_++;
     release_barrier_if_complete();
-    go_on();
+    run_next_thread();
   }
 
   [[noreturn]] void fail(const char* format, ...) __attribute__((format(printf, 2, 3)));
@@ -85,9 +85,9 @@ class Machine {
   static void run_thread();
   bool run_block(int thread_count);
   void exit_thread();
-  void wait_at(State state, const Meeting& meeting) {
+  void wait_at(State state, const SyncPoint& sync_point) {
     thread().state = state;
-    thread().meeting = meeting;
+    thread().sync_point = sync_point;
   }
 
   void release_barrier_if_complete() {
@@ -96,7 +96,7 @@ class Machine {
     at_barrier_ = 0;
     ready_warps_ = 0;
     for (int w = 0; w < warp_count_; w++) make_ready(w);
-    change_warp();
+    choose_warp();
   }
 
   void make_ready(int w) {
@@ -106,28 +106,28 @@ class Machine {
     if (warp.ready) ready_warps_ |= 1u << w;
   }
 
-  void change_warp() {
-    if (ready_warps_ == 0) fail("no thread can go on");
+  void choose_warp() {
+    if (ready_warps_ == 0) fail("no thread can continue");
     uint32_t candidates = ready_warps_;
     for (auto skip = random_.below(uint64_t(__builtin_popcount(candidates))); skip > 0; skip--)
       candidates &= candidates - 1;
     warp_ = __builtin_ctz(candidates);
-    // In steps of a lane, from a few to far more than there are between two barriers.
-    patience_ = 1 + int64_t(random_.below(uint64_t(1) << random_.below(20)));
+    // Counts switches of lanes: from a few to far more than there are between two barriers.
+    steps_left_ = 1 + int64_t(random_.below(uint64_t(1) << random_.below(20)));
   }
 
-  // The thread that runs next. The bit of the current warp in ready_warps_ is only looked at here.
+  // Returns the thread to run next. Only this function checks the bit of the current warp in ready_warps_.
   int next_thread() {
-    if (--patience_ <= 0) change_warp();
+    if (--steps_left_ <= 0) choose_warp();
     while (warps_[warp_]->ready == 0) {
-      if (warps_[warp_]->arrived > 0) fail("the other lanes of warp %d will never be there", warp_);
+      if (warps_[warp_]->arrived > 0) fail("the other lanes of warp %d will never arrive", warp_);
       ready_warps_ &= ~(1u << warp_);
-      change_warp();
+      choose_warp();
     }
-    return warp_ * kLanes + warps_[warp_]->take_lane();
+    return warp_ * kLanes + warps_[warp_]->next_lane();
   }
 
-  void go_on() {
+  void run_next_thread() {
     const int next = next_thread();
     Thread& from = thread();
     if (next != current_) resume(from, next, false);
@@ -152,11 +152,11 @@ class Machine {
   cudaError_t last_error_ = cudaSuccess;
   char* shared_ = nullptr;
   size_t shared_bytes_ = 0;
-  // Of the block that runs:
+  // State of the running block:
   int current_ = 0, warp_ = 0, warp_count_ = 0, alive_ = 0, at_barrier_ = 0;
   uint32_t ready_warps_ = 0;
-  int64_t patience_ = 0;
-  Meeting barrier_;
+  int64_t steps_left_ = 0;
+  SyncPoint barrier_;
   bool failed_ = false;
 };
 
@@ -173,8 +173,8 @@ inline void Machine::run_thread() {
 inline void Machine::exit_thread() {
   Thread& self = thread();
   if (!self.copies.empty())
-    fail("ends before %zu of its asynchronous copies are waited for; the first is of %s:%d", self.copies.size(),
-         self.copies[0].place.file, self.copies[0].place.line);
+    fail("exits without waiting for %zu of its asynchronous copies; the first is at %s:%d", self.copies.size(),
+         self.copies[0].location.file, self.copies[0].location.line);
   self.state = State::kExited;
   warps_[current_ / kLanes]->exited |= 1u << lane();
   if (--alive_ == 0) switch_context(self.context, host_, true);
@@ -183,7 +183,7 @@ inline void Machine::exit_thread() {
   std::abort();  // not reached
 }
 
-// Leaves the kernel: its fibers are not resumed, what they own is not destroyed.
+// Aborts the kernel: its fibers are not resumed, and the objects on their stacks are not destroyed.
 inline void Machine::fail(const char* format, ...) {
   races::end_thread();
   va_list arguments;
@@ -199,32 +199,33 @@ inline void Machine::report(const char* format, va_list arguments) {
   std::fprintf(stderr, "CUDA emulation: block (%u, %u, %u), thread %d: ", blockIdx.x, blockIdx.y, blockIdx.z, current_);
   std::vfprintf(stderr, format, arguments);
   std::fprintf(stderr, " (seed %llu)\n", static_cast<unsigned long long>(seed()));
-  // Threads that are at the same place, with the ranges that they are: a line for each place.
+  // Prints one line per location with the ranges of threads that are there.
   std::vector<std::pair<const Thread*, std::string>> groups;
   const int count = warp_count_ * kLanes;
   for (int begin = 0, end; begin < count; begin = end) {
     const Thread& first = *threads_[begin];
-    for (end = begin + 1; end < count && threads_[end]->is_beside(first); end++) {
+    for (end = begin + 1; end < count && threads_[end]->is_at_same_point(first); end++) {
     }
     auto group = groups.begin();
-    while (group != groups.end() && !group->first->is_beside(first)) ++group;
+    while (group != groups.end() && !group->first->is_at_same_point(first)) ++group;
     if (group == groups.end()) group = groups.insert(group, {&first, ""});
     group->second += " " + std::to_string(begin);
     if (end > begin + 1) group->second += "-" + std::to_string(end - 1);
   }
   for (const auto& [thread, ranges] : groups) {
-    const Place place = thread->meeting.place;
+    const SourceLocation location = thread->sync_point.location;
     if (thread->state == State::kExited) {
       std::fprintf(stderr, "  have exited:%s\n", ranges.c_str());
     } else if (thread->state == State::kRunning) {
       std::fprintf(stderr, "  not waiting:%s\n", ranges.c_str());
     } else {
-      std::fprintf(stderr, "  at %s, %s:%d:%s\n", thread->meeting.operation, place.file, place.line, ranges.c_str());
+      std::fprintf(stderr, "  at %s, %s:%d:%s\n", thread->sync_point.operation, location.file, location.line,
+                   ranges.c_str());
     }
   }
 }
 
-// Whether all threads came to their end.
+// Returns whether all threads ended normally.
 inline bool Machine::run_block(int thread_count) {
   alive_ = thread_count;
   at_barrier_ = 0;
@@ -232,7 +233,7 @@ inline bool Machine::run_block(int thread_count) {
   for (int i = 0; i < thread_count; i++) {
     Thread& thread = *threads_[i];
     thread.state = State::kRunning;
-    thread.meeting = {};
+    thread.sync_point = {};
     thread.copies.clear();
     thread.committed_groups = 0;
     start_context(thread.context, thread.stack, size_t(i), run_thread);
@@ -244,9 +245,9 @@ inline bool Machine::run_block(int thread_count) {
     std::iota(warp.order, warp.order + kLanes, uint8_t(0));
     make_ready(w);
   }
-  std::memset(shared_, 0xff, shared_bytes_);  // NaNs: nothing of the block before is left
+  std::memset(shared_, 0xff, shared_bytes_);  // NaNs: no values of the previous block remain
   races::begin_block(shared_, shared_bytes_);
-  change_warp();
+  choose_warp();
   current_ = next_thread();
   threadIdx.x = unsigned(current_);
   switch_context(host_, thread().context, false);
@@ -261,7 +262,8 @@ inline cudaError_t Machine::run(dim3 grid, int thread_count, size_t shared_bytes
   if (!is_grid || thread_count < 1 || thread_count > kMaxThreads || shared_bytes > kMaxSharedBytes)
     return last_error_ = cudaErrorInvalidValue;
   if (thread_count % kLanes != 0) {
-    std::fprintf(stderr, "CUDA emulation: %d threads are no whole warps, which is not emulated\n", thread_count);
+    std::fprintf(stderr, "CUDA emulation: %d threads are not a multiple of a warp, which is not emulated\n",
+                 thread_count);
     return last_error_ = cudaErrorInvalidValue;
   }
 

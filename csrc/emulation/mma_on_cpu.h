@@ -1,6 +1,6 @@
-// What a warp computes together: lanes put their operands into the warp's memory, the last one computes for all, then
-// each takes its own results. Everything that a lane takes is the lane's own: lanes that are already at the next
-// operation overwrite operands, never results of others.
+// Warp operations: lanes write their operands to the warp's memory, the last lane computes the results of all, then
+// each reads its own. Lanes that are already at the next operation overwrite operands, but never the results of other
+// lanes.
 #pragma once
 
 #include <cstdint>
@@ -18,19 +18,19 @@ inline float float_of_bf16(uint32_t bits) {
 }
 
 struct WarpMemory {
-  using Pair = double __attribute__((vector_size(16)));  // vectors even at -O1, and no wider than any CPU has
+  using Pair = double __attribute__((vector_size(16)));  // vectorized even at -O1, with a width that every CPU supports
   using Bits = int64_t __attribute__((vector_size(16)));
 
-  // mma: C (16 x 8) += A (16 x 16) B (16 x 8); C's numbers are floats
+  // mma: C (16 x 8) += A (16 x 16) B (16 x 8); the elements of C are floats
   Pair c[16][4];
   Pair b[16][4];
   double a[16][16];
-  // shuffles: what a lane offers and whose offer it takes
+  // shuffles: the value that a lane offers, and the lane whose value it receives
   uint32_t offered[kLanes];
   int source[kLanes];
-  // ldmatrix: the row that a lane points to
+  // ldmatrix: the row address of a lane
   const char* row[kLanes];
-  // what lanes take away, but for C
+  // results of the lanes, except C
   uint32_t result[kLanes][4];
 
   void put_fragments(int lane, const float (&c_in)[4], const uint32_t (&a_in)[4], uint32_t b0, uint32_t b1) {
@@ -47,7 +47,7 @@ struct WarpMemory {
     at(b, 2 * t + 9, g) = float_of_bf16(b1 >> 16);
   }
 
-  // As tensor cores accumulate: C and the 16 products of an element are added exactly, or nearly so, and the sum is
+  // Accumulates like tensor cores: C and the 16 products of an element are added exactly, or nearly so, and the sum is
   // truncated to a float, not rounded (Fasi et al., PeerJ Computer Science 7:e330). Over many steps, errors add up.
   __attribute__((no_sanitize("address", "undefined", "thread"))) void multiply() {
     constexpr int64_t kBitsOfFloat = -1 - ((int64_t(1) << 29) - 1);  // a double's mantissa has 29 bits more
@@ -67,8 +67,8 @@ struct WarpMemory {
     for (unsigned i = 0; i < 4; i++) c_out[i] = float(at(c, g + i / 2 * 8, 2 * t + i % 2));
   }
 
-  // Of the four 8x8 matrices one whose rows are not in eight different groups of four banks: the hardware would read
-  // them one after the other. -1: none.
+  // Returns one of the four 8x8 matrices whose rows are not in eight different groups of four banks, which the hardware
+  // would read sequentially; -1 if there is none.
   int matrix_with_bank_conflict() const {
     for (int m = 0; m < 4; m++) {
       unsigned groups = 0;
@@ -100,7 +100,7 @@ struct WarpMemory {
 
  private:
   static double& at(Pair (&rows)[16][4], unsigned row, unsigned column) {
-    return reinterpret_cast<double*>(&rows[row])[column];  // GCC's vectors may alias their elements
+    return reinterpret_cast<double*>(&rows[row])[column];  // GCC vector types may alias their elements
   }
 };
 

@@ -1,4 +1,4 @@
-// The hooks of -fsanitize=thread, and what they check (race_detector.h). Compile this file without that flag.
+// The hooks of -fsanitize=thread and their checks (race_detector.h). Compile this file without that flag.
 #define FASTSIMCLR_EMULATION_RACES 1
 #include "race_detector.h"
 
@@ -16,25 +16,25 @@ namespace [[gnu::visibility("hidden")]] emulation {
 namespace races {
 namespace {
 
-// A line of a kernel, or where line is 0 an address in its code.
+// A line of a kernel, or an address in its code if `line` is 0.
 struct Site {
   const void* code_or_file;
   int line;
 };
 
-Site site_of(Place place) { return {place.file, place.line}; }
+Site site_of(SourceLocation location) { return {location.file, location.line}; }
 
-// Accesses of one kind to a byte. Kept are those of the latest epoch: older ones are ordered before them.
+// Accesses of one kind to a byte. Only those of the latest epoch are kept: older ones are ordered before them.
 struct Accesses {
   Site site = {nullptr, 0};
-  uint32_t lanes = 0;  // none: no access yet
+  uint32_t lanes = 0;  // 0: no access yet
   uint32_t block = 0, block_barriers = 0, warp_barriers = 0;
   uint8_t warp = 0;
-  bool several_warps = false;   // in this epoch; the other members are of the first
-  bool several_blocks = false;  // in any
+  bool several_warps = false;   // in this epoch; the other members describe the first warp
+  bool several_blocks = false;  // in any epoch
   bool is_copy_in_flight = false;
 
-  // Whether one of these and one of `now` are of different threads and nothing orders them.
+  // Whether one of these accesses and one of `now` are by different threads and not ordered.
   bool races_with(const Accesses& now) const {
     if (lanes == 0) return false;
     if (is_copy_in_flight || several_blocks || block != now.block) return true;
@@ -70,7 +70,7 @@ struct Cell {
   Accesses reads, writes, atomics;
 };
 
-// The cells of a page of memory: one for each word until a part of a word is accessed, then one for each byte.
+// The cells of a page of memory: one per word until part of a word is accessed, then one per byte.
 class Page {
  public:
   static constexpr size_t kBytes = 4096;
@@ -128,9 +128,9 @@ class Shadow {
   std::array<std::pair<uintptr_t, Page*>, 256> recent_{};
 };
 
-// The state of the launch that runs.
+// The state of the current launch.
 Shadow shadow;
-bool watching = false;
+bool detecting = false;
 uint32_t block = 0, block_barriers = 0;
 std::array<uint32_t, kMaxThreads / kLanes> warp_barriers;
 
@@ -165,13 +165,13 @@ std::string text_of(Site site) {
 
 [[noreturn]] void report(const void* address, const char* what_now, const Accesses& now, const char* what_before,
                          const Accesses& before) {
-  watching = false;
+  detecting = false;
   std::string where = "global memory";
   if (machine.is_shared(address, 1))
     where = "shared memory, byte " + std::to_string(static_cast<const char*>(address) - machine.shared());
   const unsigned x = before.block % gridDim.x, y = before.block / gridDim.x % gridDim.y,
                  z = before.block / gridDim.x / gridDim.y;
-  // Of all lanes that made the earlier access, one that is another thread than this.
+  // Of the lanes that made the earlier access, choose one that is not the current thread.
   uint32_t others = before.lanes;
   if (before.block == now.block && before.warp == now.warp && (others & ~now.lanes)) others &= ~now.lanes;
   machine.fail("data race in %s: %s at %s, not ordered after the %s at %s by thread %d%s of block (%u, %u, %u)",
@@ -189,13 +189,13 @@ void record(Access kind, const void* address, size_t bytes, const Accesses& now)
     if (kind != Access::kRead && cell.reads.races_with(now)) report(address, name, now, "read", cell.reads);
     if (kind == Access::kRead) cell.reads.add(now);
     if (kind == Access::kAtomic) cell.atomics.add(now);
-    if (kind == Access::kWrite) cell.writes = now;  // all before it are ordered before it
+    if (kind == Access::kWrite) cell.writes = now;  // all earlier ones are ordered before it
   });
 }
 
-// An access by the kernel's own code.
+// An access by the code of the kernel.
 void on_access(Access kind, const void* address, size_t bytes, const void* return_address) {
-  if (!watching || machine.thread().stack.holds(address)) return;
+  if (!detecting || machine.thread().stack.holds(address)) return;
   record(kind, address, bytes, current_access({return_address, 0}));
 }
 
@@ -210,38 +210,38 @@ void begin_block(const char* shared, size_t shared_bytes) {
   shadow.for_cells(shared, shared_bytes, [](Cell& cell) { cell = {}; });
 }
 
-void begin_thread() { watching = true; }
-void end_thread() { watching = false; }
+void begin_thread() { detecting = true; }
+void end_thread() { detecting = false; }
 void at_block_barrier() { block_barriers++; }
 void at_warp_barrier() { warp_barriers[size_t(machine.thread_index() / kLanes)]++; }
 
-void access(Access kind, const void* address, size_t bytes, Place place) {
-  record(kind, address, bytes, current_access(site_of(place)));
+void access(Access kind, const void* address, size_t bytes, SourceLocation location) {
+  record(kind, address, bytes, current_access(site_of(location)));
 }
 
-void read_by_warp(const void* address, size_t bytes, Place place) {
-  Accesses now = current_access(site_of(place));
+void read_by_warp(const void* address, size_t bytes, SourceLocation location) {
+  Accesses now = current_access(site_of(location));
   now.lanes = ~0u;
   record(Access::kRead, address, bytes, now);
 }
 
 void begin_copy(const Copy& copy) {
-  Accesses now = current_access(site_of(copy.place));
+  Accesses now = current_access(site_of(copy.location));
   if (copy.from) record(Access::kRead, copy.from, sizeof(uint4), now);
   now.is_copy_in_flight = true;
   record(Access::kWrite, copy.to, sizeof(uint4), now);
 }
 
 void end_copy(const Copy& copy) {
-  const Accesses now = current_access(site_of(copy.place));
+  const Accesses now = current_access(site_of(copy.location));
   if (copy.from) record(Access::kRead, copy.from, sizeof(uint4), now);
   shadow.for_cells(copy.to, sizeof(uint4), [&](Cell& cell) { cell.writes = now; });
 }
 
-Unwatched::Unwatched() : was_watching_(watching) { watching = false; }
-Unwatched::~Unwatched() { watching = was_watching_; }
+DetectionPause::DetectionPause() : was_detecting_(detecting) { detecting = false; }
+DetectionPause::~DetectionPause() { detecting = was_detecting_; }
 
-// What g++ calls. A range is an access of more than 16 bytes, or of another number than a power of two.
+// Called by code that g++ instruments. A range is an access of over 16 bytes, or not of a power of two.
 extern "C" {
 #define FASTSIMCLR_HOOK(kind, name, bytes) \
   void __tsan_##name(void* address) { on_access(Access::kind, address, bytes, __builtin_return_address(0)); }

@@ -1,4 +1,4 @@
-// What a block's threads and warps are for the machine that runs them (machine.h).
+// The state of a block's threads and warps, used by machine.h.
 #pragma once
 
 #include <cstddef>
@@ -12,21 +12,23 @@
 
 namespace [[gnu::visibility("hidden")]] emulation {
 
-// A line of a kernel: as a default argument, here() is the line of the call.
-struct Place {
+// A line of a kernel. As a default argument, current() is the line of the call.
+struct SourceLocation {
   const char* file;
   int line;
-  static constexpr Place here(const char* file = __builtin_FILE(), int line = __builtin_LINE()) { return {file, line}; }
+  static constexpr SourceLocation current(const char* file = __builtin_FILE(), int line = __builtin_LINE()) {
+    return {file, line};
+  }
 };
 
-// What threads wait at together. Two lines are two operations, even where a GPU would take one for the other.
-struct Meeting {
+// An operation at which threads wait for each other. Operations on different lines are different, unlike on a GPU.
+struct SyncPoint {
   const char* operation = "";
-  Place place = {"", 0};
+  SourceLocation location = {"", 0};
 
-  bool operator==(const Meeting& other) const {
-    return place.line == other.place.line && is_same(operation, other.operation) &&
-           is_same(place.file, other.place.file);
+  bool operator==(const SyncPoint& other) const {
+    return location.line == other.location.line && is_same(operation, other.operation) &&
+           is_same(location.file, other.location.file);
   }
 
  private:
@@ -52,13 +54,13 @@ class Random {  // splitmix64
   uint64_t state_;
 };
 
-// An asynchronous copy that its thread has not waited for yet.
+// An asynchronous copy for which its thread has not waited yet.
 struct Copy {
   char* to;
   const char* from;  // null: zeros
   int group;
   bool is_done;
-  Place place;
+  SourceLocation location;
 
   void finish() {
     if (is_done) return;
@@ -77,27 +79,27 @@ struct Thread {
   Context context;
   Stack stack;
   State state = State::kRunning;
-  Meeting meeting;  // where it waits
+  SyncPoint sync_point;  // where the thread waits
   std::vector<Copy> copies;
   int committed_groups = 0;
 
-  // Whether both are in the same state at the same place.
-  bool is_beside(const Thread& other) const {
+  // Whether both threads are in the same state at the same location.
+  bool is_at_same_point(const Thread& other) const {
     const bool waits = state == State::kAtWarpOperation || state == State::kAtBarrier;
-    return state == other.state && (!waits || meeting == other.meeting);
+    return state == other.state && (!waits || sync_point == other.sync_point);
   }
 };
 
 struct Warp {
-  uint32_t ready = 0;  // lanes that may run, but for the one that does
+  uint32_t ready = 0;  // lanes that can run, except the running one
   uint32_t exited = 0;
-  int arrived = 0;      // lanes at `meeting`
-  unsigned cursor = 0;  // into order
+  int arrived = 0;      // number of lanes at `sync_point`
+  unsigned cursor = 0;  // index into order
   uint8_t order[kLanes];
-  Meeting meeting;
+  SyncPoint sync_point;
   WarpMemory memory;
 
-  int take_lane() {
+  int next_lane() {
     int lane;
     do lane = order[cursor++ % kLanes];
     while (!(ready >> lane & 1));

@@ -11,6 +11,7 @@ import time
 from collections import deque
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import closing
 from dataclasses import dataclass
 from importlib.metadata import version
 from pathlib import Path
@@ -23,6 +24,7 @@ from fastsimclr.data.images import decode
 from fastsimclr.data.sources import EncodedSource
 from fastsimclr.distributed import SINGLE_PROCESS, World, broadcast_object, gather_objects
 from fastsimclr.errors import UserError
+from fastsimclr.progress_bar import progress_bar
 from fastsimclr.run_folder import replace_atomically
 
 CACHE_FILE = "image_scan.npz"
@@ -160,20 +162,11 @@ def _check_all(
     stop: Callable[[], bool],
 ) -> None:
     """Enter in the first rank's `book` what all ranks find of the images `todo`."""
-    from tqdm import tqdm  # here, so that `import fastsimclr` needs only PyTorch and torchvision
-
     waiting = deque(todo[world.rank :: world.world_size].tolist())
     threads = max(1, len(os.sched_getaffinity(0)) // int(os.environ.get("LOCAL_WORLD_SIZE", "1")))
-    progress = tqdm(
-        total=len(todo),
-        desc="trying the images",
-        unit="image",
-        delay=_PROGRESS_AFTER_S,
-        dynamic_ncols=True,
-        disable=None if world.is_rank_zero else True,  # None: unless stderr is a terminal
-    )
+    progress = progress_bar(len(todo), "checking images", "image", visible=world.is_rank_zero, delay=_PROGRESS_AFTER_S)
     saved = time.monotonic()
-    with progress, ThreadPoolExecutor(threads) as pool:  # decoding releases the GIL
+    with closing(progress), ThreadPoolExecutor(threads) as pool:  # decoding releases the GIL
         while True:
             found, failure = [], None
             try:

@@ -2,9 +2,11 @@
 
 import os
 import signal
+import sys
 import threading
 import weakref
 from collections.abc import Generator, Iterator
+from contextlib import contextmanager
 from multiprocessing import forkserver, get_context, parent_process, resource_tracker
 from multiprocessing.context import BaseContext
 
@@ -50,7 +52,9 @@ class TorchvisionBackend:
 
     def crops(self, requests: Iterator[BatchRequest]) -> Generator[CroppedBatch, None, None]:
         self._requests = requests
-        for made in self._loader:
+        with _without_main_module():  # workers are started here
+            batches = iter(self._loader)
+        for made in batches:
             if isinstance(made, UserError):
                 raise made
             if self.device.type == "cpu":
@@ -86,6 +90,22 @@ def _forkserver() -> BaseContext:
     finally:
         signal.pthread_sigmask(signal.SIG_SETMASK, before)
     return context
+
+
+@contextmanager
+def _without_main_module() -> Iterator[None]:
+    """Keep multiprocessing from importing the main script again in each worker, which needs nothing from it.
+
+    A script without `if __name__ == "__main__":` would otherwise open its loader again in every worker, and fail there.
+    """
+    main = sys.modules["__main__"]
+    hidden = {name: vars(main)[name] for name in ("__file__", "__spec__") if name in vars(main)}
+    vars(main).pop("__file__", None)
+    main.__spec__ = None
+    try:
+        yield
+    finally:
+        vars(main).update(hidden)
 
 
 def _exit_with_parent(_: int) -> None:

@@ -5,8 +5,6 @@ and what counts is the last epoch.
 """
 
 import math
-import sys
-import time
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -15,7 +13,6 @@ import torch.distributed as dist
 import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
-from tqdm import tqdm
 
 from fastsimclr.data import Source
 from fastsimclr.data.augmentation import Augmentation
@@ -25,6 +22,7 @@ from fastsimclr.errors import UserError
 from fastsimclr.models import Encoder, synchronize_batch_norm
 from fastsimclr.optim import LRSchedule, build_optimizer
 from fastsimclr.precision import Precision, autocast_to
+from fastsimclr.progress_bar import progress_bar
 
 
 class Classifier(nn.Module):
@@ -109,7 +107,7 @@ def train_classifier(
     scaler = precision.grad_scaler(device)
     steps_per_epoch = len(loader)
     rates = LRSchedule.over_epochs(schedule.lr, schedule.epochs, steps_per_epoch, schedule.warmup_epochs)
-    log = _Log(title, schedule.epochs, rates.total_steps, config.world.is_rank_zero)
+    bar = progress_bar(rates.total_steps, title, "step", visible=config.world.is_rank_zero)
     losses = []
     try:
         for epoch in range(schedule.epochs):
@@ -130,7 +128,7 @@ def train_classifier(
                 optimizer.zero_grad(set_to_none=True)
                 total += loss.detach()
                 images += len(batch.label)
-                log.step()
+                bar.update()
             sums = torch.stack([total, total.new_tensor(images)])
             if config.world.world_size > 1:
                 dist.all_reduce(sums)
@@ -145,35 +143,9 @@ def train_classifier(
                     f"--precision: got fp16, and gradients that overflow it without any scaling in epoch {epoch + 1}; "
                     f"expected finite ones: use fp32, or an --lr below {schedule.lr:.4g}"
                 )
-            log.epoch(epoch + 1, losses[-1])
+            bar.set_postfix_str(f"epoch {epoch + 1}/{schedule.epochs}, loss {losses[-1]:.4f}")
     finally:
-        log.close()
+        bar.close()
         loader.close()
     classifier.eval()
     return losses
-
-
-class _Log:
-    """A progress bar on the first rank, or a line an epoch where there is no terminal."""
-
-    def __init__(self, title: str, epochs: int, steps: int, is_rank_zero: bool) -> None:
-        self._title, self._epochs, self._steps = title, epochs, steps
-        self._is_first, self._done, self._started = is_rank_zero, 0, time.monotonic()
-        self._bar = tqdm(total=steps, desc=title, unit="step", disable=None if is_rank_zero else True)
-
-    def step(self) -> None:
-        self._done += 1
-        self._bar.update()
-
-    def epoch(self, epoch: int, loss: float) -> None:
-        self._bar.set_postfix_str(f"epoch {epoch}/{self._epochs}, loss {loss:.4f}")
-        if self._bar.disable and self._is_first:
-            left = (time.monotonic() - self._started) / self._done * (self._steps - self._done)
-            print(
-                f"{self._title}: epoch {epoch}/{self._epochs}  loss {loss:.4f}  {left / 60:.1f} min left",
-                file=sys.stderr,
-                flush=True,
-            )
-
-    def close(self) -> None:
-        self._bar.close()

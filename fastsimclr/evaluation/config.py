@@ -115,7 +115,7 @@ class SupervisedConfig(_WithLabels):
     """The same encoder from scratch with labels: what the paper compares with. Of --checkpoint only the architecture
     is taken; --encoder, --width and --stem can say it instead."""
 
-    width: int = 1
+    width: float = 1
     """Without --checkpoint: multiplier of every layer's channels."""
     stem: Literal["auto", "imagenet", "small"] = "auto"
     """Without --checkpoint: first layers; auto: small up to 64 pixels."""

@@ -218,7 +218,7 @@ def _draw(embedding: Embedding, options: argparse.Namespace, features: NDArray[n
     if len(features) < MIN_IMAGES:
         return [f"no pictures of only {len(features)} images"] if embedding.method != "none" or options.gallery else []
     model = embedding.pretrained.encoder
-    by = f"encoder: {model.name} ×{model.width} ({model.out_features:,} features), {embedding.pretrained.origin}"
+    by = f"encoder: {model.name} ×{model.width:g} ({model.out_features:,} features), {embedding.pretrained.origin}"
     made = [_draw_map(embedding, options, features, by)] if embedding.method != "none" else []
     if options.gallery:
         queries = neighbors.choose_queries(embedding.source.labels, options.gallery, options.seed)

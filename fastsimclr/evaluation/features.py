@@ -6,7 +6,6 @@ from dataclasses import replace
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
-from tqdm import tqdm
 
 from fastsimclr.data import Source
 from fastsimclr.data.augmentation import Augmentation
@@ -14,6 +13,7 @@ from fastsimclr.data.dataset import open_loader
 from fastsimclr.data.loader import LoaderConfig
 from fastsimclr.distributed import all_gather_rows, gather_sizes
 from fastsimclr.precision import autocast_to
+from fastsimclr.progress_bar import progress_bar
 
 
 def embed_batches(
@@ -23,14 +23,14 @@ def embed_batches(
     config: LoaderConfig,
     *,
     autocast: torch.dtype | None = None,
-    title: str | None = None,
+    title: str,
 ) -> Iterator[tuple[Tensor, Tensor, Tensor]]:
     """Of this rank's part of each batch: the images' places in the source (B,), representations (B, D) float32 and
     labels (B,), on the CPU. Each image is seen as `Augmentation.plain` says, by the encoder in eval mode.
 
     config: of the loader, but for the order, which is the source's, and for the views' dtype.
     autocast: the dtype that the encoder computes in; None: that of its parameters.
-    title: of a progress bar on the first rank; None: no bar.
+    title: of the progress bar, on rank zero.
     """
     config = replace(
         config,
@@ -44,8 +44,7 @@ def embed_batches(
     dtype = next(encoder.parameters()).dtype
     was_training = encoder.training
     encoder.eval()
-    hidden = True if title is None or not config.world.is_rank_zero else None  # None: unless stderr is a terminal
-    bar = tqdm(total=len(source), desc=title, unit="image", disable=hidden)
+    bar = progress_bar(len(source), title, "image", visible=config.world.is_rank_zero)
     try:
         for batch in loader:
             with torch.inference_mode(), autocast_to(config.world.device, autocast):
@@ -66,7 +65,7 @@ def embed(
     config: LoaderConfig,
     *,
     autocast: torch.dtype | None = None,
-    title: str | None = None,
+    title: str,
 ) -> tuple[Tensor, Tensor]:
     """Representations (N, D) float32 and labels (N,) of every image of `source`, in its order, on every rank's CPU. The
     arguments are those of `embed_batches`."""

@@ -68,10 +68,12 @@ def measure(
     autocast: torch.dtype | None,
 ) -> float:
     """kNN accuracy of `val` by the labels of `train`; without `val`, of `train` by all of its other images."""
-    bank, bank_labels = embed(encoder, train, augmentation, config, autocast=autocast)
+    bank, bank_labels = embed(encoder, train, augmentation, config, autocast=autocast, title="kNN, training images")
     queries, query_labels = bank, bank_labels
     if val is not None:
-        queries, query_labels = embed(encoder, val, augmentation, config, autocast=autocast)
+        queries, query_labels = embed(
+            encoder, val, augmentation, config, autocast=autocast, title="kNN, validation images"
+        )
     device = config.world.device
     bank, bank_labels, queries, query_labels = (t.to(device) for t in (bank, bank_labels, queries, query_labels))
     return knn_accuracy(bank, bank_labels, queries, query_labels, k, leave_one_out=val is None)

@@ -24,12 +24,13 @@ class Encoder(ResNet):
     name, width and stem ("imagenet" or "small") say how it is built: encoder(name, width, stem) is another such.
     """
 
-    def __init__(self, name: str, width: int, stem: str) -> None:
+    def __init__(self, name: str, width: float, stem: str) -> None:
         block, layers = _BLOCKS[name]
         nn.Module.__init__(self)  # ResNet's own __init__ fixes the widths: the same layers follow, `width` times wider
         self.name, self.width, self.stem = name, width, stem
+        channels = round(64 * width)
         self._norm_layer = nn.BatchNorm2d
-        self.inplanes, self.dilation, self.groups, self.base_width = 64 * width, 1, 1, 64
+        self.inplanes, self.dilation, self.groups, self.base_width = channels, 1, 1, 64
         self.maxpool: nn.Module
         if stem == "small":  # CIFAR's, as in the paper's appendix B.9
             self.conv1 = nn.Conv2d(3, self.inplanes, kernel_size=3, stride=1, padding=1, bias=False)
@@ -39,13 +40,13 @@ class Encoder(ResNet):
             self.maxpool = nn.MaxPool2d(kernel_size=3, stride=2, padding=1)
         self.bn1 = nn.BatchNorm2d(self.inplanes)
         self.relu = nn.ReLU(inplace=True)
-        self.layer1 = self._make_layer(block, 64 * width, layers[0])
-        self.layer2 = self._make_layer(block, 128 * width, layers[1], stride=2)
-        self.layer3 = self._make_layer(block, 256 * width, layers[2], stride=2)
-        self.layer4 = self._make_layer(block, 512 * width, layers[3], stride=2)
+        self.layer1 = self._make_layer(block, channels, layers[0])
+        self.layer2 = self._make_layer(block, 2 * channels, layers[1], stride=2)
+        self.layer3 = self._make_layer(block, 4 * channels, layers[2], stride=2)
+        self.layer4 = self._make_layer(block, 8 * channels, layers[3], stride=2)
         self.avgpool = nn.AdaptiveAvgPool2d((1, 1))
         self.fc = nn.Identity()
-        self.out_features = 512 * width * block.expansion
+        self.out_features = 8 * channels * block.expansion
 
         for module in self.modules():
             if isinstance(module, nn.Conv2d):
@@ -58,11 +59,11 @@ class Encoder(ResNet):
                 nn.init.zeros_(module.bn3.weight)
 
 
-def encoder(name: str, width: int = 1, stem: str = "auto", *, image_size: int = 224) -> Encoder:
+def encoder(name: str, width: float = 1, stem: str = "auto", *, image_size: int = 224) -> Encoder:
     """A ResNet encoder: images (N, 3, H, W) to representations h (N, encoder.out_features) after average pooling.
 
     name: resnet18, resnet34, resnet50, resnet101 or resnet152.
-    width: multiplies every layer's channels (paper: 1, 2, 4).
+    width: multiplies every layer's channels (paper: 1, 2, 4); a multiple of 1/64.
     stem: "imagenet" (7x7 of stride 2, max-pool), "small" (3x3 of stride 1, no pool; for CIFAR), "auto": small where
         `image_size` is at most 64. At width 1 and stem "imagenet" the state dict is torchvision's, `fc` apart.
     Raises ValueError for an unknown name, stem or width.
@@ -71,8 +72,8 @@ def encoder(name: str, width: int = 1, stem: str = "auto", *, image_size: int = 
         raise UserError(f"encoder: got {name!r}, expected one of {', '.join(ENCODERS)}")
     if stem not in STEMS:
         raise UserError(f"stem: got {stem!r}, expected one of {', '.join(STEMS)}")
-    if width < 1 or int(width) != width:
-        raise UserError(f"width: got {width!r}, expected a whole number from 1")
+    if width <= 0 or 64 * width % 1 != 0:
+        raise UserError(f"width: got {width!r}, expected a positive multiple of 1/64, such as 0.5, 1 or 2")
     if stem == "auto":
         stem = "small" if image_size <= SMALL_IMAGE else "imagenet"
-    return Encoder(name, int(width), stem)
+    return Encoder(name, int(width) if width == int(width) else width, stem)

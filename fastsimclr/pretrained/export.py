@@ -53,7 +53,7 @@ def export(options: argparse.Namespace) -> str:
     except OSError as error:
         raise UserError(f"--output: got {output}, which cannot be written ({error.strerror or error})") from error
     encoder, augmentation = pretrained.encoder, pretrained.augmentation
-    width = f" of width {encoder.width}" if encoder.width > 1 else ""
+    width = f" of width {encoder.width}" if encoder.width != 1 else ""
     images = "as those who trained it prepared them; the checkpoint does not say how"
     if augmentation is not None:
         images = ", ".join(f"{name} {_text(value)}" for name, value in _preparation(augmentation).items())

@@ -216,7 +216,7 @@ class Architecture(NamedTuple):
     """How an Encoder is built."""
 
     name: str
-    width: int
+    width: float
     stem: str
 
 

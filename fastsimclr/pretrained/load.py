@@ -132,7 +132,7 @@ def _from_safetensors(path: Path) -> Pretrained:
     tensors, header = _read_safetensors(path)
     if header.get("format") != "fastsimclr":
         return _from_weights(path, tensors)
-    architecture = Architecture(header["encoder"], int(header["width"]), header["stem"])
+    architecture = Architecture(header["encoder"], float(header["width"]), header["stem"])
     padding, relu = int(header["stem_padding"]), header["stem_relu"] == "true"
     model = _build(path, architecture, Weights(tensors, "", stem_padding=padding, stem_relu=relu))
     augmentation = Augmentation.from_options(json.loads(header["augmentation"])) if "augmentation" in header else None

@@ -4,9 +4,10 @@ from collections.abc import Sequence
 
 import numpy as np
 
+from fastsimclr.progress_bar import duration
 from fastsimclr.reporting.charts import Chart, Line, line_chart, share_chart
 from fastsimclr.reporting.curves import reduce
-from fastsimclr.reporting.numbers import count, duration, number, percent
+from fastsimclr.reporting.numbers import count, number, percent
 from fastsimclr.reporting.run_record import Run
 from fastsimclr.reporting.settings import device, parameters
 

@@ -1,6 +1,5 @@
 """Numbers for people."""
 
-import itertools
 import math
 
 
@@ -20,16 +19,3 @@ def percent(fraction: float | None) -> str:
 def count(many: int, one: str, several: str | None = None) -> str:
     """1 image, 1,433 images."""
     return f"{many:,} {one if many == 1 else several or one + 's'}"
-
-
-def duration(seconds: float) -> str:
-    """In the two largest units: 1 min 43 s."""
-    units = (("d", 86400), ("h", 3600), ("min", 60), ("s", 1))
-    if seconds < 10:
-        return f"{seconds:.1f} s"
-    whole = round(seconds)
-    for (name, size), (below, small) in itertools.pairwise(units):
-        if whole >= size:
-            rest = whole % size // small
-            return f"{whole // size} {name}" + (f" {rest} {below}" if rest else "")
-    return f"{whole} s"

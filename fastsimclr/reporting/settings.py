@@ -68,7 +68,7 @@ def parameters(run: Run) -> tuple[str, str]:
     except ValueError:  # another version's options
         return "", ""
     whole = sum(parameter.numel() for parameter in SimCLR(body, head).parameters())
-    wide = f" ×{model.width}" if model.width != 1 else ""
+    wide = f" ×{model.width:g}" if model.width != 1 else ""
     return f"{whole / 1e6:.1f} M", f"{model.encoder}{wide} with its projection head"
 
 

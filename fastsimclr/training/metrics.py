@@ -2,7 +2,7 @@
 
 import json
 import math
-import sys
+import threading
 import time
 from collections import deque
 from collections.abc import Callable, Sequence
@@ -13,6 +13,7 @@ from torch import Tensor
 from tqdm import tqdm
 
 from fastsimclr.errors import UserError
+from fastsimclr.progress_bar import LineTimer, duration, print_line
 from fastsimclr.run_folder import RunFolder, replace_atomically
 
 
@@ -29,6 +30,11 @@ class Metrics:
         """Begin to write: for the first rank."""
         self._log = RunLog(run, first_step=first_step, total_steps=total_steps, epochs=epochs)
 
+    def show_first_step(self, estimated_seconds: float | None) -> None:
+        """Show until the first step is done that it is being computed: on a CPU it may take minutes."""
+        if self._log is not None:
+            self._log.show_first_step(estimated_seconds)
+
     def log(self, measured: dict[str, Tensor], stages: Callable[[], dict[str, float]], record: dict[str, Any]) -> None:
         """Add a step. measured: 0-dim tensors of one dtype and device; stages: as of `StageClock.end_step`."""
         self._complete(self._lagged.push(measured, stages, record))
@@ -42,11 +48,11 @@ class Metrics:
         if self._log is not None:
             self._log.write(record)
 
-    def end_epoch(self, epochs_done: int) -> None:
+    def end_epoch(self) -> None:
         """Complete the epoch's last record, and print a line where there is no progress bar."""
         self.flush()
         if self._log is not None:
-            self._log.epoch(epochs_done, self.last)
+            self._log.end_epoch(self.last)
 
     def close(self) -> None:
         if self._log is not None:
@@ -81,38 +87,67 @@ class RunLog:
         self._drop_lines_after(first_step)
         self._file = open(self._path, "a", buffering=1)  # noqa: SIM115 - open as long as the run
         self._board = SummaryWriter(str(run.tensorboard), purge_step=first_step + 1)
-        self._bar = tqdm(total=total_steps, initial=first_step, unit="step", dynamic_ncols=True, disable=None)
+        self._bar = tqdm(
+            total=total_steps,
+            initial=first_step,
+            dynamic_ncols=True,
+            disable=None,  # shown on a terminal only
+            bar_format="{l_bar}{bar}| {n_fmt}/{total_fmt} steps{postfix}",
+        )
+        self._line_timer = LineTimer()
         self._speed: deque[tuple[float, int]] = deque(maxlen=20)
-        self._total_steps, self._epochs = total_steps, epochs
-        self._started, self._first_step = time.monotonic(), first_step
+        self._total_steps, self._epochs, self._first_step = total_steps, epochs, first_step
+        self._first_step_done = threading.Event()
+
+    def show_first_step(self, estimated_seconds: float | None) -> None:
+        """Show the seconds that the first step has taken, from another thread, until `step` is called."""
+        threading.Thread(target=self._wait_for_first_step, args=(estimated_seconds,), daemon=True).start()
 
     def step(self, record: dict[str, Any]) -> None:
-        """Write a step's record."""
+        """Write a step's record, and show it: in the progress bar, or from time to time in a line."""
+        self._first_step_done.set()
         self.write(record)
         self._speed.append((record["step_ms"] / 1000, record["images"]))
-        rate = sum(i for _, i in self._speed) / sum(s for s, _ in self._speed)
-        self._bar.set_postfix_str(f"loss {record['loss']:.4f}, {rate:.0f} images/s", refresh=False)
+        self._bar.set_postfix_str(self._status(record), refresh=False)
         self._bar.update()
+        if self._bar.disable and self._line_timer.is_due():
+            self._print(record)
 
-    def epoch(self, epoch: int, record: dict[str, Any]) -> None:
-        """Print a line after so many epochs, unless there is a progress bar. record: of the last step."""
-        if not self._bar.disable:
-            return
-        seconds = sum(s for s, _ in self._speed)
-        rate = sum(i for _, i in self._speed) / seconds if seconds else 0.0
-        done = record["step"] - self._first_step
-        left = (time.monotonic() - self._started) / max(1, done) * (self._total_steps - record["step"])
-        print(
-            f"epoch {epoch}/{self._epochs}  step {record['step']}/{self._total_steps}  loss {record['loss']:.4f}  "
-            f"lr {record['lr']:.3g}  {rate:.0f} images/s  {left / 60:.1f} min left",
-            file=sys.stderr,
-            flush=True,
-        )
+    def end_epoch(self, record: dict[str, Any]) -> None:
+        """Print a line unless there is a progress bar. record: of the epoch's last step."""
+        if self._bar.disable:
+            self._print(record)
+            self._line_timer.restart()
 
     def close(self) -> None:
+        self._first_step_done.set()
         self._bar.close()
         self._file.close()
         self._board.close()
+
+    def _print(self, record: dict[str, Any]) -> None:
+        place = f"epoch {record['epoch'] + 1}/{self._epochs}, step {record['step']}/{self._total_steps}"
+        print_line(f"{place}: {self._status(record)}")
+
+    def _status(self, record: dict[str, Any]) -> str:
+        """The loss, the speed over the last 20 steps, and the time left at that speed: kNN is not in it."""
+        seconds, images = (sum(column) for column in zip(*self._speed, strict=True))
+        left = seconds / len(self._speed) * (self._total_steps - record["step"])
+        return (
+            f"loss {record['loss']:.4f}, lr {record['lr']:.3g}, {images / seconds:.0f} images/s, {duration(left)} left"
+        )
+
+    def _wait_for_first_step(self, estimated_seconds: float | None) -> None:
+        started = time.monotonic()
+        expected = f" of about {duration(estimated_seconds)}" if estimated_seconds else ""
+        interval = 5.0 if self._bar.disable else 1.0
+        while not self._first_step_done.wait(interval):
+            text = f"first step: {duration(time.monotonic() - started)}{expected}"
+            if self._bar.disable:
+                print_line(text)
+                interval = min(60.0, 2 * interval)
+            else:
+                self._bar.set_postfix_str(text)
 
     def write(self, record: dict[str, Any]) -> None:
         self._file.write(json.dumps(record) + "\n")

@@ -14,6 +14,7 @@ from fastsimclr.distributed import World
 from fastsimclr.optim import LRSchedule
 from fastsimclr.precision import Precision
 from fastsimclr.profiling import FIRST_TRACED, Trace
+from fastsimclr.progress_bar import duration
 from fastsimclr.run_folder import RunFolder
 
 
@@ -35,7 +36,7 @@ def describe_model(
     """The model, the device and the loss."""
     parameters = sum(p.numel() for p in model.parameters())
     return [
-        f"model: {config.model.encoder} x{config.model.width}, {parameters / 1e6:.1f} M parameters with head",
+        f"model: {config.model.encoder} x{config.model.width:g}, {parameters / 1e6:.1f} M parameters with head",
         f"device: {world.world_size} x {world.device.type}, {precision.why}",
         f"loss: NT-Xent, temperature {config.loss.temperature}, backend {loss_backend}",
         describe_build(),
@@ -49,6 +50,24 @@ def describe_schedule(config: Config, schedule: LRSchedule) -> str:
     return (
         f"optimizer: {config.optim.name}, {lr}, {schedule.warmup_steps} steps of warm-up, {schedule.total_steps} in all"
     )
+
+
+def describe_estimate(config: Config, step_seconds: float, steps: int) -> list[str]:
+    """How long a run will take on a CPU, and what makes it shorter if that is more than a day."""
+    seconds = step_seconds * steps
+    lines = [f"estimate: {duration(step_seconds)} per step, {duration(seconds)} for {steps:,} steps"]
+    if seconds > 86400:
+        smaller = []
+        if config.model.encoder != "resnet18":
+            smaller.append("--model.encoder resnet18")
+        if config.data.image_size > 96:
+            smaller.append("--data.image_size 96")
+        if config.epochs > 10:
+            smaller.append("--epochs 10")
+        lines.append(
+            f"this is more than a day: use a GPU, or shorten the run, e.g. {' '.join(smaller) or '--max_steps'}"
+        )
+    return lines
 
 
 def describe_stop(stop_signal: int, step: int, folder: RunFolder) -> str:

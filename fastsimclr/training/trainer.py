@@ -27,6 +27,7 @@ from fastsimclr.profiling import StageClock, Trace, stage
 from fastsimclr.run_folder import RunFolder, load_checkpoint, write_text
 from fastsimclr.training import summary
 from fastsimclr.training.build import architecture, build_learner, check_architecture
+from fastsimclr.training.estimate import estimate_step_seconds
 from fastsimclr.training.metrics import Metrics
 from fastsimclr.training.progress import Progress
 from fastsimclr.training.rank_sync import RankSync, StopSignal
@@ -131,7 +132,7 @@ class Trainer:
 
     def end_epoch(self, epochs_done: int) -> None:
         """Log the epoch, and measure kNN accuracy if it is time. After the last step, `train` does it."""
-        self.metrics.end_epoch(epochs_done)
+        self.metrics.end_epoch()
         if self.measures_knn and epochs_done % self.config.knn_every == 0 and not self.progress.is_done:
             self.evaluate_knn()
         self.clock.restart()
@@ -241,7 +242,11 @@ class Trainer:
         config, progress = self.config, self.progress
         lines = summary.describe_data(config, self.data, self.loader, self.folder)
         lines += summary.describe_model(config, self.model, self.precision, self.loss_backend, self.world)
-        self._say(*lines, summary.describe_schedule(config, self.schedule), f"output: {self.folder}")
+        lines += [summary.describe_schedule(config, self.schedule), f"output: {self.folder}"]
+        step_seconds = self._estimate_step_seconds()
+        if step_seconds is not None:
+            lines += summary.describe_estimate(config, step_seconds, progress.last_step - progress.step)
+        self._say(*lines)
         if self.world.is_rank_zero:
             write_text(self.folder.config, self._text)
             write_text(self.folder.environment, json.dumps(self._environment(), indent=2) + "\n")
@@ -255,7 +260,14 @@ class Trainer:
             self.untrained_knn = self.evaluate_knn()
         if config.profile and self.world.is_rank_zero:
             self.trace = Trace(self.folder.trace, self.world.device)
+        self.metrics.show_first_step(step_seconds)
         self.clock.restart()
+
+    def _estimate_step_seconds(self) -> float | None:
+        """Seconds of a step on a CPU; None on a GPU, whose steps are short, and with several ranks."""
+        if self.world.device.type != "cpu" or self.world.world_size > 1:
+            return None
+        return estimate_step_seconds(self.model, self.loss, self.precision, self.augmentation, self.config.batch_size)
 
     def _log(self, batch: Batch, lr: float, measured: dict[str, Tensor]) -> None:
         """End the step's time, and log it."""

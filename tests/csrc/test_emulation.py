@@ -444,7 +444,7 @@ def test_invalid_addresses_are_reported(build: Build, old: str, new: str, messag
         ),
         pytest.param(
             "if (lane < 16) __syncthreads();",
-            ["the other lanes of warp 0 will never be there|lanes of a warp are at different", ": 0-15"],
+            ["the other lanes of warp 0 will never arrive|lanes of a warp are at different", ": 0-15"],
             id="barrier in half of a warp",
         ),
         pytest.param(
@@ -455,7 +455,7 @@ def test_invalid_addresses_are_reported(build: Build, old: str, new: str, messag
         pytest.param(
             "if (lane == 3) return;",
             [
-                "the other lanes of warp 0 will never be there",
+                "the other lanes of warp 0 will never arrive",
                 r"have exited: 3(\n| )",
                 "at __shfl_xor_sync, .*: 0-2 4-31",
             ],
@@ -498,10 +498,10 @@ def test_copy_without_wait_is_an_error(build: Build, capfd: Printed) -> None:
     last_wait = ("  cp_async_wait<0>();\n  __syncthreads();  // and", "  __syncthreads();  // and")
     x, out = small_integers(1024), torch.empty(512)
     assert call(build("stream.cu", last_wait), "groups", x, 1024, out) == LAUNCH_FAILURE
-    check_printed(capfd, r"ends before 1 of its asynchronous copies are waited for; the first is of stream.cu:\d+")
+    check_printed(capfd, r"exits without waiting for 1 of its asynchronous copies; the first is at stream.cu:\d+")
     not_committed = ("true);\n    cp_async_commit();", "true);")
     assert call(build("stream.cu", not_committed), "groups", x, 1024, out) == LAUNCH_FAILURE
-    check_printed(capfd, "ends before 2 of its asynchronous copies")
+    check_printed(capfd, "exits without waiting for 2 of its asynchronous copies")
 
 
 def test_invalid_launch_configurations(build: Build, capfd: Printed) -> None:
@@ -511,7 +511,7 @@ def test_invalid_launch_configurations(build: Build, capfd: Printed) -> None:
     assert capfd.readouterr().err == ""
     assert call(library, "barriers", out, 1024, 101376, 1) == 0
     assert call(library, "barriers", out, 100, 0, 1) == INVALID_VALUE, "valid on a GPU, but not in the emulation"
-    check_printed(capfd, "100 threads are no whole warps")
+    check_printed(capfd, "100 threads are not a multiple of a warp")
 
 
 # AddressSanitizer: in a separate process, because the sanitizer must be preloaded

@@ -43,7 +43,7 @@ def test_read_before_the_crops_is_reported_by_the_address_sanitizer(tmp_path: Pa
         pytest.param(("tile.cuh", "    __syncthreads();\n    stage_", "    stage_"), "shared", id="step"),
         pytest.param(("tile.cuh", "    cp_async_wait<0>();\n", ""), "shared", id="no wait for the copies"),
         pytest.param(("tile.cuh", "other = stage_ ^ 1", "other = stage_"), "shared", id="copy into the wrong buffer"),
-        pytest.param(("forward.cu", "    __syncthreads();  // all are done", "//"), "shared", id="row blocks"),
+        pytest.param(("forward.cu", "    __syncthreads();  // all threads are done", "//"), "shared", id="row blocks"),
         pytest.param(("forward.cu", "      __syncthreads();  // all warps'", "//"), "shared", id="column sums"),
         pytest.param(
             ("forward.cu", "row_sums = p.sums + int64_t(blockIdx.y)", "row_sums = p.sums + 0"), "global", id="slot"
@@ -51,10 +51,10 @@ def test_read_before_the_crops_is_reported_by_the_address_sanitizer(tmp_path: Pa
         pytest.param(("backward.cu", "p.sums + int64_t(blockIdx.z) *", "p.sums + 0 *"), "global", id="one split"),
         pytest.param(("backward.cu", "    stage ^= 1;\n", ""), "shared", id="one buffer of column weights"),
         pytest.param(("photometric.cu", "  __syncthreads();  // the warps' sums", "//"), "shared", id="luma"),
-        pytest.param(("photometric.cu", "  __syncthreads();  // the tile and", "//"), "shared", id="tile"),
+        pytest.param(("photometric.cu", "  __syncthreads();  // the tile and the weights", "//"), "shared", id="tile"),
         pytest.param(("photometric.cu", "    __syncthreads();  // all rows", "//"), "shared", id="rows"),
         pytest.param(("photometric.cu", "    __syncthreads();  // the blurred", "//"), "shared", id="blurred"),
-        pytest.param(("crop.cu", "  __syncthreads();  // the rows", "//"), "shared", id="crop"),
+        pytest.param(("crop.cu", "  __syncthreads();  // the rows that", "//"), "shared", id="crop"),
     ],
 )
 def test_planted_data_race_is_reported_with_the_first_seed(tmp_path: Path, fault: Fault, memory: str) -> None:
@@ -83,7 +83,7 @@ def test_planted_data_race_is_reported_with_the_first_seed(tmp_path: Path, fault
                 const TileMask<S> mask(pairs, p.rows.count, p.columns.count, row0, column0);
                 for (int e = 0; kExpFits && e < S::kRowTiles * S::kColumnTiles * 4; e++) {
                   const int i = e / 4 / S::kColumnTiles, j = e / 4 % S::kColumnTiles, lane = threadIdx.x % 32;
-                  const float x = all.value[i][j][e % 4] * to_bits;
+                  const float x = all.value[i][j][e % 4] * scale_log2;
                   if (mask.covers(warp * S::kRowsPerWarp + 16 * i + lane / 4 + 8 * (e % 4 / 2),
                                   8 * j + 2 * (lane % 4) + e % 2))
                     rows.sum[i][e % 4 / 2] += exp2_approx(x) - exp2f(x);

@@ -416,11 +416,10 @@ def test_process_exits_without_closing_its_loader(photos: str, ending: str, tmp_
     script = tmp_path / "script.py"
     script.write_text(
         "from fastsimclr import Augmentation, open_views\n"
-        "if __name__ == '__main__':\n"
-        f"    loader = open_views({photos!r}, Augmentation(image_size=24), 5, backend='torchvision', workers=2)\n"
-        "    for batch in loader:\n"
-        "        print(len(batch.index), flush=True)\n"
-        f"        {ending or 'break'}\n"
+        f"loader = open_views({photos!r}, Augmentation(image_size=24), 5, backend='torchvision', workers=2)\n"
+        "for batch in loader:\n"  # without `if __name__ == '__main__'`: workers must not run the script again
+        "    print(len(batch.index), flush=True)\n"
+        f"    {ending or 'break'}\n"
     )
     done = subprocess.run([sys.executable, script], capture_output=True, text=True, timeout=120)
     assert done.returncode == {"": 0, "raise SystemExit(3)": 3}.get(ending, 1), done.stderr

@@ -24,10 +24,11 @@ from PIL import Image
 
 from fastsimclr import train
 from fastsimclr.config import Config
+from fastsimclr.progress_bar import duration
 from fastsimclr.report import MAX_RUNS, main
 from fastsimclr.reporting.charts import BOTTOM, COLORS, DASHES, TOP
 from fastsimclr.reporting.curves import MOST, reduce
-from fastsimclr.reporting.numbers import duration, number
+from fastsimclr.reporting.numbers import number
 from fastsimclr.reporting.report import pieces
 from fastsimclr.run_folder import RunFolder
 
