@@ -1,4 +1,4 @@
-"""fastsimclr: SimCLR pre-training of image encoders, and the NT-Xent loss on its own."""
+"""SimCLR pre-training of image encoders, and the NT-Xent loss for use in any training loop."""
 
 from typing import TYPE_CHECKING
 

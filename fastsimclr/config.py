@@ -1,4 +1,4 @@
-"""Every knob of a run, one documented field each: the command line, YAML and --help are made from these classes."""
+"""Options of a run as dataclasses; the command line, the YAML files and --help are generated from their fields."""
 
 import re
 import sys
@@ -12,40 +12,42 @@ from jsonargparse import ArgumentParser, Namespace, set_parsing_settings
 from fastsimclr.data.augmentation import Augmentation
 from fastsimclr.data.backends import Backend
 from fastsimclr.errors import UserError
-from fastsimclr.presets import preset_file
+from fastsimclr.presets import preset_file, preset_names
 
 Options = TypeVar("Options")
 
-DEMONSTRATION = "digits"  # the preset of a run without --data.train
-SWITCHES = ("--compile", "--force", "--profile")
+DEMONSTRATION = "digits"  # preset of a run without --data.train
+FLAGS = ("--compile", "--force", "--profile")
 
 
 @dataclass(frozen=True)
 class DataConfig(Augmentation):
-    """What is trained on, and how views are made of it."""
+    """Training and validation data, data loading and the augmentation."""
 
     train: str | None = None
-    """A folder of class folders, a flat folder of images, tar shards ('train-{000..127}.tar', '*.tar'), digits,
-    cifar10[:ROOT] or stl10[:ROOT]. Without it the built-in demonstration runs (preset digits)."""
+    """Training images: a folder of class folders, a flat folder of images, tar shards ('train-{000..127}.tar',
+    '*.tar'), digits, cifar10[:ROOT] or stl10[:ROOT]. If not given, the built-in demonstration runs (preset digits)."""
     val: str | None = None
-    """Labelled images to measure kNN accuracy on, in the same forms. Without it: the held-out part of digits and
-    cifar10; of other labelled data the training images themselves, each without itself as a neighbour."""
+    """Labeled images to measure kNN accuracy on, in the same forms. If not given, built-in datasets use their held-out
+    images; other labeled data uses the training images, each excluded from its own neighbors."""
     backend: Backend = "auto"
-    """Who decodes and crops: dali, torchvision, or memory (images of one size, kept decoded on the device)."""
+    """Backend that decodes and crops the images: dali, torchvision, or memory (images of one size, decoded once and
+    kept on the device). auto picks by the images and the device."""
     workers: int | None = None
-    """Processes (torchvision) or threads (dali) that read and decode, per rank; null chooses by the machine."""
+    """Worker processes (torchvision) or threads (dali) per rank that read and decode images; null picks by the number
+    of CPU cores."""
     drop_last: bool = False
-    """Leave out an epoch's last batch where it is smaller than the others."""
+    """Drop the last batch of an epoch if it is smaller than the others."""
     max_bad: float = 0.01
-    """Largest fraction of the image files that may be bad: those that do not decode are left out, and listed in
-    output's skipped_images.txt. If more are, the run stops."""
+    """Largest fraction of images that may fail to decode. They are skipped and listed in skipped_images.txt in the
+    run's folder; if there are more, the run stops with an error."""
 
     def __post_init__(self) -> None:
         super().__post_init__()
         self._expect("max_bad", 0 <= self.max_bad <= 1, "a fraction from 0 to 1")
 
     def augmentation(self) -> Augmentation:
-        """The recipe alone."""
+        """Return only the augmentation."""
         return Augmentation(**{f.name: getattr(self, f.name) for f in fields(Augmentation)})
 
 
@@ -54,19 +56,20 @@ class ModelConfig:
     """The encoder and the projection head."""
 
     encoder: Literal["resnet18", "resnet34", "resnet50", "resnet101", "resnet152"] = "resnet50"
-    """torchvision's ResNet of that name."""
+    """Encoder architecture: the torchvision ResNet of this name."""
     width: float = 1
-    """Multiplier of every layer's channels."""
+    """Width multiplier: multiplies the number of channels of every layer. A multiple of 1/64, such as 0.5 or 2."""
     stem: Literal["auto", "imagenet", "small"] = "auto"
-    """First layers: imagenet (7x7, stride 2, pool) or small (3x3, stride 1); auto: small up to 64 pixels."""
+    """First layers of the encoder: imagenet (7x7 convolution of stride 2, max-pooling) or small (3x3 convolution of
+    stride 1, no pooling). auto picks small for images of up to 64 pixels."""
     hidden: int | None = None
-    """Features inside the projection head; null for the encoder's."""
+    """Hidden features of the projection head; null uses the encoder's number of features."""
     out: int = 128
-    """Features of a projection."""
+    """Output features of the projection head."""
     layers: int = 2
-    """Linear layers of the projection head: 2 or 3."""
+    """Number of linear layers in the projection head: 2 or 3."""
     sync_bn: bool = True
-    """With several ranks, normalise over the batch of all of them."""
+    """Synchronize batch normalization statistics across ranks."""
 
 
 @dataclass(frozen=True)
@@ -74,75 +77,80 @@ class LossConfig:
     """The NT-Xent loss."""
 
     temperature: float = 0.1
-    """Divides the cosine similarities."""
+    """Temperature; the cosine similarities are divided by it."""
     backend: Literal["auto", "fused", "tiled", "reference"] = "auto"
-    """Who computes it; auto takes the fastest that is there."""
+    """Implementation of the loss: fused (CUDA kernels), tiled (PyTorch, O(N D) memory) or reference (PyTorch, O(N^2)
+    memory). auto picks the fastest available."""
     precision: Literal["auto", "highest", "medium"] = "highest"
-    """Of its products: highest (float32) or medium (bf16); auto by the projections' dtype."""
+    """Precision of the matrix products in the loss: highest (float32) or medium (bf16). auto: medium for bf16 and fp16
+    projections, otherwise highest."""
     decoupled: bool = False
-    """Leave the positive out of the denominator (arXiv 2110.06848)."""
+    """Use the decoupled loss, which leaves the positive out of the denominator (arXiv 2110.06848)."""
     global_negatives: bool = True
-    """With several ranks, the views of all of them are negatives."""
+    """Use the views of all ranks as negatives."""
 
 
 @dataclass(frozen=True)
 class OptimConfig:
-    """The optimizer and its schedule."""
+    """The optimizer and the learning-rate schedule."""
 
     name: Literal["lars", "sgd", "adamw"] = "lars"
-    """lars as in the paper, sgd, or adamw."""
+    """Optimizer: lars (as in the paper), sgd or adamw."""
     lr: float | Literal["auto"] = "auto"
-    """Peak learning rate; auto takes it from the batch size by lr_rule."""
+    """Peak learning rate; auto scales it with the batch size as set by lr_rule."""
     lr_rule: Literal["linear", "sqrt"] = "sqrt"
-    """For lars: linear is 0.3 batch / 256, sqrt is 0.075 sqrt(batch). The same at 4096; sqrt is better below 1024."""
+    """Scaling of the learning rate with the batch size. For lars: linear is 0.3 * batch_size / 256 and sqrt is 0.075 *
+    sqrt(batch_size). Both are equal at 4096; sqrt is better below 1024."""
     momentum: float = 0.9
-    """Momentum; beta 1 of adamw."""
+    """Momentum; beta1 for adamw."""
     weight_decay: float = 1e-6
-    """Weight decay; batch normalisation and biases are excluded."""
+    """Weight decay; not applied to batch normalization parameters and biases."""
     warmup_epochs: float = 10.0
-    """Epochs of linear warm-up, at most a tenth of all."""
+    """Epochs of linear warm-up, limited to a tenth of all epochs."""
     clip_grad: float | None = None
-    """Largest norm of the gradient of all parameters; null does not clip."""
+    """Maximum norm of the gradient over all parameters; null disables clipping."""
 
 
 @dataclass(frozen=True)
 class Config:
-    """A pre-training run. The defaults are the paper's for ImageNet."""
+    """Options of a pre-training run. The defaults are the paper's for ImageNet."""
 
     data: DataConfig = field(default_factory=DataConfig)
     model: ModelConfig = field(default_factory=ModelConfig)
     loss: LossConfig = field(default_factory=LossConfig)
     optim: OptimConfig = field(default_factory=OptimConfig)
     batch_size: int = 256
-    """Images a step, over all ranks; each gives data.views views."""
+    """Global batch size: images per step over all ranks. Each image yields data.num_views views."""
     micro_batch_size: int | None = None
-    """Images a rank puts through the encoder at a time; the loss still sees the whole batch. Saves memory for a second
-    forward pass; batch normalisation then is over the micro-batch. null: all at once."""
+    """Images that a rank encodes at a time; the loss still covers the whole batch. Saves memory at the cost of a second
+    forward pass. Batch normalization statistics are then per micro-batch. null encodes the whole batch at once."""
     epochs: int = 100
-    """Passes over the data; the learning rate's schedule spans them."""
+    """Number of epochs; the learning-rate schedule spans them."""
     max_steps: int | None = None
-    """Stop after this many steps, wherever the schedule is; null runs all epochs."""
+    """Stop after this many steps, without changing the schedule; null runs all epochs."""
     precision: Literal["auto", "bf16", "fp16", "fp32", "fp64"] = "auto"
-    """Of the encoder: bf16 or fp16 autocast, float32 or float64. auto: bf16 where the hardware has it, else fp16 on a
-    GPU with tensor cores (V100, T4), else float32. fp16 scales the gradients, and skips a step if they overflow."""
+    """Precision of the encoder: autocast to bf16 or fp16, or float32 or float64 throughout. auto: bf16 if the hardware
+    supports it, else fp16 on a GPU with tensor cores (V100, T4), else float32. fp16 scales the gradients and skips a
+    step if they overflow."""
     device: str = "auto"
-    """cuda, cpu or auto; under torchrun each rank takes its own GPU."""
+    """Device: cuda, cpu or auto (cuda if available). Under torchrun each rank uses its own GPU."""
     compile: bool = False
-    """torch.compile the model."""
+    """Compile the model with torch.compile."""
     profile: bool = False
-    """Trace 20 steps by torch.profiler into output's trace.json.gz, for ui.perfetto.dev or chrome://tracing."""
+    """Trace 20 steps with torch.profiler to trace.json.gz in the run's folder, for ui.perfetto.dev or chrome://tracing."""
     seed: int = 0
-    """Of the weights, the order of images and every view."""
+    """Seed of the initial weights, the order of the images and the random parameters of the views."""
     resume: str = "auto"
-    """auto: go on from output's checkpoint if there is one; never; or a checkpoint file."""
+    """Checkpoint to resume from: auto (the checkpoint in output, if there is one), never, or a checkpoint file."""
     output: str | None = None
-    """Folder of the run; null makes runs/DATA-ENCODER-TIME, which no later run will find by itself."""
+    """Folder of the run. null creates a new folder runs/DATA-ENCODER-TIME each time, so resume=auto finds no
+    checkpoint."""
     checkpoint_every: float = 1.0
-    """Epochs between checkpoints (0.1: ten an epoch). The end, SIGTERM and SIGINT write one too."""
+    """Epochs between checkpoints (0.1: ten per epoch). One is also written at the end and on SIGTERM and SIGINT."""
     knn_every: int = 10
-    """Epochs between measurements of kNN accuracy, if there are labels; 0 for none. The end always has one."""
+    """Epochs between measurements of kNN accuracy, if there are labels. It is also measured at the end. 0: never."""
     knn_k: int = 20
-    """Neighbours that vote, weighted by exp(cosine / 0.07)."""
+    """Number of neighbors that vote in kNN, weighted by exp(cosine / 0.07)."""
 
     def __post_init__(self) -> None:
         for name in ("batch_size", "micro_batch_size", "epochs", "max_steps", "knn_k"):
@@ -158,11 +166,11 @@ class Config:
 
 class _Parser(ArgumentParser):
     def error(self, message: str, ex: Exception | None = None) -> Any:
-        """One line in our own form of jsonargparse's several: which option, what was got, what is expected."""
+        """Raise UserError with jsonargparse's multi-line message as one line: the option, what was got and expected."""
         message = " ".join(message.split())
-        wrong = re.match(r'Parser key "(.+?)": (.*?)(?:Given value type.*)?(?:Given|Got) value: (.*)', message)
-        if wrong:
-            option, reason, value = wrong.groups()
+        invalid = re.match(r'Parser key "(.+?)": (.*?)(?:Given value type.*)?(?:Given|Got) value: (.*)', message)
+        if invalid:
+            option, reason, value = invalid.groups()
             expected = [kind or choices for kind, choices in re.findall(r"<class '(\w+)'>|Literal\[(.*?)\]", reason)]
             expected = list(dict.fromkeys("none" if kind == "NoneType" else kind for kind in expected))
             raise UserError(f"--{option}: got {value}, expected {' or '.join(expected)}")
@@ -171,11 +179,11 @@ class _Parser(ArgumentParser):
 
 
 def parse(arguments: Sequence[str] | None = None) -> tuple[Config, str]:
-    """The configuration of a run that the command line (or `arguments`) asks for, and the same as YAML.
+    """Return the configuration given by the command line (or `arguments`), and its YAML text.
 
-    Raises UserError for unknown options and values that do not fit.
+    Raises UserError for unknown options and invalid values.
     """
-    about = "Pre-train an image encoder with SimCLR. Without --data.train: a demonstration on digits."
+    about = "Pre-train an image encoder with SimCLR. Without --data.train, runs a demonstration on digits."
     arguments = sys.argv[1:] if arguments is None else arguments
     config, text = parse_as(Config, arguments, "train", about)
     if config.data.train is None:
@@ -192,10 +200,12 @@ def parse_as(
     preset: Path | None = None,
     defaults: dict[str, Any] | None = None,
 ) -> tuple[Options, str]:
-    """The options of python -m fastsimclr.`program`, whose class is `kind`, and the same as YAML.
+    """Parse the options of `python -m fastsimclr.{program}` into `kind`; return it and its YAML text.
 
-    preset: a YAML file, and defaults: values by option ("data.image_size"), in place of the class's defaults.
-    Raises UserError for unknown options and values that do not fit.
+    kind: dataclass of the options. about: description shown by --help.
+    preset: YAML file whose values replace the dataclass's defaults. defaults: the same as a dict, by option name
+        ("data.image_size").
+    Raises UserError for unknown options and invalid values.
     """
     set_parsing_settings(docstring_parse_attribute_docstrings=True)
     parser = _Parser(
@@ -206,7 +216,7 @@ def parse_as(
     parser.add_argument(
         "--config",
         action="config",
-        help="A YAML file of these options, or the name of a preset (digits, cifar10); those given after it win.",
+        help=f"YAML file of options, or a preset: {', '.join(preset_names())}. Options that follow it override it.",
     )
     parser.add_class_arguments(kind, nested_key=None)
     parser.set_defaults(defaults or {})
@@ -215,23 +225,23 @@ def parse_as(
 
 
 def _as_yaml(arguments: Sequence[str]) -> list[str]:
-    """The arguments in jsonargparse's terms: "none" is YAML's null, a switch alone true, and a preset its file."""
+    """Translate the arguments for jsonargparse: "none" to null, a bare flag to true, a preset to its file."""
     arguments = list(arguments)
-    for place, argument in enumerate(arguments):
+    for position, argument in enumerate(arguments):
         option, _, value = argument.partition("=")
         if argument == "none" or (option.startswith("--") and value == "none"):
-            arguments[place] = argument.removesuffix("none") + "null"
-        if argument in SWITCHES and arguments[place + 1 : place + 2] not in (["true"], ["false"]):
-            arguments[place] = f"{argument}=true"
+            arguments[position] = argument.removesuffix("none") + "null"
+        if argument in FLAGS and arguments[position + 1 : position + 2] not in (["true"], ["false"]):
+            arguments[position] = f"{argument}=true"
         if option == "--config" and value:
-            arguments[place] = f"--config={_config_file(value)}"
-        elif place > 0 and arguments[place - 1] == "--config":
-            arguments[place] = str(_config_file(argument))
+            arguments[position] = f"--config={_config_file(value)}"
+        elif position > 0 and arguments[position - 1] == "--config":
+            arguments[position] = str(_config_file(argument))
     return arguments
 
 
-def _config_file(named: str) -> Path:
-    return Path(named) if Path(named).is_file() else preset_file(named)
+def _config_file(value: str) -> Path:
+    return Path(value) if Path(value).is_file() else preset_file(value)
 
 
 def _instantiate(kind: type[Options], parser: _Parser, namespace: Namespace) -> Options:
@@ -240,5 +250,5 @@ def _instantiate(kind: type[Options], parser: _Parser, namespace: Namespace) -> 
         return kind(**{f.name: values[f.name] for f in fields(kind)})  # type: ignore[arg-type]  # a dataclass
     except UserError:
         raise
-    except ValueError as error:  # the checks of Views
+    except ValueError as error:  # from the checks of Augmentation
         raise UserError(f"--data.{error}") from error

@@ -1,4 +1,4 @@
-"""Presets: the YAML files in configs/, by name."""
+"""Presets: YAML files in configs/, selected by name."""
 
 from pathlib import Path
 
@@ -7,10 +7,15 @@ from fastsimclr.errors import UserError
 CONFIGS = Path(__file__).with_name("configs")
 
 
+def preset_names() -> list[str]:
+    """Return the names of all presets, sorted."""
+    return sorted(path.stem for path in CONFIGS.glob("*.yaml"))
+
+
 def preset_file(name: str) -> Path:
-    """The YAML file of preset `name`. Raises UserError if there is none."""
+    """Return the YAML file of preset `name`. Raises UserError if it does not exist."""
     file = CONFIGS / f"{name}.yaml"
     if not file.is_file():
-        names = ", ".join(sorted(path.stem for path in CONFIGS.glob("*.yaml")))
-        raise UserError(f"--config: got {name!r}, expected a YAML file or one of the presets {names}")
+        names = ", ".join(preset_names())
+        raise UserError(f"--config: got {name!r}, expected a YAML file or a preset: {names}")
     return file

@@ -47,7 +47,7 @@ def mock_gpu(monkeypatch: pytest.MonkeyPatch) -> Iterator[SimpleNamespace]:
 
 
 def test_kernels_that_load_are_chosen_and_probed_once(mock_gpu: SimpleNamespace) -> None:
-    assert choose_backend("auto", GPU) == ("fused", "auto: the fastest, and it can run here")
+    assert choose_backend("auto", GPU) == ("fused", "auto: the fastest available")
     assert native.choose("auto", GPU) == "compiled"
     assert crops_and_colors(GPU)[0] == "compiled"
     assert mock_gpu.calls == 1
@@ -67,7 +67,7 @@ def test_auto_falls_back_with_a_reason_if_kernels_do_not_load(
     backend, why = choose_backend("auto", GPU)
     assert backend == "tiled"
     assert why.startswith("auto: the kernels do not load on NVIDIA H100: ")
-    with pytest.warns(UserWarning, match=f"nt_xent: the slower backend 'tiled'.*{expected}"):
+    with pytest.warns(UserWarning, match=f"nt_xent: using the slower backend 'tiled'.*{expected}"):
         assert _choose_and_warn("auto", GPU, torch.float32, 128) == "tiled"
     with pytest.raises(BackendError, match=expected):
         choose_backend("fused", GPU)

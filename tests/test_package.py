@@ -39,7 +39,7 @@ needs_nvcc = pytest.mark.skipif(setup.find_nvcc()[0] is None, reason=setup.find_
 
 
 FOLDERS = ("benchmarks", "csrc", "docs", "fastsimclr", "scripts", "tests")
-FILES = ("CMakeLists.txt", "LICENSE", "MANIFEST.in", "README.md", "pyproject.toml", "setup.py")
+FILES = ("CMakeLists.txt", "LICENSE", "MANIFEST.in", "README.md", "mkdocs.yml", "pyproject.toml", "setup.py")
 BUILT = ("__pycache__", "*.so", "_build.*.json")
 
 

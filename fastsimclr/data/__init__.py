@@ -1,4 +1,4 @@
-"""The data path: `open_views` returns an iterable of augmented batches for any data set and any backend."""
+"""Data loading: `open_views` returns an iterable of augmented batches for any dataset and backend."""
 
 from typing import TYPE_CHECKING
 

@@ -1,4 +1,4 @@
-"""The augmentation recipe as data: what may happen to a view, and how often. No framework, no pixels."""
+"""The augmentation recipe: its operations, their ranges and their probabilities. Uses no framework and no pixels."""
 
 from dataclasses import dataclass, fields, replace
 from functools import cached_property
@@ -12,51 +12,55 @@ CROPS = ("random", "center")
 
 @dataclass(frozen=True)
 class Augmentation:
-    """How views are drawn from an image. The defaults are the paper's for ImageNet (arXiv 2002.05709, appendix A)."""
+    """Augmentation recipe of the views of an image. The defaults are SimCLR's for ImageNet (arXiv 2002.05709, app. A).
+
+    A view is cropped, resized to (image_size, image_size) and flipped; then, in this order: color jitter, grayscale,
+    blur, solarize, normalize. Raises ValueError for an option out of range, naming the option.
+    """
 
     image_size: int = 224
-    """Side of a view in pixels."""
+    """Height and width of a view in pixels."""
     crop: str = "random"
-    """random: a resized crop of random area and aspect ratio. center: the central square, for evaluation."""
+    """Crop: random (random area, aspect ratio and position) or center (the central square, for evaluation)."""
     scale: tuple[float, float] = (0.08, 1.0)
-    """Area of a random crop, as a fraction of the image's."""
+    """Range of a random crop's area, as a fraction of the image's area."""
     ratio: tuple[float, float] = (3 / 4, 4 / 3)
-    """Aspect ratio (width / height) of a random crop."""
+    """Range of a random crop's aspect ratio (width / height)."""
     center_fraction: float = 0.875
     """Side of a center crop, as a fraction of the image's shorter side."""
     interpolation: str = "bicubic"
-    """Filter of the resize: bilinear or bicubic, always antialiased."""
+    """Interpolation of the resize: bilinear or bicubic, always antialiased."""
     flip_prob: float = 0.5
     """Probability of a horizontal flip."""
     jitter_prob: float = 0.8
-    """Probability of colour jitter: the four changes below, in random order."""
+    """Probability of color jitter: brightness, contrast, saturation and hue, in random order."""
     brightness: float = 0.8
-    """Brightness factor from U(1 - b, 1 + b), at least 0."""
+    """Brightness jitter b: the factor is sampled from U(max(0, 1 - b), 1 + b)."""
     contrast: float = 0.8
-    """Contrast factor from U(1 - c, 1 + c), at least 0, about the view's mean grey."""
+    """Contrast jitter c: the factor, about the view's mean gray level, is sampled from U(max(0, 1 - c), 1 + c)."""
     saturation: float = 0.8
-    """Saturation factor from U(1 - s, 1 + s), at least 0."""
+    """Saturation jitter s: the factor is sampled from U(max(0, 1 - s), 1 + s)."""
     hue: float = 0.2
-    """Turn of the hue circle from U(-h, h); at most 0.5."""
+    """Hue jitter h: the hue shift is sampled from U(-h, h), as a fraction of the color circle; 0 to 0.5."""
     grayscale_prob: float = 0.2
-    """Probability of greyscale."""
+    """Probability of converting the view to grayscale."""
     blur_prob: float = 0.5
     """Probability of Gaussian blur."""
     blur_sigma: tuple[float, float] = (0.1, 2.0)
-    """Standard deviation of the blur in pixels of the view, from U(low, high)."""
+    """Range of the blur's standard deviation, in pixels of the view; sampled from U(low, high)."""
     blur_kernel: float = 0.1
-    """Side of the blur's window, as a fraction of the view's (made odd)."""
+    """Size of the blur kernel, as a fraction of image_size; rounded to an odd number of pixels."""
     solarize_prob: float = 0.0
-    """Probability of solarisation, after the blur: levels from 128 up are inverted. BYOL's recipe has it."""
+    """Probability of solarize, which inverts levels of 128 and above (used by BYOL, arXiv 2006.07733)."""
     mean: tuple[float, float, float] = (0.485, 0.456, 0.406)
-    """Mean to subtract, of red, green and blue in [0, 1]."""
+    """Mean of the red, green and blue channels in [0, 1], subtracted from the view."""
     std: tuple[float, float, float] = (0.229, 0.224, 0.225)
-    """Standard deviation to divide by, likewise."""
+    """Standard deviation of the channels in [0, 1], by which the view is divided."""
     num_views: int = 2
-    """Views of each image."""
+    """Number of views per image."""
     per_view: tuple[dict[str, Any], ...] = ()
-    """Options that differ between views, one dict for each view: ({"blur_prob": 1.0}, {"blur_prob": 0.1,
-    "solarize_prob": 0.2}) is BYOL's pair. Empty: all views use the same options."""
+    """Options that override these for each view, one dict per view. BYOL's pair is ({"blur_prob": 1.0},
+    {"blur_prob": 0.1, "solarize_prob": 0.2}). Empty: all views use the same options."""
 
     def __post_init__(self) -> None:
         for name in ("flip_prob", "jitter_prob", "grayscale_prob", "blur_prob", "solarize_prob"):
@@ -75,16 +79,16 @@ class Augmentation:
         self._expect("std", min(self.std) > 0, "positive")
         self._expect("interpolation", self.interpolation in INTERPOLATIONS, f"one of {', '.join(INTERPOLATIONS)}")
         self._expect("crop", self.crop in CROPS, f"one of {', '.join(CROPS)}")
-        self._expect(
-            "per_view", len(self.per_view) in (0, self.num_views), f"one for each of {self.num_views} views, or none"
-        )
-        own = {f.name: f.default for f in fields(Augmentation) if f.name not in ("num_views", "per_view")}
-        for changes in self.per_view:
-            self._expect("per_view", set(changes) <= set(own), f"options of a view: {', '.join(own)}")
-            for name, value in changes.items():
-                self._expect("per_view", _alike(value, own[name]), f"a value for {name} such as {own[name]}")
+        expected = f"one dict for each of {self.num_views} views, or none"
+        self._expect("per_view", len(self.per_view) in (0, self.num_views), expected)
+        defaults = {f.name: f.default for f in fields(Augmentation) if f.name not in ("num_views", "per_view")}
+        for overrides in self.per_view:
+            self._expect("per_view", set(overrides) <= set(defaults), f"options of a view: {', '.join(defaults)}")
+            for name, value in overrides.items():
+                expected = f"a value for {name} such as {defaults[name]}"
+                self._expect("per_view", _same_type(value, defaults[name]), expected)
         if self.per_view:
-            _ = self.recipes  # each is checked as a whole
+            _ = self.recipes  # runs the checks of each view's options
 
     def _expect(self, name: str, holds: bool, expected: str) -> None:
         if not holds:
@@ -92,28 +96,28 @@ class Augmentation:
 
     @cached_property
     def recipes(self) -> tuple["Augmentation", ...]:
-        """What each view is drawn by: this recipe with that view's own changes, for that view alone."""
-        each = self.per_view or ({},) * self.num_views
+        """The recipe of each view: this one with the view's overrides from `per_view`, and num_views=1."""
+        per_view = self.per_view or ({},) * self.num_views
         return tuple(
-            replace(self, num_views=1, per_view=(), **{name: _tuple(value) for name, value in changes.items()})
-            for changes in each
+            replace(self, num_views=1, per_view=(), **{name: _to_tuple(value) for name, value in overrides.items()})
+            for overrides in per_view
         )
 
     def for_evaluation(self) -> "Augmentation":
-        """The same images seen for evaluation: one view, the central square, nothing else changed."""
+        """Return the recipe for evaluation: one view, a center crop, no other augmentation."""
         return replace(self.without_color(), crop="center", flip_prob=0.0)
 
     def without_color(self) -> "Augmentation":
-        """One view with crops and flips as here, but no colours changed: what a classifier is trained on (B.6)."""
+        """Return the recipe for training a classifier: one view with these crops and flips only (SimCLR, app. B.6)."""
         return replace(
             self, num_views=1, per_view=(), jitter_prob=0.0, grayscale_prob=0.0, blur_prob=0.0, solarize_prob=0.0
         )
 
     @staticmethod
     def preset(name: str) -> "Augmentation":
-        """The views of a preset of configs/: "imagenet" (these defaults), "cifar10" or "digits".
+        """Return the recipe of a preset in configs/: "imagenet" (the defaults), "cifar10", ...
 
-        Raises UserError if there is none of that name.
+        Raises UserError for an unknown name.
         """
         import yaml  # here, so that the loss and the view kernels need only PyTorch and torchvision
 
@@ -121,29 +125,34 @@ class Augmentation:
 
     @staticmethod
     def from_options(data: dict[str, Any]) -> "Augmentation":
-        """The views that the section `data` of a run's configuration asks for; its other options are left alone."""
-        own = {f.name for f in fields(Augmentation)}
-        return Augmentation(**{name: _tuple(value) for name, value in data.items() if name in own})
+        """Return the recipe given by section `data` of a run's configuration; its other options are ignored."""
+        names = {f.name for f in fields(Augmentation)}
+        return Augmentation(**{name: _to_tuple(value) for name, value in data.items() if name in names})
 
     @staticmethod
     def multi_crop(
         small: int = 6, small_size: int = 96, small_scale: tuple[float, float] = (0.05, 0.14), **recipe: Any
     ) -> "Augmentation":
-        """Two views of the whole `recipe` and `small` small ones of less of the image (SwAV, arXiv 2006.09882)."""
+        """Return SwAV's multi-crop recipe (arXiv 2006.09882): two large views and `small` views of a smaller area.
+
+        small_size: side of a small view in pixels. small_scale: its range of area; that of large views is
+            (small_scale[1], 1) by default.
+        recipe: options of all views.
+        """
         large: dict[str, Any] = {"scale": (small_scale[1], 1.0), **recipe}
-        of_small = {"image_size": small_size, "scale": small_scale}
-        return Augmentation(**large, num_views=2 + small, per_view=({}, {}, *[of_small] * small))
+        small_view = {"image_size": small_size, "scale": small_scale}
+        return Augmentation(**large, num_views=2 + small, per_view=({}, {}, *[small_view] * small))
 
 
-def _tuple(value: Any) -> Any:
-    """YAML's list as the tuple that it stands for."""
+def _to_tuple(value: Any) -> Any:
+    """Convert a list, as YAML has it, to a tuple."""
     return tuple(value) if isinstance(value, list) else value
 
 
-def _alike(value: Any, default: Any) -> bool:
-    """Whether a value out of YAML is of the default's kind: a number, a text, or as many numbers."""
+def _same_type(value: Any, default: Any) -> bool:
+    """Return whether a value read from YAML has the default's type; an int passes for a float, a list for a tuple."""
     if isinstance(default, tuple):
-        return isinstance(value, list | tuple) and len(value) == len(default) and all(map(_alike, value, default))
+        return isinstance(value, list | tuple) and len(value) == len(default) and all(map(_same_type, value, default))
     if isinstance(default, float):
         return isinstance(value, int | float) and not isinstance(value, bool)
     return type(value) is type(default)

@@ -1,4 +1,4 @@
-"""The backends that decode and crop images, and which of them "auto" takes."""
+"""The backends that decode and crop images, and the choice made by "auto"."""
 
 import importlib.util
 from typing import TYPE_CHECKING, Literal, get_args
@@ -13,7 +13,7 @@ BACKENDS: tuple[str, ...] = get_args(Backend)
 
 
 def choose_backend(source: "Source", device: "torch.device") -> tuple[str, str]:
-    """The backend that "auto" takes for these images on this device, and the reason."""
+    """Return the backend that "auto" selects for `source` and `device`, and the reason."""
     from fastsimclr.data.memory import fits_in_memory
     from fastsimclr.data.sources import ArraySource, EncodedSource
 
@@ -22,8 +22,8 @@ def choose_backend(source: "Source", device: "torch.device") -> tuple[str, str]:
     if isinstance(source, EncodedSource) and fits_in_memory(source):
         return "memory", "the images are small and of one size"
     if device.type != "cuda":
-        return "torchvision", "without a GPU it decodes as fast as DALI"
-    # find_spec raises, and does not return None, for a submodule of a package that is not installed.
+        return "torchvision", "it decodes as fast as DALI on a CPU"
+    # For a submodule of a package that is not installed, find_spec raises instead of returning None.
     if importlib.util.find_spec("nvidia") is None or importlib.util.find_spec("nvidia.dali") is None:
         return "torchvision", "DALI is not installed"
     return "dali", "it decodes on the GPU"

@@ -1,4 +1,4 @@
-"""Decoding and cropping by NVIDIA DALI: on the GPU, or by its CPU operators."""
+"""The DALI backend: decode and crop on the GPU, or with DALI's CPU operators."""
 
 import contextlib
 from collections import deque
@@ -22,15 +22,15 @@ from fastsimclr.data.sources import ArraySource, EncodedSource, Source
 from fastsimclr.errors import UserError
 
 _INTERPOLATION = {"bilinear": types.INTERP_LINEAR, "bicubic": types.INTERP_CUBIC}
-_AHEAD = 2  # batches inside the pipeline
+_PREFETCH = 2  # batches in the pipeline
 _READ_AHEAD = 2  # further batches whose files are being read
 
 
 class DaliBackend:
-    """A pipeline whose order, crops and flips come from outside: they are the same in every loader.
+    """Crop backend that runs a DALI pipeline. Order, crops and flips are external inputs, the same as in all backends.
 
-    Threads read files and find each image's size by its header; the pipeline decodes it once and crops, resizes and
-    flips it for each view. Its outputs are handed on without a copy (DLPack).
+    Threads read the files and the image sizes in their headers. The pipeline decodes each image once and crops, resizes
+    and flips it for each view. Its outputs are shared with torch without a copy (DLPack).
     """
 
     def __init__(
@@ -39,12 +39,11 @@ class DaliBackend:
         self.source, self.augmentation, self.device = source, augmentation, device
         self._readers = ThreadPoolExecutor(max_workers=max(2, threads), thread_name_prefix="fastsimclr-read")
         self._requests: Iterator[BatchRequest] = iter(())
-        self._reading: deque[tuple[BatchRequest, list[Future[NDArray[np.uint8]]]]] = deque()
-        self._inside: deque[tuple[BatchRequest, list[ViewParams]]] = (
-            deque()
-        )  # batches that the pipeline has taken, not given back
+        self._read_queue: deque[tuple[BatchRequest, list[Future[NDArray[np.uint8]]]]] = deque()
+        # Batches that the pipeline has taken but not returned.
+        self._in_pipeline: deque[tuple[BatchRequest, list[ViewParams]]] = deque()
         self._bad_input: UserError | None = None
-        self._lent: deque[tuple[torch.cuda.Event, tuple[Tensor, ...]]] = deque()
+        self._in_use: deque[tuple[torch.cuda.Event, tuple[Tensor, ...]]] = deque()
         self._batch_size, self._threads = batch_size, threads
         self._names = [list(self._view_inputs(np.empty(0, VIEW_PARAMS), recipe)) for recipe in augmentation.recipes]
         self._pipeline = self._build()
@@ -53,34 +52,34 @@ class DaliBackend:
         self._requests = requests
         self._pipeline = self._pipeline or self._build()
         try:
-            while (made := self._run()) is not None:
-                yield made
-                self._lend(made.crops)
+            while (batch := self._next_batch()) is not None:
+                yield batch
+                self._keep_until_read(batch.crops)
         finally:
-            self._empty()
+            self._drain()
 
-    def _empty(self) -> None:
-        """Leave the pipeline empty for the next epoch, also where this one was abandoned."""
+    def _drain(self) -> None:
+        """Empty the pipeline for the next epoch, also if this one was abandoned."""
         self._requests = iter(())
-        for _, files in self._reading:
+        for _, files in self._read_queue:
             for file in files:
                 file.cancel()
-        self._reading.clear()
-        with contextlib.suppress(Exception):  # of batches that nobody asked for
-            while self._pipeline is not None and self._run() is not None:  # None: it has taken note of the end
+        self._read_queue.clear()
+        with contextlib.suppress(Exception):  # errors of batches that are discarded
+            while self._pipeline is not None and self._next_batch() is not None:  # None: it was reset
                 pass
 
-    def _lend(self, augmentation: tuple[Tensor, ...]) -> None:
-        """On a GPU, keep DALI from writing into buffers that torch's stream has still to read."""
+    def _keep_until_read(self, crops: tuple[Tensor, ...]) -> None:
+        """Hold the crops until torch's stream has read them, as DALI overwrites released buffers (GPU only)."""
         if self.device.type == "cuda":
             event = torch.cuda.Event()
-            event.record()  # behind whatever the consumer has queued by now
-            self._lent.append((event, augmentation))
-            while self._lent[0][0].query() and len(self._lent) > 1:
-                self._lent.popleft()
+            event.record()  # after all work that the consumer has queued so far
+            self._in_use.append((event, crops))
+            while self._in_use[0][0].query() and len(self._in_use) > 1:
+                self._in_use.popleft()
 
     def device_bytes(self) -> int:
-        return 0  # DALI tells it only of executors with exec_dynamic=False, which this is not
+        return 0  # DALI reports it only for executors with exec_dynamic=False, which is not used here
 
     def close(self) -> None:
         self._readers.shutdown(cancel_futures=True)
@@ -91,34 +90,36 @@ class DaliBackend:
             return self.source.images[index].numpy()
         assert isinstance(self.source, EncodedSource)
         data = self.source.read(index)
-        # Formats that DALI knows not, or not alike, go in as raw pixels behind a PPM header.
+        # Formats that DALI does not decode, or decodes differently, are passed as PPM, i.e. raw pixels.
         return data if is_web_format(data) else as_ppm(decode(data, self.source.name(index)))
 
-    def _inputs(self) -> tuple[Any, ...]:
-        """DALI asks for the next batch: images, then each view's inputs."""
-        while len(self._reading) <= _READ_AHEAD and (request := next(self._requests, None)) is not None:
-            self._reading.append((request, [self._readers.submit(self._read, index) for index in request.index]))
-        if not self._reading:
+    def _next_inputs(self) -> tuple[Any, ...]:
+        """Return the pipeline's inputs for the next batch: images, then the inputs of each view. Called by DALI."""
+        while len(self._read_queue) <= _READ_AHEAD and (request := next(self._requests, None)) is not None:
+            self._read_queue.append((request, [self._readers.submit(self._read, index) for index in request.index]))
+        if not self._read_queue:
             raise StopIteration
-        request, files = self._reading.popleft()
+        request, files = self._read_queue.popleft()
         try:
             images = [file.result() for file in files]
             params = sample_batch_params(self.augmentation, *request, self._sizes(request, images))
         except UserError as error:
-            self._bad_input = error  # to be raised behind the batches before it, which are whole
+            self._bad_input = error  # raised after the batches before it, which are complete
             raise StopIteration from None
-        self._inside.append((request, params))
-        of_views = map(self._view_inputs, params, self.augmentation.recipes)
-        return images, *[values for of_view in of_views for values in of_view.values()]
+        self._in_pipeline.append((request, params))
+        inputs = map(self._view_inputs, params, self.augmentation.recipes)
+        return images, *[values for view_inputs in inputs for values in view_inputs.values()]
 
     def _view_inputs(self, params: ViewParams, recipe: Augmentation) -> dict[str, Any]:
-        """What the pipeline needs of a view's draws (B,), by name."""
+        """Return the pipeline's inputs for a view with parameters `params` (B,), by name."""
         box = params["box"].astype(np.float32)
         inputs = {"start": box[:, :2], "end": box[:, :2] + box[:, 2:], "flip": params["flip"].astype(np.int32)}
-        return {name: np.ascontiguousarray(values) for name, values in inputs.items()}  # DALI takes no others
+        return {
+            name: np.ascontiguousarray(values) for name, values in inputs.items()
+        }  # DALI requires contiguous arrays
 
     def _sizes(self, request: BatchRequest, images: list[NDArray[np.uint8]]) -> NDArray[np.int64]:
-        """(B, 2): heights and widths, upright."""
+        """Return (B, 2): height and width of the upright images."""
         if isinstance(self.source, ArraySource):
             return np.array([image.shape[:2] for image in images])
         assert isinstance(self.source, EncodedSource)
@@ -128,8 +129,8 @@ class DaliBackend:
             [upright_size(data, self.source.name(i)) for data, i in zip(images, request.index, strict=True)]
         )
 
-    def _run(self) -> CroppedBatch | None:
-        """The next batch; None when all are out."""
+    def _next_batch(self) -> CroppedBatch | None:
+        """Return the next batch from the pipeline; None at the end of the epoch."""
         try:
             outputs = self._pipeline.run()
         except StopIteration:
@@ -139,37 +140,37 @@ class DaliBackend:
                 raise error from None
             return None
         except Exception:  # DALI's errors share no base class
-            requests = [request for request, _ in self._inside]
-            self._inside.clear()
-            self._pipeline = None  # it cannot go on after an error; the next epoch builds another
+            requests = [request for request, _ in self._in_pipeline]
+            self._in_pipeline.clear()
+            self._pipeline = None  # it cannot be used after an error; the next epoch builds a new one
             for request in requests:
-                self._blame(request)
-            raise  # no image is to blame
-        _, params = self._inside.popleft()
+                self._raise_if_bad(request)
+            raise  # not due to an image
+        _, params = self._in_pipeline.popleft()
         return CroppedBatch(tuple(torch.from_dlpack(output.as_tensor()) for output in outputs), params)
 
-    def _blame(self, request: BatchRequest) -> None:
-        """DALI does not say which image it failed on: raise UserError for the first that our own decoder refuses."""
+    def _raise_if_bad(self, request: BatchRequest) -> None:
+        """Raise UserError for the first image that `decode` rejects, as DALI does not report which one failed."""
         if isinstance(self.source, EncodedSource):
             for index in request.index:
                 decode(self.source.read(index), self.source.name(index))
 
     def _build(self, **options: Any) -> Any:
-        """The pipeline. options: pipeline_def's."""
+        """Build the pipeline. options: arguments of pipeline_def."""
         on_gpu = self.device.type == "cuda"
         pipeline = pipeline_def(**options)(self._graph)(
             batch_size=self._batch_size,
             num_threads=self._threads,
             device_id=self.device.index or 0 if on_gpu else None,
-            prefetch_queue_depth=_AHEAD,
+            prefetch_queue_depth=_PREFETCH,
         )
         pipeline.build()
         return pipeline
 
     def _graph(self) -> Any:
-        """The pipeline's outputs: each view, HWC."""
+        """Define the pipeline; returns its outputs, one (H, W, C) per view."""
         on_gpu = self.device.type == "cuda"
-        images, *inputs = fn.external_source(self._inputs, num_outputs=1 + sum(map(len, self._names)))
+        images, *inputs = fn.external_source(self._next_inputs, num_outputs=1 + sum(map(len, self._names)))
         if isinstance(self.source, EncodedSource):
             decoder = "mixed" if on_gpu else "cpu"
             images = fn.decoders.image(images, device=decoder, output_type=types.RGB, jpeg_fancy_upsampling=True)
@@ -178,20 +179,20 @@ class DaliBackend:
         images = fn.reshape(images, layout="HWC")
         views = []
         for number, recipe in enumerate(self.augmentation.recipes):
-            of_view = {name: inputs.pop(0) for name in self._names[number]}
-            views.append(self._view(images, of_view, recipe))
+            view_inputs = {name: inputs.pop(0) for name in self._names[number]}
+            views.append(self._view(images, view_inputs, recipe))
         return tuple(views)
 
     def _view(self, images: Any, inputs: dict[str, Any], recipe: Augmentation) -> Any:
-        """One view, HWC, of each image, by the inputs of `_view_inputs`."""
-        place = "gpu" if self.device.type == "cuda" else "cpu"
+        """Define one view, (H, W, C), of each image, from the inputs of `_view_inputs`."""
+        device = "gpu" if self.device.type == "cuda" else "cpu"
         view = fn.resize(
             images,
-            device=place,
+            device=device,
             size=[recipe.image_size] * 2,
             roi_start=inputs["start"],
             roi_end=inputs["end"],
             antialias=True,
             interp_type=_INTERPOLATION[recipe.interpolation],
         )
-        return fn.flip(view, device=place, horizontal=inputs["flip"])
+        return fn.flip(view, device=device, horizontal=inputs["flip"])

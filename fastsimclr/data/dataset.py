@@ -1,4 +1,4 @@
-"""Open a data set once for every command, and loaders of augmented batches on it."""
+"""Open a dataset, and loaders of augmented batches from it."""
 
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -23,12 +23,12 @@ Pair = tuple[Source, Source | None]
 
 @dataclass(frozen=True)
 class Dataset:
-    """Images that decode, ready to be loaded by the backend that was asked for."""
+    """Checked images, prepared for the requested backend."""
 
     train: Source
     val: Source | None
     skipped: list[str] | None
-    """What is wrong with each image left out, starting with its name; None: no files had to be checked."""
+    """One line per skipped image, its name and the reason; None if there were no files to check."""
 
 
 def open_dataset(
@@ -44,25 +44,25 @@ def open_dataset(
     stop: Callable[[], bool] = lambda: False,
     option: str = "--data.max_bad",
 ) -> Dataset:
-    """Open, check and prepare images to train on and to validate on. All ranks share the work and fail together.
+    """Open, check and prepare the training and validation images. All ranks share the work and fail together.
 
-    train, val: paths as of `open_source`. Without `val`, a built-in set brings its own validation images.
-    backend: of the loaders to come; for "memory" the images are decoded here, once.
-    max_bad: the largest fraction of files that may be bad. They are left out.
-    cache: the folder that keeps the scan's results. skipped_to: the folder to list bad images in.
-    select: checks the two sources, and may replace them by parts of them, before the scan.
-    stop: asked during the scan; once true on any rank, all raise ScanStopped.
-    option: what `max_bad` is called in an error.
-    Raises UserError on all ranks for data that is missing, unreadable, or refused by `select`.
+    train, val: paths as for `open_source`. If `val` is None, a built-in dataset uses its own validation images.
+    backend: backend of the loaders; for "memory" the images are decoded here, once.
+    max_bad: largest fraction of images that may fail to decode. They are skipped.
+    cache: folder for the results of the scan. skipped_to: folder for the list of skipped images.
+    select: called with both sources before the scan; checks them, and may return subsets.
+    stop: called during the scan; once it returns True on any rank, all ranks raise ScanStopped.
+    option: name of `max_bad` in error messages.
+    Raises UserError on all ranks if data is missing, unreadable or rejected by `select`.
     """
 
-    def opened() -> Pair:
+    def open_pair() -> Pair:
         held_out = None
         if val is not None or is_built_in(train):
             held_out = open_source(val or train, split="val")
         return select(open_source(train), held_out)
 
-    sources = run_on_all_ranks(opened, world)
+    sources = run_on_all_ranks(open_pair, world)
     skipped: list[str] | None = None
     checked: list[Source | None] = []
     for source in sources:
@@ -70,12 +70,12 @@ def open_dataset(
             try:
                 scanned = scan_images(source, max_bad=max_bad, cache=cache, world=world, stop=stop)
             except BadImages as error:
-                where = ""
+                list_file = ""
                 if skipped_to is not None:
-                    where = f" ({skipped_to / SKIPPED_FILE} names all)"
+                    list_file = f" (all are listed in {skipped_to / SKIPPED_FILE})"
                     if world.is_rank_zero:
                         write_skipped_images(skipped_to, [*(skipped or []), *error.bad])
-                raise UserError(f"{option}{str(error).removeprefix('max_bad')}{where}") from error
+                raise UserError(f"{option}{str(error).removeprefix('max_bad')}{list_file}") from error
             source = scanned.source
             skipped = list(dict.fromkeys([*(skipped or []), *scanned.bad]))  # `val` may be `train`
         checked.append(source)
@@ -89,12 +89,12 @@ def open_dataset(
 
 
 def is_built_in(path: str) -> bool:
-    """Whether this names a built-in set, which has a training and a validation part."""
+    """Return whether `path` is a built-in dataset, which has training and validation images."""
     return path.partition(":")[0] in BUILT_IN
 
 
 def prepare(source: Source, backend: str, device: torch.device) -> tuple[Source, str]:
-    """The source as `backend` takes it, decoded for "memory", and the backend, chosen for "auto"."""
+    """Return the source (decoded if the backend is "memory") and the backend (chosen if it is "auto")."""
     if backend not in BACKENDS:
         raise UserError(f"backend: got {backend!r}, expected one of {', '.join(BACKENDS)}")
     if backend == "auto":
@@ -116,20 +116,25 @@ def open_views(
     world_size: int = 1,
     **options: Any,
 ) -> ViewLoader:
-    """Augmented batches of the images at `path`: an iterable with len(), set_epoch(), state_dict(), load_state_dict().
+    """Open a loader of augmented batches of the images at `path`.
 
-    path: a folder of class folders, a flat folder, tar shards ("train-{000..127}.tar", "*.tar"), "digits",
+    It is an iterable of `Batch`, one epoch per iteration, with len(), set_epoch(), state_dict() and load_state_dict().
+
+    path: folder of class folders, flat folder of images, tar shards ("train-{000..127}.tar", "*.tar"), "digits",
         "cifar10[:ROOT]", "stl10[:ROOT]", or a Source.
-    batch_size: images per batch, over all ranks; each rank gets its part. The last batch may be smaller.
-    max_bad: decode every image first, and leave out those that fail, if they are at most this fraction (otherwise
-        UserError). None: no scan; the first image that does not decode raises UserError when it is reached.
-    cache: a folder that keeps the scan's results for the next one.
-    device: where views are made and delivered.
-    options: the fields of `fastsimclr.data.loader.LoaderConfig`: backend ("auto", "dali", "torchvision" or "memory"),
-        seed, shuffle, drop_last, min_local_batch, workers, dtype.
+    augmentation: recipe of the views.
+    batch_size: global batch size, images per batch over all ranks; each rank gets its share. The last batch may be
+        smaller.
+    max_bad: if given, decode every image first and skip those that fail; raise UserError if they are more than this
+        fraction. None: no scan; an image that does not decode raises UserError when it is reached.
+    cache: folder in which the results of the scan are kept for the next one.
+    device: device on which views are computed and returned.
+    rank, world_size: this process and the number of processes that share each batch.
+    options: fields of `fastsimclr.data.loader.LoaderConfig`: backend ("auto", "dali", "torchvision" or "memory"), seed,
+        shuffle, drop_last, min_local_batch, workers, dtype.
 
-    Yields Batch(views: tuple of (B, 3, H, W) channels-last, index: (B,), label: (B,), position).
-    Raises UserError (a ValueError) for missing or unreadable data, and for options that do not fit it.
+    Yields Batch(views: tuple of (B, 3, H, W) channels-last, index: (B,), label: (B,), position), B on this rank.
+    Raises UserError (a ValueError) for missing or unreadable data and for invalid options.
     """
     world = World(rank, world_size, torch.device(device))
     config = LoaderConfig(batch_size=batch_size, world=world, **options)
@@ -140,7 +145,7 @@ def open_views(
 
 
 def open_loader(source: Source, augmentation: Augmentation, config: LoaderConfig) -> ViewLoader:
-    """A loader of these images."""
+    """Open a loader of augmented batches from `source`."""
     source, backend = prepare(source, config.backend, config.world.device)
     sampler = Sampler(
         len(source),
@@ -171,7 +176,7 @@ def _open_file_backend(backend: str, source: Source, augmentation: Augmentation,
         from fastsimclr.data.dali import DaliBackend
     except ImportError as error:
         raise UserError(
-            f"backend: got dali, but it is not installed ({error}); pip install nvidia-dali-cuda130, or use torchvision"
+            f"backend: got dali, which is not installed ({error}); pip install nvidia-dali-cuda130, or use torchvision"
         ) from error
-    largest = -(-config.batch_size // config.world.world_size)
-    return DaliBackend(source, augmentation, config.world.device, largest, max(1, workers))
+    max_local_batch = -(-config.batch_size // config.world.world_size)
+    return DaliBackend(source, augmentation, config.world.device, max_local_batch, max(1, workers))

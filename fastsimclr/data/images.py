@@ -1,4 +1,4 @@
-"""Encoded images of any common kind, decoded to upright RGB."""
+"""Decoding of images in common formats to upright RGB."""
 
 import io
 import re
@@ -12,77 +12,77 @@ from torch import Tensor
 
 from fastsimclr.errors import UserError
 
-# Pillow loads its formats at need; a thread that reads meanwhile would take a good file for one of no format.
+# Pillow loads its formats lazily; a thread that opens a file meanwhile would fail to identify its format.
 Image.init()
 
 EXTENSIONS = (".jpg", ".jpeg", ".png", ".webp", ".bmp", ".gif", ".tif", ".tiff", ".ppm", ".pgm")
 _EXIF_ORIENTATION = 0x0112
-# torchvision's decoders without their Python wrapper, which from 0.29 warns of its removal at each image. Where they
-# are gone or were not built, Pillow gives the same pixels a fifth slower.
+# torchvision's decoders without their Python wrapper, which from 0.29 warns of its removal at each image. If they were
+# removed or not built, Pillow decodes the same pixels 20 % slower.
 _decode_web = getattr(torch.ops.image, "decode_image", None)
 _RGB = 3  # torchvision.io.ImageReadMode.RGB
 _WEBP_EXIF, _WEBP_ANIMATION = 0x08, 0x02  # flags of an extended WebP's header
 
 
 def decode(data: NDArray[np.uint8], name: str) -> Tensor:
-    """The image in `data` as (3, H, W) uint8: RGB, upright by its EXIF tag, 16 bits reduced to 8, alpha dropped.
+    """Decode the image in `data` to (3, H, W) uint8 RGB, upright by its EXIF tag, 16 bits reduced to 8, alpha dropped.
 
-    Raises UserError, with `name`, if it cannot be read whole.
+    name: name of the image in an error. Raises UserError if the image cannot be decoded completely.
     """
     try:
         if _decode_web is not None and is_web_format(data):
-            image = _decode_web(torch.from_numpy(data), _RGB, True)  # True: upright by the EXIF tag
+            image = _decode_web(torch.from_numpy(data), _RGB, True)  # True: apply the EXIF orientation
             return image if image.dtype == torch.uint8 else (image.to(torch.int32) >> 8).to(torch.uint8)
         with Image.open(io.BytesIO(data.tobytes())) as opened:
             return torch.from_numpy(_to_rgb(opened)).permute(2, 0, 1)
-    except Exception as error:  # each decoder raises its own kinds, for the same cause
+    except Exception as error:  # each decoder raises its own types
         reason = _reason(error)
         raise UserError(
-            f"{name}: got {len(data)} bytes that do not decode as an image ({reason}); expected a whole image: "
+            f"{name}: got {len(data)} bytes that do not decode as an image ({reason}); expected a complete image: "
             "remove or replace the file"
         ) from error
 
 
 def is_web_format(data: NDArray[np.uint8]) -> bool:
-    """Whether these bytes begin as JPEG, PNG or plain WebP: the formats that every decoder here reads alike."""
+    """Return whether `data` is JPEG, PNG or a plain WebP: the formats that all decoders used here decode equally."""
     head = data[:21].tobytes()
     if head[:4] == b"RIFF" and head[8:12] == b"WEBP":
-        # torchvision leaves a turned WebP as it lies, DALI refuses it, and neither knows an animation
+        # torchvision ignores the orientation of a WebP, DALI rejects it, and neither decodes an animation
         return not (head[12:16] == b"VP8X" and head[20] & (_WEBP_EXIF | _WEBP_ANIMATION))
     return head[:3] == b"\xff\xd8\xff" or head[:4] == b"\x89PNG"
 
 
 def upright_size(data: NDArray[np.uint8], name: str) -> tuple[int, int]:
-    """(height, width) of the decoded image, from its header alone. Raises UserError as `decode`."""
+    """Return (height, width) of the upright image, read from its header. Raises UserError like `decode`."""
     try:
         with Image.open(io.BytesIO(data.tobytes())) as opened:
             if opened.format == "TIFF":
-                opened.load()  # Pillow turns these itself, its versions at different times
+                opened.load()  # Pillow applies their orientation itself, when depends on its version
             width, height = opened.size
-            turned = opened.getexif().get(_EXIF_ORIENTATION, 1) >= 5  # 5 to 8 exchange the sides
+            is_transposed = opened.getexif().get(_EXIF_ORIENTATION, 1) >= 5  # 5 to 8 swap height and width
     except Exception as error:
         raise UserError(
-            f"{name}: got {len(data)} bytes without an image's header; expected an image: remove or replace the file"
+            f"{name}: got {len(data)} bytes without an image header; expected an image: remove or replace the file"
         ) from error
-    return (width, height) if turned else (height, width)
+    return (width, height) if is_transposed else (height, width)
 
 
 def as_ppm(image: Tensor) -> NDArray[np.uint8]:
-    """(3, H, W) uint8 as the bytes of a PPM file: raw pixels behind a header of three numbers."""
+    """Encode an image (3, H, W) uint8 as the bytes of a PPM file: a short header and the raw pixels."""
     header = f"P6 {image.shape[2]} {image.shape[1]} 255\n".encode()
     return np.concatenate([np.frombuffer(header, np.uint8), image.permute(1, 2, 0).reshape(-1).numpy()])
 
 
 def _reason(error: Exception) -> str:
-    """What a decoder found, without its source file's name or an address of ours."""
+    """Return a decoder's message without source locations and object addresses."""
     if isinstance(error, UnidentifiedImageError):
-        return "of no known format"
+        return "unknown format"
     return re.sub(r"^.*\.cpp:\d+,? *", "", (str(error) or type(error).__name__).splitlines()[0])[:120]
 
 
 def _to_rgb(opened: Image.Image) -> NDArray[np.uint8]:
     image = ImageOps.exif_transpose(opened)
-    if image.mode.startswith("I"):  # 16 bits in I or I;16: Pillow's own conversion would clip
-        grey = (np.asarray(image).astype(np.int64) >> 8).clip(0, 255).astype(np.uint8)
-        return np.repeat(grey[:, :, None], 3, axis=2)
+    if image.mode.startswith("I"):  # 16 bits in I or I;16: Pillow's conversion would clip
+        gray = (np.asarray(image).astype(np.int64) >> 8).clip(0, 255).astype(np.uint8)
+        return np.repeat(gray[:, :, None], 3, axis=2)
     return np.array(image.convert("RGB"))

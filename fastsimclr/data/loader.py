@@ -1,4 +1,4 @@
-"""What every loader shares: the order, the draws, the photometric op, and the place where a run stands."""
+"""The loader: sampler, crop backend and photometric augmentation, with a position to resume from."""
 
 from collections.abc import Generator, Iterator
 from dataclasses import dataclass
@@ -20,93 +20,94 @@ from fastsimclr.profiling import stage
 
 
 class Batch(NamedTuple):
-    """A rank's part of a batch, on the loader's device."""
+    """This rank's part of a batch, B images, on the loader's device."""
 
     views: tuple[Tensor, ...]
-    """(B, 3, H, W) of each view, normalised, channels-last."""
-    index: Tensor  # type: ignore[assignment]  # a field here, not tuple's method
-    """(B,) int64: which images of the source."""
+    """One tensor (B, 3, H, W) per view, normalized, channels-last, of the loader's dtype."""
+    index: Tensor  # type: ignore[assignment]  # shadows tuple.index
+    """(B,) int64: indices of the images in the source."""
     label: Tensor
-    """(B,) int64; -1 where there is none."""
+    """(B,) int64: class labels; -1 for unlabeled images."""
     position: dict[str, Any]
-    """The loader's state after this batch, for `load_state_dict`: "epoch", "position" (images of it, over all ranks),
-    and the "images" and "seed" that it belongs to."""
+    """The loader's state after this batch, for `load_state_dict`: "epoch", "position" (images consumed in this epoch
+    over all ranks), and "images" and "seed", which must match when it is loaded."""
 
     @property
     def ends_epoch(self) -> bool:
-        """Whether the next batch starts another epoch."""
+        """Whether this is the last batch of its epoch."""
         return self.position["position"] == 0
 
     @property
     def epoch(self) -> int:
-        """The epoch, counted from 0, that this batch is part of."""
+        """The epoch of this batch, from 0."""
         return self.position["epoch"] - self.ends_epoch
 
 
 @dataclass(frozen=True, kw_only=True)
 class LoaderConfig:
-    """How a loader delivers a source's images."""
+    """Options of a loader."""
 
     batch_size: int
-    """Images per batch, over all ranks; each rank gets its part. The last batch may be smaller."""
+    """Global batch size: images per batch over all ranks; each rank gets its share. The last batch may be smaller."""
     backend: str = "auto"
-    """dali (on a GPU, or its CPU operators), torchvision (a DataLoader), memory (images of one size, decoded once and
-    kept on the device); auto: memory for the built-in sets and for small images that a scan has found to be of one
-    size, else dali on a GPU and torchvision without one."""
+    """Backend that decodes and crops: "dali" (on a GPU or with its CPU operators), "torchvision" (a DataLoader) or
+    "memory" (images of one size, decoded once and kept on the device). "auto": memory for built-in datasets and for
+    small images that a scan found to be of one size; otherwise dali on a GPU and torchvision on a CPU."""
     world: World = SINGLE_PROCESS
-    """The device on which views are made and delivered, and this rank among those that share each batch."""
+    """This rank, the number of ranks that share each batch, and the device of the views."""
     seed: int = 0
-    """Of the order and of every draw. Views are the same for every backend, up to how it resamples (one level)."""
+    """Seed of the order and of the random parameters. Every backend yields the same views, up to its resampling (one
+    level of 255)."""
     shuffle: bool = True
-    """A new order each epoch; otherwise the source's."""
+    """Shuffle the images every epoch; otherwise use the order of the source."""
     drop_last: bool = False
-    """Leave out an epoch's last batch if it is smaller than the others."""
+    """Drop the last batch of an epoch if it is smaller than the others."""
     min_local_batch: int = 1
-    """The last batch is also left out where some rank would have fewer than this many images of it."""
+    """Minimum number of images per rank in the last batch; it is dropped if some rank would have fewer."""
     workers: int | None = None
-    """DataLoader processes, or DALI threads; None: by the number of cores."""
+    """DataLoader worker processes or DALI threads; None picks by the number of CPU cores."""
     dtype: torch.dtype = torch.float32
-    """Of the views."""
+    """Dtype of the views."""
 
 
 class BatchRequest(NamedTuple):
-    """A batch to make: by these three and the images' sizes, `draw_views` draws it."""
+    """A batch to load. With the sizes of its images, these determine its random parameters."""
 
     seed: int
     epoch: int
-    index: NDArray[np.int64]  # type: ignore[assignment]  # (B,): which images of the source
+    index: NDArray[np.int64]  # type: ignore[assignment]  # (B,): indices of the images in the source
 
 
 class CroppedBatch(NamedTuple):
-    """A batch half made, on the loader's device."""
+    """A batch after crop, resize and flip, on the loader's device."""
 
     crops: tuple[Tensor, ...]
-    """(B, S, S, 3) uint8 of each view."""
+    """One tensor (B, S, S, 3) uint8 per view, S its image_size."""
     params: list[ViewParams]
-    """(B,) of each view: what is still to happen to its colours."""
+    """One array (B,) per view: the sampled parameters, of which the photometric ones are still to be applied."""
 
 
 class CropBackend(Protocol):
-    """The first half of a loader, which differs: it reads, decodes, draws, crops, resizes and flips."""
+    """The part of a loader that depends on the backend: read, decode, sample parameters, crop, resize and flip."""
 
     def crops(self, requests: Iterator[BatchRequest]) -> Generator[CroppedBatch, None, None]:
-        """Each job's batch, in order."""
+        """Yield the batch of each request, in order."""
         ...
 
     def device_bytes(self) -> int:
-        """Memory that it holds on the loader's device, as far as it knows."""
+        """Return the bytes held on the loader's device, as far as known."""
         ...
 
     def close(self) -> None:
-        """Stop workers and give back memory."""
+        """Stop the workers and free memory."""
         ...
 
 
 class ViewLoader:
-    """An epoch's batches each time it is iterated over; `open_views` makes one.
+    """Iterable of augmented batches, one epoch per iteration; created by `open_views`.
 
-    A batch depends on the source, the recipe, the seed, the epoch and its place in the order alone, so that a loader
-    with the state of another continues exactly as that one would have.
+    A batch depends only on the source, the augmentation, the seed, the epoch and its position in the order, so a loader
+    that loads the state of another one continues exactly as that one would.
     """
 
     def __init__(
@@ -130,64 +131,65 @@ class ViewLoader:
         self._crops: Generator[CroppedBatch, None, None] | None = None  # of the latest iteration
 
     def __len__(self) -> int:
-        """Batches of a whole epoch."""
+        """Return the number of batches in an epoch."""
         return len(self._sampler)
 
     def __iter__(self) -> Generator[Batch, None, None]:
-        """The batches from the position on (an epoch's start, but for a loaded state).
+        """Yield the batches of the epoch from the current position (the start, unless a state was loaded).
 
-        A front serves one iteration at a time: a new one ends the one before, which raises RuntimeError if continued.
+        The crop backend serves one iteration at a time: a new iteration ends the previous one, which raises
+        RuntimeError if continued.
         """
         sampler = self._sampler
         first = sampler.position
         parts = sampler.remaining()
         epoch = sampler.epoch
-        if not parts:  # resumed behind the last batch that these options leave
+        if not parts:  # resumed after the last batch that is not dropped
             sampler.epoch, sampler.position = epoch + 1, 0
         requests = (BatchRequest(sampler.seed, epoch, index) for index in parts if len(index))
         if self._crops is not None:
-            self._crops.close()  # else the front would hand out what it has made ahead for the one before
+            self._crops.close()  # drops the batches prefetched for the previous iteration
         self._crops = crops = self._crop_backend.crops(requests)
         try:
             for step, index in enumerate(parts, start=1):
                 if self._crops is not crops:
-                    raise RuntimeError("this iteration ended when a newer one of the same loader began")
-                made = next(crops) if len(index) else None
-                # Where to go on once this batch is used: at its end, or at the next epoch's start.
-                done = step == len(parts)
-                sampler.epoch = epoch + done
-                sampler.position = 0 if done else first + step * sampler.batch_size
-                if made is not None:
-                    yield self._finish(index, made)
+                    raise RuntimeError("this iteration ended when a newer one of the same loader started")
+                cropped = next(crops) if len(index) else None
+                # The position after this batch: its end, or the start of the next epoch.
+                is_last = step == len(parts)
+                sampler.epoch = epoch + is_last
+                sampler.position = 0 if is_last else first + step * sampler.batch_size
+                if cropped is not None:
+                    yield self._finish(index, cropped)
         finally:
             crops.close()
 
     def set_epoch(self, epoch: int) -> None:
-        """Choose the epoch of the next iteration. A position loaded or reached within that very epoch is kept."""
+        """Set the epoch of the next iteration. If it is the current epoch, the position within it is kept."""
         if epoch != self._sampler.epoch:
             self._sampler.epoch, self._sampler.position = epoch, 0
 
     def state_dict(self) -> dict[str, Any]:
-        """The position after the last batch that was handed out."""
+        """Return the position after the last batch yielded."""
         return self._sampler.state_dict()
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Continue from the position of another loader; its batch size and number of ranks may differ."""
+        """Continue from the position of another loader, whose batch size and number of ranks may differ."""
         self._sampler.load_state_dict(state)
 
     def device_bytes(self) -> int:
-        """Memory that the loader holds on its device between batches, as far as it is known."""
+        """Return the bytes that the loader holds on its device between batches, as far as known."""
         return self._crop_backend.device_bytes()
 
     def close(self) -> None:
-        """Stop workers and give back memory."""
+        """Stop the workers and free memory."""
         self._crop_backend.close()
 
-    def _finish(self, index: NDArray[np.int64], made: CroppedBatch) -> Batch:
+    def _finish(self, index: NDArray[np.int64], cropped: CroppedBatch) -> Batch:
         with stage("views"):
             views = tuple(
                 photometric(crops, params, recipe, self.dtype)
-                for crops, params, recipe in zip(made.crops, made.params, self.augmentation.recipes, strict=True)
+                for crops, params, recipe in zip(cropped.crops, cropped.params, self.augmentation.recipes, strict=True)
             )
         return Batch(
             views=views,

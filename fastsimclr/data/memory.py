@@ -1,4 +1,4 @@
-"""Images of one size, decoded and kept on the device: a whole batch is cropped at once, with no worker at all."""
+"""The backend for small images of one size: decoded once and kept on the device, cropped a batch at a time."""
 
 import os
 from collections.abc import Generator, Iterator
@@ -16,12 +16,12 @@ from fastsimclr.data.sources import ArraySource, EncodedSource
 from fastsimclr.errors import UserError
 from fastsimclr.profiling import stage
 
-_MAX_SIDE = 96  # STL-10's: of larger images crops are cheap beside decoding, and few sets of them fit
+_MAX_SIDE = 96  # pixels (STL-10's): for larger images crops are cheap compared to decoding, and few datasets fit
 _MAX_BYTES = 4 << 30
 
 
 def fits_in_memory(source: EncodedSource) -> bool:
-    """Whether to keep these images decoded; False without a scan, which alone knows their sizes."""
+    """Return whether to keep the images decoded. False without a scan, as their sizes are then unknown."""
     sizes = source.sizes
     if sizes is None or not (sizes == sizes[0]).all():
         return False
@@ -29,26 +29,26 @@ def fits_in_memory(source: EncodedSource) -> bool:
 
 
 def decode_all(source: EncodedSource) -> ArraySource:
-    """The same images, decoded by all cores. Raises UserError if they are not of one size, or one does not decode."""
+    """Decode all images with all CPU cores. Raises UserError if they differ in size or if one does not decode."""
 
-    def pixels(index: int) -> torch.Tensor:
+    def decode_one(index: int) -> torch.Tensor:
         return decode(source.read(index), source.name(index)).permute(1, 2, 0)
 
-    first = pixels(0)
+    first = decode_one(0)
     images = first.new_empty(len(source), *first.shape)
 
-    def put(index: int) -> None:
-        image = pixels(index)
+    def store(index: int) -> None:
+        image = decode_one(index)
         if image.shape != first.shape:
             raise UserError(
                 f"{source.name(index)}: got {image.shape[0]}x{image.shape[1]} pixels, expected {first.shape[0]}x"
-                f"{first.shape[1]} as {source.name(0)}: backend memory takes images of one size"
+                f"{first.shape[1]} as for {source.name(0)}: backend memory needs images of one size"
             )
         images[index] = image
 
     with ThreadPoolExecutor(len(os.sched_getaffinity(0)), thread_name_prefix="fastsimclr-decode") as threads:
         try:
-            for _ in threads.map(put, range(len(source))):
+            for _ in threads.map(store, range(len(source))):
                 pass
         except UserError:
             threads.shutdown(cancel_futures=True)
@@ -57,7 +57,7 @@ def decode_all(source: EncodedSource) -> ArraySource:
 
 
 class MemoryBackend:
-    """Crops out of one array."""
+    """Crop backend for images kept in one tensor on the device."""
 
     def __init__(self, source: ArraySource, augmentation: Augmentation, device: torch.device) -> None:
         self.augmentation = augmentation
@@ -68,8 +68,8 @@ class MemoryBackend:
             with stage("views"):
                 sizes = np.tile(self.images.shape[1:3], (len(request.index), 1))
                 params = sample_batch_params(self.augmentation, *request, sizes)
-                drawn = zip(params, self.augmentation.recipes, strict=True)
-                crops = tuple(crop(self.images, request.index, of_view, recipe) for of_view, recipe in drawn)
+                views = zip(params, self.augmentation.recipes, strict=True)
+                crops = tuple(crop(self.images, request.index, view_params, recipe) for view_params, recipe in views)
             yield CroppedBatch(crops, params)
 
     def device_bytes(self) -> int:

@@ -1,9 +1,10 @@
-"""Every random choice of the data path, from a counter-based generator: Philox4x32-10 (Salmon et al., SC 2011).
+"""Random parameters of views and order of images, from the counter-based generator Philox4x32-10.
 
-A draw is a function of (seed, epoch, image, view) and of nothing else: not of the loader, the batch size, the rank,
-the worker, or where a run was resumed. Nothing has a state, so there is nothing to save.
+Reference: Salmon et al., SC 2011. The parameters are a function of (seed, epoch, image, view) only. They do not depend
+on the backend, the batch size, the rank, the worker or where a run was resumed, and there is no state to save.
 
-The compiled extension draws (csrc/draws.cpp); without it, and as its oracle, numpy.
+The compiled extension samples them (csrc/view_params.cpp). The numpy implementation replaces it if it is not available,
+and tests compare against it.
 """
 
 import functools
@@ -18,42 +19,45 @@ from fastsimclr.data import native
 from fastsimclr.data.augmentation import Augmentation
 
 CROP_ATTEMPTS = 10  # as torchvision's RandomResizedCrop
-_CHOICES, _FACTORS, _OTHERS, _ATTEMPTS = 0, 1, 2, 3  # counter blocks of four numbers each; one for each attempt
+_CHOICES, _FACTORS, _OTHERS, _ATTEMPTS = 0, 1, 2, 3  # counter blocks of four numbers; from _ATTEMPTS one per attempt
 _CPU = torch.device("cpu")
 _WORD = 0xFFFFFFFF
-_EPOCH_ORDER = 1 << 20  # a "view" that no view has: the order of the images
+_EPOCH_ORDER = 1 << 20  # in place of the view's number: the order of the images
 _PERMUTATIONS = np.array(
     [[a, b, c, d] for a in range(4) for b in range(4) for c in range(4) for d in range(4) if len({a, b, c, d}) == 4]
 )
 
 
-# What was drawn for one view of one image; an array of these, (B,), for a batch. struct Draw of csrc/draws.h.
+# Sampled parameters of one view of one image; same layout as struct ViewParams of csrc/view_params.h.
 VIEW_PARAMS = np.dtype(
     [
-        ("box", np.int32, 4),  # top, left, height, width of the crop in pixels of the image
-        ("factors", np.float32, 4),  # of brightness, contrast and saturation; the hue's turn
-        ("sigma", np.float32),  # of the blur in pixels; 0 for none
-        ("order", np.uint8, 4),  # in which they are applied: 0 brightness, 1 contrast, 2 saturation, 3 hue
+        ("box", np.int32, 4),  # top, left, height, width of the crop, in pixels of the image
+        ("factors", np.float32, 4),  # brightness, contrast, saturation; hue shift
+        ("sigma", np.float32),  # of the blur, in pixels of the view; 0 for no blur
+        ("order", np.uint8, 4),  # of the jitter: 0 brightness, 1 contrast, 2 saturation, 3 hue
         ("flip", np.bool_),
         ("jitter", np.bool_),
         ("grayscale", np.bool_),
         ("solarize", np.bool_),
     ]
 )
-ViewParams = NDArray[np.void]  # of DRAW
+ViewParams = NDArray[np.void]  # (B,) of VIEW_PARAMS
 
 
 def sample_batch_params(
     augmentation: Augmentation, seed: int, epoch: int, index: NDArray[np.int64], sizes: NDArray[np.int64]
 ) -> list[ViewParams]:
-    """For each view what is drawn for the images `index` (B,), whose heights and widths are `sizes` (B, 2)."""
+    """Sample the parameters of every view of the images `index` (B,) of heights and widths `sizes` (B, 2).
+
+    Returns one array (B,) of VIEW_PARAMS per view.
+    """
     return [sample_params(augmentation, seed, epoch, index, view, sizes) for view in range(augmentation.num_views)]
 
 
 def sample_params(
     augmentation: Augmentation, seed: int, epoch: int, index: NDArray[np.int64], view: int, sizes: NDArray[np.int64]
 ) -> ViewParams:
-    """(B,) of DRAW: view number `view` of the images `index` (B,), whose heights and widths are `sizes` (B, 2)."""
+    """Sample the parameters (B,) of view number `view` of the images `index` (B,); sizes (B, 2): height and width."""
     recipe = augmentation.recipes[view]
     if not native.is_compiled(_CPU):
         return sample_params_in_numpy(recipe, seed, epoch, index, view, sizes)
@@ -73,9 +77,9 @@ def sample_params(
     return out
 
 
-@functools.lru_cache(maxsize=64)  # workers draw image by image
+@functools.lru_cache(maxsize=64)  # workers sample image by image
 def _ranges(recipe: Augmentation) -> dict[str, Any]:
-    """The recipe as csrc/draws.h takes it."""
+    """Return the recipe as arguments of csrc/view_params.h."""
     low, high = _factor_ranges(recipe)
     return {
         "center_fraction": recipe.center_fraction if recipe.crop == "center" else 0.0,
@@ -98,7 +102,7 @@ def _ranges(recipe: Augmentation) -> dict[str, Any]:
 def sample_params_in_numpy(
     recipe: Augmentation, seed: int, epoch: int, index: NDArray[np.int64], view: int, sizes: NDArray[np.int64]
 ) -> ViewParams:
-    """`draw` without the compiled extension, a hundred times slower for single images. recipe: of this view alone."""
+    """Compute `sample_params` in numpy, a hundred times slower for single images. recipe: the recipe of this view."""
     u = _uniform(seed, epoch, index, view, range(_ATTEMPTS))  # (B, blocks, 4)
     flip, jitter, grayscale, blur = (u[:, _CHOICES, k] for k in range(4))
     order, sigma, solarize = (u[:, _OTHERS, k] for k in range(3))
@@ -122,13 +126,13 @@ def sample_params_in_numpy(
 
 
 def _factor_ranges(recipe: Augmentation) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
-    """Lowest and highest brightness, contrast, saturation and turn of the hue."""
+    """Return the lowest and the highest brightness, contrast and saturation factors and hue shift, (4,) each."""
     strength = np.array([recipe.brightness, recipe.contrast, recipe.saturation])
     return np.append(np.maximum(0, 1 - strength), -recipe.hue), np.append(1 + strength, recipe.hue)
 
 
 def _center_boxes(augmentation: Augmentation, sizes: NDArray[np.int64]) -> NDArray[np.int64]:
-    """The central square of each image, `center_fraction` of its shorter side."""
+    """Return the boxes (B, 4) of the central squares, with sides of `center_fraction` of the shorter side."""
     side = np.maximum(1, np.rint(sizes.min(1) * augmentation.center_fraction)).astype(np.int64)[:, None]
     return np.concatenate([(sizes - side) // 2, side, side], axis=1)
 
@@ -138,29 +142,31 @@ def _random_boxes(
     sizes: NDArray[np.int64],
     attempt: Callable[[NDArray[np.int64], int], NDArray[np.float64]],
 ) -> NDArray[np.int64]:
-    """The distribution of torchvision's RandomResizedCrop: the first of ten attempts that fits, else the largest
-    central crop whose aspect ratio is allowed. attempt(rows, k) -> (len(rows), 4): area, aspect, top, left in [0, 1).
+    """Sample boxes (B, 4) from the distribution of torchvision's RandomResizedCrop.
+
+    A box is the first of ten attempts that fits, else the largest central crop with an aspect ratio in the range.
+    attempt(rows, k) -> (len(rows), 4): uniform numbers in [0, 1) for area, aspect ratio, top and left.
     """
-    box = _largest_allowed(augmentation, sizes)
-    open_rows = np.arange(len(sizes))  # that no attempt has fitted yet
+    box = _largest_boxes(augmentation, sizes)
+    pending = np.arange(len(sizes))  # rows without a box that fits
     log_low, log_high = np.log(augmentation.ratio)
     for k in range(CROP_ATTEMPTS):
-        if len(open_rows) == 0:
+        if len(pending) == 0:
             break
-        whole = sizes[open_rows]
-        u_area, u_aspect, u_top, u_left = attempt(open_rows, k).T
-        area = whole.prod(1) * (augmentation.scale[0] + (augmentation.scale[1] - augmentation.scale[0]) * u_area)
+        size = sizes[pending]
+        u_area, u_aspect, u_top, u_left = attempt(pending, k).T
+        area = size.prod(1) * (augmentation.scale[0] + (augmentation.scale[1] - augmentation.scale[0]) * u_area)
         aspect = np.exp(log_low + (log_high - log_low) * u_aspect)
         sides = np.rint(np.sqrt(np.stack([area / aspect, area * aspect], axis=1))).astype(np.int64)  # height, width
-        fits = ((sides > 0) & (sides <= whole)).all(1)
-        corner = (np.stack([u_top, u_left], axis=1) * (whole - sides + 1)).astype(np.int64)
-        box[open_rows[fits]] = np.concatenate([corner, sides], axis=1)[fits]
-        open_rows = open_rows[~fits]
+        fits = ((sides > 0) & (sides <= size)).all(1)
+        corner = (np.stack([u_top, u_left], axis=1) * (size - sides + 1)).astype(np.int64)
+        box[pending[fits]] = np.concatenate([corner, sides], axis=1)[fits]
+        pending = pending[~fits]
     return box
 
 
-def _largest_allowed(augmentation: Augmentation, sizes: NDArray[np.int64]) -> NDArray[np.int64]:
-    """The largest central crop whose aspect ratio is allowed."""
+def _largest_boxes(augmentation: Augmentation, sizes: NDArray[np.int64]) -> NDArray[np.int64]:
+    """Return the boxes (B, 4) of the largest central crops with an aspect ratio in the range."""
     height, width = sizes.T
     narrow, wide = augmentation.ratio
     h = np.where(width / height < narrow, np.rint(width / narrow), height).astype(np.int64)
@@ -169,18 +175,18 @@ def _largest_allowed(augmentation: Augmentation, sizes: NDArray[np.int64]) -> ND
 
 
 def epoch_order(seed: int, epoch: int, images: int) -> NDArray[np.int64]:
-    """A permutation of 0 … images - 1, by seed and epoch."""
+    """Return a permutation of 0 to images - 1, determined by seed and epoch."""
     keys = _philox(seed, epoch, np.arange(images), _EPOCH_ORDER, blocks=[0])[:, 0]  # (images, 4) of uint32
     return np.argsort(keys[:, 0] << np.uint64(32) | keys[:, 1], kind="stable")
 
 
 def _uniform(seed: int, epoch: int, index: NDArray[np.int64], view: int, blocks: Sequence[int]) -> NDArray[np.float64]:
-    """(B, blocks, 4) numbers in [0, 1), multiples of 2^-24 as a float32 holds them exactly."""
+    """Return (B, blocks, 4) numbers in [0, 1), multiples of 2^-24, which are exact in float32."""
     return (_philox(seed, epoch, index, view, blocks) >> np.uint64(8)).astype(np.float64) * 2.0**-24
 
 
 def _philox(seed: int, epoch: int, index: NDArray[np.int64], view: int, blocks: Sequence[int]) -> NDArray[np.uint64]:
-    """(B, blocks, 4) words of 32 bits, in uint64. Key: (seed, epoch); counter: (block, view, index low, index high)."""
+    """Return 32-bit words (B, blocks, 4) as uint64. Key: (seed, epoch); counter: (block, view, low, high index)."""
     low32, shift = np.uint64(_WORD), np.uint64(32)
     wide = index.astype(np.uint64)[:, None]
     block = np.array(blocks, dtype=np.uint64)[None, :]

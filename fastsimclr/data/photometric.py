@@ -1,9 +1,10 @@
-"""What happens to a view's colours: jitter in random order, grey, blur, solarisation, normalisation. For all loaders.
+"""Photometric augmentation of a batch: color jitter, grayscale, blur, solarize and normalize.
 
-The operations are torchvision's on uint8 tensors (transforms.v2.functional), clamped and truncated to whole levels
-between the steps as those are, but on a batch whose images each have factors and an order of their own.
+The operations are torchvision's for uint8 tensors (transforms.v2.functional), clamped and truncated to integer levels
+after every operation like those, but on a batch in which every image has its own factors and order.
 
-The compiled extension does it, on CPUs and on GPUs (csrc/photometric.*); without it, and as its oracle, PyTorch.
+The compiled extension implements it on CPUs and GPUs (csrc/photometric.*). The PyTorch implementation replaces it if it
+is not available, and tests compare against it.
 """
 
 import math
@@ -18,8 +19,8 @@ from fastsimclr.data import native
 from fastsimclr.data.augmentation import Augmentation
 from fastsimclr.data.params import ViewParams
 
-_LUMA_WEIGHTS = (0.2989, 0.587, 0.114)  # ITU-R 601-2 luma, with torchvision's digits
-_CHUNK = 16  # images at a time on a CPU: a few MB of floats, which the caches hold
+_LUMA_WEIGHTS = (0.2989, 0.587, 0.114)  # ITU-R 601-2 luma, rounded as in torchvision
+_CHUNK = 16  # images at a time on a CPU: a few MB of floats, which fit in the cache
 _COMPILED = (torch.float32, torch.bfloat16, torch.float16)
 
 
@@ -30,17 +31,18 @@ def photometric(
     dtype: torch.dtype = torch.float32,
     implementation: native.Implementation = "auto",
 ) -> Tensor:
-    """Views (B, 3, H, W) in `dtype`, channels-last, normalised, from crops (B, H, W, 3) uint8 on the same device.
+    """Apply the photometric augmentation to crops (B, H, W, 3) uint8; return views (B, 3, H, W) in `dtype`.
 
-    params: (B,), of one view. recipe: that view's (`Augmentation.recipes`).
+    The views are normalized and channels-last, on the device of the crops.
+    params: (B,), the sampled parameters of the view. recipe: the recipe of the view, from `Augmentation.recipes`.
     """
     device, (images, height, width) = crops.device, crops.shape[:3]
-    chosen = native.choose(implementation, device)
+    implementation = native.choose(implementation, device)
     max_sigma = float(params["sigma"].max(initial=0))
-    on_gpu = chosen == "emulated" or (chosen == "compiled" and device.type == "cuda")
+    on_gpu = implementation == "emulated" or (implementation == "compiled" and device.type == "cuda")
     if on_gpu and min(blur_window(recipe) // 2, math.ceil(4 * max_sigma)) > native.constant("MAX_BLUR_RADIUS"):
-        chosen = "pytorch"  # a blur of many pixels, which shared memory does not hold
-    if chosen == "pytorch" or dtype not in _COMPILED:
+        implementation = "pytorch"  # the blur is too wide for the kernel's shared memory
+    if implementation == "pytorch" or dtype not in _COMPILED:
         return photometric_in_pytorch(crops, params, recipe, dtype)
     crops = crops.contiguous()
     params_on_device = native.on_device(params.view(np.uint8), device)
@@ -54,7 +56,7 @@ def photometric(
         "blur_taps": blur_window(recipe),
         "scale": [1 / (255 * std) for std in recipe.std],
         "shift": [-mean / std for mean, std in zip(recipe.mean, recipe.std, strict=True)],
-        "dtype": native.pixel_type(dtype, chosen),
+        "dtype": native.pixel_type(dtype, implementation),
         "out": out.data_ptr(),
     }
     if on_gpu:
@@ -66,10 +68,10 @@ def photometric(
 
 
 def _empty(images: int, height: int, width: int, dtype: torch.dtype, device: torch.device) -> Tensor:
-    """Memory for views, (images, 3, height, width), channels-last."""
+    """Allocate views (images, 3, height, width), channels-last."""
     if device.type == "cpu":
-        # NumPy's is malloc's, PyTorch's posix_memalign's, which in glibc before 2.38 hardly uses a block again that was
-        # freed: of batches of 37 MB, two of them in use, the process held seven.
+        # Allocated by NumPy with malloc. PyTorch uses posix_memalign, which in glibc before 2.38 rarely reuses freed
+        # blocks: with batches of 37 MB, of which two are in use, the process held seven.
         out = torch.from_numpy(np.empty((images, height, width, 3), f"i{dtype.itemsize}")).view(dtype)
     else:
         out = torch.empty((images, height, width, 3), dtype=dtype, device=device)
@@ -77,7 +79,7 @@ def _empty(images: int, height: int, width: int, dtype: torch.dtype, device: tor
 
 
 def photometric_in_pytorch(crops: Tensor, params: ViewParams, recipe: Augmentation, dtype: torch.dtype) -> Tensor:
-    """`photometric` in PyTorch's own operations, on any device."""
+    """Compute `photometric` with PyTorch operations, on any device."""
     images, height, width = crops.shape[:3]
     out = _empty(images, height, width, dtype, crops.device)
     mean = torch.tensor(recipe.mean, device=crops.device).view(3, 1, 1) * 255
@@ -92,14 +94,14 @@ def photometric_in_pytorch(crops: Tensor, params: ViewParams, recipe: Augmentati
 
 
 def _color(x: Tensor, params: ViewParams, recipe: Augmentation) -> Tensor:
-    """x: (B, 3, H, W) float32 of whole levels 0 to 255, planar; changed in place where possible."""
+    """Apply all but normalize to x (B, 3, H, W), float32 with integer levels 0 to 255, contiguous; may modify x."""
     for step in range(4):
         for change, apply in enumerate((_brightness, _contrast, _saturation, _hue)):
-            chosen = params["jitter"] & (params["order"][:, step] == change)
+            selected = params["jitter"] & (params["order"][:, step] == change)
             factor = params["factors"][:, change]
             if change == 3:
-                chosen = chosen & (factor != 0)
-            _apply_to(x, chosen, apply, factor)
+                selected = selected & (factor != 0)
+            _apply_to(x, selected, apply, factor)
     sigma, window = params["sigma"], blur_window(recipe)
     _apply_to(x, params["grayscale"], lambda part, _: _luma(part).floor_().expand_as(part), sigma)
     _apply_to(x, sigma > 0, lambda part, sigma: _blur(part, sigma, window), sigma)
@@ -107,9 +109,11 @@ def _color(x: Tensor, params: ViewParams, recipe: Augmentation) -> Tensor:
     return x
 
 
-def _apply_to(x: Tensor, chosen: np.ndarray, apply: Callable[[Tensor, Tensor], Tensor], parameter: np.ndarray) -> None:
-    """x[chosen] = apply(x[chosen], parameter[chosen]), the parameter as (b, 1, 1, 1)."""
-    rows = np.flatnonzero(chosen)
+def _apply_to(
+    x: Tensor, selected: np.ndarray, apply: Callable[[Tensor, Tensor], Tensor], parameter: np.ndarray
+) -> None:
+    """Compute x[selected] = apply(x[selected], parameter[selected]), the parameter as (b, 1, 1, 1)."""
+    rows = np.flatnonzero(selected)
     if len(rows) == 0:
         return
     values = torch.from_numpy(parameter[rows].astype(np.float32)).to(x.device, non_blocking=True).view(-1, 1, 1, 1)
@@ -121,7 +125,7 @@ def _apply_to(x: Tensor, chosen: np.ndarray, apply: Callable[[Tensor, Tensor], T
 
 
 def _luma(x: Tensor) -> Tensor:
-    """(B, 1, H, W) grey levels, not rounded."""
+    """Return gray levels (B, 1, H, W), not rounded."""
     r, g, b = x.unbind(1)
     return (r * _LUMA_WEIGHTS[0]).add_(g, alpha=_LUMA_WEIGHTS[1]).add_(b, alpha=_LUMA_WEIGHTS[2]).unsqueeze(1)
 
@@ -144,7 +148,7 @@ def _saturation(x: Tensor, factor: Tensor) -> Tensor:
 
 
 def _hue(x: Tensor, hue_shift: Tensor) -> Tensor:
-    """Turn the hue circle of HSV by `turn` (1 is once around)."""
+    """Shift the hue in HSV by `hue_shift` (B, 1, 1, 1), as a fraction of the color circle."""
     x = x / 255
     value, low = x.amax(1, keepdim=True), x.amin(1, keepdim=True)
     spread = value - low
@@ -152,26 +156,26 @@ def _hue(x: Tensor, hue_shift: Tensor) -> Tensor:
     r, g, b = x.split(1, 1)
     sixths = torch.where(
         value == r, (g - b) / safe, torch.where(value == g, 2 + (b - r) / safe, 4 + (r - g) / safe)
-    )  # of the circle; 0 where there is no colour
+    )  # sixths of the color circle; 0 for gray
     sixths = torch.where(spread == 0, 0.0, sixths).add_(hue_shift * 6)
     # HSV to RGB in closed form: channel c is value - spread * clamp(min(k, 4 - k), 0, 1), k = (n_c + sixths) mod 6
     n = torch.tensor([5.0, 3.0, 1.0], device=x.device).view(1, 3, 1, 1)
     k = (n + sixths).remainder_(6)
     rgb = value - spread * torch.minimum(k, 4 - k).clamp_(0, 1)
-    return rgb.mul_(255 + 1 - 1e-3).floor_()  # torchvision's float to uint8
+    return rgb.mul_(255 + 1 - 1e-3).floor_()  # torchvision's conversion from float to uint8
 
 
 def blur_window(recipe: Augmentation) -> int:
-    """Taps of the blur's kernel: `blur_kernel` of the side, made odd, and at least 3 as 1 would not blur."""
+    """Return the size of the blur kernel in pixels: odd, and at least 3, as 1 would not blur."""
     return max(3, int(recipe.image_size * recipe.blur_kernel) // 2 * 2 + 1)
 
 
 def _blur(x: Tensor, sigma: Tensor, taps: int) -> Tensor:
-    """Gaussian blur, separable, mirrored at the borders. sigma: (B, 1, 1, 1) in pixels."""
+    """Apply a separable Gaussian blur, with reflection at the borders. sigma: (B, 1, 1, 1) in pixels."""
     b, c, h, w = x.shape
-    taps = min(taps, 2 * min(h, w) - 1)  # a mirror shows no more than the image
-    at = torch.arange(taps, device=x.device) - (taps - 1) / 2
-    kernel = torch.exp(-0.5 * (at / sigma.view(b, 1)) ** 2)
+    taps = min(taps, 2 * min(h, w) - 1)  # reflection padding must be smaller than the image
+    offset = torch.arange(taps, device=x.device) - (taps - 1) / 2
+    kernel = torch.exp(-0.5 * (offset / sigma.view(b, 1)) ** 2)
     kernel = (kernel / kernel.sum(1, keepdim=True)).repeat_interleave(c, 0)  # (B C, taps)
     planes = F.pad(x, (taps // 2,) * 4, mode="reflect").view(1, b * c, h + taps - 1, w + taps - 1)
     planes = F.conv2d(planes, kernel.view(b * c, 1, taps, 1), groups=b * c)

@@ -1,4 +1,4 @@
-"""Which images each rank sees, in which order, and where it stands."""
+"""The order of the images, their division among the ranks, and the position within an epoch."""
 
 from dataclasses import dataclass
 from typing import Any
@@ -12,10 +12,10 @@ from fastsimclr.errors import UserError
 
 @dataclass
 class Sampler:
-    """Global batches of an epoch's order, each divided among the ranks.
+    """Divides the images of an epoch into global batches, and each batch among the ranks.
 
-    The order is a function of seed and epoch; batch b is its images [b B, (b+1) B), whatever the number of ranks. The
-    last batch may be smaller. It is dropped if some rank would have fewer than `min_local_batch` images of it.
+    The order is a function of seed and epoch. Batch b has the images [b B, (b+1) B) of the order, for any number of
+    ranks. The last batch may be smaller; it is dropped if some rank would have fewer than `min_local_batch` images.
     """
 
     images: int
@@ -28,7 +28,7 @@ class Sampler:
     min_local_batch: int = 1
     epoch: int = 0
     position: int = 0
-    """Images of this epoch, of all ranks, that the next batch comes after."""
+    """Number of images of this epoch, over all ranks, before the next batch."""
 
     def __post_init__(self) -> None:
         if not 0 <= self.rank < self.world_size:
@@ -37,40 +37,40 @@ class Sampler:
             raise UserError(f"batch_size: got {self.batch_size}, expected at least 1")
         if self.batch_size > self.images:
             raise UserError(
-                f"batch_size: got {self.batch_size}, more than the data set's {self.images} images; "
+                f"batch_size: got {self.batch_size}, more than the dataset's {self.images} images; "
                 f"expected at most {self.images}"
             )
         if self.batch_size // self.world_size < self.min_local_batch:
             raise UserError(
                 f"batch_size: got {self.batch_size} for {self.world_size} ranks, so "
-                f"{self.batch_size // self.world_size} for some rank; expected at least "
-                f"{self.min_local_batch * self.world_size}, {self.min_local_batch} for each"
+                f"{self.batch_size // self.world_size} on some rank; expected at least "
+                f"{self.min_local_batch * self.world_size}, {self.min_local_batch} per rank"
             )
 
     def __len__(self) -> int:
-        """Batches of a whole epoch."""
+        """Return the number of batches in an epoch."""
         return len(self._bounds(0))
 
     def remaining(self) -> list[NDArray[np.int64]]:
-        """This rank's part of each batch of the epoch from `position` on."""
+        """Return this rank's image indices for each batch of the epoch from `position` on."""
         order = epoch_order(self.seed, self.epoch, self.images) if self.shuffle else np.arange(self.images)
         return [
             np.array_split(order[first:end], self.world_size)[self.rank] for first, end in self._bounds(self.position)
         ]
 
     def _bounds(self, position: int) -> list[tuple[int, int]]:
-        least = self.batch_size if self.drop_last else max(1, self.min_local_batch * self.world_size)
-        ends = [
+        min_batch = self.batch_size if self.drop_last else max(1, self.min_local_batch * self.world_size)
+        bounds = [
             (first, min(first + self.batch_size, self.images))
             for first in range(position, self.images, self.batch_size)
         ]
-        return [(first, end) for first, end in ends if end - first >= least]
+        return [(first, end) for first, end in bounds if end - first >= min_batch]
 
     def state_dict(self) -> dict[str, Any]:
         return {"images": self.images, "seed": self.seed, "epoch": self.epoch, "position": self.position}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Go to the position of `state`. Raises UserError if it belongs to other data or another seed."""
+        """Set the position from `state`. Raises UserError if it is from other data or another seed."""
         for name in ("images", "seed"):
             if state[name] != getattr(self, name):
                 raise UserError(

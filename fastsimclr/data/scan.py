@@ -1,7 +1,7 @@
-"""Which images of a source decode, and how large they are: each is decoded once, and what was found is kept.
+"""Check that every image of a source decodes, and find its size. The results are cached.
 
-A file that does not decode would end an epoch hours in. So each is tried before the first epoch, on all cores of all
-ranks, and left out if it fails. The next scan tries only what is new or has changed.
+A file that does not decode would end a run hours into an epoch. So every image is decoded before the first epoch, on
+all cores of all ranks, and skipped if that fails. The next scan checks only new and changed files.
 """
 
 import hashlib
@@ -29,32 +29,32 @@ from fastsimclr.run_folder import replace_atomically
 
 CACHE_FILE = "image_scan.npz"
 SKIPPED_FILE = "skipped_images.txt"
-_SHOWN = 3  # bad images that an error names
-_ROUND_S = 2.0  # between exchanges of the ranks: none waits long for a signal, nor up to a collective's timeout
+_MAX_LISTED = 3  # bad images named in an error
+_ROUND_S = 2.0  # between collectives: short enough to react to a signal and to stay within their timeout
 _SAVE_EVERY_S = 60.0
 _PROGRESS_AFTER_S = 2.0
-_STAT_THREADS = 16  # on network storage a stat waits, and needs no core
+_STAT_THREADS = 16  # stat is bound by latency on network storage, not by the CPU
 
-# An image in the cache. The place is a hash of its file's absolute path and its offset there; bytes and mtime_ns are
-# the file's. height and width are upright, and 0 if it does not decode.
+# Cache entry of an image. place: hash of the file's absolute path and the image's offset in it. bytes, mtime_ns: size
+# and modification time of the file. height, width: of the upright image; 0 if it does not decode.
 _ENTRY = np.dtype([("place", "<u8"), ("bytes", "<i8"), ("mtime_ns", "<i8"), ("height", "<i4"), ("width", "<i4")])
-_UNCACHED = -1  # as bytes: what was found is not of the file as it lies there
+_UNCACHED = -1  # value of bytes: the result is not cached, as it may not be due to the file's content
 
 
 @dataclass(frozen=True)
 class Scan:
-    """The images of a source that decode, and those that do not."""
+    """Result of a scan: the images that decode, and those that do not."""
 
     source: EncodedSource
-    """The good ones alone, in the source's order and with its labels and classes; `sizes` is set."""
+    """The images that decode, in the order of the scanned source, with its labels and classes; `sizes` is set."""
     bad: list[str]
-    """What was wrong with each image that was left out, beginning with its name."""
+    """One line per skipped image: its name and the reason."""
     checked: int
-    """Images that were decoded now, by all ranks; of the others the cache knew."""
+    """Number of images decoded by this scan on all ranks; the results of the others were cached."""
 
 
 class BadImages(UserError):
-    """More images are bad than is let pass. bad: what is wrong with each, beginning with its name."""
+    """The fraction of bad images exceeds the limit. bad: one line per image, its name and the reason."""
 
     def __init__(self, message: str, bad: list[str]) -> None:
         super().__init__(message)
@@ -62,15 +62,15 @@ class BadImages(UserError):
 
 
 class ScanStopped(Exception):
-    """A rank was told to stop in mid-scan. What was found until then is kept."""
+    """A rank was told to stop during the scan. The results so far are cached."""
 
 
 class _ImageCheck(NamedTuple):
-    number: int  # of the image in its source
-    height: int  # upright; 0 if the image cannot be used
+    image: int  # index in the source
+    height: int  # of the upright image; 0 if it cannot be used
     width: int
-    fault: str  # why it cannot
-    keep: bool  # it is of the bytes, and not of a lack that may pass: of access to them, of memory
+    reason: str  # why it cannot be used, else ""
+    cacheable: bool  # False if the failure may be transient: the file could not be read, or memory ran out
 
 
 def scan(
@@ -81,157 +81,160 @@ def scan(
     world: World = SINGLE_PROCESS,
     stop: Callable[[], bool] = lambda: False,
 ) -> Scan:
-    """Decode every image of `source` that is not yet known to decode, or not to.
+    """Decode every image of `source` whose result is not cached, and return the images that decode.
 
-    max_bad: the largest fraction of bad images that is let pass.
-    cache: a folder to keep what was found in (image_scan.npz), and to find it again; None: nowhere.
-    world: its ranks share the work, and all return the same.
-    stop: asked before each image; once true on any rank, all raise ScanStopped.
-    Raises UserError, on all ranks, if the ranks see different images; BadImages, a UserError that names a few, if more
-    than `max_bad` of them are bad, or all.
+    max_bad: largest fraction of images that may be bad.
+    cache: folder of the cache file (image_scan.npz); None disables caching.
+    world: ranks that share the work; all return the same result.
+    stop: called before each image; once it returns True on any rank, all ranks raise ScanStopped.
+    Raises, on all ranks, UserError if the ranks see different images, and BadImages (a UserError that names a few of
+    them) if all images are bad or more than `max_bad` of them.
     """
     if not 0 <= max_bad <= 1:
         raise UserError(f"max_bad: got {max_bad}, expected a fraction from 0 to 1")
     _check_same_images(source, world)
-    # The first rank alone has a cache: other nodes may not see its folder, and their copies of the files have other
+    # Only rank 0 has a cache: other nodes may not see its folder, and their copies of the files have other modification
     # times.
     scan_cache = (
         _ScanCache(source, Path(cache) / CACHE_FILE if cache is not None else None) if world.is_rank_zero else None
     )
-    todo, failure = broadcast_object(scan_cache.start() if scan_cache else None, world)
-    if failure:
-        raise UserError(failure)
-    if len(todo):
+    unchecked, error = broadcast_object(scan_cache.start() if scan_cache else None, world)
+    if error:
+        raise UserError(error)
+    if len(unchecked):
         try:
-            _check_all(source, todo, scan_cache, world, stop)
+            _check_all(source, unchecked, scan_cache, world, stop)
         finally:
             if scan_cache:
                 scan_cache.save()
-    heights, widths, faults, failure = broadcast_object(scan_cache.result() if scan_cache else None, world)
-    if failure:
-        raise UserError(failure)
+    heights, widths, reasons, error = broadcast_object(scan_cache.result() if scan_cache else None, world)
+    if error:
+        raise UserError(error)
 
-    bad = [f"{source.name(index)}: {faults[index]}" for index in sorted(faults)]
-    # A quotient: 3 / 300 is 0.01 to the bit, where 0.01 * 300 need not be 3.
+    bad = [f"{source.name(index)}: {reasons[index]}" for index in sorted(reasons)]
+    # Compared as a quotient: 3 / 300 is exactly 0.01 in floating point, but 0.01 * 300 may not be exactly 3.
     if len(bad) / len(source) > max_bad or len(bad) == len(source):
-        expected = f"a fraction of at most {max_bad:g}" if max_bad < 1 else "some that can"
-        shown = "; ".join(bad[:_SHOWN]) + (f"; and {len(bad) - _SHOWN} more" if len(bad) > _SHOWN else "")
+        expected = f"a fraction of at most {max_bad:g}" if max_bad < 1 else "at least one that can"
+        listed = "; ".join(bad[:_MAX_LISTED])
+        if len(bad) > _MAX_LISTED:
+            listed += f"; and {len(bad) - _MAX_LISTED} more"
         raise BadImages(
-            f"max_bad: got {len(bad)} of {len(source)} images that cannot be used, expected {expected}: {shown}; "
-            "remove or replace them, or allow more",
+            f"max_bad: got {len(bad)} of {len(source)} images that cannot be used, expected {expected}: {listed}; "
+            "remove or replace them, or raise the limit",
             bad,
         )
     kept = np.flatnonzero(heights)
     good = source.subset(kept)
     good.sizes = np.stack([heights, widths], axis=1)[kept].astype(np.int64)
-    return Scan(good, bad, len(todo))
+    return Scan(good, bad, len(unchecked))
 
 
 def write_skipped_images(folder: Path, bad: Sequence[str]) -> Path:
-    """Write what was wrong with each image left out to `folder`/skipped_images.txt, a line each; without any, remove
-    the list of an earlier run, whose files have been mended."""
+    """Write the lines `bad` to `folder`/skipped_images.txt. If there are none, remove the list of an earlier run."""
     file = folder / SKIPPED_FILE
     if bad:
         lines = "".join(line.replace("\n", "\\n") + "\n" for line in bad)
         with replace_atomically(file) as partial:
-            partial.write_text(lines, encoding="utf-8", errors="surrogateescape")  # names are any bytes
+            partial.write_text(lines, encoding="utf-8", errors="surrogateescape")  # file names may be any bytes
     else:
         file.unlink(missing_ok=True)
     return file
 
 
 def _check_same_images(source: EncodedSource, world: World) -> None:
-    """Raise UserError on all ranks unless all see images of the same names: they are shared out by number."""
+    """Raise UserError on all ranks unless all see images of the same names, as they divide the work by index."""
     if world.world_size == 1:
         return
     names = hashlib.blake2b("\0".join(map(source.name, range(len(source)))).encode(errors="surrogateescape"))
     seen = gather_objects((len(source), names.digest()), world)
-    for rank, theirs in enumerate(seen):
-        if theirs != seen[0]:
+    for rank, on_rank in enumerate(seen):
+        if on_rank != seen[0]:
             raise UserError(
-                f"data: got {theirs[0]} images on rank {rank} and {seen[0][0]} on rank 0, expected the same names on "
+                f"data: got {on_rank[0]} images on rank {rank} and {seen[0][0]} on rank 0, expected the same names on "
                 "all ranks: give every node the same files"
             )
 
 
 def _check_all(
     source: EncodedSource,
-    todo: NDArray[np.int64],
+    unchecked: NDArray[np.int64],
     scan_cache: "_ScanCache | None",
     world: World,
     stop: Callable[[], bool],
 ) -> None:
-    """Enter in the first rank's `book` what all ranks find of the images `todo`."""
-    waiting = deque(todo[world.rank :: world.world_size].tolist())
+    """Check the images `unchecked` on all ranks, and record the results in rank 0's cache."""
+    queue = deque(unchecked[world.rank :: world.world_size].tolist())
     threads = max(1, len(os.sched_getaffinity(0)) // int(os.environ.get("LOCAL_WORLD_SIZE", "1")))
-    progress = progress_bar(len(todo), "checking images", "image", visible=world.is_rank_zero, delay=_PROGRESS_AFTER_S)
-    saved = time.monotonic()
+    progress = progress_bar(
+        len(unchecked), "checking images", "image", visible=world.is_rank_zero, delay=_PROGRESS_AFTER_S
+    )
+    last_save = time.monotonic()
     with closing(progress), ThreadPoolExecutor(threads) as pool:  # decoding releases the GIL
         while True:
-            found, failure = [], None
+            results, exception = [], None
             try:
-                found = _check_for_a_round(source, waiting, pool, threads, stop)
+                results = _check_round(source, queue, pool, threads, stop)
             except Exception as error:  # an internal error: the other ranks must not wait for this one
-                failure = error
-            everyone = gather_objects((found, len(waiting), stop(), repr(failure) if failure else ""), world)
-            parts, left, stopped, failures = zip(*everyone, strict=True)
+                exception = error
+            status = (results, len(queue), stop(), repr(exception) if exception else "")
+            results_by_rank, remaining, stopped, errors = zip(*gather_objects(status, world), strict=True)
             if scan_cache:
-                for part in parts:
-                    scan_cache.record(part)
-            progress.update(sum(map(len, parts)))
-            if any(failures):
-                raise failure or RuntimeError("another rank has failed: " + "; ".join(filter(None, failures)))
+                for rank_results in results_by_rank:
+                    scan_cache.record(rank_results)
+            progress.update(sum(map(len, results_by_rank)))
+            if any(errors):
+                raise exception or RuntimeError("another rank failed: " + "; ".join(filter(None, errors)))
             if any(stopped):
                 raise ScanStopped
-            if not any(left):
+            if not any(remaining):
                 return
-            if scan_cache and time.monotonic() - saved > _SAVE_EVERY_S:  # a scan that is killed was not in vain
+            if scan_cache and time.monotonic() - last_save > _SAVE_EVERY_S:  # a killed scan keeps its results
                 scan_cache.save()
-                saved = time.monotonic()
+                last_save = time.monotonic()
 
 
-def _check_for_a_round(
-    source: EncodedSource, waiting: deque[int], pool: ThreadPoolExecutor, threads: int, stop: Callable[[], bool]
+def _check_round(
+    source: EncodedSource, queue: deque[int], pool: ThreadPoolExecutor, threads: int, stop: Callable[[], bool]
 ) -> list[_ImageCheck]:
-    """What `threads` threads find in _ROUND_S of the images that are `waiting`, which are taken from there."""
+    """Take images from `queue` and check them in `threads` threads for _ROUND_S seconds; return the results."""
     end = time.monotonic() + _ROUND_S
 
-    def take() -> list[_ImageCheck]:
-        found = []
+    def work() -> list[_ImageCheck]:
+        results = []
         while time.monotonic() < end and not stop():
             try:
-                index = waiting.popleft()
+                index = queue.popleft()
             except IndexError:
                 break
-            found.append(_check_image(source, index))
-        return found
+            results.append(_check_image(source, index))
+        return results
 
-    return [found for thread in [pool.submit(take) for _ in range(threads)] for found in thread.result()]
+    return [result for future in [pool.submit(work) for _ in range(threads)] for result in future.result()]
 
 
 def _check_image(source: EncodedSource, index: int) -> _ImageCheck:
-    was_read = False
+    is_read = False
     try:
         data = source.read(index)
-        was_read = True
+        is_read = True
         _, height, width = decode(data, source.name(index)).shape
     except UserError as error:
-        fault, _, _ = str(error).removeprefix(f"{source.name(index)}: ").partition("; expected")
+        reason, _, _ = str(error).removeprefix(f"{source.name(index)}: ").partition("; expected")
         no_memory = isinstance(error.__cause__, MemoryError) or "alloc" in str(error.__cause__)
-        return _ImageCheck(index, 0, 0, fault, keep=was_read and not no_memory)
-    return _ImageCheck(index, height, width, "", keep=True)
+        return _ImageCheck(index, 0, 0, reason, cacheable=is_read and not no_memory)
+    return _ImageCheck(index, height, width, "", cacheable=True)
 
 
 class _ScanCache:
-    """What is known of every image of a source, from the cache and from this scan."""
+    """Results for every image of a source, from the cache file and from this scan."""
 
     def __init__(self, source: EncodedSource, file: Path | None) -> None:
         self._file = file
-        self._failure = ""
+        self._error = ""
         self._rows = _stat(source)
         self._known = np.zeros(len(source), bool)
-        self._faults: dict[int, str] = {}  # by index
-        self._old, self._old_faults = _load(file)
+        self._reasons: dict[int, str] = {}  # of the bad images, by index
+        self._old, self._old_reasons = _load(file)
         if len(self._old):
             nearest = self._old[np.searchsorted(self._old["place"], self._rows["place"]).clip(max=len(self._old) - 1)]
             self._known = self._rows["bytes"] != _UNCACHED
@@ -239,88 +242,88 @@ class _ScanCache:
                 self._known &= self._rows[name] == nearest[name]
             self._rows[self._known] = nearest[self._known]
             for index in np.flatnonzero(self._known & (nearest["height"] == 0)).tolist():
-                self._faults[index] = self._old_faults[int(nearest["place"][index])]
+                self._reasons[index] = self._old_reasons[int(nearest["place"][index])]
 
     def start(self) -> tuple[NDArray[np.int64], str]:
-        """The images to try, and why the cache cannot be written, if so: better known now than after the work."""
-        todo = np.flatnonzero(~self._known)
-        if len(todo):
+        """Return the images to check, and an error if the cache cannot be written: known before the work is done."""
+        unchecked = np.flatnonzero(~self._known)
+        if len(unchecked):
             self.save()
-        return todo, self._failure
+        return unchecked, self._error
 
-    def record(self, found: Sequence[_ImageCheck]) -> None:
-        for image in found:
-            self._rows["height"][image.number], self._rows["width"][image.number] = image.height, image.width
-            self._known[image.number] = True
-            if image.fault:
-                self._faults[image.number] = image.fault
-            if not image.keep:
-                self._rows["bytes"][image.number] = _UNCACHED
+    def record(self, results: Sequence[_ImageCheck]) -> None:
+        for result in results:
+            self._rows["height"][result.image], self._rows["width"][result.image] = result.height, result.width
+            self._known[result.image] = True
+            if result.reason:
+                self._reasons[result.image] = result.reason
+            if not result.cacheable:
+                self._rows["bytes"][result.image] = _UNCACHED
 
     def result(self) -> tuple[NDArray[np.int32], NDArray[np.int32], dict[int, str], str]:
-        """Heights, widths, faults by index; and why the cache could not be written, if so."""
-        return self._rows["height"], self._rows["width"], self._faults, self._failure
+        """Return heights, widths, reasons of bad images by index, and an error if the cache could not be written."""
+        return self._rows["height"], self._rows["width"], self._reasons, self._error
 
     def save(self) -> None:
-        """Write the cache, replacing it whole. It keeps what it knew of other sources. Leaves a failure to `result`."""
+        """Replace the cache file, keeping its entries of other sources. An error is returned by `result`."""
         if self._file is None:
             return
         new = self._known & (self._rows["bytes"] != _UNCACHED)
         entries = np.concatenate([self._rows[new], self._old])
-        entries = entries[np.unique(entries["place"], return_index=True)[1]]  # the first of each place, so the new
-        texts = self._old_faults | {int(self._rows["place"][i]): text for i, text in self._faults.items()}
-        faults = {place: texts[place] for place in entries["place"][entries["height"] == 0].tolist()}
-        partial = self._file.with_suffix(f".{os.getpid()}.partial")  # two commands may scan at the same time
-        as_json = np.frombuffer(json.dumps(faults).encode(), np.uint8)
+        entries = entries[np.unique(entries["place"], return_index=True)[1]]  # new before old
+        texts = self._old_reasons | {int(self._rows["place"][i]): text for i, text in self._reasons.items()}
+        reasons = {place: texts[place] for place in entries["place"][entries["height"] == 0].tolist()}
+        partial = self._file.with_suffix(f".{os.getpid()}.partial")  # other processes may scan at the same time
+        reasons_json = np.frombuffer(json.dumps(reasons).encode(), np.uint8)
         try:
             with replace_atomically(self._file, partial), open(partial, "wb") as file:
-                np.savez(file, made_by=np.array(_decoder_versions()), entries=entries, faults=as_json)
+                np.savez(file, made_by=np.array(_decoder_versions()), entries=entries, faults=reasons_json)
         except OSError as error:
-            self._failure = f"{self._file}: cannot be written ({error.strerror}); expected a folder to write to"
+            self._error = f"{self._file}: cannot be written ({error.strerror}); expected a folder to write to"
 
 
 def _decoder_versions() -> str:
-    """Other decoders may come to other ends: what they left is not believed."""
+    """Return the versions that a cache file must match: other decoders may give other results."""
     return f"fastsimclr scan 1, torchvision {version('torchvision')}, Pillow {version('pillow')}"
 
 
 def _load(file: Path | None) -> tuple[NDArray[np.void], dict[int, str]]:
-    """The cache's entries, sorted by place, and the faults of its bad ones by place; none if it is not a whole one."""
-    nothing = np.empty(0, _ENTRY)
+    """Read the cache: entries sorted by place, and the reasons of bad images by place. Empty if it is not valid."""
+    empty = np.empty(0, _ENTRY)
     if file is None:
-        return nothing, {}
+        return empty, {}
     try:
         with open(file, "rb") as opened, np.load(opened, allow_pickle=False) as saved:
             made_by, entries = str(saved["made_by"]), saved["entries"]
-            faults = {int(place): str(fault) for place, fault in json.loads(saved["faults"].tobytes()).items()}
-        whole = made_by == _decoder_versions() and entries.dtype == _ENTRY and entries.ndim == 1
-        whole = whole and bool((entries["place"][1:] > entries["place"][:-1]).all())
-        whole = whole and faults.keys() == set(entries["place"][entries["height"] == 0].tolist())
-    except Exception:  # whatever is wrong with it: the answer is to try the images again
-        return nothing, {}
-    return (entries, faults) if whole else (nothing, {})
+            reasons = {int(place): str(reason) for place, reason in json.loads(saved["faults"].tobytes()).items()}
+        valid = made_by == _decoder_versions() and entries.dtype == _ENTRY and entries.ndim == 1
+        valid = valid and bool((entries["place"][1:] > entries["place"][:-1]).all())
+        valid = valid and reasons.keys() == set(entries["place"][entries["height"] == 0].tolist())
+    except Exception:  # any defect of the file: check the images again
+        return empty, {}
+    return (entries, reasons) if valid else (empty, {})
 
 
 def _stat(source: EncodedSource) -> NDArray[np.void]:
-    """(N,) of _ENTRY, with where each image lies and how its file is now, before it is read."""
-    files, number, offset = source.locations()
+    """Return entries (N,) with the place of each image and the current size and modification time of its file."""
+    files, file_index, offset = source.locations()
     with ThreadPoolExecutor(_STAT_THREADS) as pool:
         stats = np.concatenate(list(pool.map(_stat_files, np.array_split(np.array(files), _STAT_THREADS))))
     rows = np.zeros(len(source), _ENTRY)
-    rows["bytes"], rows["mtime_ns"] = stats[number].T
+    rows["bytes"], rows["mtime_ns"] = stats[file_index].T
     absolute = [os.fsencode(os.path.abspath(file)) for file in files]
-    places = (b"%s\0%d" % (absolute[n], o) for n, o in zip(number.tolist(), offset.tolist(), strict=True))
+    places = (b"%s\0%d" % (absolute[n], o) for n, o in zip(file_index.tolist(), offset.tolist(), strict=True))
     rows["place"] = np.frombuffer(b"".join(hashlib.blake2b(p, digest_size=8).digest() for p in places), "<u8")
     return rows
 
 
 def _stat_files(files: NDArray[np.str_]) -> NDArray[np.int64]:
-    """(files, 2): size in bytes and time of modification in ns."""
+    """Return (files, 2): size in bytes and modification time in ns."""
     stats = np.empty((len(files), 2), np.int64)
     for row, file in zip(stats, files, strict=True):
         try:
-            found = os.stat(file)
-            row[:] = found.st_size, found.st_mtime_ns
-        except OSError:  # reading it will say what is wrong
+            stat = os.stat(file)
+            row[:] = stat.st_size, stat.st_mtime_ns
+        except OSError:  # reported when the image is read
             row[:] = _UNCACHED, 0
     return stats

@@ -1,11 +1,11 @@
-"""Where images come from: class folders, a flat folder, WebDataset tar shards, and the built-in sets.
+"""Sources of images: class folders, a flat folder, WebDataset tar shards, and built-in datasets.
 
-a folder of class folders    train/daisy/1.jpg               label: the class folder's place in sorted order
+a folder of class folders    train/daisy/1.jpg               label: index of the class folder in sorted order
 a flat folder of images      photos/1.jpg                    no labels
 tar shards                   'train-{000..127}.tar', '*.tar' label: NAME.cls beside NAME.jpg, else NAME's folder
 digits                       scikit-learn's 1,797 handwritten digits, 80 % of each class for training
 cifar10[:ROOT]               CIFAR-10 through torchvision, from ROOT or downloaded to it
-stl10[:ROOT]                 STL-10 likewise; most of its 105,000 images for training have no label
+stl10[:ROOT]                 STL-10 likewise; most of its 105,000 training images are unlabeled
 """
 
 import glob
@@ -31,7 +31,7 @@ _EXPECTED = "a folder of images, tar shards, digits, cifar10[:ROOT] or stl10[:RO
 
 
 class Source(ABC):
-    """Images with labels. labels: (N,) int64, -1 where there is none; classes: their names."""
+    """Images with labels. labels: (N,) int64, -1 for unlabeled images. classes: names of the classes."""
 
     labels: NDArray[np.int64]
     classes: Sequence[str]
@@ -45,15 +45,15 @@ class Source(ABC):
 
     @abstractmethod
     def name(self, index: int) -> str:
-        """What to call image `index` in a message: its file, or its place in an archive."""
+        """Return the name of image `index` for messages: its file, or its shard and member."""
 
     def class_name(self, label: int) -> str:
-        """The name of the class with this label."""
+        """Return the name of the class with this label."""
         return self.classes[label]
 
     @abstractmethod
-    def subset(self, kept: NDArray[np.int64]) -> "Source":
-        """The images `kept` (K,) alone, in that order. Classes stay as they are, also those of no image."""
+    def subset(self, indices: NDArray[np.int64]) -> "Source":
+        """Return a source of the images `indices` (K,), in that order. It has the same classes, even unused ones."""
 
 
 class ArraySource(Source):
@@ -67,7 +67,7 @@ class ArraySource(Source):
         classes: Sequence[str],
         origin: "EncodedSource | None" = None,
     ) -> None:
-        """origin: the same images in the files that they were decoded from."""
+        """origin: source of the files from which the images were decoded."""
         self.title, self.images, self.labels, self.classes, self.origin = title, images, labels, classes, origin
 
     def name(self, index: int) -> str:
@@ -76,36 +76,42 @@ class ArraySource(Source):
     def class_name(self, label: int) -> str:
         return super().class_name(label) if self.origin is None else self.origin.class_name(label)
 
-    def subset(self, kept: NDArray[np.int64]) -> "ArraySource":
-        origin = None if self.origin is None else self.origin.subset(kept)
-        return ArraySource(self.title, self.images[torch.from_numpy(kept)], self.labels[kept], self.classes, origin)
+    def subset(self, indices: NDArray[np.int64]) -> "ArraySource":
+        origin = None if self.origin is None else self.origin.subset(indices)
+        return ArraySource(
+            self.title, self.images[torch.from_numpy(indices)], self.labels[indices], self.classes, origin
+        )
 
 
 class EncodedSource(Source):
-    """Images as they lie on disk: encoded, of any size."""
+    """Encoded images on disk, of any size."""
 
     sizes: NDArray[np.int64] | None = None
-    """(N, 2): height and width of each, upright; None until a scan has found them (fastsimclr/data/scan.py)."""
+    """(N, 2): height and width of each upright image; None if not scanned (fastsimclr/data/scan.py)."""
 
     @abstractmethod
     def read(self, index: int) -> NDArray[np.uint8]:
-        """The bytes of image `index`."""
+        """Return the encoded bytes of image `index`. Raises UserError if they cannot be read."""
 
     @abstractmethod
     def locations(self) -> tuple[Sequence[str] | NDArray[np.str_], NDArray[np.int64], NDArray[np.int64]]:
-        """Where the images lie: files; and of each image (N,) the number of its file, and its offset there."""
+        """Return the files, and for each image (N,) the index of its file and its byte offset in it."""
 
     @abstractmethod
-    def subset(self, kept: NDArray[np.int64]) -> "EncodedSource": ...
+    def subset(self, indices: NDArray[np.int64]) -> "EncodedSource": ...
 
 
 class FolderSource(EncodedSource):
-    """Files of a folder, or of its class folders."""
+    """Image files in a folder or in its class folders."""
 
     def __init__(
         self, files: Sequence[str] | NDArray[np.str_], labels: NDArray[np.int64], classes: Sequence[str]
     ) -> None:
-        self.files, self.labels, self.classes = np.array(files), labels, classes  # an array: workers get one buffer
+        self.files, self.labels, self.classes = (
+            np.array(files),
+            labels,
+            classes,
+        )  # an array: pickled as one buffer for workers
 
     def name(self, index: int) -> str:
         return str(self.files[index])
@@ -119,58 +125,58 @@ class FolderSource(EncodedSource):
     def locations(self) -> tuple[NDArray[np.str_], NDArray[np.int64], NDArray[np.int64]]:
         return self.files, np.arange(len(self)), np.zeros(len(self), np.int64)
 
-    def subset(self, kept: NDArray[np.int64]) -> "FolderSource":
-        part = FolderSource(self.files[kept], self.labels[kept], self.classes)
-        part.sizes = None if self.sizes is None else self.sizes[kept]
+    def subset(self, indices: NDArray[np.int64]) -> "FolderSource":
+        part = FolderSource(self.files[indices], self.labels[indices], self.classes)
+        part.sizes = None if self.sizes is None else self.sizes[indices]
         return part
 
 
 class TarSource(EncodedSource):
-    """Images inside uncompressed tar files, found once by their headers and read by their offsets."""
+    """Images in uncompressed tar shards, read at the byte offsets of their members."""
 
     def __init__(
         self,
         shards: Sequence[str],
         members: Sequence[str] | NDArray[np.str_],
-        places: NDArray[np.int64],
+        extents: NDArray[np.int64],
         labels: NDArray[np.int64],
         classes: Sequence[str],
     ) -> None:
         self.shards, self.members, self.labels, self.classes = shards, np.array(members), labels, classes
-        self.places = places  # (N, 3): shard, offset, size
+        self.extents = extents  # (N, 3): shard, offset, size
 
     def name(self, index: int) -> str:
-        return f"{self.shards[self.places[index, 0]]}: {self.members[index]}"
+        return f"{self.shards[self.extents[index, 0]]}: {self.members[index]}"
 
     def read(self, index: int) -> NDArray[np.uint8]:
-        shard, offset, size = self.places[index]
+        shard, offset, size = self.extents[index]
         try:
             data = np.fromfile(self.shards[shard], dtype=np.uint8, count=size, offset=offset)
         except OSError as error:
             raise UserError(f"{self.name(index)}: cannot be read ({error.strerror})") from error
         if len(data) != size:
             raise UserError(
-                f"{self.name(index)}: got {len(data)} of {size} bytes: the shard changed since it was opened"
+                f"{self.name(index)}: got {len(data)} of {size} bytes; the shard changed since it was opened"
             )
         return data
 
     def locations(self) -> tuple[Sequence[str], NDArray[np.int64], NDArray[np.int64]]:
-        return self.shards, self.places[:, 0], self.places[:, 1]
+        return self.shards, self.extents[:, 0], self.extents[:, 1]
 
     def class_name(self, label: int) -> str:
-        """Numbers name themselves: they may have gaps."""
+        """Return the name of the class. A numeric class is named by its label, as numbers may have gaps."""
         return str(label) if all(name.isdigit() for name in self.classes) else self.classes[label]
 
-    def subset(self, kept: NDArray[np.int64]) -> "TarSource":
-        part = TarSource(self.shards, self.members[kept], self.places[kept], self.labels[kept], self.classes)
-        part.sizes = None if self.sizes is None else self.sizes[kept]
+    def subset(self, indices: NDArray[np.int64]) -> "TarSource":
+        part = TarSource(self.shards, self.members[indices], self.extents[indices], self.labels[indices], self.classes)
+        part.sizes = None if self.sizes is None else self.sizes[indices]
         return part
 
 
 def open_source(path: str, *, split: str = "train") -> Source:
-    """The images at `path`, in any of the forms above. split: "train" or "val", of the built-in sets only.
+    """Open the images at `path`, in any of the forms above. split: "train" or "val", for built-in datasets only.
 
-    Raises UserError if nothing is there, or nothing in it is an image.
+    Raises UserError if the path does not exist or has no images.
     """
     assert split in ("train", "val"), split
     kind, _, root = path.partition(":")
@@ -195,15 +201,15 @@ def _open_folder(folder: Path) -> FolderSource:
     labels: list[int] = []
     classes: list[str] = []
     for class_folder in sorted(entry.path for entry in os.scandir(folder) if entry.is_dir()):
-        inside = sorted(
+        images = sorted(
             os.path.join(parent, file)
             for parent, _, names in os.walk(class_folder, followlinks=True)
             for file in names
             if _is_image(file)
         )
-        if inside:
-            files += inside
-            labels += [len(classes)] * len(inside)
+        if images:
+            files += images
+            labels += [len(classes)] * len(images)
             classes.append(os.path.basename(class_folder))
     if not files:
         raise UserError(
@@ -215,27 +221,27 @@ def _open_folder(folder: Path) -> FolderSource:
 
 def _open_tars(shards: list[str]) -> TarSource:
     members: list[str] = []
-    places: list[tuple[int, int, int]] = []
-    class_of: list[str] = []  # of each image: the text of NAME.cls, or its folder
-    for number, shard in enumerate(shards):
+    extents: list[tuple[int, int, int]] = []
+    class_names: list[str] = []  # of each image: the text of NAME.cls, or its folder
+    for shard_index, shard in enumerate(shards):
         found, texts = _scan_tar(shard)
         for member, offset, size in found:
             stem = _stem(member)
             members.append(member)
-            places.append((number, offset, size))
-            class_of.append(texts.get(stem, os.path.basename(os.path.dirname(stem))))
+            extents.append((shard_index, offset, size))
+            class_names.append(texts.get(stem, os.path.basename(os.path.dirname(stem))))
     if not members:
         raise UserError(f"{shards[0]}: got no images in {len(shards)} shards, expected members such as 0001.jpg")
-    if not all(class_of):
-        return TarSource(shards, members, np.array(places), np.full(len(members), NO_LABEL), ())
-    numbers = all(name.isascii() and name.isdigit() for name in class_of)
-    classes = sorted(set(class_of), key=int if numbers else None)
-    labels = np.array([int(name) for name in class_of] if numbers else np.searchsorted(classes, class_of))
-    return TarSource(shards, members, np.array(places), labels, classes)
+    if not all(class_names):
+        return TarSource(shards, members, np.array(extents), np.full(len(members), NO_LABEL), ())
+    numeric = all(name.isascii() and name.isdigit() for name in class_names)
+    classes = sorted(set(class_names), key=int if numeric else None)
+    labels = np.array([int(name) for name in class_names] if numeric else np.searchsorted(classes, class_names))
+    return TarSource(shards, members, np.array(extents), labels, classes)
 
 
 def _scan_tar(shard: str) -> tuple[list[tuple[str, int, int]], dict[str, str]]:
-    """The image members of a tar as (name, offset, size), and the text of its NAME.cls members by NAME."""
+    """Return the image members of a tar as (name, offset, size), and the text of its NAME.cls members by NAME."""
     images: list[tuple[str, int, int]] = []
     texts: dict[str, str] = {}
     try:
@@ -249,24 +255,24 @@ def _scan_tar(shard: str) -> tuple[list[tuple[str, int, int]], dict[str, str]]:
                     images.append((member.name, member.offset_data, member.size))
                 elif member.name.endswith(".cls"):
                     content = tar.extractfile(member)
-                    assert content is not None  # it is a file
+                    assert content is not None  # it is a regular file
                     texts[_stem(member.name)] = content.read().decode().strip()
-        with open(shard, "rb") as file:  # tarfile takes a damaged header, or none, for the end
+        with open(shard, "rb") as file:  # tarfile treats a damaged or missing header as the end
             file.seek(end)
             if file.read(tarfile.BLOCKSIZE) != bytes(tarfile.BLOCKSIZE):
-                raise tarfile.ReadError(f"neither a header nor the end mark at byte {end}")
+                raise tarfile.ReadError(f"neither a header nor the end marker at byte {end}")
     except FileNotFoundError as error:
         raise UserError(f"{shard}: got no such file, expected a tar shard") from error
     except (OSError, tarfile.TarError, UnicodeDecodeError) as error:
         raise UserError(
-            f"{shard}: got a tar that is cut short or damaged ({error}), expected a whole, uncompressed one: "
-            "fetch or write it again"
+            f"{shard}: got a truncated or damaged tar ({error}), expected a complete, uncompressed one: "
+            "download or write it again"
         ) from error
     return images, texts
 
 
 def _expand(pattern: str) -> list[str]:
-    """Files of a pattern with brace ranges ({000..127}) and globs (* ? [])."""
+    """Return the files that match a pattern with brace ranges ({000..127}) and globs (* ? [])."""
     brace = re.search(r"\{(\d+)\.\.(\d+)\}", pattern)
     if brace:
         first, last = brace.groups()
@@ -285,7 +291,7 @@ def _expand(pattern: str) -> list[str]:
 
 
 def _stem(member: str) -> str:
-    """WebDataset's key of a sample: the name up to the first dot behind the last slash."""
+    """Return WebDataset's sample key: the name up to the first dot after the last slash."""
     folder, slash, file = member.rpartition("/")
     return folder + slash + file.split(".", 1)[0]
 
@@ -295,27 +301,27 @@ def _is_image(name: str) -> bool:
 
 
 def _digits(split: str) -> ArraySource:
-    """8x8 handwritten digits rendered as 32x32 RGB. Every fifth image of each class is held out for "val"."""
-    from sklearn.datasets import load_digits  # a second to import: only when asked for
+    """Open 8x8 handwritten digits, resized to 32x32 RGB. Every fifth image of each class is held out for "val"."""
+    from sklearn.datasets import load_digits  # lazy: the import takes a second
 
     data = load_digits()
     labels = data.target.astype(np.int64)
     held_out = np.zeros(len(labels), dtype=bool)
     for label in range(10):
         held_out[np.flatnonzero(labels == label)[::5]] = True
-    rendered = [
-        np.asarray(Image.fromarray(grey).resize((32, 32), Image.Resampling.BICUBIC))
-        for grey in np.rint(data.images * (255 / 16)).astype(np.uint8)
+    resized = [
+        np.asarray(Image.fromarray(digit).resize((32, 32), Image.Resampling.BICUBIC))
+        for digit in np.rint(data.images * (255 / 16)).astype(np.uint8)
     ]
-    chosen = held_out if split == "val" else ~held_out
-    images = torch.from_numpy(np.stack(rendered)[chosen])[..., None].repeat(1, 1, 1, 3)
-    return ArraySource("digits", images, labels[chosen], [str(d) for d in range(10)])
+    selected = held_out if split == "val" else ~held_out
+    images = torch.from_numpy(np.stack(resized)[selected])[..., None].repeat(1, 1, 1, 3)
+    return ArraySource("digits", images, labels[selected], [str(d) for d in range(10)])
 
 
 def _from_torchvision(name: str, root: str, split: str) -> ArraySource:
-    from torchvision.datasets import CIFAR10, STL10  # slow to import: only when asked for
+    from torchvision.datasets import CIFAR10, STL10  # lazy: the import is slow
 
-    try:  # downloads only what is not there
+    try:  # downloads only missing files
         if name == "cifar10":
             cifar = CIFAR10(root, train=split == "train", download=True)
             return ArraySource(name, torch.from_numpy(cifar.data), np.array(cifar.targets), cifar.classes)
@@ -323,8 +329,8 @@ def _from_torchvision(name: str, root: str, split: str) -> ArraySource:
     except Exception as error:  # network and disk errors of many kinds
         title, folder = ("CIFAR-10", "cifar-10-batches-py") if name == "cifar10" else ("STL-10", "stl10_binary")
         raise UserError(
-            f"{name}:{root}: got no {title} there and could not download it ({str(error).splitlines()[0]}); "
-            f"expected {folder} in that folder"
+            f"{name}:{root}: got no {title} in that folder and could not download it ({str(error).splitlines()[0]}); "
+            f"expected {folder} in it"
         ) from error
     images = torch.from_numpy(stl.data).permute(0, 2, 3, 1).contiguous()
     return ArraySource(name, images, stl.labels.astype(np.int64), stl.classes)

@@ -1,4 +1,4 @@
-"""Decoding and cropping by torchvision in a DataLoader's workers."""
+"""The torchvision backend: decode and crop in the workers of a DataLoader."""
 
 import os
 import signal
@@ -9,6 +9,7 @@ from collections.abc import Generator, Iterator
 from contextlib import contextmanager
 from multiprocessing import forkserver, get_context, parent_process, resource_tracker
 from multiprocessing.context import BaseContext
+from typing import Any
 
 import numpy as np
 import torch
@@ -27,42 +28,42 @@ from fastsimclr.profiling import stage
 
 
 class TorchvisionBackend:
-    """Images decoded once each by torchvision.io, each view cropped and resized by transforms.v2 on uint8 tensors."""
+    """Crop backend that decodes each image once with torchvision.io and crops its views with transforms.v2 on uint8."""
 
     def __init__(self, source: Source, augmentation: Augmentation, device: torch.device, workers: int) -> None:
         self.device = device
         self._requests: Iterator[BatchRequest] = iter(())
         self._loader: DataLoader[CroppedBatch | UserError] = DataLoader(
             _Crops(source, augmentation),
-            sampler=self,  # type: ignore[arg-type]  # an iterable of keys
-            batch_size=None,  # a key is a job, and what it becomes is a batch
-            collate_fn=_no_collate,  # type: ignore[arg-type]  # typed for lists of items
+            sampler=self,  # type: ignore[arg-type]  # an iterable of requests
+            batch_size=None,  # a request is loaded as a whole batch
+            collate_fn=_no_collate,  # type: ignore[arg-type]  # the stub expects a list of items
             num_workers=workers,
             persistent_workers=workers > 0,
             pin_memory=device.type == "cuda",
             multiprocessing_context=_forkserver() if workers else None,
             worker_init_fn=_exit_with_parent,
         )
-        # At exit, too, and before multiprocessing's own way, which is to wait for what it has sent SIGTERM.
+        # Also at exit, before multiprocessing's own handler, which sends SIGTERM to the workers and waits for them.
         self._stop_workers = weakref.finalize(self, _stop_workers, self._loader)
 
     def __iter__(self) -> Iterator[BatchRequest]:
-        """The DataLoader's sampler."""
+        """Yield the requests, as the sampler of the DataLoader."""
         return self._requests
 
     def crops(self, requests: Iterator[BatchRequest]) -> Generator[CroppedBatch, None, None]:
         self._requests = requests
-        with _without_main_module():  # workers are started here
+        with _without_main_module():  # the workers are started here
             batches = iter(self._loader)
-        for made in batches:
-            if isinstance(made, UserError):
-                raise made
+        for batch in batches:
+            if isinstance(batch, UserError):
+                raise batch
             if self.device.type == "cpu":
-                yield made
+                yield batch
                 continue
             with stage("copy"):
-                crops = tuple(view.to(self.device, non_blocking=True) for view in made.crops)
-            yield CroppedBatch(crops, made.params)
+                crops = tuple(view.to(self.device, non_blocking=True) for view in batch.crops)
+            yield CroppedBatch(crops, batch.params)
 
     def device_bytes(self) -> int:
         return 0
@@ -72,19 +73,20 @@ class TorchvisionBackend:
 
 
 _SIGNALS = (signal.SIGINT, signal.SIGTERM)
-"""A terminal or a scheduler sends them to the whole group; the parent wants batches until it has stopped."""
+"""Signals that a terminal or a scheduler sends to the whole process group. Workers ignore them, as the parent needs
+batches until it has stopped."""
 
 
 def _forkserver() -> BaseContext:
-    """Workers as forks of a process that has done this file's imports, and nothing else.
+    """Start a forkserver that has only imported this module, and return its context.
 
-    Forks of this one would copy locked locks of the threads of torch and of DALI. Spawned ones take 370 MiB each, and
-    seconds, for imports; those of one forkserver share them.
+    Forks of this process would copy locks held by threads of torch and DALI. Spawned workers take 370 MiB each and
+    seconds for their imports; those of a forkserver share them.
     """
     context = get_context("forkserver")
     context.set_forkserver_preload([__name__])
-    resource_tracker.ensure_running()  # before, as it unblocks them
-    before = signal.pthread_sigmask(signal.SIG_BLOCK, _SIGNALS)  # which the forkserver inherits
+    resource_tracker.ensure_running()  # first, as it unblocks the signals
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, _SIGNALS)  # inherited by the forkserver
     try:
         forkserver.ensure_running()
     finally:
@@ -98,28 +100,27 @@ def _without_main_module() -> Iterator[None]:
 
     A script without `if __name__ == "__main__":` would otherwise open its loader again in every worker, and fail there.
     """
-    main = sys.modules["__main__"]
-    hidden = {name: vars(main)[name] for name in ("__file__", "__spec__") if name in vars(main)}
-    vars(main).pop("__file__", None)
-    main.__spec__ = None
+    main: Any = sys.modules["__main__"]
+    file, spec = getattr(main, "__file__", None), main.__spec__
+    main.__file__ = main.__spec__ = None
     try:
         yield
     finally:
-        vars(main).update(hidden)
+        main.__file__, main.__spec__ = file, spec
 
 
 def _exit_with_parent(_: int) -> None:
     for number in _SIGNALS:
         signal.signal(number, signal.SIG_IGN)
 
-    def end_with_it() -> None:
-        """DataLoader's own watch is on the forkserver, which lives as long as there are workers."""
+    def exit_with_parent() -> None:
+        """Wait for the parent: DataLoader's own watchdog watches the forkserver, which lives as long as its workers."""
         parent = parent_process()
         assert parent is not None
         parent.join()
         os._exit(1)
 
-    threading.Thread(target=end_with_it, daemon=True).start()
+    threading.Thread(target=exit_with_parent, daemon=True).start()
 
 
 def _stop_workers(loader: "DataLoader[CroppedBatch | UserError]") -> None:
@@ -129,7 +130,7 @@ def _stop_workers(loader: "DataLoader[CroppedBatch | UserError]") -> None:
 
 
 class _Crops(Dataset[CroppedBatch | UserError]):
-    """Maps a job to its batch."""
+    """Dataset that maps a request to its batch. It returns a UserError instead of raising it."""
 
     def __init__(self, source: Source, augmentation: Augmentation) -> None:
         if isinstance(source, ArraySource):
@@ -141,23 +142,23 @@ class _Crops(Dataset[CroppedBatch | UserError]):
         crops: list[list[Tensor]] = [[] for _ in recipes]
         params: list[list[ViewParams]] = [[] for _ in recipes]
         for i in range(len(request.index)):
-            part = request.index[i : i + 1]
+            index = request.index[i : i + 1]
             try:
-                image = decoded(self.source, int(part[0]))
+                image = decoded(self.source, int(index[0]))
             except UserError as error:
-                return error  # raised in a worker, it would come back wrapped in its traceback
-            drawn = sample_batch_params(
-                self.augmentation, request.seed, request.epoch, part, np.array([image.shape[1:]])
+                return error  # raised in a worker, it would be wrapped in a traceback
+            image_params = sample_batch_params(
+                self.augmentation, request.seed, request.epoch, index, np.array([image.shape[1:]])
             )
             for view, recipe in enumerate(recipes):
-                params[view].append(drawn[view])
-                crops[view].append(crop(image, recipe, drawn[view]))
-        # default_collate stacks into shared memory where this is a worker.
-        return CroppedBatch(tuple(map(default_collate, crops)), [np.concatenate(of_view) for of_view in params])
+                params[view].append(image_params[view])
+                crops[view].append(crop(image, recipe, image_params[view]))
+        # In a worker, default_collate stacks into shared memory.
+        return CroppedBatch(tuple(map(default_collate, crops)), [np.concatenate(view_params) for view_params in params])
 
 
 def decoded(source: Source, index: int) -> Tensor:
-    """Image `index` as (3, H, W) uint8."""
+    """Return image `index` as (3, H, W) uint8."""
     if isinstance(source, ArraySource):
         return source.images[index].permute(2, 0, 1)
     assert isinstance(source, EncodedSource)
@@ -165,12 +166,12 @@ def decoded(source: Source, index: int) -> Tensor:
 
 
 def crop(image: Tensor, recipe: Augmentation, params: ViewParams) -> Tensor:
-    """The view (S, S, 3) of an image (3, h, w), both uint8, before its colours change. draws: (1,), of this image."""
-    # As v2.functional.resized_crop, but that the resize gets the piece in one block of channels-last memory: it is then
-    # a third faster, and its result needs no copy.
-    piece = TF.crop(image, *params["box"][0].tolist())[None].contiguous(memory_format=torch.channels_last)
+    """Crop, resize and flip an image (3, h, w) uint8 to (S, S, 3) uint8. params: (1,), of this view."""
+    # Like v2.functional.resized_crop, but the resize gets contiguous channels-last memory: it is then a third faster,
+    # and its result needs no copy.
+    cropped = TF.crop(image, *params["box"][0].tolist())[None].contiguous(memory_format=torch.channels_last)
     size = [recipe.image_size, recipe.image_size]
-    view = TF.resize(piece, size, InterpolationMode(recipe.interpolation), antialias=True)
+    view = TF.resize(cropped, size, InterpolationMode(recipe.interpolation), antialias=True)
     if params["flip"][0]:
         view = TF.horizontal_flip(view)
     return view[0].permute(1, 2, 0).contiguous()
@@ -181,7 +182,7 @@ def _no_collate(batch: CroppedBatch | UserError) -> CroppedBatch | UserError:
 
 
 def default_workers(source: Source, device: torch.device) -> int:
-    """Worker processes that pay: none for small decoded images, one beside training on a CPU, else the rank's cores."""
+    """Return the default number of workers: 0 for decoded images, 1 on a CPU, else the rank's cores - 1, 1 to 16."""
     if isinstance(source, ArraySource):
         return 0
     if device.type == "cpu":

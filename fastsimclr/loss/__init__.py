@@ -1,4 +1,4 @@
-"""The NT-Xent loss: checks, and the choice of who computes it."""
+"""The NT-Xent loss: input checks, and the choice of its implementation."""
 
 import math
 import warnings
@@ -14,7 +14,7 @@ from fastsimclr.loss import fused
 from fastsimclr.loss.reference import nt_xent_reference
 from fastsimclr.loss.tiled import nt_xent_tiled
 
-BACKENDS = ("auto", "fused", "tiled", "reference", "emulated")
+BACKENDS = ("auto", "fused", "tiled", "reference")
 PRECISIONS = ("auto", "highest", "medium")
 REDUCTIONS = ("mean", "none")
 
@@ -35,91 +35,94 @@ def nt_xent(
     Equivalent to, with z = F.normalize(torch.cat([z1, z2]), dim=1) and i's positive (i + N) mod 2N:
         s = (z @ z.T / temperature).fill_diagonal_(-inf);  F.cross_entropy(s, positive)
 
-    z1, z2: (N, D), any float dtype; row i of both are the two views of image i. Need not be normalised.
-    temperature: positive; a float, or a 0-dim tensor, which gets its gradient.
-    group: a process group, or "world": the views of all its ranks are negatives, and batches may be uneven. Each
-        rank's loss is its rows' sum * ranks / all rows (with even batches: the mean of its rows), and its gradient is
-        that of the sum of all ranks' losses: after DDP's mean over ranks both are exactly those of one process.
-        (For "mean", the gradient that arrives at the loss has to be the same on every rank, as it is in DDP.)
-    backend: "fused" (CUDA kernels, O(N D) memory), "tiled" (plain PyTorch, O(N D) memory, any device), "reference"
-        (dense, O(N^2) memory); "auto" takes the fastest that is there. ("emulated": fused's kernels run on the CPU by a
-        developer's build, for tests.)
-    precision: of the products, "highest" (float32; fused: the upper 16 bits of each factor, errors of 1e-5) or "medium"
-        (bf16; TF32 in tiled on a GPU). "auto": highest, but medium for bf16 and fp16 inputs. "reference" always
-        computes in the inputs' dtype, at least float32.
-    reduction: "mean", or "none" for each view's loss, (2N,), z1's rows first.
-    decoupled: leave the positive out of the denominator (Yeh et al., arXiv 2110.06848).
+    z1, z2: (N, D), any float dtype; z1[i] and z2[i] are the two views of image i. They need not be normalized.
+    temperature: positive float, or a 0-dim tensor, which gets a gradient if it requires one.
+    group: process group, or "world", whose ranks contribute negatives; local batch sizes may differ. The loss on each
+        rank is the sum over its rows * number of ranks / number of rows on all ranks (the mean over its rows if batches
+        are equal), and its gradient is that of the sum of all ranks' losses. After DDP's average over ranks, loss and
+        gradient equal those of a single process with the whole batch. With reduction="mean", the gradient that
+        arrives at the loss must be the same on every rank, as it is in DDP.
+    backend: "fused" (CUDA kernels, O(N D) memory), "tiled" (PyTorch, O(N D) memory, any device), "reference" (PyTorch,
+        O(N^2) memory), or "auto", the fastest available.
+    precision: precision of the matrix products. "highest": float32 (fused: the upper 16 bits of each factor, errors of
+        1e-5). "medium": bf16 (tiled on a GPU: TF32). "auto": "medium" for bf16 and fp16 inputs, otherwise "highest".
+        "reference" ignores it and computes in the inputs' dtype, at least float32.
+    reduction: "mean", or "none" to return the loss of each view, (2N,), z1's rows first.
+    decoupled: if True, leave the positive out of the denominator (Yeh et al., arXiv 2110.06848).
 
-    Returns a 0-dim or (2N,) tensor, float32 (float64 for float64 inputs). Non-finite projections give a non-finite
-    loss, without waiting for the GPU. Differentiable once. Raises ValueError for wrong shapes, dtypes or options.
+    Returns a 0-dim or (2N,) tensor in float32 (float64 for float64 inputs). Non-finite projections give a non-finite
+    loss, without a CPU-GPU synchronization. Differentiable once: "fused" and "tiled" raise RuntimeError on a second
+    derivative.
+    Raises ValueError for invalid shapes, dtypes or options, or if `backend` cannot compute the loss of these inputs.
     """
     _check(z1, z2, temperature, backend, precision, reduction)
     process_group = resolve_group(group)
     if decoupled and len(z1) == 1 and process_group is None:
-        raise ValueError("decoupled: got one image and no group, so no view has a negative; expected N > 1")
+        raise ValueError("decoupled: got N = 1 and no group, so there are no negatives; expected N of at least 2")
 
     value: float | None = None
     if not isinstance(temperature, Tensor):
         value = float(temperature)
-    elif temperature.device.type == "cpu" and not torch.compiler.is_compiling():  # in a graph it is a symbol
+    elif temperature.device.type == "cpu" and not torch.compiler.is_compiling():  # else symbolic
         value = float(temperature.detach())
     if value is not None and not (value > 0 and math.isfinite(value)):
         raise ValueError(f"temperature: got {value}, expected a positive number")
 
     mean = reduction == "mean"
-    chosen = _choose_and_warn(backend, z1.device, z1.dtype, z1.shape[1])
+    implementation = _choose_and_warn(backend, z1.device, z1.dtype, z1.shape[1])
     if precision == "auto":
         precision = "medium" if z1.dtype in (torch.bfloat16, torch.float16) else "highest"
-    if chosen in ("fused", "emulated"):
+    if implementation in ("fused", "emulated"):
         tensor = temperature if isinstance(temperature, Tensor) else None
         return fused.nt_xent_fused(z1, z2, tensor, process_group, mean, decoupled, precision, value)
     if not isinstance(temperature, Tensor):
         dtype = torch.promote_types(z1.dtype, torch.float32)
         temperature = torch.full((), temperature, dtype=dtype, device=z1.device)
-    if chosen == "reference":
+    if implementation == "reference":
         return nt_xent_reference(z1, z2, temperature, process_group, mean, decoupled)
     return nt_xent_tiled(z1, z2, temperature, process_group, mean, decoupled, precision, value)
 
 
 class BackendError(UserError, RuntimeError):
-    """The backend that was asked for by name can't compute this here."""
+    """The requested backend cannot compute the loss of these projections on this device."""
 
 
 def choose_backend(
-    wanted: str, device: torch.device, dtype: torch.dtype = torch.float32, width: int = 1
+    backend: str, device: torch.device, dtype: torch.dtype = torch.float32, width: int = 1
 ) -> tuple[str, str]:
-    """Who computes the loss of projections of `width` numbers on `device` if `wanted` is asked for, and why.
+    """Return the implementation used for `backend`, and the reason, for projections (N, `width`) on `device`.
 
-    Raises BackendError, a ValueError and a RuntimeError, if "fused" or "emulated" is asked for and can't.
+    Raises BackendError, a ValueError and a RuntimeError, if a backend other than "auto" is requested and cannot run.
     """
-    if wanted in ("tiled", "reference"):
-        return wanted, "as asked"
-    if wanted == "auto" and device.type != "cuda":
-        return "tiled", f"auto: the fused kernel is for CUDA GPUs, and the projections are on {device.type}"
+    if backend in ("tiled", "reference"):
+        return backend, "as requested"
+    if backend == "auto" and device.type != "cuda":
+        return "tiled", f"auto: the fused kernels need a CUDA GPU, and the projections are on {device.type}"
     reason = why_unavailable(device) or fused.unsupported(dtype, width)
-    if wanted == "auto":
-        return ("tiled", f"auto: {reason}") if reason else ("fused", "auto: the fastest, and it can run here")
-    if wanted == "fused" and device.type != "cuda":
-        reason = f"it is a CUDA kernel, and the projections are on {device.type}; {describe_build()}"
-    if wanted == "emulated" and device.type != "cpu":
+    if backend == "auto":
+        return ("tiled", f"auto: {reason}") if reason else ("fused", "auto: the fastest available")
+    if backend == "fused" and device.type != "cuda":
+        reason = f"it needs a CUDA GPU, and the projections are on {device.type}; {describe_build()}"
+    if backend == "emulated" and device.type != "cpu":
         reason = f"it runs on the CPU, and the projections are on {device.type}"
     if reason:
-        raise BackendError(f'backend="{wanted}" can\'t compute this: {reason}; use backend="auto" or "tiled"')
-    return wanted, "as asked"
+        raise BackendError(f'got backend="{backend}", which cannot run: {reason}; use backend="auto" or "tiled"')
+    return backend, "as requested"
 
 
-@torch.compiler.assume_constant_result  # in a compiled graph: asked once, when it is compiled
-def _choose_and_warn(wanted: str, device: torch.device, dtype: torch.dtype, width: int) -> str:
-    chosen, why = choose_backend(wanted, device, dtype, width)
-    if wanted == "auto" and device.type == "cuda" and chosen != "fused":
-        warnings.warn(f"nt_xent: the slower backend {chosen!r} ({why})", stacklevel=3)
-    return chosen
+@torch.compiler.assume_constant_result  # in a compiled graph: evaluated once, at compile time
+def _choose_and_warn(backend: str, device: torch.device, dtype: torch.dtype, width: int) -> str:
+    implementation, reason = choose_backend(backend, device, dtype, width)
+    if backend == "auto" and device.type == "cuda" and implementation != "fused":
+        warnings.warn(f"nt_xent: using the slower backend {implementation!r} ({reason})", stacklevel=3)
+    return implementation
 
 
 class NTXentLoss(nn.Module):
-    """`nt_xent` as a module: the same arguments, and forward(z1, z2).
+    """NT-Xent loss (SimCLR, eq. 1) as a module: forward(z1, z2), each (N, D), returns the loss.
 
-    A temperature given as an nn.Parameter is learned.
+    The arguments are those of `nt_xent`. A temperature that is an nn.Parameter becomes a parameter of the module and is
+    learned.
     """
 
     def __init__(
@@ -159,7 +162,7 @@ class NTXentLoss(nn.Module):
 
 def _check(z1: Tensor, z2: Tensor, temperature: float | Tensor, backend: str, precision: str, reduction: str) -> None:
     for name, got, expected in (
-        ("backend", backend, BACKENDS),
+        ("backend", "auto" if backend == "emulated" else backend, BACKENDS),  # "emulated" is for tests
         ("precision", precision, PRECISIONS),
         ("reduction", reduction, REDUCTIONS),
     ):

@@ -1,7 +1,7 @@
-"""The NT-Xent loss by the compiled kernels (csrc/), as PyTorch operators.
+"""The NT-Xent loss with the compiled kernels (csrc/), as PyTorch operators.
 
-The kernels take pointers, sizes and a stream: everything that they write is allocated here. The mathematics is that of
-tiled.py; csrc/*.cu explain how the kernels divide the work.
+The kernels take pointers, sizes and a stream; all memory that they write is allocated here. tiled.py has the equations,
+csrc/*.cu explain how the kernels divide the work.
 """
 
 from contextlib import nullcontext
@@ -17,20 +17,20 @@ from fastsimclr.distributed import all_gather_rows, gather_sizes, group_name, gr
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 MAX_WIDTH = 2048
-MAX_ROWS = 2**30  # views of all ranks: csrc/nt_xent.h
+MAX_ROWS = 2**30  # rows on all ranks, see csrc/nt_xent.h
 
 
 def unsupported(dtype: torch.dtype, width: int) -> str:
-    """Why the kernels can't take projections of `width` numbers of `dtype`: "" if they can."""
+    """Return why the kernels cannot take projections (N, `width`) of `dtype`, or "" if they can."""
     if dtype not in DTYPES:
         return f"got {dtype} projections, expected float32, bfloat16 or float16"
     if width > MAX_WIDTH:
-        return f"got projections of {width} numbers, expected at most {MAX_WIDTH}"
+        return f"got projections of {width} features, expected at most {MAX_WIDTH}"
     return ""
 
 
 def is_available() -> bool:
-    """Whether the fused NT-Xent loss can run here: there is a GPU, and the extension has kernels that load on it."""
+    """Return whether the fused NT-Xent loss can run: a GPU is available, and the extension's kernels load on it."""
     return torch.cuda.is_available() and not why_unavailable(torch.device("cuda", torch.cuda.current_device()))
 
 
@@ -44,8 +44,11 @@ def nt_xent_fused(
     precision: str,
     temperature_value: float | None,
 ) -> Tensor:
-    """Arguments and result as in `fastsimclr.nt_xent`. The temperature is a tensor, or a value, or a tensor whose value
-    is known without waiting for a GPU."""
+    """Arguments and result as in `fastsimclr.nt_xent`.
+
+    temperature: the tensor, if one is given. temperature_value: its value, if known without waiting for a GPU. At least
+    one is not None.
+    """
     return fused_forward(z1, z2, temperature, group_name(group), mean, decoupled, precision, temperature_value)[0]
 
 
@@ -60,20 +63,20 @@ def fused_forward(
     precision: str,
     temperature_value: float | None,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
-    """Return the loss and what the backward needs.
+    """Return the loss and the tensors for the backward pass.
 
-    These are unit rows (2n, planes, width) in bf16, norms (2n,), the unit rows of all ranks (M, planes, width; empty
-    without a group), the lse of all ranks in bits (M,), q (2n,), and the number of rows of each rank (W,), on the CPU.
-    Without a group the latter is empty and on z1's device: Inductor makes no CUDA graph of an operator with an output
-    on the CPU.
+    These are the unit rows (2n, planes, width) in bf16, their norms (2n,), the unit rows of all ranks (M, planes,
+    width; empty without a group), the lse of all ranks in bits (M,), q (2n,), and the number of rows on each rank
+    (world_size,), on the CPU. Without a group the latter is empty and on z1's device: Inductor makes no CUDA graph of
+    an operator with an output on the CPU.
     """
     n, d = z1.shape
     rows, planes, width = 2 * n, _planes(precision), _width(d)
-    run = _Kernels(z1, temperature, temperature_value)
+    kernels = _Kernels(z1, temperature, temperature_value)
     unit = z1.new_empty(rows, planes, width, dtype=torch.bfloat16)
-    norm, positive = run.floats(rows), run.floats(n)
-    run(
-        "normalize", z1=_view(z1), z2=_view(z2), dtype=run.dtype, n=n, d=d, planes=planes, width=width,
+    norm, positive = kernels.floats(rows), kernels.floats(n)
+    kernels(
+        "normalize", z1=_view(z1), z2=_view(z2), dtype=kernels.dtype, n=n, d=d, planes=planes, width=width,
         unit=unit.data_ptr(), norm=norm.data_ptr(), positive=positive.data_ptr(),
     )  # fmt: skip
 
@@ -81,40 +84,42 @@ def fused_forward(
     if group:
         sizes = gather_sizes(rows, group_of(group), z1.device)
         offset = sum(sizes[: dist.get_rank(group_of(group))])
-        gathered = start_gather_rows(unit, sizes, group_of(group))  # while it is under way, this rank's own rows
+        gathered = start_gather_rows(unit, sizes, group_of(group))  # overlaps with the work on local rows
     total = sum(sizes)
     if total > MAX_ROWS:
-        raise ValueError(f"got {total} views in all, expected at most {MAX_ROWS}")
-    # Of all columns: this rank's rows, all the ranks' before it, all the ranks' after it; and into how many slots each
-    # has its sums written.
+        raise ValueError(f"got {total} views on all ranks, expected at most {MAX_ROWS}")
+    # Parts of the columns (start, count): the rows of this rank, of the ranks before it and of the ranks after it. Each
+    # part writes its sums into its own slots.
     parts = [part for part in ((offset, rows), (0, offset), (offset + rows, total - offset - rows)) if part[1]]
-    units = [
-        run.ask("forward_column_unit", rows=rows, columns=count, planes=planes, width=width, symmetric=start == offset)
+    column_units = [
+        kernels.query(
+            "forward_column_unit", rows=rows, columns=count, planes=planes, width=width, symmetric=start == offset
+        )
         for start, count in parts
     ]
-    slots = [-(-count // column_unit) for (_, count), column_unit in zip(parts, units, strict=True)]
-    sums = run.floats(sum(slots), rows)
-    everyone = unit
-    for index, ((start, count), column_unit) in enumerate(zip(parts, units, strict=True)):
-        mine = start == offset
-        if not mine and everyone is unit:
-            everyone = gathered()
-        run(
-            "forward", rows=unit.data_ptr(), row_count=rows, columns=(unit if mine else everyone[start]).data_ptr(),
-            column_count=count, planes=planes, width=width, symmetric=mine, has_pairs=mine, offset=0,
-            all_columns=total, **run.temperature, column_unit=column_unit, sums=sums[sum(slots[:index])].data_ptr(),
+    slots = [-(-count // column_unit) for (_, count), column_unit in zip(parts, column_units, strict=True)]
+    sums = kernels.floats(sum(slots), rows)
+    all_unit = unit
+    for index, ((start, count), column_unit) in enumerate(zip(parts, column_units, strict=True)):
+        is_local = start == offset
+        if not is_local and all_unit is unit:
+            all_unit = gathered()
+        kernels(
+            "forward", rows=unit.data_ptr(), row_count=rows, columns=(unit if is_local else all_unit[start]).data_ptr(),
+            column_count=count, planes=planes, width=width, symmetric=is_local, has_pairs=is_local, offset=0,
+            all_columns=total, **kernels.temperature, column_unit=column_unit, sums=sums[sum(slots[:index])].data_ptr(),
         )  # fmt: skip
-    losses, lse, q = run.floats(rows), run.floats(rows), run.floats(rows)
-    run(
+    losses, lse, q = kernels.floats(rows), kernels.floats(rows), kernels.floats(rows)
+    kernels(
         "losses", sums=sums.data_ptr(), slots=sum(slots), positive=positive.data_ptr(), n=n, all_columns=total,
-        decoupled=decoupled, **run.temperature, losses=losses.data_ptr(), lse=lse.data_ptr(), q=q.data_ptr(),
+        decoupled=decoupled, **kernels.temperature, losses=losses.data_ptr(), lse=lse.data_ptr(), q=q.data_ptr(),
     )  # fmt: skip
     if group:
         lse = all_gather_rows(lse, sizes, group_of(group))
     loss = losses.sum() * (len(sizes) / total) if mean else losses
     if not group:
         return loss, unit, norm, unit.new_empty(0, planes, width), lse, q, _no_sizes(z1)
-    return loss, unit, norm, everyone, lse, q, torch.tensor(sizes)
+    return loss, unit, norm, all_unit, lse, q, torch.tensor(sizes)
 
 
 def _no_sizes(z: Tensor) -> Tensor:
@@ -145,7 +150,7 @@ def fused_backward(
     z2: Tensor,
     unit: Tensor,
     norm: Tensor,
-    everyone: Tensor,
+    all_unit: Tensor,
     lse: Tensor,
     q: Tensor,
     sizes: Tensor,
@@ -153,46 +158,46 @@ def fused_backward(
     group: str,
     temperature_value: float | None,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Gradients (n, D) of both views' projections, and each row's ẑ·dẑ (2n,). The rest as fused_forward gave it."""
+    """Return the gradients dz1 and dz2 (n, D), and ẑ·dẑ of each row (2n,). Other arguments as in fused_forward."""
     n, d = z1.shape
     rows, planes, width = unit.shape
     total = len(lse)
-    run = _Kernels(z1, temperature, temperature_value)
+    kernels = _Kernels(z1, temperature, temperature_value)
     offset, ranks = 0, 1
     if group:
         offset, ranks = int(sizes[: dist.get_rank(group_of(group))].sum()), len(sizes)
     else:
-        everyone = unit
-    weights, mine = None, None
+        all_unit = unit
+    weights, local_weights = None, None
     if dloss.ndim == 0:
         scale, factor = dloss, ranks / total
     else:
-        # Each row's own weight: the one case in which the backward communicates. Of size 1, and the size comes back at
-        # the end: weights of 1/M would push weight / 2^lse below the normal numbers.
+        # reduction="none": the only case in which the backward pass communicates. The weights are scaled to a maximum
+        # of 1, and back at the end: with weights of 1/M, weight / 2^lse would be subnormal.
         weights = all_gather_rows(dloss, sizes.tolist(), group_of(group)) if group else dloss
         scale, factor = weights.abs().amax().clamp_min_(torch.finfo(torch.float32).tiny), 1.0
         weights = weights / scale
-        mine = weights[offset : offset + rows]
+        local_weights = weights[offset : offset + rows]
 
-    splits = run.ask("backward_splits", rows=rows, columns=total, planes=planes, width=width)
-    sums = run.floats(splits, rows, width)
-    run(
-        "backward", rows=unit.data_ptr(), row_count=rows, columns=everyone.data_ptr(), column_count=total,
-        planes=planes, width=width, offset=offset, **run.temperature, lse=lse.data_ptr(), weights=_address(weights),
+    splits = kernels.query("backward_splits", rows=rows, columns=total, planes=planes, width=width)
+    sums = kernels.floats(splits, rows, width)
+    kernels(
+        "backward", rows=unit.data_ptr(), row_count=rows, columns=all_unit.data_ptr(), column_count=total,
+        planes=planes, width=width, offset=offset, **kernels.temperature, lse=lse.data_ptr(), weights=_address(weights),
         splits=splits, sums=sums.data_ptr(),
     )  # fmt: skip
     dz1, dz2 = (torch.empty(n, d, dtype=z1.dtype, device=z1.device) for _ in range(2))
-    along = run.floats(rows)
-    run(
-        "project", z1=_view(z1), z2=_view(z2), dtype=run.dtype, n=n, d=d, width=width, **run.temperature,
-        norm=norm.data_ptr(), q=q.data_ptr(), weights=_address(mine), scale=scale.data_ptr(), factor=factor,
-        sums=sums.data_ptr(), splits=splits, dz1=dz1.data_ptr(), dz2=dz2.data_ptr(), along=along.data_ptr(),
+    z_dot_dz = kernels.floats(rows)
+    kernels(
+        "project", z1=_view(z1), z2=_view(z2), dtype=kernels.dtype, n=n, d=d, width=width, **kernels.temperature,
+        norm=norm.data_ptr(), q=q.data_ptr(), weights=_address(local_weights), scale=scale.data_ptr(), factor=factor,
+        sums=sums.data_ptr(), splits=splits, dz1=dz1.data_ptr(), dz2=dz2.data_ptr(), along=z_dot_dz.data_ptr(),
     )  # fmt: skip
-    return dz1, dz2, along
+    return dz1, dz2, z_dot_dz
 
 
 @fused_backward.register_fake
-def _(dloss, z1, z2, unit, norm, everyone, lse, q, sizes, temperature, group, temperature_value):  # type: ignore[no-untyped-def]
+def _(dloss, z1, z2, unit, norm, all_unit, lse, q, sizes, temperature, group, temperature_value):  # type: ignore[no-untyped-def]
     dz1, dz2 = (torch.empty(z.shape, dtype=z.dtype, device=z.device) for z in (z1, z2))
     return dz1, dz2, torch.empty_like(norm)
 
@@ -204,13 +209,13 @@ def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]
 
 
 def _backward(ctx: Any, dloss: Tensor | None, *_: Any) -> tuple[Tensor | None, ...]:
-    if dloss is None:  # gradcheck asks for the gradient of nothing
+    if dloss is None:  # gradcheck calls it without any gradient
         return (None,) * 8
     *saved, temperature = ctx.saved_tensors
-    dz1, dz2, along = fused_backward(dloss, *saved, temperature, ctx.group, ctx.temperature_value)
+    dz1, dz2, z_dot_dz = fused_backward(dloss, *saved, temperature, ctx.group, ctx.temperature_value)
     dtemperature = None
     if temperature is not None and ctx.needs_input_grad[2]:
-        dtemperature = (along.sum().to(temperature) * -0.5) / temperature
+        dtemperature = (z_dot_dz.sum().to(temperature) * -0.5) / temperature
     return dz1, dz2, dtemperature, None, None, None, None, None
 
 
@@ -218,30 +223,30 @@ fused_forward.register_autograd(_backward, setup_context=_setup_context)
 
 
 class _Kernels:
-    """The kernels for tensors like `z`: calls of `fastsimclr._C` (or its twin), with what all calls have in common."""
+    """The loss kernels of `fastsimclr._C` (on the CPU: `fastsimclr._emulated`) and the arguments of all their calls."""
 
     def __init__(self, z: Tensor, temperature: Tensor | None, value: float | None) -> None:
         on_gpu = z.device.type == "cuda"
-        self.kernels: Any = _extension.compiled if on_gpu else _extension.emulated
+        self._module: Any = _extension.compiled if on_gpu else _extension.emulated
         self.device = (z.device.index or 0) if on_gpu else 0
         self.stream = torch.cuda.current_stream(z.device).cuda_stream if on_gpu else 0
-        self.dtype = getattr(self.kernels.DataType, str(z.dtype).removeprefix("torch."))
+        self.dtype = getattr(self._module.DataType, str(z.dtype).removeprefix("torch."))
         self._like = z
         if value is None and temperature is not None and temperature.device != z.device:
-            value = float(temperature)  # on the CPU: that waits for nothing
+            value = float(temperature)  # it is on the CPU, so this needs no synchronization
         self._keep = None if value is not None else temperature.to(torch.float32)  # type: ignore[union-attr]
         self.temperature = {"temperature": _address(self._keep), "temperature_value": value or 0.0}
-        # The kernels' CUDA runtime is not PyTorch's: both are told the device, and PyTorch restores the one before.
+        # The kernels have their own CUDA runtime, so both runtimes set the device; PyTorch restores the previous one.
         self._on_device = torch.cuda.device(z.device) if on_gpu else nullcontext()
 
     def __call__(self, name: str, **arguments: Any) -> None:
-        """Launch a kernel."""
-        self.ask(name, **arguments, stream=self.stream)
+        """Launch kernel nt_xent_`name`."""
+        self.query(name, **arguments, stream=self.stream)
 
-    def ask(self, name: str, **arguments: Any) -> int:
-        """Call what launches nothing: how the kernels cut the work, which is how large their arrays must be."""
+    def query(self, name: str, **arguments: Any) -> int:
+        """Call a function that launches nothing and returns how the kernels divide the work, to size their buffers."""
         with self._on_device:
-            return getattr(self.kernels, f"nt_xent_{name}")(**arguments, device=self.device)
+            return getattr(self._module, f"nt_xent_{name}")(**arguments, device=self.device)
 
     def floats(self, *shape: int) -> Tensor:
         return torch.empty(shape, dtype=torch.float32, device=self._like.device)
@@ -256,9 +261,9 @@ def _address(x: Tensor | None) -> int:
 
 
 def _planes(precision: str) -> int:
-    """How many bf16 numbers stand for one in the products: their sum is it to 8 bits, or to 16."""
+    """Return how many bf16 numbers represent a factor of the products: their sum has 8 bits (1) or 16 bits (2)."""
     return 2 if precision == "highest" else 1
 
 
 def _width(d: int) -> int:
-    return -(-d // 8) * 8  # rows of whole 16-byte chunks
+    return -(-d // 8) * 8  # rows are padded to a multiple of 16 bytes

@@ -1,4 +1,4 @@
-"""The NT-Xent loss as the paper writes it: one dense matrix, PyTorch's autograd. The oracle of the tests."""
+"""The NT-Xent loss with a dense similarity matrix and PyTorch's autograd. The tests compare against it."""
 
 import torch
 import torch.distributed as dist
@@ -11,24 +11,25 @@ from fastsimclr.distributed import gather_rows, gather_sizes
 def nt_xent_reference(
     z1: Tensor, z2: Tensor, temperature: Tensor, group: dist.ProcessGroup | None, mean: bool, decoupled: bool
 ) -> Tensor:
-    """Equation 1 of the paper; arguments and result as in `fastsimclr.nt_xent`. Holds several (2N, M) matrices."""
+    """Compute SimCLR's eq. 1. Arguments and result as in `fastsimclr.nt_xent`. Holds several (2n, M) matrices."""
     n = z1.shape[0]
     dtype = torch.promote_types(z1.dtype, torch.float32)
     with torch.autocast(z1.device.type, enabled=False):
         z = F.normalize(torch.cat([z1, z2]).to(dtype), dim=1)  # (2n, D)
-        sizes, offset, everyone = [2 * n], 0, z
+        sizes, offset, all_z = [2 * n], 0, z
         if group is not None:
             sizes = gather_sizes(2 * n, group, z.device)
             offset = sum(sizes[: dist.get_rank(group)])
-            everyone = gather_rows(z, sizes, group)  # (M, D)
-        s = z @ everyone.T / temperature.to(dtype)  # (2n, M)
+            all_z = gather_rows(z, sizes, group)  # (M, D)
+        s = z @ all_z.T / temperature.to(dtype)  # (2n, M)
 
         row = torch.arange(2 * n, device=z.device)
         positive = (row + n) % (2 * n) + offset
         negative = torch.ones_like(s, dtype=torch.bool)
         negative[row, row + offset] = False
         negative[row, positive] = False
-        # log(sum of the negatives / the positive): logsumexp over all minus the positive would cancel near convergence
+        # log(sum over negatives / positive). Subtracting the positive from the logsumexp over all columns would cancel
+        # near convergence.
         x = s.masked_fill(~negative, -torch.inf).logsumexp(dim=1) - s[row, positive]  # (2n,)
         losses = x if decoupled else -F.logsigmoid(-x)
         return losses.sum() * (len(sizes) / sum(sizes)) if mean else losses

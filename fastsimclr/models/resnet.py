@@ -1,4 +1,4 @@
-"""torchvision's ResNets as encoders: any width, and a stem for small images."""
+"""torchvision's ResNets as encoders, with a width multiplier and a stem for small images."""
 
 from torch import nn
 from torchvision.models.resnet import BasicBlock, Bottleneck, ResNet
@@ -15,24 +15,25 @@ _BLOCKS: dict[str, tuple[type[BasicBlock | Bottleneck], list[int]]] = {
 }
 ENCODERS = tuple(_BLOCKS)
 STEMS = ("auto", "imagenet", "small")
-SMALL_IMAGE = 64  # pixels: up to this side, "auto" takes the small stem
+SMALL_IMAGE = 64  # pixels: largest image size for which stem "auto" is "small"
 
 
 class Encoder(ResNet):
-    """A ResNet without its classifier: images (N, 3, H, W) to representations h (N, out_features).
+    """ResNet without a classifier: images (N, 3, H, W) to representations h (N, out_features).
 
-    name, width and stem ("imagenet" or "small") say how it is built: encoder(name, width, stem) is another such.
+    The attributes name, width and stem ("imagenet" or "small") are its architecture: encoder(name, width, stem) builds
+    the same one.
     """
 
     def __init__(self, name: str, width: float, stem: str) -> None:
         block, layers = _BLOCKS[name]
-        nn.Module.__init__(self)  # ResNet's own __init__ fixes the widths: the same layers follow, `width` times wider
+        nn.Module.__init__(self)  # ResNet's __init__ fixes the widths: build the same layers here, `width` times wider
         self.name, self.width, self.stem = name, width, stem
         channels = round(64 * width)
         self._norm_layer = nn.BatchNorm2d
         self.inplanes, self.dilation, self.groups, self.base_width = channels, 1, 1, 64
         self.maxpool: nn.Module
-        if stem == "small":  # CIFAR's, as in the paper's appendix B.9
+        if stem == "small":  # for CIFAR, as in the paper's appendix B.9
             self.conv1 = nn.Conv2d(3, self.inplanes, kernel_size=3, stride=1, padding=1, bias=False)
             self.maxpool = nn.Identity()
         else:
@@ -51,22 +52,25 @@ class Encoder(ResNet):
         for module in self.modules():
             if isinstance(module, nn.Conv2d):
                 if (module.kernel_size, module.padding) == ((3, 3), (1, 1)):
-                    module.__class__ = SmallMapConv2d  # another forward, all else as torchvision made it
+                    module.__class__ = SmallMapConv2d  # replaces only its forward
                 nn.init.kaiming_normal_(module.weight, mode="fan_out", nonlinearity="relu")
-            elif isinstance(module, BasicBlock):  # each block begins as the identity
+            elif isinstance(module, BasicBlock):  # each block starts as the identity
                 nn.init.zeros_(module.bn2.weight)
             elif isinstance(module, Bottleneck):
                 nn.init.zeros_(module.bn3.weight)
 
 
 def encoder(name: str, width: float = 1, stem: str = "auto", *, image_size: int = 224) -> Encoder:
-    """A ResNet encoder: images (N, 3, H, W) to representations h (N, encoder.out_features) after average pooling.
+    """Build a ResNet encoder: images (N, 3, H, W) to representations h (N, encoder.out_features), average-pooled.
 
-    name: resnet18, resnet34, resnet50, resnet101 or resnet152.
-    width: multiplies every layer's channels (paper: 1, 2, 4); a multiple of 1/64.
-    stem: "imagenet" (7x7 of stride 2, max-pool), "small" (3x3 of stride 1, no pool; for CIFAR), "auto": small where
-        `image_size` is at most 64. At width 1 and stem "imagenet" the state dict is torchvision's, `fc` apart.
-    Raises ValueError for an unknown name, stem or width.
+    name: "resnet18", "resnet34", "resnet50", "resnet101" or "resnet152".
+    width: width multiplier, applied to the channels of every layer; a multiple of 1/64 (1, 2 or 4 in the paper).
+    stem: "imagenet" (7x7 convolution of stride 2, max-pooling), "small" (3x3 convolution of stride 1, no pooling; for
+        CIFAR), or "auto": "small" for images of up to 64 pixels, otherwise "imagenet".
+    image_size: side of the images in pixels; used only by stem "auto".
+
+    With width 1 and stem "imagenet" the state dict is torchvision's without `fc`. The weights are randomly initialized.
+    Raises ValueError for an unknown name or stem or an invalid width.
     """
     if name not in _BLOCKS:
         raise UserError(f"encoder: got {name!r}, expected one of {', '.join(ENCODERS)}")

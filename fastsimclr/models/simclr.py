@@ -1,4 +1,4 @@
-"""SimCLR's model: an encoder, and the projection head that the loss needs and nobody uses afterwards."""
+"""The SimCLR model: an encoder and a projection head, which is used only during pre-training."""
 
 from typing import Any
 
@@ -8,10 +8,15 @@ from fastsimclr.errors import UserError
 
 
 def projector(in_features: int, hidden: int | None = None, out: int = 128, layers: int = 2) -> nn.Sequential:
-    """The projection head: h (N, in_features) to z (N, out), by `layers` linear layers with batch normalisation after
-    each and ReLU between them, as in the paper's own code.
+    """Build the projection head: representations h (N, in_features) to projections z (N, out).
 
-    hidden: features between the layers; None for in_features. Raises ValueError for sizes below 1 or layers not 2 or 3.
+    It is an MLP with batch normalization after every linear layer and ReLU between them, as in google-research/simclr.
+
+    in_features: features of the representations, encoder.out_features.
+    hidden: features of the hidden layers; None uses in_features.
+    out: features of the projections.
+    layers: number of linear layers, 2 or 3.
+    Raises ValueError for a number of features below 1, or for another number of layers.
     """
     hidden = in_features if hidden is None else hidden
     if layers not in (2, 3):
@@ -21,14 +26,18 @@ def projector(in_features: int, hidden: int | None = None, out: int = 128, layer
     modules: list[nn.Module] = []
     features = in_features
     for _ in range(layers - 1):
-        # No bias where a batch normalisation follows, which has one of its own.
+        # No bias, as the batch normalization that follows has one.
         modules += [nn.Linear(features, hidden, bias=False), nn.BatchNorm1d(hidden), nn.ReLU(inplace=True)]
         features = hidden
     return nn.Sequential(*modules, nn.Linear(features, out, bias=False), nn.BatchNorm1d(out))
 
 
 class SimCLR(nn.Module):
-    """encoder and projector in one: forward(images (N, 3, H, W)) -> z (N, out); `.encoder(images)` -> h."""
+    """SimCLR model: images (N, 3, H, W) to projections z (N, out), computed as projector(encoder(images)).
+
+    encoder: module from images to representations h (N, in_features). After pre-training, use `model.encoder` alone.
+    projector: module from h to z (N, out), see `fastsimclr.projector`.
+    """
 
     def __init__(self, encoder: nn.Module, projector: nn.Module) -> None:
         super().__init__()

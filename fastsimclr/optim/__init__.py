@@ -1,4 +1,4 @@
-"""Optimizers and the learning-rate schedule of pre-training."""
+"""Optimizers and the learning-rate schedule for pre-training."""
 
 from collections.abc import Iterable
 
@@ -15,12 +15,12 @@ __all__ = ["LARS", "LRSchedule", "build_optimizer", "is_norm_or_bias", "learning
 def build_optimizer(
     name: str, params: Iterable[Tensor], lr: float, momentum: float, weight_decay: float, *, nesterov: bool = False
 ) -> Optimizer:
-    """The optimizer called "lars", "sgd" or "adamw", with norm and bias parameters excluded from weight decay.
+    """Build the optimizer "lars", "sgd" or "adamw", with norm and bias parameters excluded from weight decay.
 
-    params: tensors, of which those with requires_grad=False are left out. momentum is Adam's β₁ for "adamw"; nesterov
-    is for "sgd" alone. "lars" excludes norm and bias parameters from adaptation too; "sgd" and "adamw" get them as a
-    second param group.
-    Raises ValueError for an unknown name or when there is nothing to train.
+    params: parameters; those with requires_grad=False are ignored.
+    momentum: for "adamw", Adam's β₁. nesterov: only for "sgd".
+    "lars" also excludes norm and bias parameters from adaptation; "sgd" and "adamw" have them in a second param group.
+    Raises ValueError for an unknown name, or if no parameter requires a gradient.
     """
     trainable = [p for p in params if p.requires_grad]
     if not trainable:

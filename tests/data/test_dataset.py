@@ -41,7 +41,7 @@ def test_bad_images_are_skipped_and_listed_once(folder: Path, tmp_path: Path) ->
 
 
 def test_error_for_too_many_bad_images_names_the_option(folder: Path, tmp_path: Path) -> None:
-    with pytest.raises(UserError, match=r"^--limit: got 1 of 3 images .*skipped_images\.txt names all"):
+    with pytest.raises(UserError, match=r"^--limit: got 1 of 3 images .*all are listed in .*skipped_images\.txt"):
         open_dataset(str(folder), None, world=SINGLE_PROCESS, skipped_to=tmp_path, option="--limit")
     assert "a/3.jpg" in (tmp_path / "skipped_images.txt").read_text()
 

@@ -116,7 +116,7 @@ def test_decode_error_names_the_file(name: str) -> None:
         decode(array(BROKEN[name]), name)
     message = str(caught.value)
     assert "\n" not in message
-    assert "expected a whole image: remove or replace the file" in message
+    assert "expected a complete image: remove or replace the file" in message
     assert ".cpp" not in message, "no source paths of libraries"
     assert " at 0x" not in message
 

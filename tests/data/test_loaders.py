@@ -436,7 +436,7 @@ def test_invalid_options_raise(photos: str, digits: ArraySource) -> None:
         assert "\n" not in str(caught.value)
         assert "expected" in str(caught.value)
 
-    assert_raises(photos, 24, "batch_size: got 24, more than the data set's 23 images; expected at most 23")
+    assert_raises(photos, 24, "batch_size: got 24, more than the dataset's 23 images; expected at most 23")
     assert_raises(digits, 0, "batch_size: got 0, expected at least 1")
     assert_raises(digits, 4, "batch_size: got 4 for 4 ranks.*at least 8", world_size=4, min_local_batch=2)
     assert_raises(digits, 2, "batch_size: got 2 for 4 ranks.*at least 4", world_size=4)

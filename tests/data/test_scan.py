@@ -156,7 +156,7 @@ def test_more_than_max_bad_is_one_line_error(tmp_path: Path, bad: int, max_bad: 
         scan(open_encoded(tmp_path), max_bad=max_bad)
     message = str(caught.value)
     assert "\n" not in message
-    assert f"{tmp_path}/00.jpg: got 1 bytes that do not decode as an image (of no known format)" in message
+    assert f"{tmp_path}/00.jpg: got 1 bytes that do not decode as an image (unknown format)" in message
     assert message.count("do not decode") == min(bad, 3), "a few are named"
     assert (f"; and {bad - 3} more" in message) == (bad > 3)
     assert "remove or replace them" in message
@@ -315,7 +315,7 @@ def test_out_of_memory_while_decoding_is_not_cached(tmp_path: Path, monkeypatch:
     folder = photo_folder(tmp_path / "photos", 6)
     with monkeypatch.context() as patch:
         patch.setattr(scan_module, "decode", fails)
-        with pytest.raises(BadImages, match="expected some that can"):
+        with pytest.raises(BadImages, match="expected at least one that can"):
             scan(open_encoded(folder), max_bad=1, cache=tmp_path)
     assert scan(open_encoded(folder), max_bad=0, cache=tmp_path).checked == 6
 

@@ -178,8 +178,8 @@ def test_truncated_shard_raises(tmp_path: Path, cut: str) -> None:
     with path.open("r+b") as file:
         file.truncate(length)
     message = error_of(path)
-    assert message.startswith(f"{path}: got a tar that is cut short or damaged")
-    assert message.endswith("fetch or write it again")
+    assert message.startswith(f"{path}: got a truncated or damaged tar")
+    assert message.endswith("download or write it again")
 
 
 def test_shard_truncated_at_any_length_raises(tmp_path: Path) -> None:
@@ -188,7 +188,7 @@ def test_shard_truncated_at_any_length_raises(tmp_path: Path) -> None:
     for length in range(0, end + 1, 256):
         path = tmp_path / "cut.tar"
         path.write_bytes(whole[:length])
-        assert "cut short or damaged" in error_of(path), f"{length} of {len(whole)} bytes"
+        assert "truncated or damaged" in error_of(path), f"{length} of {len(whole)} bytes"
 
 
 @pytest.mark.parametrize("member", [0, 2, 4])
@@ -197,13 +197,13 @@ def test_damaged_header_raises(tmp_path: Path, member: int) -> None:
     with path.open("r+b") as file:
         file.seek(member * (512 + -(-len(SMALL) // 512) * 512) + 100)
         file.write(random.Random(member).randbytes(40))
-    assert error_of(path).startswith(f"{path}: got a tar that is cut short or damaged")
+    assert error_of(path).startswith(f"{path}: got a truncated or damaged tar")
 
 
 def test_compressed_and_foreign_files_raise(tmp_path: Path) -> None:
     whole = write_tar(tmp_path / "whole.tar", SHARD).read_bytes()
     gz = write(tmp_path, {"packed.tar": gzip.compress(whole)}) / "packed.tar"
-    assert "expected a whole, uncompressed one" in error_of(gz)
+    assert "expected a complete, uncompressed one" in error_of(gz)
     assert error_of(gz).startswith(f"{gz}: ")
     assert error_of(write(tmp_path, {"page.tar": b"<html>404</html>" * 99}) / "page.tar").startswith(f"{tmp_path}/page")
     assert error_of(write(tmp_path, {"x.tar.gz": b""}) / "x.tar.gz").startswith(f"{tmp_path}/x.tar.gz: got a file")
@@ -266,8 +266,8 @@ def test_built_in_data_set_that_cannot_be_downloaded_raises(
     for variable in ("no_proxy", "NO_PROXY"):
         monkeypatch.delenv(variable, raising=False)
     message = error_of(f"{name}:{tmp_path}")
-    assert message.startswith(f"{name}:{tmp_path}: got no {title} there and could not download it")
-    assert f"expected {folder} in that folder" in message
+    assert message.startswith(f"{name}:{tmp_path}: got no {title} in that folder and could not download it")
+    assert f"expected {folder} in it" in message
 
 
 def test_stl10_is_read_from_its_binary_files(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

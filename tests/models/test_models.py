@@ -75,7 +75,7 @@ def test_one_pixel_convolution_matches_conv2d(shape: tuple[int, int], stride: in
 def test_convolution_of_images_in_rows_matches_conv2d(shape: tuple[int, int], stride: int, images_per_row: int) -> None:
     layer = SmallMapConv2d(6, 5, 3, stride, padding=1, bias=False).double()
     expected = results_and_gradients(layer, functools.partial(nn.Conv2d.forward, layer), 12, 6, *shape)
-    in_rows = results_and_gradients(layer, lambda x: layer._in_rows(x, images_per_row), 12, 6, *shape)
+    in_rows = results_and_gradients(layer, lambda x: layer._conv_rows(x, images_per_row), 12, 6, *shape)
     torch.testing.assert_close(in_rows, expected, rtol=1e-13, atol=1e-14)
 
 
@@ -89,7 +89,7 @@ def test_rows_are_recomputed_in_the_backward_and_not_stored(monkeypatch: pytest.
     monkeypatch.setattr(F, "pad", pad)
     layer = SmallMapConv2d(6, 5, 3, padding=1, bias=False).double()
     x = torch.randn(12, 6, 4, 4, dtype=torch.float64, requires_grad=True)
-    y = layer._in_rows(x, 4)
+    y = layer._conv_rows(x, 4)
     assert [reference() for reference in padded] == [None]
     y.sum().backward()
     assert len(padded) > 1
@@ -98,10 +98,10 @@ def test_rows_are_recomputed_in_the_backward_and_not_stored(monkeypatch: pytest.
 def test_convolution_of_images_in_rows_supports_double_backward_and_torch_func() -> None:
     layer = SmallMapConv2d(6, 5, 3, padding=1, bias=False).double()
     x = torch.randn(4, 6, 2, 2, dtype=torch.float64, requires_grad=True)
-    assert torch.autograd.gradgradcheck(lambda x: layer._in_rows(x, 4), x)
+    assert torch.autograd.gradgradcheck(lambda x: layer._conv_rows(x, 4), x)
 
     def loss(x: Tensor) -> Tensor:
-        return layer._in_rows(x, 4).square().sum()
+        return layer._conv_rows(x, 4).square().sum()
 
     batches = torch.stack([x, 2 * x])
     expected = torch.stack([torch.autograd.grad(loss(batch), batch)[0] for batch in batches])

@@ -257,7 +257,7 @@ def test_micro_batches_give_the_gradients_of_the_whole_batch(tmp_path: Path, vie
     [
         (["--data.train=nowhere"], ["nowhere", "nothing at that path", "expected a folder"]),
         (["--data.train={empty}"], ["no images", "expected files ending in"]),
-        (["--data.train={short}"], ["cut short or damaged", "short.tar", "expected a whole"]),
+        (["--data.train={short}"], ["truncated or damaged", "short.tar", "expected a complete"]),
         (
             ["--data.train={unreadable}"],
             ["--data.max_bad: got 1 of 16", "07.jpg: got", "do not decode", "remove or replace", "skipped_images.txt"],
@@ -276,7 +276,7 @@ def test_micro_batches_give_the_gradients_of_the_whole_batch(tmp_path: Path, vie
         (["--data.train={photos}", "--device=tpu"], ["device", "tpu", "expected auto, cpu or cuda"]),
         (
             ["--data.train={photos}", "--loss.backend=fused"],
-            ["--loss.backend", "it is a CUDA kernel", 'use backend="auto"'],
+            ["--loss.backend", "it needs a CUDA GPU", 'use backend="auto"'],
         ),
         (["--data.train={photos}", "--data.num_views=1"], ["--data.num_views", "got 1", "expected at least 2"]),
     ],
@@ -318,10 +318,10 @@ def test_bad_images_are_skipped_listed_and_counted(
     assert f"{folder}, 40 images in 3 classes" in said, "a class keeps its number, though none of its images is left"
     assert f"left out 4 images that cannot be used; {run}/skipped_images.txt names them" in said
     assert (run / "skipped_images.txt").read_text().splitlines() == [
-        f"{folder}/class0/bad.jpg: got 3 bytes that do not decode as an image (of no known format)",
-        f"{folder}/class00/none.jpg: got 6 bytes that do not decode as an image (of no known format)",
-        f"{folder}/class1/bad.jpg: got 0 bytes that do not decode as an image (of no known format)",
-        f"{val}/class1/bad.jpg: got 3 bytes that do not decode as an image (of no known format)",
+        f"{folder}/class0/bad.jpg: got 3 bytes that do not decode as an image (unknown format)",
+        f"{folder}/class00/none.jpg: got 6 bytes that do not decode as an image (unknown format)",
+        f"{folder}/class1/bad.jpg: got 0 bytes that do not decode as an image (unknown format)",
+        f"{val}/class1/bad.jpg: got 3 bytes that do not decode as an image (unknown format)",
     ]
     assert metrics(run)[0] == {"step": 0, "epoch": 0, "skipped_images": 4}
     assert [line["images"] for line in steps(run)] == [16, 16, 8] * 2
