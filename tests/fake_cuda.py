@@ -1,11 +1,11 @@
-"""A CUDA GPU for host code alone: tensors with shapes, dtypes and a device, but no numbers (PyTorch's FakeTensors).
+"""A fake CUDA GPU for host code: tensors have a shape, dtype and device, but no values (PyTorch's FakeTensors).
 
     with fake_cuda() as device:                  # on any machine whose PyTorch is built for CUDA; no GPU is needed
         z = torch.randn(4, 8, device=device)
         z + torch.ones(4, 8)                     # FakeTensorDeviceMismatchError, as a GPU would raise
 
-The compiled extension is replaced by functions that check that each pointer is one of a tensor on the GPU. What is not
-covered: numbers, streams, events, pinned memory, and the kernels themselves.
+The compiled extension is replaced by functions that check that each pointer belongs to a tensor on the GPU. Values,
+streams, events, pinned memory and the kernels themselves are not covered.
 """
 
 import types
@@ -29,16 +29,16 @@ GPU = torch.device("cuda", 0)
 
 
 def real(make: Callable[..., Result], *arguments: Any, **options: Any) -> Result:
-    """make(*arguments, **options) with real tensors on the CPU, within `fake_cuda`."""
+    """Return make(*arguments, **options) with real tensors on the CPU, inside `fake_cuda`."""
     with unset_fake_temporarily():
         return make(*arguments, **options)
 
 
 @contextmanager
 def fake_cuda(capability: tuple[int, int] = (9, 0)) -> Iterator[torch.device]:
-    """Make PyTorch and fastsimclr find one GPU of that compute capability; yields its device."""
+    """Make PyTorch and fastsimclr report one GPU of this compute capability; yield its device."""
     with pytest.MonkeyPatch.context() as patch:
-        # Otherwise PyTorch would believe the answers below and initialize CUDA.
+        # Otherwise PyTorch would initialize CUDA because of the patches below.
         patch.setattr(FakeTensorMode, "avoid_device_init", True)
         stream = types.SimpleNamespace(cuda_stream=0)
         for name, answer in {
@@ -55,32 +55,32 @@ def fake_cuda(capability: tuple[int, int] = (9, 0)) -> Iterator[torch.device]:
             patch.setattr(torch.cuda, name, answer)
         patch.setattr(Tensor, "pin_memory", lambda self: self)
         patch.setattr(Tensor, "data_ptr", lambda self: _Pointer(self.device))
-        # What the host reads of tensors that have no numbers. item: GradScaler found no overflow; int: the last of ten
-        # classes; bool: LBFGS has converged.
-        for name, number in {"item": 0.0, "__float__": 0.0, "__int__": 9, "__bool__": True}.items():
-            patch.setattr(Tensor, name, _reader(getattr(Tensor, name), number))
+        # Values that the host reads from tensors. item: GradScaler found no overflow; int: the last of ten classes;
+        # bool: LBFGS has converged.
+        for name, value in {"item": 0.0, "__float__": 0.0, "__int__": 9, "__bool__": True}.items():
+            patch.setattr(Tensor, name, _reader(getattr(Tensor, name), value))
         patch.setattr(torch.autograd, "backward", backward)
         patch.setattr(GradScaler, "get_scale", lambda self: 2.0**16)
         patch.setattr(_extension, "compiled", _Kernels())
-        _forget_the_gpus()
+        _clear_caches()
         try:
-            with _Mode(allow_non_fake_inputs=True):  # what NumPy gives is real
+            with _Mode(allow_non_fake_inputs=True):  # tensors from NumPy are real
                 yield GPU
         finally:
-            _forget_the_gpus()
+            _clear_caches()
 
 
-def _reader(original: Callable[[Tensor], Any], number: float) -> Callable[[Tensor], Any]:
+def _reader(original: Callable[[Tensor], Any], value: float) -> Callable[[Tensor], Any]:
     def read(self: Tensor) -> Any:
         try:
             return original(self)
         except DataDependentOutputException:
-            return number
+            return value
 
     return read
 
 
-def _forget_the_gpus() -> None:
+def _clear_caches() -> None:
     _extension.why_unavailable.cache_clear()
     native.warn_once.cache_clear()
 
@@ -88,63 +88,63 @@ def _forget_the_gpus() -> None:
 def backward(
     tensors: Tensor | Sequence[Tensor], gradients: Tensor | Sequence[Tensor] | None = None, *_: Any, **__: Any
 ) -> None:
-    """torch.autograd.backward, as far as it is used here: PyTorch's own asks the GPU's driver for its streams."""
+    """Replace torch.autograd.backward as far as it is used here: PyTorch's own queries the driver for streams."""
     tensors = [tensors] if isinstance(tensors, Tensor) else list(tensors)
     gradients = [gradients] * len(tensors) if gradients is None or isinstance(gradients, Tensor) else list(gradients)
-    arrived: dict[Any, dict[int, Tensor]] = {}
+    accumulated: dict[Any, dict[int, Tensor]] = {}
 
-    def arrive(node: Any, place: int, gradient: Tensor) -> None:
-        expected = node._input_metadata[place]  # as the engine makes a gradient fit what it is the gradient of
+    def accumulate(node: Any, index: int, gradient: Tensor) -> None:
+        expected = node._input_metadata[index]  # the engine also casts and reduces gradients to this dtype and shape
         gradient = gradient.sum_to_size(expected.shape).to(expected.dtype)
         if gradient.device != expected.device:
             raise ValueError(f"got a gradient on {gradient.device}, expected {expected.device} for {node}")
-        at = arrived.setdefault(node, {})
-        at[place] = at[place] + gradient if place in at else gradient
+        inputs = accumulated.setdefault(node, {})
+        inputs[index] = inputs[index] + gradient if index in inputs else gradient
 
     with torch.no_grad():
         edges = [get_gradient_edge(tensor) for tensor in tensors]
         for tensor, edge, gradient in zip(tensors, edges, gradients, strict=True):
-            arrive(edge.node, edge.output_nr, torch.ones_like(tensor) if gradient is None else gradient)
-        for node in _in_order([edge.node for edge in edges]):
-            inputs = [arrived.get(node, {}).get(place) for place in range(len(node._input_metadata))]
+            accumulate(edge.node, edge.output_nr, torch.ones_like(tensor) if gradient is None else gradient)
+        for node in _topological_order([edge.node for edge in edges]):
+            inputs = [accumulated.get(node, {}).get(index) for index in range(len(node._input_metadata))]
             if all(gradient is None for gradient in inputs):
                 continue
-            # Functions written in Python are called by `apply`.
+            # Nodes of Python functions are called through `apply`.
             outputs = getattr(node, "apply", node)(*inputs)
             outputs = outputs if isinstance(outputs, tuple) else (outputs,)
-            for (following, place), gradient in zip(node.next_functions, outputs, strict=False):
+            for (following, index), gradient in zip(node.next_functions, outputs, strict=False):
                 if following is not None and gradient is not None:
-                    arrive(following, place, gradient)
+                    accumulate(following, index, gradient)
 
 
-def _in_order(roots: Sequence[Any]) -> list[Any]:
-    """Every node of the graph, each before those that its gradients go to."""
+def _topological_order(roots: Sequence[Any]) -> list[Any]:
+    """Return all nodes of the graph, each before the nodes that receive its gradients."""
     done: dict[Any, None] = {}
-    waiting = [(node, False) for node in roots]
-    while waiting:
-        node, is_left = waiting.pop()
-        if is_left:
+    stack = [(node, False) for node in roots]
+    while stack:
+        node, is_expanded = stack.pop()
+        if is_expanded:
             done[node] = None
         elif node not in done:
-            waiting.append((node, True))
-            waiting += [(following, False) for following, _ in node.next_functions if following not in (None, *done)]
+            stack.append((node, True))
+            stack += [(following, False) for following, _ in node.next_functions if following not in (None, *done)]
     return list(reversed(done))
 
 
 class _Mode(FakeTensorMode):
-    """Checks the devices of multi-tensor operators as well, which PyTorch's own mode does not."""
+    """Also checks the devices of multi-tensor operators, which PyTorch's own mode does not."""
 
     def dispatch(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         if "_foreach_" in func.__name__:
-            for together in zip(*(argument for argument in args if isinstance(argument, list | tuple)), strict=False):
-                devices = {str(each.device) for each in together if isinstance(each, Tensor) and each.ndim > 0}
+            for group in zip(*(argument for argument in args if isinstance(argument, list | tuple)), strict=False):
+                devices = {str(each.device) for each in group if isinstance(each, Tensor) and each.ndim > 0}
                 if len(devices) > 1:
                     raise RuntimeError(f"{func}: got tensors on {' and '.join(sorted(devices))}, expected one device")
         return super().dispatch(func, types, args, kwargs)
 
 
 class _Pointer(int):
-    """An address that knows its device."""
+    """An address with its device."""
 
     device: torch.device
 
@@ -155,7 +155,7 @@ class _Pointer(int):
 
 
 class _Kernels:
-    """In place of fastsimclr._C, of any build. What is for the CPU is real; kernels check where their pointers lead."""
+    """Replaces fastsimclr._C of any build. CPU functions are real; kernels only check the devices of their pointers."""
 
     DataType = PixelType = types.SimpleNamespace(float32=0, bfloat16=1, float16=2)
     MAX_BLUR_RADIUS = LUMA_PARTS = 64
@@ -178,7 +178,7 @@ class _Kernels:
             for pointer in value if isinstance(value, tuple) else (value,):
                 if isinstance(pointer, _Pointer) and pointer.device != GPU:
                     raise ValueError(f"{name}: {argument} is on {pointer.device}, expected {GPU}")
-        return 1  # of what asks how the work is cut: one column a unit, one split
+        return 1  # for functions that return how the work is split: one column per unit, one split
 
 
 class _Event:

@@ -1,9 +1,9 @@
-"""Builds the emulated kernels again, changed or with a checker, and checks what they compute in a process of its own.
+"""Rebuild the emulated kernels with a planted fault or a checker, and check their results in a separate process.
 
 library = build(folder, checker="sanitizers")    # or "races": the emulation's own race detector
-library = build(folder, fault=("tile.cuh", "right", "wrong"))      # with one shape of tiles, to be quick
-outcome = check(library, checker="sanitizers")   # its exit code is 0 if all results are right, 1 if one is wrong
-outcome = check(library, "views")                # the kernels of views alone; "loss": those of the loss
+library = build(folder, fault=("tile.cuh", "right", "wrong"))      # with one tile shape, which compiles faster
+outcome = check(library, checker="sanitizers")   # exit code 0 if all results are right, 1 if one is wrong
+outcome = check(library, "views")                # only the kernels of views; "loss": only those of the loss
 """
 
 import atexit
@@ -25,7 +25,7 @@ import torch
 CSRC = Path(__file__).parents[1] / "csrc"
 COMPILER = os.environ.get("CXX") or shutil.which("g++")
 LOSS, VIEWS = ("normalize.cu", "forward.cu", "backward.cu"), ("crop.cu", "photometric.cu")
-BINDING = ("bindings.cpp", "bindings_views.cpp")  # does nothing of its own, and takes the longest to compile
+BINDING = ("bindings.cpp", "bindings_views.cpp")  # no kernels, but the longest to compile
 SANITIZER_EXIT_CODE = 99
 Fault = tuple[str, str, str]  # file, right, wrong
 Checker = Literal["", "races", "sanitizers"]
@@ -34,17 +34,17 @@ COMPILER_FLAGS: dict[Checker, list[str]] = {
     "races": ["-g1", "-fsanitize=thread"],
     "sanitizers": ["-g", "-fsanitize=address,undefined", "-fno-sanitize-recover=undefined"],
 }
-# (M, D, temperature): rows around a tile's edge, one block of the width, a part of one, several; both sets of formulas.
-# 258: several tiles in each of several splits of the backward.
-# 0.5: a column beyond the edge would count as much as a negative. 0.03: a row's own exponential is far larger than all.
+# (M, D, temperature): rows around a tile edge; one, a partial and several width blocks; both sets of formulas.
+# 258: several tiles in each of several backward splits.
+# 0.5: a column past the edge would count as much as a negative. 0.03: the self-pair's exponential dominates.
 CASES = [(6, 7, 0.5), (258, 64, 0.03), (130, 60, 0.005), (258, 130, 0.1), (70, 300, 0.005), (70, 300, 0.1)]
 
 
 def build(folder: Path, *, fault: Fault | None = None, checker: Checker = "") -> Path:
-    """Builds the emulated module and returns its path.
+    """Build the emulated module and return its path.
 
-    With a fault that text is changed, and all tiles have one shape, which compiles fast: D <= 64 in one plane, with two
-    row blocks in a unit of the forward.
+    fault: text to replace in a source file. All tiles then have one shape, which compiles faster: D <= 64 in one plane,
+    with two row blocks per forward unit.
     """
     sources = _copy(folder, one_shape=fault is not None)
     changed = LOSS + VIEWS
@@ -80,7 +80,7 @@ def _copy(folder: Path, *, one_shape: bool) -> Path:
 
 @functools.cache
 def _unchanged(name: str, checker: Checker = "") -> Path:
-    """The object file of this source without a fault, for one shape of tiles."""
+    """Return the object file of this source without a fault, for one tile shape."""
     folder = Path(tempfile.mkdtemp())
     atexit.register(shutil.rmtree, folder)
     return _compile_all(_copy(folder, one_shape=True), folder, (name,), checker)[0]
@@ -106,13 +106,14 @@ def _compile(sources: Path) -> list[str]:
 def check(
     library: Path, kernels: str = "all", *, one_shape: bool = False, checker: Checker = ""
 ) -> "subprocess.CompletedProcess[str]":
+    """Check the kernels of a library in a new process: "all", "loss" or "views"."""
     environment = dict(os.environ)
-    if checker == "sanitizers":  # Python is built without: they must be loaded before it
-        found = [
+    if checker == "sanitizers":  # Python is built without sanitizers, so they must be preloaded
+        runtimes = [
             subprocess.run([COMPILER, f"-print-file-name={name}"], capture_output=True, text=True).stdout.strip()
             for name in ("libasan.so", "libubsan.so")
         ]
-        environment["LD_PRELOAD"] = ":".join(found)
+        environment["LD_PRELOAD"] = ":".join(runtimes)
         environment["ASAN_OPTIONS"] = f"detect_leaks=0:exitcode={SANITIZER_EXIT_CODE}"
         environment["UBSAN_OPTIONS"] = f"exitcode={SANITIZER_EXIT_CODE}"
     command = [sys.executable, __file__, str(library), kernels, *(["--one-shape"] if one_shape else [])]
@@ -134,7 +135,7 @@ def main(library: str, kernels: str, one_shape: bool) -> int:
 
 
 def views_are_wrong() -> bool:
-    """Crops and colours by the kernels, against PyTorch's operations."""
+    """Compare the kernels of crops and colors with the PyTorch implementation."""
     import numpy as np
 
     from fastsimclr import Augmentation
@@ -146,33 +147,33 @@ def views_are_wrong() -> bool:
     index, sizes = np.arange(12), np.tile([37, 45], (12, 1))
     for seed in range(1, 6):
         os.environ["FASTSIMCLR_EMULATION_SEED"] = str(seed)
-        for size in (33, 70):  # a column of a second tile, and three tiles a side
+        for size in (33, 70):  # one column in a second tile; three tiles per side
             recipe = Augmentation(image_size=size, blur_prob=0.7, blur_kernel=0.5, jitter_prob=0.9, std=(1 / 255,) * 3)
             params = sample_params(recipe, seed, 0, index, 0, sizes)
             crops = [crop(images, index, params, recipe, name) for name in ("emulated", "pytorch")]
-            views = [photometric(crops[1], params, recipe, backend=backend) for backend in ("emulated", "pytorch")]
+            views = [photometric(crops[1], params, recipe, implementation=name) for name in ("emulated", "pytorch")]
             errors = [float((a.float() - b.float()).abs().mean()) for a, b in (crops, views)]
-            # How close they are is test_crop.py's and test_photometric.py's to say.
-            if not all(error < 0.1 for error in errors):  # nor NaN
+            # A loose bound: test_crop.py and test_photometric.py test the accuracy.
+            if not all(error < 0.1 for error in errors):  # also true for NaN
                 print(f"wrong: seed {seed}, views of {size}: {errors} levels off")
                 return True
     return False
 
 
 def loss_is_wrong(one_shape: bool) -> bool:
-    from oracle import loss_and_gradients, relative_error, rows_of, views
+    from oracle import loss_and_gradients, relative_error, row_losses, views
 
     cases = [(*case, p) for case in CASES for p in ("medium", "highest")]
     if one_shape:
         cases = [case for case in cases if case[1] <= 64 and case[3] == "medium"]
-    for seed in range(1, 9 if one_shape else 2):  # of the order in which threads run
+    for seed in range(1, 9 if one_shape else 2):  # of the thread order
         os.environ["FASTSIMCLR_EMULATION_SEED"] = str(seed)
         for m, d, temperature, precision in cases:
             z1, z2 = views(m // 2, d, torch.float32, noise=0.5 if temperature > 0.01 else 5.0)
-            got = loss_and_gradients(rows_of("emulated", precision=precision), z1, z2, temperature)
-            exact = loss_and_gradients(rows_of("reference"), z1.double(), z2.double(), temperature)
+            got = loss_and_gradients(row_losses("emulated", precision=precision), z1, z2, temperature)
+            exact = loss_and_gradients(row_losses("reference"), z1.double(), z2.double(), temperature)
             errors = [relative_error(a, b) for a, b in zip(got[:2], exact[:2], strict=True)]
-            # How accurate they are is test_fused.py's to say; here whatever is more than rounding counts.
+            # A loose bound: test_fused.py tests the accuracy.
             if not max(errors) < (0.1 if precision == "medium" else 0.001):
                 print(f"wrong: seed {seed}, M={m}, D={d}, temperature {temperature}, {precision}: errors {errors}")
                 return True

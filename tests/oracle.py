@@ -1,4 +1,4 @@
-"""What the tests of the NT-Xent loss measure with: projections, the loss that everyone writes, and errors' bounds."""
+"""Helpers for tests of the NT-Xent loss: projections, eager PyTorch losses to compare with, and error bounds."""
 
 import math
 from collections.abc import Callable
@@ -10,11 +10,14 @@ from torch import Tensor
 
 from fastsimclr.loss import nt_xent
 
-Rows = Callable[[Tensor, Tensor, Tensor], Tensor]  # (z1, z2, temperature) to the losses (2N,)
+RowLosses = Callable[[Tensor, Tensor, Tensor], Tensor]  # (z1, z2, temperature) -> losses (2N,)
 
 
 def views(n: int, d: int, dtype: torch.dtype = torch.float64, *, noise: float = 1.0, seed: int = 0) -> list[Tensor]:
-    """Two views of n images, rows of lengths from 0.1 to 10. noise: how far apart the two are; loss falls with it."""
+    """Return projections (n, d) of two views of n images, with row norms from 0.1 to 10.
+
+    noise: distance between the two views; the loss decreases with it.
+    """
     random = torch.Generator().manual_seed(seed)
     z = torch.randn(n, d, generator=random, dtype=torch.float64)
     both = [z + noise * torch.randn(n, d, generator=random, dtype=torch.float64) for _ in range(2)]
@@ -22,9 +25,9 @@ def views(n: int, d: int, dtype: torch.dtype = torch.float64, *, noise: float = 
 
 
 def loss_and_gradients(
-    loss: Rows, z1: Tensor, z2: Tensor, temperature: float, weights: Tensor | None = None
+    loss: RowLosses, z1: Tensor, z2: Tensor, temperature: float, weights: Tensor | None = None
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Losses (2N,), and of their mean (or weighted sum) the gradients dz (2N, D) and dtemperature, all as float64."""
+    """Return in float64 the losses (2N,), and dz (2N, D) and dtemperature of their mean, or of their weighted sum."""
     z1, z2 = (z.detach().clone().requires_grad_() for z in (z1, z2))
     t = torch.tensor(temperature, dtype=torch.promote_types(z1.dtype, torch.float32), requires_grad=True)
     losses = loss(z1, z2, t)
@@ -33,13 +36,13 @@ def loss_and_gradients(
     return losses.detach().double(), torch.cat([dz1, dz2]).double(), dt.double()
 
 
-def rows_of(backend: str, **options: Any) -> Rows:
-    """`nt_xent` by this backend, each row's loss."""
+def row_losses(backend: str, **options: Any) -> RowLosses:
+    """`nt_xent` with this backend and one loss per row."""
     return lambda z1, z2, t: nt_xent(z1, z2, t, backend=backend, reduction="none", **options)
 
 
 def textbook(z1: Tensor, z2: Tensor, temperature: Tensor) -> Tensor:
-    """The dense loss as everyone writes it, in the inputs' dtype: the yardstick. Losses (2N,)."""
+    """The usual dense loss in eager PyTorch, in the inputs' dtype: the accuracy yardstick. Returns losses (2N,)."""
     n = len(z1)
     z = F.normalize(torch.cat([z1, z2]), dim=1)
     s = z @ z.T / temperature.to(z.dtype)
@@ -48,7 +51,7 @@ def textbook(z1: Tensor, z2: Tensor, temperature: Tensor) -> Tensor:
 
 
 def split_product(x: Tensor, y: Tensor, planes: int) -> Tensor:
-    """x @ y.T of float32 matrices of numbers rounded to `planes` bf16 numbers each, as tensor cores take them."""
+    """x @ y.T of float32 matrices, each number rounded to a sum of `planes` bf16 numbers, as on tensor cores."""
     (x_high, x_low), (y_high, y_low) = (_split(z) for z in (x, y))
     product = x_high @ y_high.T
     return product if planes == 1 else product + x_high @ y_low.T + x_low @ y_high.T
@@ -72,8 +75,8 @@ class _Similarities(torch.autograd.Function):
         return split_product(ds + ds.T, z.T.contiguous(), ctx.planes), None
 
 
-def textbook_in_bf16(planes: int) -> Rows:
-    """`textbook` with products of bf16 numbers, one or two for each factor, and the rest in float32."""
+def textbook_in_bf16(planes: int) -> RowLosses:
+    """`textbook` with matrix products in bf16, each factor as `planes` (1 or 2) bf16 numbers, the rest in float32."""
 
     def losses(z1: Tensor, z2: Tensor, temperature: Tensor) -> Tensor:
         n = len(z1)
@@ -86,20 +89,21 @@ def textbook_in_bf16(planes: int) -> Rows:
 
 
 def assert_as_accurate(
-    got: Rows, eager: Rows, batches: list[list[Tensor]], temperature: float, *, g_rounding: float = 0.0
+    got: RowLosses, eager: RowLosses, batches: list[list[Tensor]], temperature: float, *, g_rounding: float = 0.0
 ) -> None:
-    """House rule: error <= 2 times eager's in the same precision + 2 roundings of the float64 oracle.
+    """Assert error <= 2 times the error of eager PyTorch in the same precision + 2 roundings, against a float64 oracle.
 
-    For each row's loss and dz, and dtemperature. dz is taken times |z|, as it goes with 1/|z|. Eager may hit one row
-    by luck: its worst row of all batches counts, as does ours. g_rounding: relative, of the p_ij that multiply Z in the
-    backward; eager has dtemperature without that product.
+    Checks the loss and dz of each row, and dtemperature. dz is multiplied by |z|, since it scales with 1/|z|. Eager
+    PyTorch may be exact for single rows by chance, so the worst rows over all batches are compared. g_rounding:
+    relative rounding error of the p_ij that multiply Z in the backward; eager PyTorch computes dtemperature without
+    that product.
     """
-    # By what is compared: the worst error of ours, the worst of eager's, the largest exact value.
+    # Per quantity: our worst error, eager's worst error, the largest exact value.
     worst = {name: [0.0, 0.0, 0.0] for name in ("losses", "dz", "dtemperature")}
     negatives_share = 0.0
     for z1, z2 in batches:
         mine, theirs = (loss_and_gradients(loss, z1, z2, temperature) for loss in (got, eager))
-        oracle = loss_and_gradients(rows_of("reference"), z1.double(), z2.double(), temperature)
+        oracle = loss_and_gradients(row_losses("reference"), z1.double(), z2.double(), temperature)
         length = torch.cat([z1, z2]).double().norm(dim=1, keepdim=True)
         negatives_share = max(negatives_share, -torch.expm1(-oracle[0]).mean().item())
         for found, a, b, exact, scale in zip(worst.values(), mine, theirs, oracle, (1, length, 1), strict=True):
@@ -107,11 +111,11 @@ def assert_as_accurate(
                 rows = (x * scale).reshape(len(x) if x.ndim else 1, -1).norm(dim=1)
                 found[i] = max(found[i], math.inf if rows.isnan().any() else rows.max().item())
 
-    # dtemperature is one number. What is wrong in a similarity by e is so in a loss by e / temperature, and there by
-    # e / temperature^2. Its terms' sizes add up to the negatives' shares of the denominators, whatever their sum.
+    # dtemperature is one number. An error e of a similarity becomes e / temperature in a loss and e / temperature^2 in
+    # dtemperature. The sizes of its terms add up to the negatives' shares of the denominators, whatever their sum.
     found = worst["dtemperature"]
     found[1] = max(found[1], worst["losses"][1] / temperature, g_rounding * negatives_share / temperature**2)
-    eps, tiny = torch.finfo(batches[0][0].dtype).eps, torch.finfo(torch.float32).tiny  # below tiny: few bits or none
+    eps, tiny = torch.finfo(batches[0][0].dtype).eps, torch.finfo(torch.float32).tiny  # below tiny: few or no bits
     for name, (error, yardstick, size) in worst.items():
         bound = 2 * yardstick + 2 * eps * size + tiny
         assert error <= bound, f"{name}: error {error:.3g} > {bound:.3g} = 2 * eager's {yardstick:.3g} + 2 roundings"

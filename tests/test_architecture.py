@@ -1,4 +1,4 @@
-"""What each module may import: layers, no circle, and one user for each heavy dependency."""
+"""Imports between modules: layers, no cycles, and one module per heavy dependency."""
 
 import ast
 from collections.abc import Iterator
@@ -20,11 +20,11 @@ LAYERS = (
     {"distributed", "precision", "profiling", "progress_bar", "malloc", "run_folder", "presets"}
     | {"errors", "version", "_lazy", "_extension", "_C", "_emulated"},
 )
-"""The modules and packages of fastsimclr, top to bottom. Each imports from its own layer and from those below."""
+"""The modules and packages of fastsimclr, top to bottom. Each imports only from its own layer and those below."""
 
 
 def imports(source: str, package: str) -> Iterator[str]:
-    """The full names that the source of a module of `package` imports, at its top and inside functions."""
+    """Yield the full names imported by the source of a module of `package`, at module level and inside functions."""
     for node in ast.walk(ast.parse(source)):
         if isinstance(node, ast.Import):
             yield from (alias.name for alias in node.names)
@@ -37,7 +37,7 @@ def imports(source: str, package: str) -> Iterator[str]:
 
 
 def read_modules() -> dict[str, set[str]]:
-    """Each module of fastsimclr, by its full name, and the full names that it imports."""
+    """Return the full names that each module of fastsimclr imports, by the module's full name."""
     modules: dict[str, set[str]] = {name: set() for name in ("fastsimclr._C", "fastsimclr._emulated")}  # compiled
     for path in sorted((ROOT / "fastsimclr").rglob("*.py")):
         parts = path.relative_to(ROOT).with_suffix("").parts
@@ -51,20 +51,20 @@ MODULES = read_modules()
 
 
 def module_of(name: str) -> str:
-    """The module that holds what has this full name: the name itself, or what comes before its last dots."""
+    """Return the module that a full name belongs to: the name itself, or a prefix of it."""
     while name not in MODULES:
         name = name.rpartition(".")[0]
     return name
 
 
-ARROWS = {
+IMPORTS = {
     module: {module_of(name) for name in names if name.split(".")[0] == "fastsimclr"}
     for module, names in MODULES.items()
 }
 
 
 def part_of(module: str) -> str:
-    """The part of the package that a module belongs to, as LAYERS names it."""
+    """Return the entry of LAYERS that a module belongs to."""
     return module.removeprefix("fastsimclr.").split(".")[0]
 
 
@@ -72,36 +72,36 @@ def layer_of(module: str) -> int:
     return next(number for number, layer in enumerate(LAYERS) if part_of(module) in layer)
 
 
-def test_every_part_is_in_one_layer() -> None:
+def test_every_part_is_in_exactly_one_layer() -> None:
     named = [part for layer in LAYERS for part in layer]
     assert sorted(named) == sorted({part_of(module) for module in MODULES})
 
 
-def test_no_import_goes_up() -> None:
-    up = [
+def test_no_module_imports_from_a_higher_layer() -> None:
+    found = [
         f"{module} imports {target}"
-        for module, targets in ARROWS.items()
+        for module, targets in IMPORTS.items()
         for target in sorted(targets)
         if layer_of(target) < layer_of(module)
     ]
-    assert not up
+    assert not found
 
 
 def test_no_module_imports_a_command() -> None:
     found = [
         f"{module} imports {target}"
-        for module, targets in ARROWS.items()
+        for module, targets in IMPORTS.items()
         for target in sorted(targets)
         if part_of(target) in COMMANDS
     ]
     assert not found
 
 
-@pytest.mark.parametrize("of", ["modules", "parts"])
-def test_no_circle(of: str) -> None:
+@pytest.mark.parametrize("level", ["modules", "parts"])
+def test_no_import_cycle(level: str) -> None:
     graph: dict[str, set[str]] = {}
-    for module, targets in ARROWS.items():
-        if of == "modules":
+    for module, targets in IMPORTS.items():
+        if level == "modules":
             graph[module] = targets
         else:
             graph.setdefault(part_of(module), set()).update({part_of(target) for target in targets} - {part_of(module)})
@@ -121,14 +121,14 @@ def test_no_circle(of: str) -> None:
         ("matplotlib", {"fastsimclr.reporting.charts", "fastsimclr.reporting.contact_sheet"}),
     ],
 )
-def test_a_heavy_dependency_has_its_own_module(dependency: str, users: set[str]) -> None:
+def test_heavy_dependency_is_imported_by_its_modules_only(dependency: str, users: set[str]) -> None:
     found = {
         module for module, names in MODULES.items() if any(f"{name}.".startswith(f"{dependency}.") for name in names)
     }
     assert found == users
 
 
-def test_every_kind_of_import_is_read() -> None:
+def test_every_kind_of_import_is_found() -> None:
     source = """
 import a.b
 from c import d as e
@@ -143,7 +143,7 @@ def lazy():
 
 
 def assigned_outside_init(source: str) -> Iterator[str]:
-    """Attributes of self, as Class.attribute, that a method other than __init__ is the first to assign."""
+    """Yield, as Class.attribute, attributes of self that are first assigned in a method other than __init__."""
     for owner in ast.walk(ast.parse(source)):
         if not isinstance(owner, ast.ClassDef):
             continue
@@ -168,7 +168,7 @@ def test_no_attribute_is_first_assigned_outside_init() -> None:
         for name in assigned_outside_init(path.read_text())
     ]
     assert not found
-    late = """
+    source = """
 class A:
     b: int
 
@@ -179,4 +179,4 @@ class A:
     def __init__(self):
         self.d = 1
 """
-    assert list(assigned_outside_init(late)) == ["A.c"]
+    assert list(assigned_outside_init(source)) == ["A.c"]

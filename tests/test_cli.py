@@ -1,4 +1,4 @@
-"""`fastsimclr COMMAND`: its help, version and errors, and that nothing heavy is imported before it is needed."""
+"""`fastsimclr COMMAND`: help, version and errors; heavy modules are imported only when needed."""
 
 import json
 import subprocess
@@ -18,7 +18,7 @@ OPTIONAL = ["matplotlib", "sklearn", "tensorboard", "torch.utils.tensorboard", "
 
 
 def modules_after(source: str) -> set[str]:
-    """The modules that a new process has imported after it has run `source`."""
+    """Run `source` in a new process and return the names of the modules it has imported."""
     source += "\nimport sys; print(*sys.modules, file=sys.stderr)"
     done = subprocess.run([sys.executable, "-c", source], cwd=ROOT, capture_output=True, text=True, timeout=120)
     assert done.returncode == 0, done.stderr
@@ -26,7 +26,7 @@ def modules_after(source: str) -> set[str]:
 
 
 @pytest.mark.parametrize("arguments", [[], ["--help"], ["-h"]])
-def test_help_lists_every_command_on_a_line(arguments: list[str], capsys: pytest.CaptureFixture[str]) -> None:
+def test_help_lists_every_command_on_one_line(arguments: list[str], capsys: pytest.CaptureFixture[str]) -> None:
     assert main(arguments) == 0
     lines = capsys.readouterr().out.splitlines()
     for name, about in COMMANDS.items():
@@ -34,7 +34,7 @@ def test_help_lists_every_command_on_a_line(arguments: list[str], capsys: pytest
     assert all(len(line) <= 100 for line in lines)
 
 
-def test_every_command_of_the_package_is_listed() -> None:
+def test_commands_lists_every_command_module() -> None:
     found = {file.stem for file in (ROOT / "fastsimclr").glob("*.py") if "sys.exit(main())" in file.read_text()}
     assert found == {*COMMANDS, "cli"}
 
@@ -45,7 +45,7 @@ def test_version(capsys: pytest.CaptureFixture[str]) -> None:
 
 
 @pytest.mark.parametrize("command", ["trian", "--batch_size=3", "two\nlines"])
-def test_an_unknown_command_is_an_error_of_one_line(command: str, capsys: pytest.CaptureFixture[str]) -> None:
+def test_unknown_command_is_one_line_error(command: str, capsys: pytest.CaptureFixture[str]) -> None:
     assert main([command, "--help"]) == 2
     captured = capsys.readouterr()
     assert captured.out == ""
@@ -53,38 +53,38 @@ def test_an_unknown_command_is_an_error_of_one_line(command: str, capsys: pytest
 
 
 @pytest.mark.parametrize("command", COMMANDS)
-def test_an_error_of_a_command_names_it(command: str, capsys: pytest.CaptureFixture[str]) -> None:
+def test_error_names_the_command(command: str, capsys: pytest.CaptureFixture[str]) -> None:
     assert main([command, *(["knn"] if command == "evaluate" else []), "--colour"]) == 2
     error = capsys.readouterr().err
     assert error.startswith(f"fastsimclr.{command}: error: ")
     assert error.count("\n") == 1
 
 
-def test_each_command_runs_by_the_console_script(
+def test_console_script_runs_each_command(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     monkeypatch.chdir(tmp_path)
-    trained = ["--max_steps=2", "--knn_every=0", "--data.image_size=16", "--device=cpu", "--batch_size=64"]
-    assert main(["train", *trained, "--output=run"]) == 0
+    options = ["--max_steps=2", "--knn_every=0", "--data.image_size=16", "--device=cpu", "--batch_size=64"]
+    assert main(["train", *options, "--output=run"]) == 0
     assert main(["evaluate", "knn", "--checkpoint=run", "--k=20", "--device=cpu"]) == 0
     assert main(["embed", "--checkpoint=run", "--map=none", "--gallery=0", "--images=20", "--device=cpu"]) == 0
     save_run(Path("other"), encoder("resnet18"))
     assert main(["export", "--checkpoint=other", "--format=safetensors", "--output=e.safetensors"]) == 0
     assert main(["preview", "--images=1"]) == 0
     assert main(["report", "run", "--only_collect"]) == 0
-    made = ["run/evaluate/knn.json", "run/embed/features.npy", "e.safetensors", "preview.png", "run/report.html"]
-    assert all(Path(name).is_file() for name in made)
+    outputs = ["run/evaluate/knn.json", "run/embed/features.npy", "e.safetensors", "preview.png", "run/report.html"]
+    assert all(Path(name).is_file() for name in outputs)
     capsys.readouterr()
     assert main(["doctor", "--json"]) == 0
     assert json.loads(capsys.readouterr().out)["fastsimclr"] == fastsimclr.__version__
 
 
-def test_the_console_script_is_declared() -> None:
+def test_console_script_is_declared() -> None:
     assert 'fastsimclr = "fastsimclr.cli:main"' in (ROOT / "pyproject.toml").read_text()
 
 
 @pytest.mark.parametrize("arguments", HELP, ids=" ".join)
-def test_help_of_a_command_does_not_import_torch(arguments: list[str]) -> None:
+def test_command_help_does_not_import_torch(arguments: list[str]) -> None:
     source = f"""
 from fastsimclr.cli import main
 try:
@@ -97,7 +97,7 @@ except SystemExit as end:
     assert not modules & {"torch", "numpy", "PIL", "matplotlib", "sklearn"}
 
 
-def test_help_of_the_console_script_imports_no_command() -> None:
+def test_console_script_help_imports_no_command() -> None:
     modules = modules_after("from fastsimclr.cli import main; main(['--help'])")
     assert {name for name in modules if name.startswith("fastsimclr.")} == {
         f"fastsimclr.{name}" for name in ("_lazy", "cli", "errors", "version")
@@ -105,11 +105,11 @@ def test_help_of_the_console_script_imports_no_command() -> None:
     assert not modules & {"torch", *OPTIONAL}
 
 
-def test_importing_the_package_imports_nothing_heavy() -> None:
+def test_importing_the_package_imports_no_heavy_dependency() -> None:
     assert not modules_after("import fastsimclr") & {"torch", "numpy", *OPTIONAL}
 
 
-def test_using_the_exports_imports_only_what_they_need() -> None:
+def test_public_api_imports_no_optional_dependency() -> None:
     source = """
 import torch
 from PIL import Image

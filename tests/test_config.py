@@ -1,4 +1,4 @@
-"""The command line and the YAML files."""
+"""Parsing of command-line options and YAML files."""
 
 from pathlib import Path
 
@@ -9,7 +9,7 @@ from fastsimclr.config import Config, parse
 from fastsimclr.presets import CONFIGS, preset_file
 
 
-def test_without_data_the_demonstration_runs() -> None:
+def test_default_data_is_the_digits_demonstration() -> None:
     config, text = parse([])
     assert config.data.train == "digits"
     assert config.data.image_size == 32
@@ -17,7 +17,7 @@ def test_without_data_the_demonstration_runs() -> None:
     assert "train: digits" in text
 
 
-def test_with_data_the_defaults_are_the_papers() -> None:
+def test_defaults_match_the_paper() -> None:
     config, _ = parse(["--data.train=photos"])
     assert config == Config(data=type(config.data)(train="photos"))
     assert config.data.augmentation() == Augmentation()
@@ -25,14 +25,14 @@ def test_with_data_the_defaults_are_the_papers() -> None:
 
 
 @pytest.mark.parametrize("file", sorted(CONFIGS.glob("*.yaml")), ids=lambda file: file.stem)
-def test_each_preset_is_found_by_name_and_by_file(file: Path) -> None:
+def test_presets_load_by_name_and_by_path(file: Path) -> None:
     assert preset_file(file.stem).samefile(file)
     by_name, by_file = parse(["--config", file.stem])[0], parse([f"--config={file}"])[0]
     assert by_name == by_file
     assert by_name != parse(["--data.train=x"])[0]
 
 
-def test_options_behind_a_file_win_and_the_dump_reads_back(tmp_path: Path) -> None:
+def test_options_after_config_override_it_and_the_dump_round_trips(tmp_path: Path) -> None:
     config, text = parse(["--config=cifar10", "--batch_size=64", "--data.scale=[0.2,1]", "--micro_batch_size", "none"])
     assert (config.batch_size, config.data.scale, config.optim.lr) == (64, (0.2, 1.0), 1.0)
     assert config.micro_batch_size is None
@@ -51,7 +51,7 @@ def test_options_behind_a_file_win_and_the_dump_reads_back(tmp_path: Path) -> No
         ("--lr=1", ["--lr", "--help"]),
     ],
 )
-def test_an_error_names_the_option_in_one_line(option: str, words: list[str]) -> None:
+def test_error_is_one_line_that_names_the_option(option: str, words: list[str]) -> None:
     with pytest.raises(UserError) as caught:
         parse(["--data.train=x", option])
     assert "\n" not in str(caught.value)

@@ -1,4 +1,4 @@
-"""The compiled extension: whether its kernels can run on a device, and what happens where they cannot."""
+"""The compiled extension: whether its kernels can run on a device, and the fallback if they cannot."""
 
 import warnings
 from collections.abc import Iterator
@@ -23,8 +23,8 @@ NO_IMAGE = (
 
 
 @pytest.fixture
-def pretend_gpu(monkeypatch: pytest.MonkeyPatch) -> Iterator[SimpleNamespace]:
-    """A GPU as PyTorch describes it, and a CUDA build whose probe() gives `.reason` and counts its `.calls`."""
+def mock_gpu(monkeypatch: pytest.MonkeyPatch) -> Iterator[SimpleNamespace]:
+    """Make PyTorch report a GPU, and the extension a CUDA build whose probe() returns `.reason` and counts `.calls`."""
     gpu = SimpleNamespace(reason="", calls=0, capability=(9, 0))
 
     def probe(device: int) -> str:
@@ -46,24 +46,24 @@ def pretend_gpu(monkeypatch: pytest.MonkeyPatch) -> Iterator[SimpleNamespace]:
         cached.cache_clear()
 
 
-def test_kernels_that_load_are_chosen_and_probed_once(pretend_gpu: SimpleNamespace) -> None:
+def test_kernels_that_load_are_chosen_and_probed_once(mock_gpu: SimpleNamespace) -> None:
     assert choose_backend("auto", GPU) == ("fused", "auto: the fastest available")
     assert native.choose("auto", GPU) == "compiled"
     assert crops_and_colors(GPU)[0] == "compiled"
-    assert pretend_gpu.calls == 1
+    assert mock_gpu.calls == 1
 
 
 @pytest.mark.parametrize(
     ("reason", "expected"),
     [
         pytest.param(OLD_DRIVER, r"InsufficientDriver.*update the NVIDIA driver.*CUDA 13\.0", id="old driver"),
-        pytest.param(NO_IMAGE, r"no kernel image.*sm_80, sm_90", id="no image"),
+        pytest.param(NO_IMAGE, r"no kernel image.*sm_80, sm_90", id="no kernel image"),
     ],
 )
-def test_auto_falls_back_with_the_reason_where_kernels_do_not_load(
-    pretend_gpu: SimpleNamespace, reason: str, expected: str
+def test_auto_falls_back_with_a_reason_if_kernels_do_not_load(
+    mock_gpu: SimpleNamespace, reason: str, expected: str
 ) -> None:
-    pretend_gpu.reason = reason
+    mock_gpu.reason = reason
     backend, why = choose_backend("auto", GPU)
     assert backend == "tiled"
     assert why.startswith("auto: the kernels do not load on NVIDIA H100: ")
@@ -80,22 +80,22 @@ def test_auto_falls_back_with_the_reason_where_kernels_do_not_load(
     with pytest.raises(RuntimeError, match="compiled"):
         native.choose("compiled", GPU)
 
-    # As doctor prints it.
+    # The same as doctor reports.
     assert crops_and_colors(GPU) == ("pytorch", why.removeprefix("auto: "))
     found = {"gpus": [{"capability": "9.0"}], "driver": "550.1", "dali": "2.0", "extension": {"extension": "cuda"}}
     assert advice(found, "") == [f"for the fused loss: {why.removeprefix('auto: ')}"]
 
 
-def test_gpu_older_than_the_kernels_is_not_probed(pretend_gpu: SimpleNamespace) -> None:
-    pretend_gpu.capability = (7, 5)
+def test_unsupported_compute_capability_is_not_probed(mock_gpu: SimpleNamespace) -> None:
+    mock_gpu.capability = (7, 5)
     backend, why = choose_backend("auto", GPU)
     assert backend == "tiled"
     assert "NVIDIA H100 has compute capability 7.5; expected 8.0 or later" in why
-    assert pretend_gpu.calls == 0
+    assert mock_gpu.calls == 0
 
 
 def test_description_names_what_this_machine_can_use(
-    pretend_gpu: SimpleNamespace, monkeypatch: pytest.MonkeyPatch
+    mock_gpu: SimpleNamespace, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     assert _extension.describe_build() == "extension: CUDA 13.0 for sm_80, sm_90 (g++ 12.2)"
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
@@ -104,15 +104,15 @@ def test_description_names_what_this_machine_can_use(
 
 
 @pytest.mark.skipif(_extension.emulated is None, reason="needs the emulation of an editable build")
-def test_probe_of_the_emulated_kernels() -> None:
+def test_probe_of_emulated_kernels() -> None:
     assert _extension.emulated.probe(device=0) == ""
     assert _extension.emulated.probe(device=7) == "cudaSetDevice failed: cudaErrorInvalidDevice, invalid device ordinal"
 
 
 @pytest.mark.skipif(not hasattr(_extension.compiled, "probe"), reason="needs a CUDA build")
 @pytest.mark.skipif(torch.cuda.is_available(), reason="needs a machine without a GPU")
-def test_probe_reports_a_missing_driver_and_leaves_no_error_behind() -> None:
-    """Without a driver, CUDA reports the same error as with one that is too old."""
+def test_probe_reports_a_missing_driver_and_clears_the_error() -> None:
+    """Without a driver, CUDA reports the same error as with an outdated one."""
     reasons = [_extension.compiled.probe(device=0) for _ in range(2)]
     assert reasons[0].startswith("cudaSetDevice failed: cudaError")
     assert reasons[0] == reasons[1]

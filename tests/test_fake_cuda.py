@@ -1,6 +1,6 @@
-"""A dress rehearsal without a GPU: the host code of training and evaluation on a fake one.
+"""The host code of training and evaluation on a fake GPU, which needs no GPU.
 
-It finds tensors on the wrong device. Not those that PyTorch accepts there: 0-dim tensors, and indices.
+Detects tensors on the wrong device, except those that PyTorch accepts there: 0-dim tensors and indices.
 """
 
 import itertools
@@ -41,7 +41,7 @@ pytestmark = [
 WORLD = World(0, 1, GPU)
 LOADER = LoaderConfig(batch_size=8, backend="memory", world=WORLD)
 HOPPER, TURING = (9, 0), (7, 5)
-"""With the extension's kernels and bf16; with PyTorch's operations and fp16."""
+"""Compute capabilities: Hopper uses the extension's kernels and bf16, Turing uses PyTorch operations and fp16."""
 COLORFUL = Augmentation(
     image_size=16,
     flip_prob=1.0,
@@ -51,10 +51,10 @@ COLORFUL = Augmentation(
     solarize_prob=1.0,
     per_view=({}, {"interpolation": "bilinear"}),
 )
-"""Everything happens to each view."""
+"""Applies every operation to each view."""
 
 
-def on_gpu(tensor: Tensor | None, *shape: int, dtype: torch.dtype = torch.float32) -> None:
+def assert_on_gpu(tensor: Tensor | None, *shape: int, dtype: torch.dtype = torch.float32) -> None:
     assert tensor is not None
     assert (tensor.device, tensor.dtype, tensor.shape) == (GPU, dtype, shape)
 
@@ -63,11 +63,11 @@ def small_encoder() -> Encoder:
     return encoder("resnet18", stem="imagenet")
 
 
-def in_real(function: Callable[..., Any]) -> Callable[..., Any]:
+def with_real_tensors(function: Callable[..., Any]) -> Callable[..., Any]:
     return lambda *arguments, **options: real(function, *arguments, **options)
 
 
-# Each is run in `fake_cuda`.
+# These functions run inside `fake_cuda`.
 
 
 def open_training(folder: Path, *more: str) -> Trainer:
@@ -76,7 +76,7 @@ def open_training(folder: Path, *more: str) -> Trainer:
     with pytest.MonkeyPatch.context() as patch:
         for name in ("trainer.open_dataset", "build.encoder", "build.projector"):
             full_name = f"fastsimclr.training.{name}"
-            patch.setattr(full_name, in_real(resolve_name(full_name)))
+            patch.setattr(full_name, with_real_tensors(resolve_name(full_name)))
         return Trainer(*parse(options), WORLD, [])
 
 
@@ -90,9 +90,9 @@ def train(folder: Path, *more: str) -> None:
             _, stages = training.clock.end_step()
             assert stages()["views"] > 0
     training.metrics.log(measured, stages, {"step": 2, "lr": lr})
-    assert not training.metrics.last, "a GPU's record is completed a step later"
+    assert not training.metrics.last, "on a GPU, a record is completed one step later"
     for value in measured.values():
-        on_gpu(value)
+        assert_on_gpu(value)
     for parameter in training.model.parameters():
         assert parameter.device == GPU
         for state in training.optimizer.state[parameter].values():
@@ -103,37 +103,37 @@ def train(folder: Path, *more: str) -> None:
 
 def loss(backend: str, precision: str, reduction: str, temperature: str) -> None:
     z = [torch.randn(6, 16, device=GPU, requires_grad=True) for _ in range(2)]
-    given: Any = 0.1
+    t: Any = 0.1
     if temperature != "float":
-        given = torch.tensor(0.1, device=temperature).requires_grad_(temperature == "cuda")
-    value = nt_xent(z[0], z[1], given, backend=backend, precision=precision, reduction=reduction)
-    on_gpu(value, *(() if reduction == "mean" else (12,)))
+        t = torch.tensor(0.1, device=temperature).requires_grad_(temperature == "cuda")
+    value = nt_xent(z[0], z[1], t, backend=backend, precision=precision, reduction=reduction)
+    assert_on_gpu(value, *(() if reduction == "mean" else (12,)))
     value.sum().backward()
-    for of_view in z:
-        on_gpu(of_view.grad, 6, 16)
+    for projections in z:
+        assert_on_gpu(projections.grad, 6, 16)
     if temperature == "cuda":
-        on_gpu(given.grad)
+        assert_on_gpu(t.grad)
 
 
-def operators_of_the_loss(module: Any, name: str, precision: str, reduction: str, temperature: str) -> None:
-    """The operators' own code, which under FakeTensors their `register_fake` stands in for: its outputs are alike."""
+def loss_operators(module: Any, name: str, precision: str, reduction: str, temperature: str) -> None:
+    """Run the operators' own code, which FakeTensors otherwise replace by `register_fake`, and compare the outputs."""
     forward, backward = (getattr(module, f"{name}_{which}") for which in ("forward", "backward"))
     z1, z2 = (torch.randn(6, 16, device=GPU) for _ in range(2))
     mean = reduction == "mean"
-    given = torch.tensor(0.1, device="cpu" if temperature == "cpu" else GPU)
+    t = torch.tensor(0.1, device="cpu" if temperature == "cpu" else GPU)
     value = None if temperature == "cuda" else 0.1
-    inputs = (z1, z2, given, "", mean, False, precision, value)
-    outputs = alike(forward._init_fn(*inputs), forward(*inputs))
+    inputs = (z1, z2, t, "", mean, False, precision, value)
+    outputs = assert_same_metadata(forward._init_fn(*inputs), forward(*inputs))
     dloss = torch.ones_like(outputs[0])
     if name == "tiled":
-        inputs_of_backward = (dloss, *outputs[1:], given, "", precision, value)
+        backward_inputs = (dloss, *outputs[1:], t, "", precision, value)
     else:
-        inputs_of_backward = (dloss, z1, z2, *outputs[1:], given, "", value)
-    for gradient in alike(backward._init_fn(*inputs_of_backward), backward(*inputs_of_backward)):
+        backward_inputs = (dloss, z1, z2, *outputs[1:], t, "", value)
+    for gradient in assert_same_metadata(backward._init_fn(*backward_inputs), backward(*backward_inputs)):
         assert gradient.device == GPU
 
 
-def alike(outputs: tuple[Tensor, ...], fakes: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
+def assert_same_metadata(outputs: tuple[Tensor, ...], fakes: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
     for output, fake in zip(outputs, fakes, strict=True):
         assert (output.shape, output.dtype, output.device) == (fake.shape, fake.dtype, fake.device)
     return outputs
@@ -142,15 +142,15 @@ def alike(outputs: tuple[Tensor, ...], fakes: tuple[Tensor, ...]) -> tuple[Tenso
 def loader(backend: str, dtype: torch.dtype) -> None:
     source = real(open_source, "digits")
     with pytest.MonkeyPatch.context() as patch:
-        for name in ("__init__", "__getitem__"):  # of worker processes, which do not use the GPU
-            patch.setattr(_Crops, name, in_real(getattr(_Crops, name)))
+        for name in ("__init__", "__getitem__"):  # these run in worker processes, which do not use the GPU
+            patch.setattr(_Crops, name, with_real_tensors(getattr(_Crops, name)))
         batches = open_views(source, COLORFUL, 8, backend=backend, device=GPU, dtype=dtype, drop_last=True, workers=0)
         batch = next(iter(batches))
     for view in batch.views:
-        on_gpu(view, 8, 3, 16, 16, dtype=dtype)
+        assert_on_gpu(view, 8, 3, 16, 16, dtype=dtype)
         assert view.is_contiguous(memory_format=torch.channels_last)
-    on_gpu(batch.index, 8, dtype=torch.int64)
-    on_gpu(batch.label, 8, dtype=torch.int64)
+    assert_on_gpu(batch.index, 8, dtype=torch.int64)
+    assert_on_gpu(batch.label, 8, dtype=torch.int64)
 
 
 def features_and_labels(rows: int) -> tuple[Tensor, Tensor]:
@@ -160,8 +160,8 @@ def features_and_labels(rows: int) -> tuple[Tensor, Tensor]:
 def knn() -> None:
     bank, queries = features_and_labels(40), features_and_labels(12)
     for temperature in (0.07, None):
-        on_gpu(knn_ranking(*bank, queries[0], 5, temperature=temperature), 12, 5, dtype=torch.int64)
-    on_gpu(knn_ranking(*bank, bank[0], 5, leave_out=0), 40, 5, dtype=torch.int64)
+        assert_on_gpu(knn_ranking(*bank, queries[0], 5, temperature=temperature), 12, 5, dtype=torch.int64)
+    assert_on_gpu(knn_ranking(*bank, bank[0], 5, leave_out=0), 40, 5, dtype=torch.int64)
     knn_accuracy(*bank, *queries, 5)
     source = real(open_source, "digits").subset(np.arange(16))
     model = real(small_encoder).to(GPU, memory_format=torch.channels_last)  # type: ignore[call-overload]
@@ -172,8 +172,8 @@ def knn() -> None:
 def logistic_regression() -> None:
     features, labels = features_and_labels(40)
     fitted = linear.fit(features, labels, 10, c=1.0)
-    on_gpu(fitted.weight, 10, 16)
-    on_gpu(linear.rank(fitted, features), 40, 5, dtype=torch.int64)
+    assert_on_gpu(fitted.weight, 10, 16)
+    assert_on_gpu(linear.rank(fitted, features), 40, 5, dtype=torch.int64)
     linear.choose_c(features, labels, 10, np.arange(30), np.arange(30, 40))
 
 
@@ -183,12 +183,12 @@ def classifier(frozen: bool) -> None:
     chosen = choose_precision("auto", GPU)
     schedule = Schedule(epochs=1, lr=0.1, batch_size=8)
     train_classifier(model, source, COLORFUL, schedule, LOADER, chosen, title="")
-    on_gpu(model.fc.weight, 10, 512)
+    assert_on_gpu(model.fc.weight, 10, 512)
 
 
 def case(function: Callable[..., None], *arguments: Any, capability: tuple[int, int] = HOPPER) -> Any:
     words = [getattr(argument, "__name__", str(argument)) for argument in arguments]
-    name = ", ".join([function.__name__, *words, *(["an old GPU"] if capability == TURING else [])])
+    name = ", ".join([function.__name__, *words, *(["Turing"] if capability == TURING else [])])
     return pytest.param(capability, function, arguments, id=name)
 
 
@@ -202,7 +202,7 @@ CASES = [
     case(train, "--optim.name=lars"),
     case(train, "--optim.name=adamw", "--micro_batch_size=3", capability=TURING),
     *(case(loss, backend, *options) for backend in ("auto", "tiled", "reference") for options in LOSSES),
-    *(case(operators_of_the_loss, module, name, *options) for module, name in ((fused, "fused"), (tiled, "tiled"))
+    *(case(loss_operators, module, name, *options) for module, name in ((fused, "fused"), (tiled, "tiled"))
       for options in LOSSES),
     case(loader, "memory", torch.bfloat16),
     case(loader, "memory", torch.float16, capability=TURING),
@@ -215,7 +215,7 @@ CASES = [
 
 
 @pytest.mark.parametrize(("capability", "function", "arguments"), CASES)
-def test_host_code_keeps_its_tensors_on_the_gpu(
+def test_host_code_keeps_tensors_on_the_gpu(
     tmp_path: Path, capability: tuple[int, int], function: Callable[..., None], arguments: tuple[Any, ...]
 ) -> None:
     slower_views = pytest.warns(UserWarning, match=r"^views: .*7\.5") if capability == TURING else nullcontext()
@@ -223,23 +223,25 @@ def test_host_code_keeps_its_tensors_on_the_gpu(
         function(*((tmp_path, *arguments) if function is train else arguments))
 
 
-def test_an_old_gpu_takes_fp16_and_the_tiled_loss_and_says_why_once(tmp_path: Path) -> None:
+def test_old_gpu_uses_fp16_and_the_tiled_loss_with_one_warning_each(tmp_path: Path) -> None:
     z1, z2 = torch.randn(2, 6, 16)
     with fake_cuda(TURING), warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("default")
         training = open_training(tmp_path)
         batch = next(iter(training.loader))
         training.train_step(batch)
-        assert [str(each.message).split(":")[0] for each in caught] == ["views"], "the log says it of the loss"
+        assert [str(each.message).split(":")[0] for each in caught] == ["views"], (
+            "training logs the backend of the loss instead of a warning"
+        )
         for _ in range(2):
             nt_xent(z1.to(GPU), z2.to(GPU))
     assert training.precision.why.startswith("fp16 autocast with scaled gradients (auto: this GPU has ")
     assert training.loss_backend.startswith("tiled (auto: a fake GPU has compute capability 7.5; ")
-    _, of_loss = caught
-    assert training.loss_backend.removeprefix("tiled ") in str(of_loss.message)
+    _, loss_warning = caught
+    assert training.loss_backend.removeprefix("tiled ") in str(loss_warning.message)
 
 
-def left_on_the_cpu(function: Callable[..., Any]) -> Callable[..., Any]:
+def moved_to_cpu(function: Callable[..., Any]) -> Callable[..., Any]:
     def faulty(*arguments: Any, **options: Any) -> Any:
         result = function(*arguments, **options)
         return [each.cpu() for each in result] if isinstance(result, list) else result.cpu()
@@ -253,9 +255,9 @@ def left_on_the_cpu(function: Callable[..., Any]) -> Callable[..., Any]:
     [
         ("fastsimclr.training.step.Step._project", HOPPER, train, ()),
         ("fastsimclr.optim.lars.LARS._velocities", HOPPER, train, ()),
-        ("fastsimclr.loss.tiled._negative_sums", HOPPER, operators_of_the_loss, (tiled, "tiled", *LOSSES[0])),
-        ("fastsimclr.loss.tiled._negatives_gradient", HOPPER, operators_of_the_loss, (tiled, "tiled", *LOSSES[0])),
-        ("fastsimclr.loss.fused._Kernels.floats", HOPPER, operators_of_the_loss, (fused, "fused", *LOSSES[0])),
+        ("fastsimclr.loss.tiled._negative_sums", HOPPER, loss_operators, (tiled, "tiled", *LOSSES[0])),
+        ("fastsimclr.loss.tiled._negatives_gradient", HOPPER, loss_operators, (tiled, "tiled", *LOSSES[0])),
+        ("fastsimclr.loss.fused._Kernels.floats", HOPPER, loss_operators, (fused, "fused", *LOSSES[0])),
         ("fastsimclr.data.native.on_device", HOPPER, loader, ("memory", torch.bfloat16)),
         ("fastsimclr.data.photometric._luma", TURING, loader, ("memory", torch.float16)),
         ("fastsimclr.data.crop._weights", TURING, loader, ("memory", torch.float16)),
@@ -263,7 +265,7 @@ def left_on_the_cpu(function: Callable[..., Any]) -> Callable[..., Any]:
         ("fastsimclr.evaluation.linear._standardized", HOPPER, logistic_regression, ()),
     ],
 )
-def test_a_tensor_left_on_the_cpu_is_found(
+def test_tensor_on_the_cpu_is_detected(
     tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch,
     faulty: str,
@@ -271,6 +273,6 @@ def test_a_tensor_left_on_the_cpu_is_found(
     function: Callable[..., None],
     arguments: tuple[Any, ...],
 ) -> None:
-    monkeypatch.setattr(faulty, left_on_the_cpu(resolve_name(faulty)))
+    monkeypatch.setattr(faulty, moved_to_cpu(resolve_name(faulty)))
     with fake_cuda(capability), pytest.raises((RuntimeError, ValueError), match="cpu"):
         function(*((tmp_path, *arguments) if function is train else arguments))

@@ -1,4 +1,4 @@
-"""That a process keeps what it frees and uses it again: by page faults and resident memory, in processes of its own."""
+"""glibc malloc keeps and reuses freed memory: page faults and resident memory, measured in separate processes."""
 
 import platform
 import subprocess
@@ -14,7 +14,7 @@ if {keep}:
 def step():
     for _ in range(4):
         torch.ones(16 << 20)  # 64 MiB of float32: 16,384 pages
-for _ in range(20):  # until small blocks in between no longer cut what is kept
+for _ in range(20):  # until small allocations no longer fragment the kept memory
     step()
 before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
 step()
@@ -38,7 +38,7 @@ def batch(images=images):
 batch(1)
 before = resident()
 for _ in range(30):
-    held = batch()  # the one before is held until this one is made: two batches in all
+    held = batch()  # the previous batch is freed after this one is made: two batches at most
     small = torch.empty(1000)
 print((resident() - before) / sum(view.nbytes / 2**20 for view in held))
 """
@@ -49,12 +49,12 @@ def run(code: str) -> float:
 
 
 @pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="needs glibc")
-def test_freed_memory_is_kept_and_used_again() -> None:
+def test_freed_memory_is_reused() -> None:
     faults = [run(FAULTS.format(keep=keep)) for keep in (False, True)]
-    # By how many pages a fault brings (transparent huge pages) systems differ.
+    # Systems differ in how many pages a fault maps (transparent huge pages).
     assert faults[1] * 10 < faults[0], faults
 
 
-def test_views_use_the_memory_of_those_that_were_freed() -> None:
-    """Which glibc before 2.38 does not by itself: it would be three and a half batches here, and more in a loader."""
+def test_views_reuse_the_memory_of_freed_views() -> None:
+    """By default, glibc before 2.38 does not: this would take 3.5 batches here, and more in a loader."""
     assert run(BATCHES_HELD) < 3

@@ -23,13 +23,13 @@ def code_cells(notebook: nbformat.NotebookNode) -> list[nbformat.NotebookNode]:
     return [cell for cell in notebook.cells if cell.cell_type == "code"]
 
 
-def test_the_notebook_runs_from_top_to_bottom(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_notebook_runs_from_top_to_bottom(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("OMP_NUM_THREADS", "1")  # batches this small are slower with more threads
     monkeypatch.setenv("PATH", f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}")  # for !python
     notebook = nbformat.read(NOTEBOOK, as_version=4)
     (parameters,) = (cell for cell in code_cells(notebook) if "parameters" in cell.metadata.get("tags", []))
     parameters.source += SMALL
-    for cell in code_cells(notebook):  # a notebook goes on after a shell command that fails; the test must not
+    for cell in code_cells(notebook):  # a notebook continues after a failed shell command; the test must not
         cell.source = re.sub(r"^!.*$", r"\g<0>\nassert _exit_code == 0", cell.source, flags=re.MULTILINE)
     NotebookClient(notebook, timeout=300, resources={"metadata": {"path": str(tmp_path)}}).execute()
 
@@ -46,7 +46,7 @@ def test_the_notebook_runs_from_top_to_bottom(tmp_path: Path, monkeypatch: pytes
     assert (run / "report.html").stat().st_size > 100_000
 
 
-def test_the_notebook_is_committed_without_outputs() -> None:
+def test_notebook_is_committed_without_outputs() -> None:
     for cell in code_cells(nbformat.read(NOTEBOOK, as_version=4)):
         assert cell.outputs == []
         assert cell.execution_count is None

@@ -1,4 +1,4 @@
-"""The package as it is built: what the extension says of itself, and each way in which it can be missing."""
+"""Building the package: the extension's build info, and each way in which the extension can be missing."""
 
 import importlib.util
 import os
@@ -45,7 +45,7 @@ BUILT = ("__pycache__", "*.so", "_build.*.json")
 
 @pytest.fixture(scope="session")
 def sdist(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The source distribution, made from a copy: an egg-info folder in the working tree could add stale files to it."""
+    """The source distribution, built from a copy: an egg-info folder in the working tree could add stale files."""
     copy = tmp_path_factory.mktemp("sources")
     for folder in FOLDERS:
         shutil.copytree(ROOT / folder, copy / folder, ignore=shutil.ignore_patterns(*BUILT))
@@ -59,7 +59,7 @@ def sdist(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture
 def checkout(sdist: Path, tmp_path: Path) -> Path:
-    """The unpacked source distribution: what is built here shows that it is complete, and touches no installed file."""
+    """The unpacked source distribution. Building in it shows that it is complete, and changes no installed files."""
     with tarfile.open(sdist) as archive:
         archive.extractall(tmp_path, filter="data")
     (unpacked,) = tmp_path.iterdir()
@@ -67,8 +67,8 @@ def checkout(sdist: Path, tmp_path: Path) -> Path:
 
 
 def run(checkout: Path, *arguments: str, **variables: str) -> subprocess.CompletedProcess[str]:
-    ours = ("FASTSIMCLR_CUDA", "FASTSIMCLR_CUDA_ARCHS", "FASTSIMCLR_WERROR", "CUDA_HOME", "PYTHONPATH")
-    environment = {name: value for name, value in os.environ.items() if name not in ours} | variables
+    removed = ("FASTSIMCLR_CUDA", "FASTSIMCLR_CUDA_ARCHS", "FASTSIMCLR_WERROR", "CUDA_HOME", "PYTHONPATH")
+    environment = {name: value for name, value in os.environ.items() if name not in removed} | variables
     if environment.get("CXX") == "":
         del environment["CXX"]
     command = [sys.executable, *arguments]
@@ -76,14 +76,14 @@ def run(checkout: Path, *arguments: str, **variables: str) -> subprocess.Complet
 
 
 def build(checkout: Path, **variables: str) -> str:
-    """Build the package into checkout/lib, as for a wheel; return what was printed."""
+    """Build the package into checkout/lib, as for a wheel; return the output."""
     done = run(checkout, "setup.py", "build", "--build-lib", "lib", "--build-temp", "temp", **variables)
     assert done.returncode == 0, done.stdout + done.stderr
     return done.stdout
 
 
 def compiler_flags(checkout: Path, source: str) -> list[str]:
-    """The FLAGS of the one source file in the last build's build.ninja."""
+    """Return the FLAGS of a source file in the build.ninja of the last build."""
     (ninja,) = checkout.rglob("build.ninja")
     match = re.search(rf"^build [^\n]*{re.escape(source)}\.o: .*?\n  FLAGS = (.*?)\n", ninja.read_text(), re.M | re.S)
     assert match is not None
@@ -91,13 +91,13 @@ def compiler_flags(checkout: Path, source: str) -> list[str]:
 
 
 def describe(folder: Path) -> str:
-    """The line that the package in this folder says of its extension."""
-    # An editable install finds its own _C for a package that has none, wherever that package lies.
+    """Return the description of its extension by the package in this folder."""
+    # The finder of an editable install would provide its own _C to a package without one.
     code = (
         "import sys; sys.meta_path = [finder for finder in sys.meta_path if '__editable__' not in finder.__module__];"
         "import fastsimclr._extension as extension; print(extension.__file__); print(extension.describe_build())"
     )
-    done = run(folder, "-c", code)  # -c looks for modules where it runs, before all else
+    done = run(folder, "-c", code)  # -c searches the current directory first
     assert done.returncode == 0, done.stderr
     file, line = done.stdout.splitlines()
     assert Path(file).is_relative_to(folder)
@@ -118,18 +118,18 @@ def test_build_info_of_the_installed_package() -> None:
         assert describe_build() == f"extension: CPU only ({info['reason']})"
         return
     assert re.fullmatch(r"\d+\.\d+", info["cuda"])
-    assert info["cuda_runtime"].split(".")[0] == info["cuda"].split(".")[0]  # cudart of nvcc's own toolkit
+    assert info["cuda_runtime"].split(".")[0] == info["cuda"].split(".")[0]  # cudart is from nvcc's toolkit
     assert info["architectures"]
     assert all(re.fullmatch(r"sm_\d+", name) for name in info["architectures"])
     assert re.match(rf"extension: .*CUDA .*for {info['architectures'][0]}", describe_build())
 
 
-@pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
+@pytest.mark.skipif(torch.cuda.is_available(), reason="needs a machine without a GPU")
 def test_fused_loss_is_not_available_without_a_gpu() -> None:
     assert not is_available()
 
 
-def test_the_sdist_holds_every_source_file_and_nothing_built(sdist: Path) -> None:
+def test_sdist_holds_all_source_files_and_no_build_outputs(sdist: Path) -> None:
     expected = set(FILES)
     for folder in FOLDERS:
         files = [path for path in (ROOT / folder).rglob("*") if path.is_file()]
@@ -143,8 +143,8 @@ def test_the_sdist_holds_every_source_file_and_nothing_built(sdist: Path) -> Non
 
 @needs_compiler
 @needs_nvcc
-def test_cuda_build_carries_the_architectures_asked_for(checkout: Path) -> None:
-    """One architecture only, because the kernels take long to compile; CI installs several."""
+def test_cuda_build_has_the_requested_architectures(checkout: Path) -> None:
+    """Only one architecture, because the kernels take long to compile; CI builds several."""
     assert "building for CUDA" in build(
         checkout, FASTSIMCLR_CUDA="1", FASTSIMCLR_CUDA_ARCHS="80", FASTSIMCLR_WERROR="1"
     )
@@ -162,13 +162,13 @@ def test_cuda_build_carries_the_architectures_asked_for(checkout: Path) -> None:
 
 
 @needs_compiler
-def test_without_nvcc_the_extension_is_for_the_cpu_and_says_so(checkout: Path) -> None:
+def test_build_without_nvcc_is_for_the_cpu_and_reports_it(checkout: Path) -> None:
     nowhere = str(checkout / "nowhere")
     reason = f"no nvcc was found (CUDA_HOME is {nowhere!r}, which has no bin/nvcc)"
     code = "from setuptools.build_meta import build_wheel; build_wheel('dist')"
     done = run(checkout, "-c", code, CUDA_HOME=nowhere)
     assert f"building for the CPU only: {reason}" in done.stdout, done.stdout + done.stderr
-    assert "-Werror" not in compiler_flags(checkout, "view_params.cpp"), "a user's newer compiler may warn"
+    assert "-Werror" not in compiler_flags(checkout, "view_params.cpp"), "newer compilers may warn"
 
     (wheel,) = (checkout / "dist").iterdir()
     with zipfile.ZipFile(wheel) as archive:
@@ -179,10 +179,10 @@ def test_without_nvcc_the_extension_is_for_the_cpu_and_says_so(checkout: Path) -
     expected = {path.relative_to(ROOT).as_posix() for path in ROOT.glob("fastsimclr/**/*") if path.suffix in suffixes}
     expected |= {f"fastsimclr/{name}" for name in ("_C.pyi", "py.typed", LIBRARY)}
     expected |= {f"fastsimclr/_build.{sys.implementation.cache_tag}.json"}
-    assert found == expected, "neither the emulation, nor tests, nor sources of the extension"
+    assert found == expected, "contains no emulation, tests or sources of the extension"
 
 
-def test_without_a_compiler_the_package_installs_pure_and_says_so(checkout: Path) -> None:
+def test_build_without_a_compiler_is_pure_python_and_reports_it(checkout: Path) -> None:
     stale = checkout / "lib" / "fastsimclr" / LIBRARY
     stale.parent.mkdir(parents=True)
     stale.write_text("an earlier build's")
@@ -197,7 +197,7 @@ def test_without_a_compiler_the_package_installs_pure_and_says_so(checkout: Path
     assert sorted(preset.name for preset in (packaged / "configs").iterdir()) == presets
 
 
-def test_an_editable_build_without_a_compiler_leaves_no_earlier_library(checkout: Path) -> None:
+def test_editable_build_without_a_compiler_removes_outdated_libraries(checkout: Path) -> None:
     stale = [checkout / "fastsimclr" / name for name in (LIBRARY, LIBRARY.replace("_C", "_emulated"))]
     for library in stale:
         library.write_text("an earlier build's")
@@ -208,7 +208,7 @@ def test_an_editable_build_without_a_compiler_leaves_no_earlier_library(checkout
     assert describe(checkout) == f"extension: none ({reason})"
 
 
-def test_a_library_that_cannot_be_imported_says_why(checkout: Path) -> None:
+def test_library_that_cannot_be_imported_reports_why(checkout: Path) -> None:
     assert "it was never built for this Python" in describe(checkout)
     (checkout / "fastsimclr" / LIBRARY).write_text("not a library")
     assert re.search(rf"cannot be imported: .*{re.escape(LIBRARY)}", describe(checkout))
@@ -219,12 +219,10 @@ def test_a_library_that_cannot_be_imported_says_why(checkout: Path) -> None:
     [
         pytest.param({"CXX": "no-such-compiler"}, "but no C++ compiler was found (CXX is 'no", id="no compiler"),
         pytest.param({"CUDA_HOME": "no-cuda"}, "but no nvcc was found (CUDA_HOME is 'no-cuda'", marks=needs_compiler),
-        pytest.param({"FASTSIMCLR_CUDA": "yes"}, "FASTSIMCLR_CUDA is 'yes'; expected 1", id="not a value"),
+        pytest.param({"FASTSIMCLR_CUDA": "yes"}, "FASTSIMCLR_CUDA is 'yes'; expected 1", id="invalid value"),
     ],
 )
-def test_asking_for_cuda_makes_what_is_missing_an_error(
-    checkout: Path, variables: dict[str, str], message: str
-) -> None:
+def test_required_cuda_build_fails_without_its_tools(checkout: Path, variables: dict[str, str], message: str) -> None:
     arguments = ("setup.py", "build_ext", "--build-lib", "lib", "--build-temp", "temp")
     done = run(checkout, *arguments, **({"FASTSIMCLR_CUDA": "1"} | variables))
     assert done.returncode == 1
@@ -232,7 +230,7 @@ def test_asking_for_cuda_makes_what_is_missing_an_error(
     assert not (checkout / "lib").exists()
 
 
-def test_nvcc_is_looked_for_in_order(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_search_order_of_nvcc(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     def make(folder: str) -> Path:
         nvcc = tmp_path / folder / "nvcc"
         nvcc.parent.mkdir(parents=True)
@@ -246,7 +244,7 @@ def test_nvcc_is_looked_for_in_order(tmp_path: Path, monkeypatch: pytest.MonkeyP
     nvcc, reason = setup.find_nvcc()
     assert nvcc is None
     assert all(place in reason for place in ("CUDA_HOME", str(tmp_path / "usual"), "PATH", "nvidia-cuda-nvcc"))
-    for folder in ("purelib/nvidia/cu13/bin", "path", "usual/bin", "home/bin"):  # each goes before the ones before it
+    for folder in ("purelib/nvidia/cu13/bin", "path", "usual/bin", "home/bin"):  # in increasing priority
         expected = make(folder)
         if folder == "home/bin":
             monkeypatch.setenv("CUDA_HOME", str(tmp_path / "home"))
@@ -254,7 +252,7 @@ def test_nvcc_is_looked_for_in_order(tmp_path: Path, monkeypatch: pytest.MonkeyP
 
 
 @needs_nvcc
-def test_architectures(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_choose_architectures(monkeypatch: pytest.MonkeyPatch) -> None:
     nvcc = setup.find_nvcc()[0]
     monkeypatch.delenv("FASTSIMCLR_CUDA_ARCHS", raising=False)
     assert {"80", "90"} <= set(setup.choose_architectures(nvcc, editable=False))
@@ -278,11 +276,11 @@ def test_architectures(monkeypatch: pytest.MonkeyPatch) -> None:
         ("90a", "90a-real"),
     ],
 )
-def test_ptx_is_of_the_lowest_and_the_highest_architecture(architectures: str, expected: str) -> None:
+def test_ptx_is_built_for_the_lowest_and_highest_architecture(architectures: str, expected: str) -> None:
     assert setup.cmake_architectures(architectures.split(";")) == expected
 
 
-def test_no_torch_header_in_the_extension() -> None:
+def test_extension_includes_no_torch_header() -> None:
     sources = [path for path in (ROOT / "csrc").rglob("*") if path.is_file()]
     assert sources
     for path in sources:

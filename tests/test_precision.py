@@ -1,12 +1,10 @@
-"""The precision of the encoder: what auto chooses, and training under float16 with scaled gradients."""
+"""The precision of the encoder: selection by auto, and training in float16 with scaled gradients."""
 
 import functools
 import itertools
-import json
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import pytest
@@ -14,6 +12,7 @@ import torch
 from ranks import run_ranks
 from torch import Tensor, nn
 from torch.amp import GradScaler
+from weights import steps
 
 from fastsimclr import Augmentation, nt_xent, precision
 from fastsimclr.config import parse
@@ -34,7 +33,7 @@ FP16 = choose_precision("fp16", CPU)
 
 
 class SmallEncoder(nn.Sequential):
-    """In place of ResNet-18, a step of which takes a CPU seconds in float16."""
+    """Replaces ResNet-18, whose float16 steps take seconds on a CPU."""
 
     out_features = 16
     stem = "small"
@@ -54,26 +53,21 @@ def set_scale(training: Trainer, scale: float) -> None:
     training.scaler.load_state_dict(GradScaler("cpu", init_scale=scale).state_dict())
 
 
-def start_scaler_with(monkeypatch: pytest.MonkeyPatch, **options: float) -> None:
+def set_scaler_options(monkeypatch: pytest.MonkeyPatch, **options: float) -> None:
     monkeypatch.setattr(precision, "GradScaler", functools.partial(GradScaler, **options))
 
 
 def options(output: Path, *more: str) -> list[str]:
-    given = ["--data.train=digits", "--data.image_size=16", "--batch_size=16", "--model.hidden=32", "--model.out=16"]
-    given += ["--optim.name=sgd", "--optim.lr=0.01", "--knn_every=0", "--device=cpu", "--precision=fp16"]
-    return [*given, f"--output={output}", *more]
+    default = ["--data.train=digits", "--data.image_size=16", "--batch_size=16", "--model.hidden=32", "--model.out=16"]
+    default += ["--optim.name=sgd", "--optim.lr=0.01", "--knn_every=0", "--device=cpu", "--precision=fp16"]
+    return [*default, f"--output={output}", *more]
 
 
 def open_training(output: Path, *more: str, world: World = World(0, 1, CPU)) -> Trainer:  # noqa: B008 - frozen
     return Trainer(*parse(options(output, *more)), world, [])
 
 
-def steps(run: Path) -> list[dict[str, Any]]:
-    lines = (json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines())
-    return [line for line in lines if "loss" in line]
-
-
-# The choice
+# Selection
 
 
 @pytest.mark.parametrize(
@@ -85,11 +79,11 @@ def steps(run: Path) -> list[dict[str, Any]]:
         ((8, 0), torch.bfloat16, "bf16 autocast (auto: this GPU supports bf16)"),
     ],
 )
-def test_auto_takes_what_the_gpu_is_fast_at(
+def test_auto_selects_the_gpus_fast_precision(
     monkeypatch: pytest.MonkeyPatch, capability: tuple[int, int], dtype: torch.dtype | None, why: str
 ) -> None:
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: capability)
-    # As PyTorch's: older GPUs emulate bf16.
+    # As in PyTorch, where older GPUs emulate bf16.
     monkeypatch.setattr(
         torch.cuda, "is_bf16_supported", lambda including_emulation: including_emulation or capability >= (8, 0)
     )
@@ -109,7 +103,7 @@ def test_auto_takes_what_the_gpu_is_fast_at(
         ("fp64", None, torch.float64),
     ],
 )
-def test_a_precision_asked_for_by_name_is_taken(wanted: str, dtype: torch.dtype | None, weights: torch.dtype) -> None:
+def test_explicit_precision(wanted: str, dtype: torch.dtype | None, weights: torch.dtype) -> None:
     assert choose_precision(wanted, CPU) == (dtype, weights, wanted)
     assert choose_precision(wanted, CPU).grad_scaler(CPU).is_enabled() == (wanted == "fp16")
 
@@ -118,7 +112,7 @@ def test_a_precision_asked_for_by_name_is_taken(wanted: str, dtype: torch.dtype 
 
 
 def small_model() -> nn.Module:
-    """Without batch normalization: its parts do not depend on each other, so micro-batches change nothing."""
+    """Return a model without batch normalization, so that micro-batches give the same result as the whole batch."""
     torch.manual_seed(0)
     return nn.Sequential(nn.Conv2d(3, 8, 3, stride=2), nn.ReLU(), nn.Flatten(), nn.Linear(8 * 3 * 3, 16))
 
@@ -129,7 +123,7 @@ def gradients(
     micro_batch_size: int | None,
     loss: Callable[[Tensor, Tensor], Tensor],
 ) -> Tensor:
-    """Unscaled, of all parameters together."""
+    """Return the unscaled gradients of all parameters, concatenated."""
     model = small_model()
     torch.manual_seed(1)
     views = [torch.randn(12, 3, 8, 8).to(chosen.view_dtype) for _ in range(2)]
@@ -139,32 +133,30 @@ def gradients(
 
 
 def tiny_loss(a: Tensor, b: Tensor) -> Tensor:
-    """Its gradients by the projections are below 2^-25, which float16 rounds to 0."""
+    """NT-Xent scaled so that its gradients by the projections are below 2^-25, which float16 rounds to 0."""
     return nt_xent(a, b) * 2.0**-24
 
 
 @pytest.mark.parametrize("micro_batch_size", [None, 5])  # 5: parts of 4, 4 and 4
 @pytest.mark.parametrize("loss", [nt_xent, tiny_loss])
-def test_scaled_gradients_are_those_of_float32(
-    micro_batch_size: int | None, loss: Callable[[Tensor, Tensor], Tensor]
-) -> None:
+def test_scaled_gradients_match_float32(micro_batch_size: int | None, loss: Callable[[Tensor, Tensor], Tensor]) -> None:
     exact = gradients(choose_precision("fp32", CPU), GradScaler("cpu", enabled=False), None, loss)
     scaler = GradScaler("cpu", init_scale=2.0**12 if loss is nt_xent else 2.0**36)
     ours = gradients(FP16, scaler, micro_batch_size, loss)
-    # float16 rounds by up to 2^-11: inputs, weights, activations and gradients of two layers, and the rows of z.
+    # 8 float16 roundings of up to 2^-11: inputs, weights, activations and gradients of two layers, and z.
     assert (ours - exact).norm() <= 8 * 2.0**-11 * exact.norm()
     if loss is tiny_loss:
         unscaled = gradients(FP16, GradScaler("cpu", enabled=False), micro_batch_size, loss)
-        assert unscaled.norm() < 0.5 * exact.norm(), "the scale is needed here"
+        assert unscaled.norm() < 0.5 * exact.norm(), "gradients vanish without scaling"
 
 
-def test_micro_batches_have_the_gradients_of_the_whole_batch() -> None:
+def test_micro_batches_give_the_gradients_of_the_whole_batch() -> None:
     whole = gradients(FP16, GradScaler("cpu", init_scale=2.0**12), None, nt_xent)
     parts = gradients(FP16, GradScaler("cpu", init_scale=2.0**12), 5, nt_xent)
-    assert (whole - parts).norm() <= 2.0**-10 * whole.norm()  # sums over the batch in parts round otherwise
+    assert (whole - parts).norm() <= 2.0**-10 * whole.norm()  # the order of summation changes the rounding
 
 
-# A run
+# Runs
 
 
 def snapshot(training: Trainer) -> list[Tensor]:
@@ -175,14 +167,14 @@ def snapshot(training: Trainer) -> list[Tensor]:
 
 @pytest.mark.parametrize("optimizer", ["lars", "sgd", "adamw"])
 @pytest.mark.parametrize("clip", ["none", "1.0"])
-def test_gradients_that_overflow_skip_the_step(tmp_path: Path, small_encoder: None, optimizer: str, clip: str) -> None:
+def test_overflowing_gradients_skip_the_step(tmp_path: Path, small_encoder: None, optimizer: str, clip: str) -> None:
     training = open_training(tmp_path, f"--optim.name={optimizer}", f"--optim.clip_grad={clip}")
     batch = next(iter(training.loader))
     set_scale(training, 2.0**8)
-    start = snapshot(training)
+    initial = snapshot(training)
     assert training.train_step(batch)["grad_scale"] == 2.0**8
     before = snapshot(training)
-    assert not torch.equal(before[0], start[0])
+    assert not torch.equal(before[0], initial[0])
 
     set_scale(training, 2.0**40)
     measured = training.train_step(batch)
@@ -198,7 +190,7 @@ def test_gradients_that_overflow_skip_the_step(tmp_path: Path, small_encoder: No
     assert not torch.equal(snapshot(training)[0], before[0])
 
 
-def test_gradients_are_clipped_after_they_are_unscaled(tmp_path: Path, small_encoder: None) -> None:
+def test_gradients_are_clipped_after_unscaling(tmp_path: Path, small_encoder: None) -> None:
     training = open_training(tmp_path, "--optim.clip_grad=0.1", "--optim.weight_decay=0")
     set_scale(training, 2.0**8)
     before = snapshot(training)
@@ -208,7 +200,7 @@ def test_gradients_are_clipped_after_they_are_unscaled(tmp_path: Path, small_enc
 
 
 @pytest.mark.parametrize("frozen", [True, False])
-def test_a_classifier_trains_in_float16(frozen: bool, one_thread: None) -> None:
+def test_classifier_trains_in_float16(frozen: bool, one_thread: None) -> None:
     source, views = open_source("digits").subset(np.arange(64)), Augmentation.preset("digits")
     schedule = Schedule(epochs=3, lr=0.1, batch_size=16)
     loader = LoaderConfig(batch_size=16, backend="memory")
@@ -227,19 +219,19 @@ def test_a_classifier_trains_in_float16(frozen: bool, one_thread: None) -> None:
 
 
 def train_on_a_rank(rank: int, folder: Path) -> list[tuple[float, list[Tensor]]]:
-    """Scale and weights after each of two steps, in the first of which rank 1 alone overflows."""
+    """Return scale and weights after each of two steps; in the first, only rank 1 overflows."""
     pytest.MonkeyPatch().setattr("fastsimclr.training.build.encoder", SmallEncoder)
     training = open_training(folder, world=World(rank, 2, CPU))
     set_scale(training, 2.0**8)
-    healthy = training.stepper
-    broken = replace(healthy, loss=lambda a, b: training.loss(a, b) * 1e9)
+    normal = training.stepper
+    overflowing = replace(normal, loss=lambda a, b: training.loss(a, b) * 1e9)
     batches = iter(training.loader)
-    done = []
-    for stepper in (broken if rank == 1 else healthy, healthy):
+    results = []
+    for stepper in (overflowing if rank == 1 else normal, normal):
         training.stepper = stepper
         training.train_step(next(batches))
-        done.append((training.scaler.get_scale(), [p.detach().clone() for p in training.model.parameters()]))
-    return done
+        results.append((training.scaler.get_scale(), [p.detach().clone() for p in training.model.parameters()]))
+    return results
 
 
 def test_ranks_skip_a_step_together(tmp_path: Path) -> None:
@@ -247,14 +239,14 @@ def test_ranks_skip_a_step_together(tmp_path: Path) -> None:
     assert [scale for scale, _ in first] == [scale for scale, _ in second] == [2.0**7, 2.0**7]
     for (_, ours), (_, theirs) in zip(first, second, strict=True):
         assert all(map(torch.equal, ours, theirs))
-    assert not all(map(torch.equal, first[0][1], first[1][1])), "the second step is taken"
+    assert not all(map(torch.equal, first[0][1], first[1][1])), "the second step is not skipped"
 
 
-def test_a_resumed_run_has_the_scale_and_the_bits_of_one_that_was_not_stopped(
+def test_resumed_run_is_bit_identical_including_the_scale(
     tmp_path: Path, small_encoder: None, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    # The scale falls for some steps, then doubles after every third: what is resumed has both parts of its state.
-    start_scaler_with(monkeypatch, init_scale=2.0**20, growth_interval=3)
+    # The scale decreases for some steps, then doubles every three steps: both parts of the scaler's state are resumed.
+    set_scaler_options(monkeypatch, init_scale=2.0**20, growth_interval=3)
     whole, stopped = tmp_path / "whole", tmp_path / "stopped"
     assert main(options(whole, "--max_steps=12")) == 0
     for last in (5, 10, 12):
@@ -271,7 +263,7 @@ def test_a_resumed_run_has_the_scale_and_the_bits_of_one_that_was_not_stopped(
     assert all(torch.equal(tensor, theirs["model"][name]) for name, tensor in ours["model"].items())
 
 
-def test_a_run_may_change_its_precision(tmp_path: Path, small_encoder: None) -> None:
+def test_resume_with_another_precision(tmp_path: Path, small_encoder: None) -> None:
     assert main(options(tmp_path, "--max_steps=1", "--precision=fp32")) == 0
     assert main(options(tmp_path, "--max_steps=2")) == 0
     assert load_checkpoint(tmp_path / "checkpoints" / "last.pt")["grad_scaler"]["scale"] <= 2.0**16
@@ -284,7 +276,7 @@ def test_a_run_may_change_its_precision(tmp_path: Path, small_encoder: None) -> 
     ("scale", "lr", "expected"),
     [(0.5, "0.01", ["grad_scale: got 0.5 at step 1", "expected at least 1"]), (1.0, "1e30", ["loss: got nan at step"])],
 )
-def test_a_run_that_float16_cannot_hold_ends_with_one_line(
+def test_run_that_overflows_float16_ends_with_one_line_error(
     tmp_path: Path,
     small_encoder: None,
     monkeypatch: pytest.MonkeyPatch,
@@ -293,7 +285,7 @@ def test_a_run_that_float16_cannot_hold_ends_with_one_line(
     lr: str,
     expected: Sequence[str],
 ) -> None:
-    start_scaler_with(monkeypatch, init_scale=scale)
+    set_scaler_options(monkeypatch, init_scale=scale)
     assert main(options(tmp_path, "--max_steps=4", f"--optim.lr={lr}", "--optim.warmup_epochs=0")) == 2
     (line,) = capsys.readouterr().err.splitlines()
     assert all(words in line for words in (*expected, "--precision fp32"))

@@ -1,4 +1,4 @@
-"""Where a step's time goes: stages that add up to the step and never make it wait, and the trace of --profile."""
+"""Timing of a step's stages, which add up to the step and never synchronize, and the trace of --profile."""
 
 import gzip
 import json
@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from weights import steps
 
 from fastsimclr.config import parse
 from fastsimclr.data import Batch
@@ -24,7 +25,7 @@ def spend(milliseconds: float) -> None:
         pass
 
 
-def test_stages_add_up_to_the_step_and_an_inner_one_counts_for_itself_alone() -> None:
+def test_stages_add_up_to_the_step_and_exclude_nested_stages() -> None:
     clock = StageClock(torch.device("cpu"))
     with clock.running():
         with stage("data_wait"):
@@ -41,10 +42,10 @@ def test_stages_add_up_to_the_step_and_an_inner_one_counts_for_itself_alone() ->
     assert sum(stages.values()) == pytest.approx(1000 * seconds, rel=0.02)
     for name, least in (("data_wait", 10), ("copy", 20), ("other", 10)):
         assert stages[name] >= least
-    assert stages["data_wait"] < 20 + stages["copy"] / 4, "the copy within it is not in it"
+    assert stages["data_wait"] < 20 + stages["copy"] / 4, "excludes the nested copy"
 
 
-def test_a_step_begins_where_the_last_one_ended_or_at_a_restart() -> None:
+def test_step_starts_at_the_end_of_the_previous_one_or_at_restart() -> None:
     clock = StageClock(torch.device("cpu"))
     spend(20)
     clock.restart()
@@ -55,24 +56,24 @@ def test_a_step_begins_where_the_last_one_ended_or_at_a_restart() -> None:
     assert clock.end_step()[1]()["other"] >= 5
 
 
-def test_without_a_running_clock_a_stage_is_nothing() -> None:
+def test_stage_without_a_running_clock_is_a_no_op() -> None:
     clock = StageClock(torch.device("cpu"))
     with stage("forward"):
         spend(1)
     with pytest.raises(KeyError), clock.running(), stage("forward"):
         raise KeyError
-    assert list(clock.end_step()[1]()) == ["forward", "other"], "the failed one ended, too"
+    assert list(clock.end_step()[1]()) == ["forward", "other"], "a stage that raises ends too"
     with stage("forward"):
         spend(1)
     assert list(clock.end_step()[1]()) == ["other"]
 
 
-def test_profile_traces_the_steps_from_the_sixth_on(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
+def test_profile_traces_from_the_sixth_step(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
     assert main([*SMALL, "--data.train=digits", "--max_steps=8", f"--output={tmp_path}", "--profile"]) == 0
     assert f"trace: {tmp_path / 'trace.json.gz'}" in capfd.readouterr().out
     with gzip.open(tmp_path / "trace.json.gz", "rt") as file:
         names = [event["name"] for event in json.load(file)["traceEvents"] if "name" in event]
-    # 6, 7 and 8
+    # steps 6, 7 and 8
     assert [names.count(f"stage: {name}") for name in ("forward", "loss", "backward", "optimizer")] == [3, 3, 3, 3]
     assert main([*SMALL, "--data.train=digits", "--max_steps=9", f"--output={tmp_path}", "--profile"]) == 0
     assert "no trace: it begins at step 6 of a start" in capfd.readouterr().out
@@ -81,8 +82,8 @@ def test_profile_traces_the_steps_from_the_sixth_on(tmp_path: Path, capfd: pytes
 @pytest.mark.gpu
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
 @pytest.mark.parametrize("optimizer", ["lars", "sgd", "adamw"])
-def test_a_step_on_a_gpu_never_waits_for_it(tmp_path: Path, optimizer: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    """CUDA's debug mode raises at whatever makes the host wait: from the third step on, up to the checkpoint."""
+def test_step_on_a_gpu_never_synchronizes(tmp_path: Path, optimizer: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """CUDA's sync debug mode raises on any synchronization: enabled from the third step until the checkpoint."""
     options = [*SMALL, "--data.train=digits", "--max_steps=12", f"--output={tmp_path}", "--device=cuda"]
     trainer = Trainer(
         *parse([*options, f"--optim.name={optimizer}", "--checkpoint_every=100"]),
@@ -105,7 +106,6 @@ def test_a_step_on_a_gpu_never_waits_for_it(tmp_path: Path, optimizer: str, monk
         trainer.train()
     finally:
         torch.cuda.set_sync_debug_mode("default")
-    lines = [json.loads(line) for line in (tmp_path / "metrics.jsonl").read_text().splitlines()]
-    stages = [line["stages_ms"] for line in lines if "loss" in line]
+    stages = [record["stages_ms"] for record in steps(tmp_path)]
     assert len(stages) == 12
-    assert all(of_step["backward"] > 0 for of_step in stages)
+    assert all(times["backward"] > 0 for times in stages)

@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 import torch
 import torch.nn.functional as F
-from weights import lived_in, outputs, save_run
+from weights import outputs, randomize_norms, save_run
 
 from fastsimclr import encoder
 
@@ -27,7 +27,7 @@ def test_the_loss_is_equivalent_to_the_three_lines_beside_it() -> None:
 
 
 def test_the_encoder_of_a_run_loads_in_one_line(tmp_path: Path) -> None:
-    trained = lived_in(encoder("resnet18"))
+    trained = randomize_norms(encoder("resnet18"))
     save_run(tmp_path / "run", trained)
     code = next(block for block in blocks() if "load_encoder" in block)
     names: dict[str, torch.nn.Module] = {}

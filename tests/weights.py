@@ -1,7 +1,8 @@
-"""Encoders as training leaves them, and a run's checkpoint of one."""
+"""Encoders as they are after training, checkpoints of runs, and the metrics that a run logged."""
 
+import json
 from pathlib import Path
-from typing import TypeVar
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor, nn
@@ -14,8 +15,8 @@ from fastsimclr.run_folder import RunFolder
 M = TypeVar("M", bound=nn.Module)
 
 
-def lived_in(module: M, seed: int = 0) -> M:
-    """The module in eval mode, its normalisations with statistics and weights unlike those that they begin with."""
+def randomize_norms(module: M, seed: int = 0) -> M:
+    """Give all batch normalizations random statistics and weights, as after training, and switch to eval mode."""
     generator = torch.Generator().manual_seed(seed)
     for part in module.modules():
         if isinstance(part, nn.BatchNorm2d):
@@ -31,19 +32,19 @@ def lived_in(module: M, seed: int = 0) -> M:
 
 
 def images(*shape: int) -> Tensor:
-    """Random images (N, 3, H, W)."""
+    """Return random images of this shape (N, 3, H, W), always the same."""
     return torch.randn(*shape, generator=torch.Generator().manual_seed(1))
 
 
 @torch.no_grad()
 def outputs(module: nn.Module, side: int = 64) -> Tensor:
-    """(2, features) of the same random images always."""
+    """Return the module's outputs (2, features) for two fixed random images."""
     h: Tensor = module(images(2, 3, side, side + 8))
     return h.flatten(1)
 
 
 def save_run(folder: Path, encoder: Encoder, *options: str) -> Path:
-    """A run's folder with the checkpoint that train would write at step 7; `options` are train's."""
+    """Write a run folder with a checkpoint as train writes it at step 7; return it. `options` are options of train."""
     model = {"encoder": encoder.name, "width": encoder.width, "stem": encoder.stem}
     _, text = parse(["--data.train=photos", *(f"--model.{name}={value}" for name, value in model.items()), *options])
     state = {
@@ -56,3 +57,13 @@ def save_run(folder: Path, encoder: Encoder, *options: str) -> Path:
     RunFolder(folder).save(state)
     (folder / "config.yaml").write_text(text)
     return folder
+
+
+def metrics(run: Path) -> list[dict[str, Any]]:
+    """Return all records of a run's metrics.jsonl."""
+    return [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+
+
+def steps(run: Path) -> list[dict[str, Any]]:
+    """Return the records of a run's training steps."""
+    return [record for record in metrics(run) if "loss" in record]

@@ -1,6 +1,6 @@
-"""The CUDA emulation (csrc/emulation): it computes what a GPU would, and shows what is wrong in a kernel.
+"""The CUDA emulation (csrc/emulation): it computes the same as a GPU, and detects errors in kernels.
 
-The kernels are toys, in tests/csrc/emulation. A defect is planted in a copy of the source, by a change of its text.
+The test kernels are in tests/csrc/emulation. Faults are planted by replacing text in a copy of the source.
 """
 
 import ctypes
@@ -19,14 +19,14 @@ import torch
 from torch import Tensor
 
 ROOT = Path(__file__).resolve().parents[2]
-TOYS = ROOT / "tests" / "emulation"
+KERNELS = ROOT / "tests" / "csrc" / "emulation"
 SEEDS = range(1, 6)
 INVALID_VALUE, LAUNCH_FAILURE = 1, 719
 FLAGS = ["-std=c++17", "-fPIC", "-Wall", "-Wextra", "-Werror", "-Wno-unknown-pragmas"]
-SANITIZED = ("-g1", "-fno-omit-frame-pointer", "-fsanitize=address,undefined")
-RACES = ("-g1", "-fsanitize=thread")  # and linked with the emulation's race detector in place of libtsan
+SANITIZERS = ("-g1", "-fno-omit-frame-pointer", "-fsanitize=address,undefined")
+RACES = ("-g1", "-fsanitize=thread")  # linked with the emulation's race detector instead of libtsan
 
-pytestmark = pytest.mark.skipif(shutil.which("g++") is None, reason="no g++ to compile the toy kernels with")
+pytestmark = pytest.mark.skipif(shutil.which("g++") is None, reason="needs g++ to compile the kernels")
 
 Build = Callable[..., Path]
 Printed = pytest.CaptureFixture[str]
@@ -34,9 +34,9 @@ Printed = pytest.CaptureFixture[str]
 
 @pytest.fixture(scope="module")
 def build(tmp_path_factory: pytest.TempPathFactory) -> Build:
-    """build("stream.cu", (old, new), ...) compiles the toy, so changed, and returns the library; each only once.
+    """build("stream.cu", (old, new), ...) compiles the kernel with these changes and returns the cached library.
 
-    Without flags it is not optimised: that compiles faster than it would gain.
+    Without flags it is not optimized, since compile time dominates.
     """
     libraries: dict[object, Path] = {}
 
@@ -51,33 +51,33 @@ def build(tmp_path_factory: pytest.TempPathFactory) -> Build:
         run(folder, "-O1", "-c", ROOT / "csrc" / "emulation" / "race_detector.cpp")
         return folder / "race_detector.o"
 
-    def compile_toy(toy: str, *changes: tuple[str, str], flags: tuple[str, ...] = ()) -> Path:
-        key = (toy, changes, flags)
+    def compile_kernel(file: str, *changes: tuple[str, str], flags: tuple[str, ...] = ()) -> Path:
+        key = (file, changes, flags)
         if key not in libraries:
-            folder = tmp_path_factory.mktemp("toy")
-            source = (TOYS / toy).read_text()
+            folder = tmp_path_factory.mktemp("kernel")
+            source = (KERNELS / file).read_text()
             for old, new in changes:
-                assert source.count(old) == 1, f"{toy} has {old!r} {source.count(old)} times"
+                assert source.count(old) == 1, f"{file} has {old!r} {source.count(old)} times"
                 source = source.replace(old, new)
-            (folder / toy).write_text(source)
-            run(folder, *flags, "-x", "c++", "-c", toy, "-o", "toy.o")
+            (folder / file).write_text(source)
+            run(folder, *flags, "-x", "c++", "-c", file, "-o", "kernel.o")
             linked = [race_detector()] if flags == RACES else flags
-            run(folder, "-shared", "toy.o", *linked, "-o", "toy.so")
-            libraries[key] = folder / "toy.so"
+            run(folder, "-shared", "kernel.o", *linked, "-o", "kernel.so")
+            libraries[key] = folder / "kernel.so"
         return libraries[key]
 
-    return compile_toy
+    return compile_kernel
 
 
 def call(library: Path, function: str, *arguments: Tensor | int) -> int:
-    """Calls it with the tensors' addresses; returns the cudaError_t."""
+    """Call the function with the tensors' addresses; return its cudaError_t."""
     values = [ctypes.c_void_p(x.data_ptr()) if isinstance(x, Tensor) else ctypes.c_int(x) for x in arguments]
     error: int = getattr(ctypes.CDLL(str(library)), function)(*values)
     return error
 
 
 def wrong_seeds(run: Callable[[], Tensor], expected: Tensor, monkeypatch: pytest.MonkeyPatch) -> list[int]:
-    """The seeds with which the result of run() is not what is expected."""
+    """Return the seeds for which the result of run() differs from `expected`."""
     wrong = []
     for seed in SEEDS:
         monkeypatch.setenv("FASTSIMCLR_EMULATION_SEED", str(seed))
@@ -86,8 +86,8 @@ def wrong_seeds(run: Callable[[], Tensor], expected: Tensor, monkeypatch: pytest
     return wrong
 
 
-def whole_numbers(count: int) -> Tensor:
-    """Random ones that are small: their sums are exact, in any order."""
+def small_integers(count: int) -> Tensor:
+    """Return random integers that are small, so that their sums are exact in any order."""
     return torch.randint(100, (count,), generator=torch.Generator().manual_seed(0)).float()
 
 
@@ -95,10 +95,10 @@ def random_bf16(*shape: int) -> Tensor:
     return torch.randn(shape, generator=torch.Generator().manual_seed(0)).to(torch.bfloat16)
 
 
-# What warps compute
+# Warp operations
 
 
-def test_one_mma(build: Build) -> None:
+def test_single_mma(build: Build) -> None:
     a, b, c = random_bf16(16, 16), random_bf16(16, 8), torch.empty(16, 8)
     assert call(build("products.cu"), "single_product", a, b, c) == 0
     torch.testing.assert_close(c, a.float() @ b.float(), rtol=1e-6, atol=1e-5)
@@ -106,13 +106,13 @@ def test_one_mma(build: Build) -> None:
 
 @pytest.mark.parametrize("b_is_transposed", [True, False], ids=["ldmatrix", "ldmatrix_trans"])
 @pytest.mark.parametrize("flags", [("-O2",), (), ("-DFASTSIMCLR_EMULATION_UCONTEXT",)], ids=str)
-def test_product_by_ldmatrix_and_mma(build: Build, b_is_transposed: bool, flags: tuple[str, ...]) -> None:
+def test_product_with_ldmatrix_and_mma(build: Build, b_is_transposed: bool, flags: tuple[str, ...]) -> None:
     a, b, c = random_bf16(64, 64), random_bf16(64, 64), torch.empty(64, 64)
     assert call(build("products.cu", flags=flags), "product", a, b, c, int(b_is_transposed)) == 0
     torch.testing.assert_close(c, a.float() @ (b.T if b_is_transposed else b).float(), rtol=1e-6, atol=1e-4)
 
 
-def test_many_mma(build: Build) -> None:
+def test_speed_of_mma(build: Build) -> None:
     out = torch.empty(128)
     start = time.process_time()
     assert call(build("products.cu", flags=("-O2",)), "repeated_product", out, 1000) == 0
@@ -138,7 +138,7 @@ def test_conversions(build: Build) -> None:
     from_bf16, from_half = bits.view(torch.bfloat16).float(), bits.view(torch.float16).float()
     edges = torch.tensor([0.0, -0.0, torch.inf, -torch.inf, torch.nan, 65519.0, 65520.0, 3.4e38, 1e-45, -126.5, -125.9])
     random = 200 * torch.randn(2**16 - len(edges), generator=torch.Generator().manual_seed(0))
-    # All bf16, and numbers halfway between two of them, where a tie goes to the even one.
+    # All bf16 numbers, and those halfway between two of them, where ties round to even.
     halfway = (torch.arange(2**16, dtype=torch.int64) * 2**16 + 2**15).to(torch.uint32).view(torch.float32)
     x = torch.cat([from_bf16, halfway, from_half, edges, random])
     to_bf16, to_half = torch.empty_like(x, dtype=torch.uint16), torch.empty_like(x, dtype=torch.uint16)
@@ -167,14 +167,14 @@ def test_conversions(build: Build) -> None:
     errors = (rest - exact) / ulp
     assert errors.min() < -1.9
     assert errors.max() > 1.9
-    assert errors.abs().max() < 2.6, "2 units in the last place, and what the host's own exp2 is off by"
+    assert errors.abs().max() < 2.6, "2 units in the last place, plus the error of the host's exp2"
     again = torch.empty_like(exp2)
     arguments = (x, to_bf16, to_half, packed, again, out_bf16, out_half, len(x) // 128)
     assert call(build("numbers.cu"), "numbers", *arguments) == 0
     assert_same(again, exp2)
 
 
-# What holds with every seed of a sound kernel, and what shows where it is not sound
+# Correct kernels give the same results with every seed; races are detected
 
 
 def reverse(library: Path, error: int = 0) -> Tensor:
@@ -184,23 +184,23 @@ def reverse(library: Path, error: int = 0) -> Tensor:
 
 
 REVERSED = torch.arange(3 * 128).float().view(3, 128).flip(1).flatten()
-PREFIX_SUMS = whole_numbers(128).view(4, 32).cumsum(1).flatten()
+PREFIX_SUMS = small_integers(128).view(4, 32).cumsum(1).flatten()
 
 
 def prefix_sum(library: Path, error: int = 0) -> Tensor:
     out = torch.empty(128)
-    assert call(library, "prefix_sum", whole_numbers(128), out, 128) == error
+    assert call(library, "prefix_sum", small_integers(128), out, 128) == error
     return out
 
 
 def stream(library: Path, error: int = 0, *, function: str = "stream", count: int = 20 * 512 + 12) -> Tensor:
     out = torch.empty(512)
-    assert call(library, function, whole_numbers(count), count, out) == error
+    assert call(library, function, small_integers(count), count, out) == error
     return out
 
 
-STREAMED = torch.nn.functional.pad(whole_numbers(20 * 512 + 12), (0, 500)).view(21, 512).sum(0)
-GROUPED = whole_numbers(1024)[:512].flip(0) + 1000 * whole_numbers(1024)[512:].flip(0)
+STREAMED = torch.nn.functional.pad(small_integers(20 * 512 + 12), (0, 500)).view(21, 512).sum(0)
+GROUPED = small_integers(1024)[:512].flip(0) + 1000 * small_integers(1024)[512:].flip(0)
 
 
 def grouped(library: Path, error: int = 0) -> Tensor:
@@ -209,11 +209,11 @@ def grouped(library: Path, error: int = 0) -> Tensor:
 
 def total(library: Path, error: int = 0) -> Tensor:
     out = torch.zeros(1)
-    assert call(library, "total", whole_numbers(7 * 96), out, 7, 96) == error
+    assert call(library, "total", small_integers(7 * 96), out, 7, 96) == error
     return out
 
 
-TOTAL = whole_numbers(7 * 96).sum(0, keepdim=True)
+TOTAL = small_integers(7 * 96).sum(0, keepdim=True)
 A, B = random_bf16(64, 64), random_bf16(64, 64)
 
 
@@ -224,7 +224,7 @@ def product(library: Path, error: int = 0) -> Tensor:
 
 
 @pytest.mark.parametrize(
-    ("toy", "run", "expected"),
+    ("file", "run", "expected"),
     [
         ("exchange.cu", reverse, REVERSED),
         ("exchange.cu", prefix_sum, PREFIX_SUMS),
@@ -233,14 +233,14 @@ def product(library: Path, error: int = 0) -> Tensor:
         ("exchange.cu", total, TOTAL),
     ],
 )
-def test_sound_kernels_are_right_with_every_seed(
-    build: Build, toy: str, run: Callable[[Path], Tensor], expected: Tensor, monkeypatch: pytest.MonkeyPatch
+def test_correct_kernels_are_right_with_every_seed(
+    build: Build, file: str, run: Callable[[Path], Tensor], expected: Tensor, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    assert wrong_seeds(lambda: run(build(toy, flags=("-O2",))), expected, monkeypatch) == []
+    assert wrong_seeds(lambda: run(build(file, flags=("-O2",))), expected, monkeypatch) == []
 
 
 @pytest.mark.parametrize(
-    ("toy", "run"),
+    ("file", "run"),
     [
         ("exchange.cu", reverse),
         ("exchange.cu", prefix_sum),
@@ -250,8 +250,8 @@ def test_sound_kernels_are_right_with_every_seed(
         ("products.cu", product),
     ],
 )
-def test_sound_kernels_have_no_race(build: Build, toy: str, run: Callable[[Path], Tensor], capfd: Printed) -> None:
-    assert run(build(toy, flags=RACES)).isfinite().all()
+def test_correct_kernels_have_no_race(build: Build, file: str, run: Callable[[Path], Tensor], capfd: Printed) -> None:
+    assert run(build(file, flags=RACES)).isfinite().all()
     assert capfd.readouterr().err == ""
 
 
@@ -259,7 +259,7 @@ TILE_BARRIER = "__syncthreads();  // the tile is there, and all are done with th
 
 
 @pytest.mark.parametrize(
-    ("toy", "run", "change", "message"),
+    ("file", "run", "change", "message"),
     [
         pytest.param(
             "exchange.cu", reverse, ("__syncthreads();  // all are written", ""), "shared memory", id="barrier"
@@ -289,21 +289,21 @@ TILE_BARRIER = "__syncthreads();  // the tile is there, and all are done with th
             reverse,
             ("p.out[begin + thread] = shared", "p.out[thread] = shared"),
             r"global memory: write .* not ordered after the write .* by thread (\d+) of block \([012], 0, 0\)",
-            id="a slot of two blocks",
+            id="two blocks write the same elements",
         ),
         pytest.param(
             "exchange.cu",
             total,
             ("atomicAdd(p.out, p.in[blockIdx.x * blockDim.x + threadIdx.x]);", "*p.out += p.in[threadIdx.x];"),
             "global memory: read",
-            id="no atomic",
+            id="addition that is not atomic",
         ),
         pytest.param(
             "exchange.cu",
             total,
             ("{ atomicAdd", "{ if (threadIdx.x + blockIdx.x == 0) *p.out = 0; atomicAdd"),
             "global memory: (atomic .* after the write|write .* after the atomic)",
-            id="a zero among atomics",
+            id="a write among atomics",
         ),
         pytest.param("stream.cu", stream, (TILE_BARRIER, "\n"), "shared memory", id="barrier of a pipeline"),
         pytest.param(
@@ -346,27 +346,27 @@ TILE_BARRIER = "__syncthreads();  // the tile is there, and all are done with th
         ),
     ],
 )
-def test_a_race_is_reported_with_any_seed(
+def test_race_is_reported_with_any_seed(
     build: Build,
-    toy: str,
+    file: str,
     run: Callable[[Path, int], Tensor],
     change: tuple[str, str],
     message: str,
     monkeypatch: pytest.MonkeyPatch,
     capfd: Printed,
 ) -> None:
-    library = build(toy, change, flags=RACES)
+    library = build(file, change, flags=RACES)
     for seed in SEEDS:
         monkeypatch.setenv("FASTSIMCLR_EMULATION_SEED", str(seed))
         run(library, LAUNCH_FAILURE)
         printed = capfd.readouterr().err
         assert re.search(message, printed), printed
-        place = rf"at {toy}:\d+"
-        assert re.search(rf"data race .* {place}, not ordered after .* {place} by thread \d+", printed), printed
+        line = rf"at {file}:\d+"
+        assert re.search(rf"data race .* {line}, not ordered after .* {line} by thread \d+", printed), printed
 
 
-def test_a_race_names_both_lines_and_threads(build: Build, capfd: Printed) -> None:
-    """Of a write and a read of element 7 by the threads 5 and 120, whichever comes first."""
+def test_race_report_names_both_lines_and_threads(build: Build, capfd: Printed) -> None:
+    """A write and a read of element 7 by the threads 5 and 120, in either order."""
     racing = build(
         "exchange.cu",
         ("__syncthreads();  // all are written", "__syncthreads(); if (thread == 5) shared[7] = 0;"),
@@ -386,7 +386,7 @@ def test_threads_may_write_parts_of_a_word(build: Build) -> None:
     assert call(build("numbers.cu", flags=RACES), "numbers", x, *halves, *words, 1) == 0
 
 
-def test_a_seed_is_a_schedule(build: Build, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_seed_determines_the_thread_order(build: Build, monkeypatch: pytest.MonkeyPatch) -> None:
     racing = build("stream.cu", (TILE_BARRIER, "\n"))
 
     def results() -> list[bytes]:
@@ -401,18 +401,18 @@ def test_a_seed_is_a_schedule(build: Build, monkeypatch: pytest.MonkeyPatch) -> 
     assert len(set(first)) == len(SEEDS)
 
 
-def test_shared_memory_holds_nan_in_each_block(build: Build) -> None:
+def test_shared_memory_is_filled_with_nan_for_each_block(build: Build) -> None:
     unwritten = build(
         "exchange.cu", ("shared[thread] = p.in[begin + thread];", "if (blockIdx.x == 9) shared[thread] = 1;")
     )
     assert reverse(unwritten).isnan().all()
 
 
-# What a kernel is stopped for
+# Errors that stop a kernel
 
 
 def check_printed(printed: Printed, *messages: str) -> None:
-    """Each message, a regular expression, is among what was printed."""
+    """Assert that each message, a regular expression, was printed to stderr."""
     text = printed.readouterr().err
     for message in messages:
         assert re.search(message, text), f"{message}\nis not in\n{text}"
@@ -428,7 +428,7 @@ def check_printed(printed: Printed, *messages: str) -> None:
         pytest.param("(k + lane", "(64 + k + lane", r"ldmatrix_x4_trans, .*: .* in shared memory", id="outside"),
     ],
 )
-def test_addresses_are_checked(build: Build, old: str, new: str, message: str, capfd: Printed) -> None:
+def test_invalid_addresses_are_reported(build: Build, old: str, new: str, message: str, capfd: Printed) -> None:
     a, b, c = random_bf16(65, 64), random_bf16(64, 64), torch.empty(64, 64)
     assert call(build("products.cu", (old, new)), "product", a, b, c, 0) == LAUNCH_FAILURE
     check_printed(capfd, message)
@@ -440,17 +440,17 @@ def test_addresses_are_checked(build: Build, old: str, new: str, message: str, c
         pytest.param(
             "if (thread >= 64) __syncthreads();",
             ["threads wait at different barriers", r"at __syncthreads, barriers.cu:13: 64-\d+|at __syncthreads.*: \d+"],
-            id="a barrier for half of the warps",
+            id="barrier in half of the warps",
         ),
         pytest.param(
             "if (lane < 16) __syncthreads();",
             ["the other lanes of warp 0 will never arrive|lanes of a warp are at different", ": 0-15"],
-            id="a barrier for half of a warp",
+            id="barrier in half of a warp",
         ),
         pytest.param(
             "if (lane % 2) __syncwarp();",
             ["lanes of a warp are at different operations", r"at __syncwarp, barriers.cu:13", "at __shfl_xor_sync"],
-            id="a warp's barrier for half of it",
+            id="warp barrier in half of the lanes",
         ),
         pytest.param(
             "if (lane == 3) return;",
@@ -459,34 +459,34 @@ def test_addresses_are_checked(build: Build, old: str, new: str, message: str, c
                 r"have exited: 3(\n| )",
                 "at __shfl_xor_sync, .*: 0-2 4-31",
             ],
-            id="a shuffle without a lane",
+            id="shuffle without one lane",
         ),
         pytest.param(
             "x = __shfl_xor_sync(1u, x, 1);",
             [r"__shfl_xor_sync, barriers.cu:13: only whole warps"],
-            id="a mask",
+            id="partial mask",
         ),
     ],
 )
-def test_a_deadlock_is_an_error(build: Build, change: str, messages: list[str], capfd: Printed) -> None:
+def test_deadlock_is_an_error(build: Build, change: str, messages: list[str], capfd: Printed) -> None:
     stuck = build("barriers.cu", ("if (thread >= 64) x += 1;  // here", change))
     assert call(stuck, "barriers", torch.empty(128), 128, 0, 1) == LAUNCH_FAILURE
     check_printed(capfd, *messages)
 
 
-def test_a_library_goes_on_after_a_deadlock(build: Build, capfd: Printed) -> None:
+def test_library_works_after_a_deadlock(build: Build, capfd: Printed) -> None:
     library = build("barriers.cu", ("if (thread >= 64) x += 1;  // here", "if (thread >= 64) __syncthreads();"))
     out = torch.empty(128)
     for _ in range(2):
         assert call(library, "barriers", out, 128, 0, 1) == LAUNCH_FAILURE
         check_printed(capfd, "threads wait at different barriers")
         assert call(library, "last_error") == LAUNCH_FAILURE
-        assert call(library, "last_error") == 0, "asking clears it"
+        assert call(library, "last_error") == 0, "reading the error clears it"
         assert call(library, "barriers", out, 64, 0, 1) == 0
         assert torch.equal(out[:64], (torch.arange(64) % 32 + (torch.arange(64) ^ 1)).float())
 
 
-def test_threads_that_have_exited_are_not_waited_for(build: Build) -> None:
+def test_barrier_does_not_wait_for_exited_threads(build: Build) -> None:
     library = build("barriers.cu", ("if (thread >= 64) x += 1;  // here", "if (thread >= 64) return;"))
     out = torch.full((128,), -1.0)
     assert call(library, "barriers", out, 128, 0, 1) == 0
@@ -494,9 +494,9 @@ def test_threads_that_have_exited_are_not_waited_for(build: Build) -> None:
     assert (out[:64] >= 0).all()
 
 
-def test_a_copy_that_is_never_waited_for(build: Build, capfd: Printed) -> None:
+def test_copy_without_wait_is_an_error(build: Build, capfd: Printed) -> None:
     last_wait = ("  cp_async_wait<0>();\n  __syncthreads();  // and", "  __syncthreads();  // and")
-    x, out = whole_numbers(1024), torch.empty(512)
+    x, out = small_integers(1024), torch.empty(512)
     assert call(build("stream.cu", last_wait), "groups", x, 1024, out) == LAUNCH_FAILURE
     check_printed(capfd, r"exits without waiting for 1 of its asynchronous copies; the first is at stream.cu:\d+")
     not_committed = ("true);\n    cp_async_commit();", "true);")
@@ -504,21 +504,21 @@ def test_a_copy_that_is_never_waited_for(build: Build, capfd: Printed) -> None:
     check_printed(capfd, "exits without waiting for 2 of its asynchronous copies")
 
 
-def test_launches_that_a_gpu_refuses(build: Build, capfd: Printed) -> None:
+def test_invalid_launch_configurations(build: Build, capfd: Printed) -> None:
     library, out = build("barriers.cu"), torch.empty(1024)
     for threads, shared_bytes, blocks in [(0, 0, 1), (1056, 0, 1), (128, 101377, 1), (128, 0, 0), (128, 0, -1)]:
         assert call(library, "barriers", out, threads, shared_bytes, blocks) == INVALID_VALUE
     assert capfd.readouterr().err == ""
     assert call(library, "barriers", out, 1024, 101376, 1) == 0
-    assert call(library, "barriers", out, 100, 0, 1) == INVALID_VALUE, "a GPU would take it"
+    assert call(library, "barriers", out, 100, 0, 1) == INVALID_VALUE, "valid on a GPU, but not in the emulation"
     check_printed(capfd, "100 threads are not a multiple of a warp")
 
 
-# Under AddressSanitizer: in a process of its own, because the sanitizer must be loaded before all else
+# AddressSanitizer: in a separate process, because the sanitizer must be preloaded
 
 
 def run_sanitized(library: Path, function: str, in_count: int, out_count: int, *arguments: int | str) -> str:
-    """Calls function(in, out, ...), "in" and "out" among the arguments, arrays of float; returns what was printed."""
+    """Call function(*arguments) with float arrays for "in" and "out"; return what was printed."""
     libraries = [
         subprocess.run(["g++", f"-print-file-name={name}"], check=True, capture_output=True, text=True).stdout.strip()
         for name in ("libasan.so", "libubsan.so")
@@ -547,7 +547,7 @@ STREAM_ARGUMENTS = (COUNT, 512, "in", COUNT, "out")
 
 
 @pytest.mark.parametrize(
-    ("toy", "arguments"),
+    ("file", "arguments"),
     [
         pytest.param("stream.cu", ("stream", *STREAM_ARGUMENTS), id="stream"),
         pytest.param("exchange.cu", ("reverse", 384, 384, "in", "out", 3, 128, 512), id="reverse"),
@@ -555,36 +555,36 @@ STREAM_ARGUMENTS = (COUNT, 512, "in", COUNT, "out")
         pytest.param("products.cu", ("product", 2048, 4096, "in", "in", "out", 0), id="product"),
     ],
 )
-def test_sound_kernels_are_silent_under_the_sanitizers(build: Build, toy: str, arguments: tuple) -> None:
-    assert run_sanitized(build(toy, flags=SANITIZED), *arguments) == "returned 0\n"
+def test_correct_kernels_pass_the_sanitizers(build: Build, file: str, arguments: tuple) -> None:
+    assert run_sanitized(build(file, flags=SANITIZERS), *arguments) == "returned 0\n"
 
 
-def test_read_out_of_bounds(build: Build) -> None:
-    library = build("stream.cu", ("valid = i < p.count;", "valid = true;"), flags=SANITIZED)
+def test_out_of_bounds_read_is_reported(build: Build) -> None:
+    library = build("stream.cu", ("valid = i < p.count;", "valid = true;"), flags=SANITIZERS)
     printed = run_sanitized(library, "stream", *STREAM_ARGUMENTS)
     assert "AddressSanitizer: heap-buffer-overflow" in printed
     assert re.search(r"#\d+ .*stream.cu:\d+", printed), "the kernel's line"
 
 
-def test_shared_memory_overrun(build: Build) -> None:
-    printed = run_sanitized(build("exchange.cu", flags=SANITIZED), "reverse", 384, 384, "in", "out", 3, 128, 508)
+def test_shared_memory_overrun_is_reported(build: Build) -> None:
+    printed = run_sanitized(build("exchange.cu", flags=SANITIZERS), "reverse", 384, 384, "in", "out", 3, 128, 508)
     assert "AddressSanitizer: heap-buffer-overflow" in printed
     assert "0 bytes to the right of 508-byte region" in printed or "0 bytes after 508-byte region" in printed
 
 
-def test_misaligned_access(build: Build) -> None:
+def test_misaligned_access_is_reported(build: Build) -> None:
     library = build(
         "exchange.cu",
         ("shared[thread] = p.in[begin + thread];", "*reinterpret_cast<float2*>(shared + thread) = {0, 0};"),
-        flags=SANITIZED,
+        flags=SANITIZERS,
     )
     printed = run_sanitized(library, "reverse", 384, 384, "in", "out", 3, 128, 516)
     assert re.search(r"exchange.cu:\d+:\d+: runtime error: .*misaligned address", printed)
 
 
-def test_deadlock_under_the_sanitizers(build: Build) -> None:
+def test_deadlock_is_an_error_under_the_sanitizers(build: Build) -> None:
     library = build(
-        "barriers.cu", ("if (thread >= 64) x += 1;  // here", "if (lane < 16) __syncthreads();"), flags=SANITIZED
+        "barriers.cu", ("if (thread >= 64) x += 1;  // here", "if (lane < 16) __syncthreads();"), flags=SANITIZERS
     )
     printed = run_sanitized(library, "barriers", 1, 128, "out", 128, 0, 3)
     assert f"returned {LAUNCH_FAILURE}\n" in printed

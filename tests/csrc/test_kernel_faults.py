@@ -1,4 +1,4 @@
-"""The emulation finds what it is there to find: the kernels pass the sanitizers, and faults planted in them show."""
+"""The kernels pass the sanitizers and the race detector in the emulation, and planted faults are detected."""
 
 import re
 from pathlib import Path
@@ -10,7 +10,7 @@ from kernel_variants import Fault
 pytestmark = pytest.mark.skipif(kernel_variants.COMPILER is None, reason="needs g++ (or CXX)")
 
 
-def test_kernels_pass_the_address_and_undefined_behaviour_sanitizers(tmp_path: Path) -> None:
+def test_kernels_pass_the_address_and_undefined_behavior_sanitizers(tmp_path: Path) -> None:
     library = kernel_variants.build(tmp_path, checker="sanitizers")
     outcome = kernel_variants.check(library, checker="sanitizers")
     assert outcome.returncode == 0, outcome.stdout + outcome.stderr
@@ -21,7 +21,7 @@ def test_kernels_have_no_data_race(tmp_path: Path) -> None:
     assert outcome.returncode == 0, outcome.stdout + outcome.stderr
 
 
-def test_a_read_past_the_rows_is_reported_by_the_address_sanitizer(tmp_path: Path) -> None:
+def test_read_past_the_rows_is_reported_by_the_address_sanitizer(tmp_path: Path) -> None:
     fault = ("tile.cuh", "const bool valid = r < rows_left &&", "const bool valid = r <= rows_left &&")
     library = kernel_variants.build(tmp_path, fault=fault, checker="sanitizers")
     outcome = kernel_variants.check(library, "loss", one_shape=True, checker="sanitizers")
@@ -29,7 +29,7 @@ def test_a_read_past_the_rows_is_reported_by_the_address_sanitizer(tmp_path: Pat
     assert "AddressSanitizer: heap-buffer-overflow" in outcome.stderr
 
 
-def test_a_read_before_the_crops_is_reported_by_the_address_sanitizer(tmp_path: Path) -> None:
+def test_read_before_the_crops_is_reported_by_the_address_sanitizer(tmp_path: Path) -> None:
     fault = ("photometric.cu", "y = y < 0 ? 0 : y;", "")
     library = kernel_variants.build(tmp_path, fault=fault, checker="sanitizers")
     outcome = kernel_variants.check(library, "views", checker="sanitizers")
@@ -57,10 +57,11 @@ def test_a_read_before_the_crops_is_reported_by_the_address_sanitizer(tmp_path: 
         pytest.param(("crop.cu", "  __syncthreads();  // the rows that", "//"), "shared", id="crop"),
     ],
 )
-def test_a_planted_data_race_is_reported_with_the_first_seed(tmp_path: Path, fault: Fault, memory: str) -> None:
+def test_planted_data_race_is_reported_with_the_first_seed(tmp_path: Path, fault: Fault, memory: str) -> None:
     library = kernel_variants.build(tmp_path, fault=fault, checker="races")
-    of_views = fault[0] in kernel_variants.VIEWS
-    outcome = kernel_variants.check(library, "views" if of_views else "loss", one_shape=not of_views, checker="races")
+    is_view_kernel = fault[0] in kernel_variants.VIEWS
+    kernels = "views" if is_view_kernel else "loss"
+    outcome = kernel_variants.check(library, kernels, one_shape=not is_view_kernel, checker="races")
     assert outcome.returncode == 1, outcome.stdout + outcome.stderr
     assert "failed: cudaErrorLaunchFailure" in outcome.stderr
     assert re.search(rf"data race in {memory} memory.* at \S+:\d+, not ordered .*\(seed 1\)", outcome.stderr)
@@ -69,10 +70,10 @@ def test_a_planted_data_race_is_reported_with_the_first_seed(tmp_path: Path, fau
 @pytest.mark.parametrize(
     "fault",
     [
-        pytest.param(("tile.cuh", "diagonal == self ||", ""), id="a row is its own negative"),
-        pytest.param(("tile.cuh", "(diagonal == up && row < half)", "false"), id="a positive is a negative"),
-        pytest.param(("tile.cuh", "column >= columns ||", ""), id="columns past the edge count"),
-        # As two exponentials of a CPU are, but not exp2f and ex2.approx of a GPU.
+        pytest.param(("tile.cuh", "diagonal == self ||", ""), id="self-pair is a negative"),
+        pytest.param(("tile.cuh", "(diagonal == up && row < half)", "false"), id="positive is a negative"),
+        pytest.param(("tile.cuh", "column >= columns ||", ""), id="columns past the edge are negatives"),
+        # On a CPU, equal exponentials cancel exactly; exp2f and ex2.approx of a GPU round differently.
         pytest.param(
             (
                 "forward.cu",
@@ -89,17 +90,17 @@ def test_a_planted_data_race_is_reported_with_the_first_seed(tmp_path: Path, fau
                 }
                 products.exclude(""",
             ),
-            id="an exponential is subtracted as if all functions rounded alike",
+            id="an exponential is subtracted with a different rounding",
         ),
     ],
 )
-def test_a_fault_planted_in_the_loss_makes_it_wrong(tmp_path: Path, fault: Fault) -> None:
+def test_planted_fault_in_the_loss_gives_wrong_results(tmp_path: Path, fault: Fault) -> None:
     outcome = kernel_variants.check(kernel_variants.build(tmp_path, fault=fault), "loss", one_shape=True)
     assert outcome.returncode == 1
     assert "wrong: seed" in outcome.stdout
 
 
-def test_a_wrong_swizzle_is_reported_as_a_bank_conflict(tmp_path: Path) -> None:
+def test_wrong_swizzle_is_reported_as_a_bank_conflict(tmp_path: Path) -> None:
     fault = ("tile.cuh", "(2 * k16 + a_chunk) ^ (a_row % 8)", "(2 * k16 + a_chunk) ^ (a_row % 4)")
     outcome = kernel_variants.check(kernel_variants.build(tmp_path, fault=fault), "loss", one_shape=True)
     assert outcome.returncode == 1

@@ -1,4 +1,4 @@
-"""open_dataset: images are opened, checked and prepared once, and all ranks fail together."""
+"""open_dataset: images are opened, scanned and prepared once, and all ranks fail together."""
 
 from pathlib import Path
 
@@ -16,18 +16,18 @@ from fastsimclr.errors import UserError
 
 @pytest.fixture
 def folder(tmp_path: Path) -> Path:
-    """Three images of one size in two classes, one of which does not decode."""
+    """Three images of one size in two classes; one of them does not decode."""
     images = {f"{name}.jpg": jpeg(photo(8, 8)) for name in ("a/1", "b/2")}
     return write(tmp_path / "images", images | {"a/3.jpg": b"no image"})
 
 
-def test_a_built_in_set_brings_its_validation_images() -> None:
+def test_built_in_data_set_has_validation_images() -> None:
     data = open_dataset("digits", None, world=SINGLE_PROCESS)
     assert data.val is not None
     assert (len(data.train), len(data.val), data.skipped) == (1433, 364, None)
 
 
-def test_bad_images_are_left_out_and_listed_once(folder: Path, tmp_path: Path) -> None:
+def test_bad_images_are_skipped_and_listed_once(folder: Path, tmp_path: Path) -> None:
     data = open_dataset(str(folder), str(folder), world=SINGLE_PROCESS, max_bad=0.5, skipped_to=tmp_path)
     assert data.val is not None
     assert len(data.train) == len(data.val) == 2
@@ -37,16 +37,16 @@ def test_bad_images_are_left_out_and_listed_once(folder: Path, tmp_path: Path) -
     assert listed[0].startswith(f"{folder}/a/3.jpg: ")
     (folder / "a" / "3.jpg").unlink()
     open_dataset(str(folder), None, world=SINGLE_PROCESS, skipped_to=tmp_path)
-    assert not (tmp_path / "skipped_images.txt").exists(), "the list of an earlier run is removed"
+    assert not (tmp_path / "skipped_images.txt").exists(), "an outdated list is removed"
 
 
-def test_too_many_bad_images_are_listed_and_the_option_is_named(folder: Path, tmp_path: Path) -> None:
+def test_error_for_too_many_bad_images_names_the_option(folder: Path, tmp_path: Path) -> None:
     with pytest.raises(UserError, match=r"^--limit: got 1 of 3 images .*all are listed in .*skipped_images\.txt"):
         open_dataset(str(folder), None, world=SINGLE_PROCESS, skipped_to=tmp_path, option="--limit")
     assert "a/3.jpg" in (tmp_path / "skipped_images.txt").read_text()
 
 
-def test_images_for_memory_are_decoded_once_and_keep_their_names(folder: Path) -> None:
+def test_images_in_memory_are_decoded_once_and_keep_their_names(folder: Path) -> None:
     files = open_dataset(str(folder), None, world=SINGLE_PROCESS, backend="torchvision", max_bad=0.5).train
     decoded = open_dataset(str(folder), None, world=SINGLE_PROCESS, max_bad=0.5).train  # auto: small and of one size
     assert isinstance(files, EncodedSource)
@@ -77,5 +77,5 @@ def open_on_a_rank(rank: int, path: str) -> str:
     return str(found)
 
 
-def test_all_ranks_fail_if_one_refuses_the_images(folder: Path) -> None:
+def test_all_ranks_fail_if_one_rejects_the_images(folder: Path) -> None:
     assert run_ranks(2, open_on_a_rank, str(folder)) == ["not these", "not these"]

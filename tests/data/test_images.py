@@ -1,4 +1,4 @@
-"""Decoding: every kind of file to the same upright RGB, in `decode` and in both loaders; bad files are named."""
+"""Decoding: every file format to the same upright RGB, by `decode` and by both loaders; errors name bad files."""
 
 import io
 from pathlib import Path
@@ -18,7 +18,7 @@ from fastsimclr.errors import UserError
 
 FILES = kinds()
 BROKEN = broken()
-# Crops of whole squares, levels instead of normalised values; bilinear, as bicubic magnifies how decoders differ.
+# The whole central square, not normalized; bilinear, since bicubic amplifies differences between decoders.
 PLAIN = Augmentation(
     image_size=40, interpolation="bilinear", center_fraction=1.0, mean=(0, 0, 0), std=(1 / 255,) * 3
 ).for_evaluation()
@@ -29,7 +29,7 @@ def array(data: bytes) -> NDArray[np.uint8]:
 
 
 def by_pillow(data: bytes) -> NDArray[np.int64]:
-    """(H, W, 3) as Pillow reads it; of 16 bits the upper eight."""
+    """Decode to (H, W, 3) with Pillow; the upper 8 of 16 bits."""
     image = ImageOps.exif_transpose(Image.open(io.BytesIO(data)))
     if image.mode.startswith("I"):
         return np.repeat(np.asarray(image).astype(np.int64)[:, :, None] >> 8, 3, axis=2)
@@ -37,19 +37,19 @@ def by_pillow(data: bytes) -> NDArray[np.int64]:
 
 
 @pytest.mark.parametrize("name", FILES)
-def test_decodes_to_upright_rgb_as_pillow_does(name: str) -> None:
+def test_decode_matches_pillow(name: str) -> None:
     expected = by_pillow(FILES[name])
     image = decode(array(FILES[name]), name)
     assert image.dtype == torch.uint8
     assert image.shape == (3, *expected.shape[:2])
     difference = np.abs(image.permute(1, 2, 0).numpy() - expected)
-    # Lossless formats: no pixel differs. JPEG and lossy WebP: the same libraries of other versions.
+    # Lossless formats are bit-identical. JPEG and lossy WebP are decoded by other versions of the same libraries.
     assert difference.max() <= (2 if name.endswith(".jpg") or name.startswith("lossy") else 0)
 
 
-def test_without_torchvisions_decoders_the_pixels_are_the_same(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_decode_without_torchvision_decoders_gives_the_same_pixels(monkeypatch: pytest.MonkeyPatch) -> None:
     expected = {name: decode(array(data), name) for name, data in FILES.items()}
-    assert images._decode_web is not None, "this torchvision has no decoders: nothing to compare"
+    assert images._decode_web is not None, "this torchvision has no decoders"
     monkeypatch.setattr(images, "_decode_web", None)
     for name, data in FILES.items():
         difference = (decode(array(data), name).int() - expected[name].int()).abs()
@@ -60,8 +60,8 @@ def test_without_torchvisions_decoders_the_pixels_are_the_same(monkeypatch: pyte
 
 
 @pytest.mark.parametrize("orientation", range(2, 9))
-def test_turns_by_the_exif_tag(orientation: int) -> None:
-    # Against the pixels themselves, without Pillow's transposition: stored turned, tagged, and decoded upright again.
+def test_exif_orientation(orientation: int) -> None:
+    # Does not rely on Pillow's transposition: the pixels are stored rotated, tagged, and decoded upright again.
     upright = photo(45, 64, seed=5)
     undo = {
         2: lambda p: p[:, ::-1],
@@ -75,65 +75,67 @@ def test_turns_by_the_exif_tag(orientation: int) -> None:
     tags = Image.Exif()
     tags[0x0112] = orientation
     stored = jpeg(np.ascontiguousarray(undo[orientation](upright)), exif=tags, quality=100, subsampling=0)
-    decoded = decode(array(stored), "turned").permute(1, 2, 0).numpy().astype(int)
+    decoded = decode(array(stored), "rotated").permute(1, 2, 0).numpy().astype(int)
     assert decoded.shape == upright.shape
     assert np.abs(decoded - upright).max() <= 6  # JPEG at quality 100
 
 
 @pytest.mark.parametrize("name", FILES)
-def test_size_from_the_header_is_that_of_the_decoded_image(name: str) -> None:
+def test_size_from_header_is_the_decoded_size(name: str) -> None:
     data = array(FILES[name])
     assert upright_size(data, name) == tuple(decode(data, name).shape[1:])
 
 
-def test_raw_pixels_behind_a_ppm_header_are_the_same_pixels() -> None:
+def test_as_ppm_round_trips() -> None:
     image = torch.from_numpy(photo(7, 5)).permute(2, 0, 1)
     assert torch.equal(decode(as_ppm(image), "ppm"), image)
 
 
 @pytest.mark.parametrize(("backend", "workers"), [("torchvision", 0), ("torchvision", 1), ("dali", 1)])
-def test_loaders_show_every_kind_upright(tmp_path: Path, backend: str, workers: int) -> None:
-    # One folder of all: 37 kinds in batches of 8, so that a batch mixes sizes, formats and modes.
+def test_loaders_decode_every_format_upright(tmp_path: Path, backend: str, workers: int) -> None:
+    # All 37 kinds in one folder, in batches of 8, so that a batch mixes sizes, formats and modes.
     folder = write(tmp_path, FILES)
     loader = open_views(str(folder), PLAIN, 8, backend=backend, shuffle=False, workers=workers)
-    seen = torch.cat([batch.views[0] for batch in loader])
+    views = torch.cat([batch.views[0] for batch in loader])
     loader.close()
-    assert len(seen) == len(FILES)
-    for view, name in zip(seen, sorted(FILES), strict=True):
+    assert len(views) == len(FILES)
+    for view, name in zip(views, sorted(FILES), strict=True):
         expected = by_pillow(FILES[name])
         side = min(expected.shape[:2])
         top, left = ((s - side) // 2 for s in expected.shape[:2])
         square = Image.fromarray(expected[top : top + side, left : left + side].astype(np.uint8))
         expected = torch.from_numpy(np.array(square.resize((40, 40), Image.Resampling.BILINEAR))).permute(2, 0, 1)
-        difference = (view - expected).abs()[:, 2:-2, 2:-2]  # at the border DALI's filter sees beyond the crop
+        difference = (view - expected).abs()[:, 2:-2, 2:-2]  # at the border, DALI's filter reads beyond the crop
         assert difference.mean() <= 0.75, f"{name}: {difference.mean():.2f} levels on average"
         assert difference.max() <= 3, f"{name}: {difference.max():.0f} levels"
 
 
 @pytest.mark.parametrize("name", BROKEN)
-def test_names_the_file_that_does_not_decode(name: str) -> None:
+def test_decode_error_names_the_file(name: str) -> None:
     with pytest.raises(UserError, match=rf"^{name}: got {len(BROKEN[name])} bytes that do not decode") as caught:
         decode(array(BROKEN[name]), name)
     message = str(caught.value)
     assert "\n" not in message
     assert "expected a complete image: remove or replace the file" in message
-    assert ".cpp" not in message, "where a library was built helps nobody"
+    assert ".cpp" not in message, "no source paths of libraries"
     assert " at 0x" not in message
 
 
-def test_every_length_of_a_jpeg_but_the_whole_is_refused() -> None:
+def test_jpeg_truncated_at_any_length_raises() -> None:
     whole = jpeg(photo(40, 40))
-    for length in [*range(0, 24), *range(24, len(whole) - 2, 61)]:  # -2: the end mark alone may be missing
+    for length in [*range(0, 24), *range(24, len(whole) - 2, 61)]:  # -2: a missing end marker is accepted
         with pytest.raises(UserError, match="cut"):
             decode(array(whole[:length]), "cut")
 
 
 @pytest.mark.parametrize("name", BROKEN)
 @pytest.mark.parametrize(("backend", "workers"), [("torchvision", 0), ("dali", 1)])
-def test_loaders_name_the_file_that_does_not_decode(tmp_path: Path, name: str, backend: str, workers: int) -> None:
+def test_loader_error_names_the_file_that_does_not_decode(
+    tmp_path: Path, name: str, backend: str, workers: int
+) -> None:
     photo_folder(tmp_path, 15)
     bad = write(tmp_path, {f"b/{name}": BROKEN[name]}) / "b" / name
-    # In mid-epoch: behind two batches that are whole.
+    # In mid-epoch, after two good batches.
     seed = next(s for s in range(99) if _batch_of(sorted(tmp_path.rglob("*.*")).index(bad), 16, 4, s) == 2)
     loader = open_views(str(tmp_path), Augmentation(image_size=16), 4, backend=backend, workers=workers, seed=seed)
     batches = iter(loader)
@@ -142,8 +144,8 @@ def test_loaders_name_the_file_that_does_not_decode(tmp_path: Path, name: str, b
     with pytest.raises(UserError, match=f"^{bad}: got {len(BROKEN[name])} bytes") as caught:
         next(batches)
     assert "\n" not in str(caught.value)
-    assert loader.state_dict()["position"] == 8, "the two batches that were handed out, and no more"
-    # The loader still works: once the file is replaced it goes on from there.
+    assert loader.state_dict()["position"] == 8, "after the two batches that were returned"
+    # The loader still works: once the file is replaced, it continues from there.
     bad.write_bytes(jpeg(photo(30, 30)))
     assert [len(batch.index) for batch in loader] == [4, 4]
     loader.close()
@@ -154,8 +156,8 @@ def _batch_of(image: int, images: int, batch_size: int, seed: int) -> int:
     return next(number for number, part in enumerate(parts) if image in part)
 
 
-def test_a_worker_process_names_the_files_that_do_not_decode(tmp_path: Path) -> None:
-    # All in one epoch: a worker takes seconds to start, and must outlive each of them.
+def test_worker_process_error_names_the_file_that_does_not_decode(tmp_path: Path) -> None:
+    # All files with one worker: it takes seconds to start, and must survive each error.
     folder = write(tmp_path, BROKEN)
     loader = open_views(str(folder), PLAIN, 1, backend="torchvision", workers=1, shuffle=False)
     for position, name in enumerate(sorted(BROKEN)):
@@ -165,14 +167,14 @@ def test_a_worker_process_names_the_files_that_do_not_decode(tmp_path: Path) -> 
     loader.close()
 
 
-def test_a_file_that_has_gone_is_named(tmp_path: Path) -> None:
+def test_loader_error_names_a_deleted_file(tmp_path: Path) -> None:
     photo_folder(tmp_path, 6)
-    gone = sorted(tmp_path.rglob("*.jpg"))[4]
+    deleted = sorted(tmp_path.rglob("*.jpg"))[4]
     for backend in ("torchvision", "dali"):
         loader = open_views(str(tmp_path), PLAIN, 2, backend=backend, workers=0, shuffle=False)
-        data = gone.read_bytes()
-        gone.unlink()
-        with pytest.raises(UserError, match=rf"{gone}: cannot be read \(No such file"):
+        data = deleted.read_bytes()
+        deleted.unlink()
+        with pytest.raises(UserError, match=rf"{deleted}: cannot be read \(No such file"):
             list(loader)
-        gone.write_bytes(data)
+        deleted.write_bytes(data)
         loader.close()

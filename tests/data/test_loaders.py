@@ -1,4 +1,4 @@
-"""The loaders: one order and one set of draws whatever decodes; ranks, epochs, resuming, and what they refuse."""
+"""The loaders: the same order and params with every backend; ranks, epochs, resuming, and errors."""
 
 import itertools
 import subprocess
@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from pictures import broken, encode, jpeg, kinds, photo, photo_folder, write
+from pictures import SHARED_DATA, broken, encode, jpeg, kinds, photo, photo_folder, write
 from PIL import Image
 from torch import Tensor
 
@@ -20,8 +20,7 @@ from fastsimclr.data.scan import scan
 from fastsimclr.data.sources import ArraySource, EncodedSource, FolderSource
 from fastsimclr.errors import UserError
 
-SHARED = Path(__file__).resolve().parents[3] / "shared" / "data"
-IMAGES, BATCH = 23, 5  # four whole batches and one of three
+IMAGES, BATCH = 23, 5  # four full batches and one of three
 SMALL = Augmentation(image_size=24)
 pytestmark = pytest.mark.usefixtures("one_thread")
 FILE_BACKENDS = [("torchvision", 0), ("torchvision", 1), ("dali", 1), ("dali", 2)]
@@ -34,7 +33,7 @@ def photos(tmp_path_factory: pytest.TempPathFactory) -> str:
 
 @pytest.fixture(scope="module")
 def digits() -> ArraySource:
-    """The first 23 digits: as many images as photos."""
+    """The first 23 digits: the same number of images as photos."""
     whole = open_source("digits")
     assert isinstance(whole, ArraySource)
     return ArraySource("digits", whole.images[:IMAGES].clone(), whole.labels[:IMAGES], whole.classes)
@@ -50,7 +49,7 @@ def take(loader: ViewLoader, epoch: int | None = None, batches: int | None = Non
     return list(itertools.islice(iter(loader), batches))
 
 
-def closed(loader: ViewLoader) -> list[Batch]:
+def take_and_close(loader: ViewLoader) -> list[Batch]:
     batches = take(loader)
     loader.close()
     return batches
@@ -61,7 +60,7 @@ def indices(batches: list[Batch]) -> list[int]:
 
 
 def same(left: list[Batch], right: list[Batch]) -> bool:
-    """Bit-equal, batch by batch."""
+    """Return whether all batches are bit-identical."""
     return len(left) == len(right) and all(
         torch.equal(a.index, b.index)
         and torch.equal(a.label, b.label)
@@ -71,7 +70,7 @@ def same(left: list[Batch], right: list[Batch]) -> bool:
 
 
 def differences(left: list[Batch], right: list[Batch], augmentation: Augmentation) -> Tensor:
-    """Of all pixels of all views, in levels of 255."""
+    """Return the absolute differences of all pixels of all views, in levels of 255."""
     std = torch.tensor(augmentation.std).view(3, 1, 1) * 255
     each = [
         ((v - w) * std).abs().flatten()
@@ -81,15 +80,15 @@ def differences(left: list[Batch], right: list[Batch], augmentation: Augmentatio
     return torch.cat(each)
 
 
-# What a batch is
+# Batches
 
 
 @pytest.mark.parametrize(("backend", "workers"), FILE_BACKENDS)
-def test_an_epoch_is_every_image_once_in_batches_of_known_form(photos: str, backend: str, workers: int) -> None:
+def test_epoch_yields_every_image_once(photos: str, backend: str, workers: int) -> None:
     loader = open_views(photos, SMALL, BATCH, backend=backend, workers=workers, seed=1)
     assert loader.backend == backend
     labels = open_source(photos).labels
-    for epoch in range(3):  # a second and a third: what an epoch leaves behind must not end the next
+    for epoch in range(3):  # several: state left by one epoch must not end the next
         batches = take(loader, epoch)
         assert len(loader) == len(batches) == 5
         assert [len(batch.index) for batch in batches] == [5, 5, 5, 5, 3]
@@ -107,63 +106,63 @@ def test_an_epoch_is_every_image_once_in_batches_of_known_form(photos: str, back
 
 
 @pytest.mark.parametrize("number", [1, 3])
-def test_as_many_views_as_asked_for(photos: str, number: int) -> None:
+def test_num_views(photos: str, number: int) -> None:
     augmentation = Augmentation(image_size=16, num_views=number)
     for backend in ("torchvision", "dali"):
-        batches = closed(open_views(photos, augmentation, BATCH, backend=backend, workers=0))
+        batches = take_and_close(open_views(photos, augmentation, BATCH, backend=backend, workers=0))
         assert {len(batch.views) for batch in batches} == {number}
 
 
-# Loaders among each other
+# Agreement of the loaders
 
 
 @pytest.mark.parametrize("interpolation", ["bilinear", "bicubic"])
-def test_file_loaders_show_the_same_views(photos: str, interpolation: str) -> None:
+def test_file_loaders_yield_the_same_views(photos: str, interpolation: str) -> None:
     augmentation = Augmentation(image_size=48, interpolation=interpolation)
-    expected = closed(open_views(photos, augmentation, BATCH, backend="torchvision", workers=0, seed=3))
-    worker = closed(open_views(photos, augmentation, BATCH, backend="torchvision", workers=1, seed=3))
+    expected = take_and_close(open_views(photos, augmentation, BATCH, backend="torchvision", workers=0, seed=3))
+    worker = take_and_close(open_views(photos, augmentation, BATCH, backend="torchvision", workers=1, seed=3))
     assert same(worker, expected)
-    dali = closed(open_views(photos, augmentation, BATCH, backend="dali", seed=3))
+    dali = take_and_close(open_views(photos, augmentation, BATCH, backend="dali", seed=3))
     assert indices(dali) == indices(expected)
     assert differences(dali, expected, augmentation).mean() <= 1.5
-    other = closed(open_views(photos, augmentation, BATCH, backend="dali", seed=4))
-    assert differences(other, expected, augmentation).mean() > 20, "and the bound means something"
+    other = take_and_close(open_views(photos, augmentation, BATCH, backend="dali", seed=4))
+    assert differences(other, expected, augmentation).mean() > 20, "another seed exceeds the bound"
 
 
 @pytest.mark.parametrize("interpolation", ["bilinear", "bicubic"])
-def test_array_loaders_show_the_same_views(digits: ArraySource, interpolation: str) -> None:
-    # Without photometry, which may magnify a level: resampling alone. 40 enlarges, 20 shrinks the 32 pixels' crops.
+def test_array_loaders_yield_the_same_views(digits: ArraySource, interpolation: str) -> None:
+    # Only resampling, since color operations may amplify a level. 40 enlarges and 20 shrinks crops of the 32 pixels.
     for size in (40, 20):
         augmentation = Augmentation(
             image_size=size, interpolation=interpolation, jitter_prob=0, grayscale_prob=0, blur_prob=0
         )
         memory, torchvision, dali = (
-            closed(open_views(digits, augmentation, BATCH, backend=name, workers=0, seed=3))
+            take_and_close(open_views(digits, augmentation, BATCH, backend=name, workers=0, seed=3))
             for name in ("memory", "torchvision", "dali")
         )
         assert indices(memory) == indices(torchvision) == indices(dali)
         off = differences(memory, torchvision, augmentation).round()
-        # torchvision's weights are fixed-point numbers: some halves fall to the other side, after each of two passes.
+        # torchvision's weights are fixed-point numbers: some ties round the other way, in each of two passes.
         assert (off > 0).float().mean() <= 0.025
         assert (off > 1).float().mean() <= 1e-4
         assert off.max() <= 2
         assert differences(dali, torchvision, augmentation).mean() <= 1.5
 
 
-def test_backend_auto_takes_memory_for_arrays_and_torchvision_without_a_gpu(photos: str, digits: ArraySource) -> None:
+def test_backend_auto_is_memory_for_arrays_and_torchvision_without_a_gpu(photos: str, digits: ArraySource) -> None:
     assert open_views(digits, SMALL, BATCH).backend == "memory"
     assert open_views(photos, SMALL, BATCH).backend == "torchvision"
 
 
-def test_a_view_does_not_depend_on_the_batch_size(photos: str) -> None:
+def test_views_do_not_depend_on_the_batch_size(photos: str) -> None:
     for backend in ("torchvision", "dali"):
         small, large = (
-            closed(open_views(photos, SMALL, size, backend=backend, workers=0, seed=2)) for size in (4, IMAGES)
+            take_and_close(open_views(photos, SMALL, size, backend=backend, workers=0, seed=2)) for size in (4, IMAGES)
         )
         assert indices(small) == indices(large)
         for number in range(2):
-            of_small = torch.cat([batch.views[number] for batch in small])
-            assert torch.allclose(of_small, large[0].views[number], atol=1e-5), backend
+            views = torch.cat([batch.views[number] for batch in small])
+            assert torch.allclose(views, large[0].views[number], atol=1e-5), backend
 
 
 MULTI_CROP = Augmentation.multi_crop(small=3, small_size=16, image_size=32)
@@ -173,29 +172,29 @@ BYOL = Augmentation(
 
 
 @pytest.mark.parametrize("augmentation", [MULTI_CROP, BYOL], ids=["multi_crop", "byol"])
-def test_views_of_their_own_recipes_are_the_same_in_every_loader(
+def test_per_view_recipes_are_the_same_in_every_loader(
     photos: str, digits: ArraySource, augmentation: Augmentation
 ) -> None:
-    def of(source: str | Source, backend: str, augmentation: Augmentation = augmentation) -> list[Batch]:
-        return closed(open_views(source, augmentation, BATCH, backend=backend, workers=0, seed=3))
+    def load(source: str | Source, backend: str, augmentation: Augmentation = augmentation) -> list[Batch]:
+        return take_and_close(open_views(source, augmentation, BATCH, backend=backend, workers=0, seed=3))
 
     for source, backends in ((photos, ["torchvision", "dali"]), (digits, ["torchvision", "dali", "memory"])):
-        expected, *others = (of(source, backend) for backend in backends)
+        expected, *others = (load(source, backend) for backend in backends)
         sizes = [recipe.image_size for recipe in augmentation.recipes]
         assert [view.shape[2] for view in expected[0].views] == [view.shape[3] for view in expected[0].views] == sizes
         for other in others:
             assert indices(other) == indices(expected)
             assert differences(other, expected, augmentation).mean() <= 1.5
-    # And they are not all drawn alike.
-    alike = of(photos, "torchvision", Augmentation(image_size=24))
-    assert differences(of(photos, "torchvision", BYOL), alike, BYOL).mean() > 5
+    # The views differ from those of the default recipe.
+    default = load(photos, "torchvision", Augmentation(image_size=24))
+    assert differences(load(photos, "torchvision", BYOL), default, BYOL).mean() > 5
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
-def test_views_come_in_the_dtype_asked_for(photos: str, digits: ArraySource, dtype: torch.dtype) -> None:
+def test_view_dtype(photos: str, digits: ArraySource, dtype: torch.dtype) -> None:
     for source, backend in ((photos, "torchvision"), (photos, "dali"), (digits, "memory")):
-        expected = closed(open_views(source, SMALL, BATCH, backend=backend, workers=0))
-        got = closed(open_views(source, SMALL, BATCH, backend=backend, workers=0, dtype=dtype))
+        expected = take_and_close(open_views(source, SMALL, BATCH, backend=backend, workers=0))
+        got = take_and_close(open_views(source, SMALL, BATCH, backend=backend, workers=0, dtype=dtype))
         for a, b in zip(got, expected, strict=True):
             for view, other in zip(a.views, b.views, strict=True):
                 assert view.dtype == dtype
@@ -203,14 +202,14 @@ def test_views_come_in_the_dtype_asked_for(photos: str, digits: ArraySource, dty
                 torch.testing.assert_close(view, other.to(dtype), rtol=torch.finfo(dtype).eps, atol=1e-6)
 
 
-def test_files_of_one_size_go_through_memory(tmp_path: Path) -> None:
+def test_files_of_one_size_are_loaded_into_memory(tmp_path: Path) -> None:
     folder = str(write(tmp_path / "small", {f"{'ab'[i % 2]}/{i:02}.png": png(photo(32, 24, i)) for i in range(IMAGES)}))
     source = open_source(folder)
     assert isinstance(source, EncodedSource)
-    assert choose_backend(source, torch.device("cpu"))[0] == "torchvision", "their sizes are not known yet"
+    assert choose_backend(source, torch.device("cpu"))[0] == "torchvision", "sizes are unknown before the scan"
     scanned = open_views(folder, SMALL, BATCH, max_bad=0.0, seed=3)
     assert scanned.backend == "memory"
-    files = closed(open_views(folder, SMALL, BATCH, backend="torchvision", workers=0, seed=3))
+    files = take_and_close(open_views(folder, SMALL, BATCH, backend="torchvision", workers=0, seed=3))
     memory = take(scanned)
     assert indices(memory) == indices(files)
     assert [batch.label.tolist() for batch in memory] == [batch.label.tolist() for batch in files]
@@ -219,7 +218,7 @@ def test_files_of_one_size_go_through_memory(tmp_path: Path) -> None:
     source = scan(source).source
     for large in (np.array([[97, 96]] * IMAGES), np.array([[32, 24]] * (IMAGES - 1) + [[24, 32]])):
         source.sizes = large
-        assert choose_backend(source, torch.device("cpu"))[0] == "torchvision", "large, or of two sizes"
+        assert choose_backend(source, torch.device("cpu"))[0] == "torchvision", "too large, or of two sizes"
 
 
 @pytest.mark.parametrize("backend", ["torchvision", "dali"])
@@ -238,7 +237,7 @@ def test_files_that_do_not_decode_are_skipped_in_every_loader(tmp_path: Path, ba
 # Order
 
 
-def test_the_order_changes_with_epoch_and_seed_alone(digits: ArraySource) -> None:
+def test_order_depends_only_on_epoch_and_seed(digits: ArraySource) -> None:
     loader = open_views(digits, SMALL, BATCH, seed=5)
     first, second, again = (take(loader, epoch) for epoch in (0, 1, 0))
     assert indices(first) != indices(second)
@@ -249,13 +248,13 @@ def test_the_order_changes_with_epoch_and_seed_alone(digits: ArraySource) -> Non
     unshuffled = open_views(digits, SMALL, BATCH, shuffle=False)
     both = [take(unshuffled, epoch) for epoch in (0, 1)]
     assert indices(both[0]) == indices(both[1]) == list(range(IMAGES))
-    assert not torch.equal(both[0][0].views[0], both[1][0].views[0]), "new views in each epoch all the same"
+    assert not torch.equal(both[0][0].views[0], both[1][0].views[0]), "each epoch has new views, even unshuffled"
 
 
-def test_epochs_follow_one_another_without_set_epoch(digits: ArraySource) -> None:
-    counted, running = (open_views(digits, SMALL, BATCH, seed=5) for _ in range(2))
+def test_epochs_advance_without_set_epoch(digits: ArraySource) -> None:
+    explicit, implicit = (open_views(digits, SMALL, BATCH, seed=5) for _ in range(2))
     for epoch in range(3):
-        assert same(take(running), take(counted, epoch))
+        assert same(take(implicit), take(explicit, epoch))
 
 
 def test_drop_last_and_min_local_batch(digits: ArraySource) -> None:
@@ -272,7 +271,7 @@ def test_drop_last_and_min_local_batch(digits: ArraySource) -> None:
     assert sizes(11, min_local_batch=2) == [11, 11], "a batch of one has no negatives"
     assert sizes(11) == [11, 11, 1]
     assert sizes(IMAGES) == [IMAGES]
-    # Of 3 left over, two ranks get 2 and 1.
+    # The last 3 images would be split into 2 and 1.
     for rank in range(2):
         assert sizes(10, rank=rank, world_size=2, min_local_batch=2) == [5, 5]
 
@@ -282,7 +281,7 @@ def test_drop_last_and_min_local_batch(digits: ArraySource) -> None:
 
 @pytest.mark.parametrize("world_size", [2, 4])
 @pytest.mark.parametrize("backend", ["memory", "torchvision", "dali"])
-def test_ranks_together_see_the_one_ranks_batches(digits: ArraySource, backend: str, world_size: int) -> None:
+def test_ranks_split_the_batches_of_a_single_rank(digits: ArraySource, backend: str, world_size: int) -> None:
     def views_of(rank: int, world_size: int) -> list[list[Batch]]:
         loader = open_views(digits, SMALL, 8, backend=backend, workers=0, seed=7, rank=rank, world_size=world_size)
         epochs = [take(loader, epoch) for epoch in range(2)]
@@ -293,20 +292,20 @@ def test_ranks_together_see_the_one_ranks_batches(digits: ArraySource, backend: 
     ranks = [views_of(rank, world_size) for rank in range(world_size)]
     for epoch in range(2):
         assert sorted(i for rank in ranks for i in indices(rank[epoch])) == list(range(IMAGES))
-        for number, batch in enumerate(whole[epoch]):  # 8, 8 and 7: divided unevenly
+        for number, batch in enumerate(whole[epoch]):  # 8, 8 and 7: an uneven split
             parts = [rank[epoch][number] for rank in ranks]
             assert torch.equal(torch.cat([part.index for part in parts]), batch.index)
             assert max(len(part.index) for part in parts) - min(len(part.index) for part in parts) <= 1
             for view in range(2):
-                together = torch.cat([part.views[view] for part in parts])
-                assert torch.allclose(together, batch.views[view], atol=1e-5)
+                joined = torch.cat([part.views[view] for part in parts])
+                assert torch.allclose(joined, batch.views[view], atol=1e-5)
 
 
 # Resuming
 
 
 @pytest.mark.parametrize(("backend", "workers"), FILE_BACKENDS)
-def test_resumes_bit_exactly(photos: str, backend: str, workers: int) -> None:
+def test_resume_is_bit_identical(photos: str, backend: str, workers: int) -> None:
     def fresh() -> ViewLoader:
         return open_views(photos, SMALL, BATCH, backend=backend, workers=workers, seed=9)
 
@@ -320,71 +319,71 @@ def test_resumes_bit_exactly(photos: str, backend: str, workers: int) -> None:
         assert (batch.epoch, batch.ends_epoch) == (4, len(epoch) == len(run))
     following = take(run)
     run.close()
-    resumed = fresh()  # one loader for all: a worker takes seconds to start
+    resumed = fresh()  # one loader for all cases, since workers take seconds to start
     for done in (0, 1, 3, 4):
         resumed.load_state_dict(states[done])
-        resumed.set_epoch(4)  # as a training loop does at an epoch's start: the position must survive it
+        resumed.set_epoch(4)  # as a training loop does at the start of an epoch; keeps the position
         assert same(take(resumed), epoch[done:]), f"{done} batches in"
         assert same(take(resumed), following), "and the next epoch"
-    resumed.load_state_dict(states[5])  # at the epoch's end: the next one begins
+    resumed.load_state_dict(states[5])  # the end of the epoch: continues with the next one
     assert same(take(resumed), following)
     resumed.close()
 
 
-def test_resumes_with_other_workers_and_another_loader(photos: str) -> None:
+def test_resume_with_other_workers_and_backend(photos: str) -> None:
     run = open_views(photos, SMALL, BATCH, backend="torchvision", workers=1, seed=9)
     take(run, 1, batches=2)
     state = run.state_dict()
-    expected = closed(run)
+    expected = take_and_close(run)
     assert len(expected) == 3
     inline = open_views(photos, SMALL, BATCH, backend="torchvision", workers=0, seed=9)
     inline.load_state_dict(state)
     assert same(take(inline), expected)
     dali = open_views(photos, SMALL, BATCH, backend="dali", workers=2, seed=9)
     dali.load_state_dict(state)
-    rest = closed(dali)
+    rest = take_and_close(dali)
     assert indices(rest) == indices(expected)
     assert differences(rest, expected, SMALL).mean() <= 1.5
 
 
 @pytest.mark.parametrize(("batch_size", "world_size"), [(3, 1), (11, 1), (8, 2), (9, 4)])
-def test_resumes_with_another_batch_size_and_other_ranks(digits: ArraySource, batch_size: int, world_size: int) -> None:
+def test_resume_with_another_batch_size_and_world_size(digits: ArraySource, batch_size: int, world_size: int) -> None:
     run = open_views(digits, SMALL, BATCH, seed=9)
     seen = take(run, 1, batches=2)
     state = run.state_dict()
     rest = take(run)
-    left: list[int] = []
+    remaining: list[int] = []
     for rank in range(world_size):
         resumed = open_views(digits, SMALL, batch_size, seed=9, rank=rank, world_size=world_size)
         resumed.load_state_dict(state)
         batches = take(resumed)
-        left += indices(batches)
+        remaining += indices(batches)
         expected = {int(i): v for b in rest for i, v in zip(b.index, b.views[0], strict=True)}
         for batch in batches:
             for i, view in zip(batch.index, batch.views[0], strict=True):
                 assert torch.allclose(view, expected[int(i)], atol=1e-5)
-    assert sorted(left + indices(seen)) == list(range(IMAGES))
+    assert sorted(remaining + indices(seen)) == list(range(IMAGES))
 
 
-def test_resuming_behind_the_last_batch_goes_on_with_the_next_epoch(digits: ArraySource) -> None:
+def test_resume_after_the_last_batch_continues_with_the_next_epoch(digits: ArraySource) -> None:
     run = open_views(digits, SMALL, 20, seed=9)
     take(run, 1, batches=1)
-    resumed = open_views(digits, SMALL, 20, seed=9, drop_last=True)  # the three that are left are no batch now
+    resumed = open_views(digits, SMALL, 20, seed=9, drop_last=True)  # drops the remaining three images
     resumed.load_state_dict(run.state_dict())
     assert take(resumed) == []
     assert resumed.state_dict()["epoch"] == 2
     assert len(take(resumed)) == 1
 
 
-# Iterations that are broken off
+# Abandoned iterations
 
 
 @pytest.mark.parametrize(("backend", "workers"), FILE_BACKENDS)
-def test_goes_on_after_a_broken_off_iteration(photos: str, backend: str, workers: int) -> None:
+def test_continues_after_an_abandoned_iteration(photos: str, backend: str, workers: int) -> None:
     loader = open_views(photos, SMALL, BATCH, backend=backend, workers=workers, seed=9)
     whole, following = take(loader, 0), take(loader, 1)
     assert same(take(loader, 0, batches=2), whole[:2])
-    assert same(take(loader), whole[2:]), "from where it stood"
+    assert same(take(loader), whole[2:]), "at the same position"
     take(loader, 0, batches=1)
     assert same(take(loader, 1), following), "at another epoch"
     take(loader, 0, batches=1)
@@ -395,25 +394,25 @@ def test_goes_on_after_a_broken_off_iteration(photos: str, backend: str, workers
 
 
 @pytest.mark.parametrize(("backend", "workers"), [("torchvision", 0), ("torchvision", 1), ("dali", 1)])
-def test_a_new_iteration_ends_the_one_before_that_is_still_held(photos: str, backend: str, workers: int) -> None:
-    # Else the new one would get what was made ahead for the old: images under other images' indices and labels.
+def test_new_iterator_invalidates_the_previous_one(photos: str, backend: str, workers: int) -> None:
+    # Otherwise, the new iterator would get prefetched batches of the old one, with wrong indices and labels.
     loader = open_views(photos, SMALL, BATCH, backend=backend, workers=workers, seed=9)
     whole = take(loader, 0)
     loader.set_epoch(0)
-    held: Iterator[Batch] = iter(loader)
-    next(held)
+    older: Iterator[Batch] = iter(loader)
+    next(older)
     loader.load_state_dict({**loader.state_dict(), "epoch": 0, "position": 0})
     newer = iter(loader)
     first = next(newer)
     with pytest.raises(RuntimeError, match="ended when a newer one"):
-        next(held)
+        next(older)
     assert same([first, *newer], whole)
     loader.close()
 
 
 @pytest.mark.parametrize("ending", ["", "raise SystemExit(3)", "raise ValueError('no reason')"])
-def test_a_process_that_forgets_to_close_its_loader_ends(photos: str, ending: str, tmp_path: Path) -> None:
-    # Workers ignore SIGTERM, with which multiprocessing ends those that are left at exit: it waited for ever.
+def test_process_exits_without_closing_its_loader(photos: str, ending: str, tmp_path: Path) -> None:
+    # Workers ignore SIGTERM, which multiprocessing sends at exit to those still running: the process once hung forever.
     script = tmp_path / "script.py"
     script.write_text(
         "from fastsimclr import Augmentation, open_views\n"
@@ -427,26 +426,26 @@ def test_a_process_that_forgets_to_close_its_loader_ends(photos: str, ending: st
     assert done.stdout == "5\n"
 
 
-# What is refused
+# Errors
 
 
-def test_refuses_options_that_do_not_fit(photos: str, digits: ArraySource) -> None:
-    def refused(source: str | Source, batch_size: int, message: str, **options: object) -> None:
+def test_invalid_options_raise(photos: str, digits: ArraySource) -> None:
+    def assert_raises(source: str | Source, batch_size: int, message: str, **options: object) -> None:
         with pytest.raises(UserError, match=message) as caught:
             open_views(source, SMALL, batch_size, **options)  # type: ignore[arg-type]
         assert "\n" not in str(caught.value)
         assert "expected" in str(caught.value)
 
-    refused(photos, 24, "batch_size: got 24, more than the dataset's 23 images; expected at most 23")
-    refused(digits, 0, "batch_size: got 0, expected at least 1")
-    refused(digits, 4, "batch_size: got 4 for 4 ranks.*at least 8", world_size=4, min_local_batch=2)
-    refused(digits, 2, "batch_size: got 2 for 4 ranks.*at least 4", world_size=4)
-    refused(digits, 8, "rank: got 2 of 2", rank=2, world_size=2)
-    refused(photos, 8, "backend: got 'ffcv', expected one of auto, dali, torchvision, memory", backend="ffcv")
-    refused(photos, 8, r"003.jpg: got 81x75 pixels, expected 60x90 as .*000.jpg", backend="memory")
+    assert_raises(photos, 24, "batch_size: got 24, more than the dataset's 23 images; expected at most 23")
+    assert_raises(digits, 0, "batch_size: got 0, expected at least 1")
+    assert_raises(digits, 4, "batch_size: got 4 for 4 ranks.*at least 8", world_size=4, min_local_batch=2)
+    assert_raises(digits, 2, "batch_size: got 2 for 4 ranks.*at least 4", world_size=4)
+    assert_raises(digits, 8, "rank: got 2 of 2", rank=2, world_size=2)
+    assert_raises(photos, 8, "backend: got 'ffcv', expected one of auto, dali, torchvision, memory", backend="ffcv")
+    assert_raises(photos, 8, r"003.jpg: got 81x75 pixels, expected 60x90 as .*000.jpg", backend="memory")
 
 
-def test_refuses_the_state_of_another_run(digits: ArraySource) -> None:
+def test_state_of_another_run_raises(digits: ArraySource) -> None:
     state = open_views(digits, SMALL, BATCH, seed=1).state_dict()
     other_seed = open_views(digits, SMALL, BATCH, seed=2)
     with pytest.raises(UserError, match="seed 1, but this one has 2"):
@@ -454,13 +453,13 @@ def test_refuses_the_state_of_another_run(digits: ArraySource) -> None:
     fewer = ArraySource("digits", digits.images[:20], digits.labels[:20], digits.classes)
     with pytest.raises(UserError, match="images 23, but this one has 20"):
         open_views(fewer, SMALL, BATCH, seed=1).load_state_dict(state)
-    assert len(take(other_seed)) == 5, "and is none the worse for it"
+    assert len(take(other_seed)) == 5, "the loader still works"
 
 
 @pytest.mark.parametrize("backend", ["torchvision", "dali"])
-@pytest.mark.skipif(not SHARED.is_dir(), reason="needs shared/data beside the repository")
-def test_real_photographs_are_the_same_in_both_loaders(backend: str) -> None:
-    path = str(SHARED / "photos" / "flowers_300.tar")
+@pytest.mark.skipif(not SHARED_DATA.is_dir(), reason="needs shared/data beside the repository")
+def test_real_photos_are_the_same_in_both_loaders(backend: str) -> None:
+    path = str(SHARED_DATA / "photos" / "flowers_300.tar")
     augmentation = Augmentation(image_size=96)
     expected = take(open_views(path, augmentation, 16, backend="torchvision", workers=0, seed=3), batches=2)
     got = take(open_views(path, augmentation, 16, backend=backend, workers=0, seed=3), batches=2)
@@ -469,15 +468,15 @@ def test_real_photographs_are_the_same_in_both_loaders(backend: str) -> None:
     assert np.isfinite([view.std().item() for batch in got for view in batch.views]).all()
 
 
-def test_on_a_gpu_where_no_package_of_nvidias_is_installed_torchvision_decodes(monkeypatch: pytest.MonkeyPatch) -> None:
-    class Hiding:
+def test_backend_auto_on_a_gpu_without_dali_is_torchvision(monkeypatch: pytest.MonkeyPatch) -> None:
+    class HideNvidia:
         def __init__(self, finder: Any) -> None:
             self.finder = finder
 
         def find_spec(self, name: str, *rest: Any) -> Any:
             return None if name.partition(".")[0] == "nvidia" else self.finder.find_spec(name, *rest)
 
-    monkeypatch.setattr(sys, "meta_path", [Hiding(finder) for finder in sys.meta_path])
+    monkeypatch.setattr(sys, "meta_path", [HideNvidia(finder) for finder in sys.meta_path])
     for name in [name for name in sys.modules if name.partition(".")[0] == "nvidia"]:
         monkeypatch.delitem(sys.modules, name)
     folder = FolderSource((), np.empty(0, np.int64), ())

@@ -1,4 +1,4 @@
-"""The photometric op against torchvision's functions on uint8 tensors: each change alone, and the whole recipe."""
+"""The photometric op against torchvision's functions on uint8 tensors: each operation alone, and all together."""
 
 from collections.abc import Callable
 from dataclasses import replace
@@ -15,32 +15,32 @@ from fastsimclr.data import native
 from fastsimclr.data import photometric as module
 from fastsimclr.data.params import VIEW_PARAMS, ViewParams, sample_params
 
-# Levels come out as they are: neither mean nor standard deviation.
+# No normalization: outputs are levels from 0 to 255.
 LEVELS = Augmentation(image_size=64, mean=(0, 0, 0), std=(1 / 255,) * 3)
 pytestmark = pytest.mark.usefixtures("one_thread")
 WINDOW = 7  # 0.1 of 64, made odd
-SIDES = np.full((200, 2), 64)  # of the images that draws are made for
+SIDES = np.full((200, 2), 64)  # image sizes
 BRIGHTNESS, CONTRAST, SATURATION, HUE = range(4)
 
 
 @pytest.fixture(autouse=True)
-def each(implementation: tuple[native.Implementation, str]) -> None:
-    """Every test is of all."""
-    global BACKEND, DEVICE
-    BACKEND, DEVICE = implementation
+def each_implementation(implementation: tuple[native.Implementation, str]) -> None:
+    """Run every test with each implementation."""
+    global IMPLEMENTATION, DEVICE
+    IMPLEMENTATION, DEVICE = implementation
 
 
-BACKEND: native.Implementation = "auto"
+IMPLEMENTATION: native.Implementation = "auto"
 DEVICE = "cpu"
 
 
 def photometric(crops: Tensor, params: ViewParams, recipe: Augmentation, dtype: torch.dtype = torch.float32) -> Tensor:
-    """By the implementation under test; the result is on the CPU."""
-    return module.photometric(crops.to(DEVICE), params, recipe, dtype, BACKEND).cpu()
+    """Run the implementation under test; the result is on the CPU."""
+    return module.photometric(crops.to(DEVICE), params, recipe, dtype, IMPLEMENTATION).cpu()
 
 
 def crops() -> Tensor:
-    """(B, 64, 64, 3): photographs, and what arithmetic stumbles over."""
+    """Return (B, 64, 64, 3): photos and numerical edge cases."""
     y, x = np.mgrid[0:64, 0:64]
     rng = np.random.default_rng(0)
     checkers = ((x + y) % 2 * 255)[:, :, None]
@@ -48,15 +48,15 @@ def crops() -> Tensor:
         *(photo(64, 64, seed) for seed in range(3)),
         np.full((64, 64, 3), 0),
         np.full((64, 64, 3), 255),
-        np.full((64, 64, 3), (255, 0, 0)),  # hue 0, and its neighbours on both sides of the circle's seam
+        np.full((64, 64, 3), (255, 0, 0)),  # hue 0, and a neighbor across the wrap-around of the hue circle
         np.full((64, 64, 3), (255, 0, 1)),
         np.full((64, 64, 3), (12, 200, 77)),
-        checkers.repeat(3, axis=2),  # 1-pixel checkerboard: nothing but the highest frequency
+        checkers.repeat(3, axis=2),  # 1-pixel checkerboard: only the highest frequency
         checkers * (1, 0, 1),
-        photo(64, 64, 7).mean(2, keepdims=True).repeat(3, axis=2),  # grey: no hue, no saturation
+        photo(64, 64, 7).mean(2, keepdims=True).repeat(3, axis=2),  # gray: no hue, no saturation
         np.stack([x * 4, y * 4, (x + y) * 2], axis=2),  # gradients: every level
         rng.integers(0, 256, (64, 64, 3)),  # noise
-        rng.integers(0, 2, (64, 64, 3)) * 255,  # corners of the colour cube: ties of largest and smallest
+        rng.integers(0, 2, (64, 64, 3)) * 255,  # corners of the color cube: ties between channels
         rng.integers(0, 3, (64, 64, 3)),  # nearly black
     ]
     return torch.from_numpy(np.stack(each).astype(np.uint8))
@@ -65,8 +65,8 @@ def crops() -> Tensor:
 CROPS = crops()
 
 
-def nothing(images: int, **changes: object) -> ViewParams:
-    """Draws that leave the colours alone, but for `changes`."""
+def identity_params(images: int, **changes: object) -> ViewParams:
+    """Return params that leave the colors unchanged, except for `changes`."""
     params = np.zeros(images, VIEW_PARAMS)
     params["box"] = (0, 0, 64, 64)
     params["order"] = range(4)
@@ -77,28 +77,28 @@ def nothing(images: int, **changes: object) -> ViewParams:
 
 
 def levels(params: ViewParams, crops: Tensor = CROPS, augmentation: Augmentation = LEVELS) -> Tensor:
-    """(B, H, W, 3): the op's result in levels, that must be whole ones."""
+    """Return the op's result (B, H, W, 3) in levels, after checking that they are integers."""
     out = photometric(crops, params, augmentation).permute(0, 2, 3, 1)
     assert (out - out.round()).abs().max() < 1e-3
     return out.round()
 
 
 def by_torchvision(apply: Callable[[Tensor], Tensor], crops: Tensor = CROPS) -> Tensor:
-    """Image by image on planar uint8 tensors."""
+    """Apply a torchvision function image by image to planar uint8 tensors."""
     out = [apply(crop.permute(2, 0, 1).contiguous()) for crop in crops]
     assert all(image.dtype == torch.uint8 for image in out)
     return torch.stack([image.expand(3, -1, -1) for image in out]).permute(0, 2, 3, 1).float()
 
 
-def expect_within_a_level(got: Tensor, expected: Tensor) -> None:
+def assert_within_one_level(got: Tensor, expected: Tensor) -> None:
     off = (got - expected).abs().amax((1, 2, 3))
     assert off.max() <= 1, f"levels off, by image: {off.tolist()}"
 
 
-def test_without_changes_the_pixels_stay() -> None:
-    assert torch.equal(levels(nothing(len(CROPS))), CROPS.float())
-    # Jitter by factors of 1 and 0 goes through float: at most a level.
-    expect_within_a_level(levels(nothing(len(CROPS), jitter=True)), CROPS.float())
+def test_identity_params_keep_the_pixels() -> None:
+    assert torch.equal(levels(identity_params(len(CROPS))), CROPS.float())
+    # Jitter with identity factors goes through float: at most one level off.
+    assert_within_one_level(levels(identity_params(len(CROPS), jitter=True)), CROPS.float())
 
 
 @pytest.mark.parametrize("factor", [0.0, 0.2, 0.999, 1.0, 1.3, 1.8])
@@ -106,39 +106,39 @@ def test_without_changes_the_pixels_stay() -> None:
     ("operation", "apply"),
     [(BRIGHTNESS, TF.adjust_brightness), (CONTRAST, TF.adjust_contrast), (SATURATION, TF.adjust_saturation)],
 )
-def test_one_factor_alone(operation: int, apply: Callable[[Tensor, float], Tensor], factor: float) -> None:
-    params = nothing(len(CROPS), jitter=True)
+def test_single_jitter_factor(operation: int, apply: Callable[[Tensor, float], Tensor], factor: float) -> None:
+    params = identity_params(len(CROPS), jitter=True)
     params["factors"][:, operation] = factor
-    expect_within_a_level(levels(params), by_torchvision(lambda image: apply(image, factor)))
+    assert_within_one_level(levels(params), by_torchvision(lambda image: apply(image, factor)))
 
 
 @pytest.mark.parametrize("hue_shift", [-0.5, -0.2, -1e-3, 0.05, 1 / 6, 1 / 3, 0.5])
-def test_hue_alone(hue_shift: float) -> None:
-    params = nothing(len(CROPS), jitter=True)
+def test_hue(hue_shift: float) -> None:
+    params = identity_params(len(CROPS), jitter=True)
     params["factors"][:, HUE] = hue_shift
     got, expected = levels(params), by_torchvision(lambda image: TF.adjust_hue(image, hue_shift))
-    # At the seams between sixths torchvision's hue, rounded in float32, may fall into the next: a level all the same.
-    expect_within_a_level(got, expected)
+    # At sextant boundaries, torchvision's float32 hue may round into the next sextant: still within one level.
+    assert_within_one_level(got, expected)
 
 
-def test_grey_alone() -> None:
-    params = nothing(len(CROPS), grayscale=True)
+def test_grayscale() -> None:
+    params = identity_params(len(CROPS), grayscale=True)
     got = levels(params)
-    expect_within_a_level(got, by_torchvision(lambda image: TF.rgb_to_grayscale(image, num_output_channels=3)))
+    assert_within_one_level(got, by_torchvision(lambda image: TF.rgb_to_grayscale(image, num_output_channels=3)))
     assert (got == got[..., :1]).all()
 
 
 @pytest.mark.parametrize("sigma", [0.1, 0.5, 1.0, 2.0])
-def test_blur_alone(sigma: float) -> None:
-    params = nothing(len(CROPS), sigma=sigma)
-    expect_within_a_level(
+def test_blur(sigma: float) -> None:
+    params = identity_params(len(CROPS), sigma=sigma)
+    assert_within_one_level(
         levels(params), by_torchvision(lambda image: TF.gaussian_blur(image, [WINDOW] * 2, [sigma] * 2))
     )
 
 
-def test_solarize_alone() -> None:
+def test_solarize() -> None:
     expected = by_torchvision(lambda image: TF.solarize(image, 128))
-    assert torch.equal(levels(nothing(len(CROPS), solarize=True)), expected)
+    assert torch.equal(levels(identity_params(len(CROPS), solarize=True)), expected)
 
 
 @pytest.mark.parametrize(
@@ -157,10 +157,10 @@ def test_solarize_alone() -> None:
     ],
     ids=str,
 )
-def test_implementations_equal_each_other_change_by_change(change: dict[str, object]) -> None:
-    params = nothing(len(CROPS), **change)
+def test_implementations_agree(change: dict[str, object]) -> None:
+    params = identity_params(len(CROPS), **change)
     oracle = module.photometric(CROPS, params, LEVELS, implementation="pytorch").permute(0, 2, 3, 1)
-    expect_within_a_level(levels(params), oracle.round())
+    assert_within_one_level(levels(params), oracle.round())
 
 
 @pytest.mark.parametrize(
@@ -169,19 +169,21 @@ def test_implementations_equal_each_other_change_by_change(change: dict[str, obj
         (224, 0.1, 23, 40.0),
         (32, 0.1, 3, 40.0),
         (96, 0.1, 9, 40.0),
-        (64, 1.0, 65, 40.0),  # further than the CUDA kernel reaches
-        (64, 1.0, 65, 2.0),  # which it does where the Gaussian ends before the window
+        (64, 1.0, 65, 40.0),  # beyond the CUDA kernel's maximum radius
+        (64, 1.0, 65, 2.0),  # within it, since the Gaussian ends before the window
     ],
 )
-def test_the_blurs_window_is_the_recipes_fraction_made_odd(
+def test_blur_window_is_the_kernel_fraction_rounded_to_odd(
     size: int, fraction: float, window: int, sigma: float
 ) -> None:
-    # So wide a blur spreads a line evenly over the window, where two more taps are a level or more beyond its ends.
+    # With this sigma the window is almost uniform: two more taps would change the levels beyond its ends by 1 or more.
     augmentation = replace(LEVELS, image_size=size, blur_kernel=fraction)
     lines = torch.zeros(2, size, size, 3, dtype=torch.uint8)
     lines[0, size // 2, :] = lines[1, :, size // 2] = 255
-    got = levels(nothing(2, sigma=sigma), lines, augmentation)
-    expect_within_a_level(got, by_torchvision(lambda image: TF.gaussian_blur(image, [window] * 2, [sigma] * 2), lines))
+    got = levels(identity_params(2, sigma=sigma), lines, augmentation)
+    assert_within_one_level(
+        got, by_torchvision(lambda image: TF.gaussian_blur(image, [window] * 2, [sigma] * 2), lines)
+    )
 
 
 def test_views_smaller_than_the_window() -> None:
@@ -197,12 +199,12 @@ def test_views_smaller_than_the_window() -> None:
         assert ((out >= 0) & (out <= 255)).all()
 
 
-def one_by_one(image: Tensor, params: ViewParams) -> Tensor:
-    """The recipe in torchvision's functions, for one image (3, H, W) and its draws."""
-    changes = (TF.adjust_brightness, TF.adjust_contrast, TF.adjust_saturation, TF.adjust_hue)
+def reference(image: Tensor, params: ViewParams) -> Tensor:
+    """Apply the whole recipe to one image (3, H, W) with torchvision's functions."""
+    operations = (TF.adjust_brightness, TF.adjust_contrast, TF.adjust_saturation, TF.adjust_hue)
     if params["jitter"][0]:
         for operation in params["order"][0]:
-            image = changes[operation](image, float(params["factors"][0, operation]))
+            image = operations[operation](image, float(params["factors"][0, operation]))
     if params["grayscale"][0]:
         image = TF.rgb_to_grayscale(image, num_output_channels=3)
     if params["sigma"][0] > 0:
@@ -210,27 +212,27 @@ def one_by_one(image: Tensor, params: ViewParams) -> Tensor:
     return TF.solarize(image, 128) if params["solarize"][0] else image
 
 
-def test_the_whole_recipe_at_the_same_draws() -> None:
-    images = 192  # all 24 orders occur, with and without grey and blur
+def test_all_operations_with_the_same_params() -> None:
+    images = 192  # all 24 orders occur, with and without grayscale and blur
     crops = torch.from_numpy(np.stack([photo(64, 64, seed) for seed in range(images)]))
     recipe = replace(LEVELS, solarize_prob=0.2)
     params = sample_params(recipe, 1, 2, np.arange(images), 0, SIDES[:images])
     assert len(np.unique(params["order"], axis=0)) == 24
     expected = torch.stack(
-        [one_by_one(crop.permute(2, 0, 1), params[i : i + 1]) for i, crop in enumerate(crops)]
+        [reference(crop.permute(2, 0, 1), params[i : i + 1]) for i, crop in enumerate(crops)]
     ).permute(0, 2, 3, 1)
     off = (levels(params, crops) - expected).abs()
     assert off.mean() <= 0.5
-    # An image's mean tells more than the whole's: a wrong order in one of 24 would hide there.
+    # Per image, since one wrong order of 24 would not show in the overall mean.
     assert off.mean((1, 2, 3)).max() <= 1.5
-    # And the bound can fail: other draws are far away.
+    # Other params exceed the bounds.
     assert (
         levels(sample_params(LEVELS, 1, 3, np.arange(images), 0, SIDES[:images]), crops) - expected
     ).abs().mean() > 10
 
 
-def test_a_row_depends_on_its_own_draws_alone() -> None:
-    # 40: two whole chunks of 16 and a part of one.
+def test_rows_are_independent() -> None:
+    # 40: two full chunks of 16 and a partial one.
     crops = torch.from_numpy(np.stack([photo(64, 64, seed) for seed in range(40)]))
     params = sample_params(LEVELS, 1, 2, np.arange(40), 0, SIDES[:40])
     whole = levels(params, crops)
@@ -239,11 +241,11 @@ def test_a_row_depends_on_its_own_draws_alone() -> None:
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
-def test_normalised_in_channels_last(dtype: torch.dtype) -> None:
+def test_normalized_and_channels_last(dtype: torch.dtype) -> None:
     augmentation = Augmentation(image_size=64)
     before = CROPS.clone()
-    out = photometric(CROPS, nothing(len(CROPS)), augmentation, dtype)
-    assert torch.equal(CROPS, before), "the crops are left as they were"
+    out = photometric(CROPS, identity_params(len(CROPS)), augmentation, dtype)
+    assert torch.equal(CROPS, before), "the input is not modified"
     assert out.dtype == dtype
     assert out.shape == (len(CROPS), 3, 64, 64)
     assert out.is_contiguous(memory_format=torch.channels_last)
@@ -251,14 +253,14 @@ def test_normalised_in_channels_last(dtype: torch.dtype) -> None:
     assert torch.allclose(out.double(), expected, rtol=torch.finfo(dtype).eps, atol=1e-6)
 
 
-def test_a_single_image_and_none() -> None:
-    assert photometric(CROPS[:1], nothing(1), LEVELS).is_contiguous(memory_format=torch.channels_last)
-    assert photometric(CROPS[:0], nothing(0), LEVELS).shape == (0, 3, 64, 64)
+def test_single_image_and_empty_batch() -> None:
+    assert photometric(CROPS[:1], identity_params(1), LEVELS).is_contiguous(memory_format=torch.channels_last)
+    assert photometric(CROPS[:0], identity_params(0), LEVELS).shape == (0, 3, 64, 64)
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
-@pytest.mark.parametrize(("height", "width"), [(1, 1), (3, 40), (37, 5)])  # nothing a multiple of what is done at once
-def test_other_dtypes_are_the_float32_result_rounded(dtype: torch.dtype, height: int, width: int) -> None:
+@pytest.mark.parametrize(("height", "width"), [(1, 1), (3, 40), (37, 5)])  # no multiples of the vector or tile sizes
+def test_other_dtypes_round_the_float32_result(dtype: torch.dtype, height: int, width: int) -> None:
     crops = torch.from_numpy(np.random.default_rng(0).integers(0, 256, (9, height, width, 3)).astype(np.uint8))
     augmentation = Augmentation(image_size=64)
     params = sample_params(augmentation, 0, 0, np.arange(9), 0, SIDES[:9])
@@ -269,8 +271,8 @@ def test_other_dtypes_are_the_float32_result_rounded(dtype: torch.dtype, height:
     torch.testing.assert_close(got, expected.to(dtype), rtol=torch.finfo(dtype).eps, atol=1e-6)
 
 
-def test_threads_change_nothing() -> None:
+def test_result_does_not_depend_on_threads() -> None:
     params = sample_params(LEVELS, 0, 0, np.arange(len(CROPS)), 0, SIDES[: len(CROPS)])
     one = photometric(CROPS, params, LEVELS)
-    torch.set_num_threads(3)  # the fixture one_thread sets it back
+    torch.set_num_threads(3)  # reset by the fixture one_thread
     torch.testing.assert_close(photometric(CROPS, params, LEVELS), one, rtol=0, atol=1e-3)

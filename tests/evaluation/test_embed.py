@@ -1,4 +1,4 @@
-"""python -m fastsimclr.embed: every image's features in the source's order, a map of them, and nearest neighbours."""
+"""python -m fastsimclr.embed: features of all images in the source's order, a map of them, and nearest neighbors."""
 
 import csv
 import json
@@ -23,7 +23,7 @@ from safetensors.torch import load_file
 from torchvision.models import resnet18
 from torchvision.transforms import InterpolationMode
 from torchvision.transforms.v2 import functional as TF
-from weights import lived_in, save_run
+from weights import randomize_norms, save_run
 
 from fastsimclr import Augmentation, UserError, encoder, open_views
 from fastsimclr.data import open_source
@@ -38,7 +38,7 @@ from fastsimclr.pretrained import load_encoder
 from fastsimclr.reporting import embedding_pictures as pictures
 from fastsimclr.reporting.contact_sheet import GAP, RED, text_width
 
-IMAGES = 21  # in batches of 4, the last has one: none for the second rank
+IMAGES = 21  # batches of 4, and a last one of 1 image: none for the second rank
 QUICK = ["--batch_size=4", "--workers=0", "--device=cpu", "--precision=fp32", "--map=none", "--gallery=0"]
 pytestmark = pytest.mark.usefixtures("one_thread")
 
@@ -50,19 +50,20 @@ def photos(tmp_path_factory: pytest.TempPathFactory) -> str:
 
 @pytest.fixture(scope="module")
 def run(tmp_path_factory: pytest.TempPathFactory, photos: str) -> Path:
-    """A run's folder: strides, and 24 pixels a side."""
+    """A run folder with a ResNet-18 with the ImageNet stem and an image size of 24."""
     torch.manual_seed(0)
-    model = lived_in(encoder("resnet18", stem="imagenet"))
+    model = randomize_norms(encoder("resnet18", stem="imagenet"))
     return save_run(tmp_path_factory.mktemp("run"), model, f"--data.train={photos}", "--data.image_size=24")
 
 
 def embed(run: Path, output: Path, *options: str) -> NDArray[np.float32]:
-    """The features that the command writes."""
+    """Run the command and return the features that it writes."""
     assert main([f"--checkpoint={run}", f"--output={output}", *QUICK, *options]) == 0
     return np.load(output / "features.npy", mmap_mode="r")
 
 
-def table(output: Path) -> list[list[str]]:
+def read_table(output: Path) -> list[list[str]]:
+    """Return the rows of images.csv."""
     with open(output / "images.csv", newline="", encoding="utf-8", errors="surrogateescape") as file:
         return list(csv.reader(file))
 
@@ -73,12 +74,12 @@ def pixels_of(file: Path) -> NDArray[np.uint8]:
         return np.asarray(image.convert("RGB"))
 
 
-def color(code: str) -> list[int]:
+def rgb(code: str) -> list[int]:
     return [int(code[k : k + 2], 16) for k in (1, 3, 5)]
 
 
 def blobs(classes: int, images: int, features: int = 32) -> tuple[NDArray[np.float32], NDArray[np.int64]]:
-    """Features in clusters far apart, and which cluster each is of."""
+    """Return features in well-separated clusters, and their labels."""
     rng = np.random.default_rng(0)
     labels = np.arange(images) % classes
     return (5 * rng.normal(size=(classes, features))[labels] + rng.normal(size=(images, features))).astype("f4"), labels
@@ -87,12 +88,10 @@ def blobs(classes: int, images: int, features: int = 32) -> tuple[NDArray[np.flo
 # Features
 
 
-def test_the_features_are_the_encoders_of_the_central_squares_in_the_files_order(
-    run: Path, photos: str, tmp_path: Path
-) -> None:
-    found = embed(run, tmp_path / "out")
-    assert isinstance(found, np.memmap)
-    assert found.dtype == np.float32
+def test_features_are_of_the_central_squares_in_file_order(run: Path, photos: str, tmp_path: Path) -> None:
+    features = embed(run, tmp_path / "out")
+    assert isinstance(features, np.memmap)
+    assert features.dtype == np.float32
     mean, std = ([[[value]] for value in values] for values in (Augmentation().mean, Augmentation().std))
     files, model = sorted(Path(photos).rglob("*.jpg")), load_encoder(run)
     for row, file in enumerate(files):
@@ -100,18 +99,18 @@ def test_the_features_are_the_encoders_of_the_central_squares_in_the_files_order
         height, width = image.shape[1:]
         side = round(min(height, width) * 0.875)
         box = [(height - side) // 2, (width - side) // 2, side, side]
-        seen = TF.resized_crop(image, *box, [24, 24], InterpolationMode.BICUBIC, antialias=True)
+        view = TF.resized_crop(image, *box, [24, 24], InterpolationMode.BICUBIC, antialias=True)
         with torch.inference_mode():
-            expected = model(((seen / 255 - torch.tensor(mean)) / torch.tensor(std))[None])[0]
-        np.testing.assert_allclose(found[row], expected, rtol=1e-4, atol=1e-4, err_msg=file.name)
+            expected = model(((view / 255 - torch.tensor(mean)) / torch.tensor(std))[None])[0]
+        np.testing.assert_allclose(features[row], expected, rtol=1e-4, atol=1e-4, err_msg=file.name)
     classes = {"a": "0", "b": "1", "c": "2"}
-    assert table(tmp_path / "out") == [
+    assert read_table(tmp_path / "out") == [
         ["row", "image", "label", "class"],
         *([str(row), str(file), classes[file.parent.name], file.parent.name] for row, file in enumerate(files)),
     ]
 
 
-def test_two_ranks_write_what_one_does(run: Path, tmp_path: Path) -> None:
+def test_two_ranks_write_the_same_files_as_one(run: Path, tmp_path: Path) -> None:
     one = embed(run, tmp_path / "one")
     command = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2", "-m", "fastsimclr.embed"]
     done = subprocess.run(
@@ -125,31 +124,31 @@ def test_two_ranks_write_what_one_does(run: Path, tmp_path: Path) -> None:
     assert done.stdout.count("\n") == 1
     two = np.load(tmp_path / "two" / "features.npy")
     np.testing.assert_allclose(two, one, rtol=1e-4, atol=1e-5)
-    assert table(tmp_path / "two") == table(tmp_path / "one")
-    made = {"features.npy", "images.csv", "embed.json", "gallery.png"}
-    assert {file.name for file in (tmp_path / "two").iterdir()} - {"image_scan.npz"} == made
+    assert read_table(tmp_path / "two") == read_table(tmp_path / "one")
+    files = {"features.npy", "images.csv", "embed.json", "gallery.png"}
+    assert {file.name for file in (tmp_path / "two").iterdir()} - {"image_scan.npz"} == files
 
 
-def test_safetensors_hold_the_same_with_the_labels(run: Path, photos: str, tmp_path: Path) -> None:
+def test_safetensors_hold_features_and_labels(run: Path, photos: str, tmp_path: Path) -> None:
     features = embed(run, tmp_path / "npy")
     assert main([f"--checkpoint={run}", f"--output={tmp_path / 'out'}", *QUICK, "--format=safetensors"]) == 0
     file = tmp_path / "out" / "features.safetensors"
-    held = load_file(file)
-    assert held.keys() == {"features", "labels"}
-    assert np.array_equal(held["features"].numpy(), features)
-    assert held["labels"].tolist() == sorted(i % 3 for i in range(IMAGES))
+    tensors = load_file(file)
+    assert tensors.keys() == {"features", "labels"}
+    assert np.array_equal(tensors["features"].numpy(), features)
+    assert tensors["labels"].tolist() == sorted(i % 3 for i in range(IMAGES))
     with safe_open(file, "pt") as opened:
-        said = opened.metadata()
-    assert said == {"checkpoint": str(run), "origin": "fastsimclr run, step 7", "data": photos}
+        header = opened.metadata()
+    assert header == {"checkpoint": str(run), "origin": "fastsimclr run, step 7", "data": photos}
 
     flat = write(tmp_path / "flat", {f"{k}.jpg": jpeg(photo(40, 50, seed=k)) for k in range(3)})
-    options = [*QUICK, f"--data={flat}", "--format=safetensors", f"--output={tmp_path / 'unlabelled'}"]
+    options = [*QUICK, f"--data={flat}", "--format=safetensors", f"--output={tmp_path / 'unlabeled'}"]
     assert main([f"--checkpoint={run}", *options]) == 0
-    assert load_file(tmp_path / "unlabelled" / "features.safetensors").keys() == {"features"}
-    assert table(tmp_path / "unlabelled")[1] == ["0", str(flat / "0.jpg"), "", ""]
+    assert load_file(tmp_path / "unlabeled" / "features.safetensors").keys() == {"features"}
+    assert read_table(tmp_path / "unlabeled")[1] == ["0", str(flat / "0.jpg"), "", ""]
 
 
-def test_a_runs_folder_gives_data_recipe_and_output(
+def test_run_folder_sets_data_recipe_and_output(
     run: Path, photos: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     mine = save_run(tmp_path / "run", load_encoder(run), f"--data.train={photos}", "--data.image_size=24")
@@ -167,71 +166,71 @@ def test_a_runs_folder_gives_data_recipe_and_output(
     assert record["images_per_second"] == pytest.approx(IMAGES / record["seconds"])
 
 
-def test_of_a_built_in_set_it_is_the_held_out_part(
-    run: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_built_in_data_uses_the_held_out_part(run: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert len(embed(run, tmp_path / "out", "--data=digits", "--batch_size=128")) == 364
     assert "364 images of digits (held-out part)" in capsys.readouterr().out
-    assert [int(row[2]) for row in table(tmp_path / "out")[1:]] == open_source("digits", split="val").labels.tolist()
+    assert [int(row[2]) for row in read_table(tmp_path / "out")[1:]] == open_source(
+        "digits", split="val"
+    ).labels.tolist()
 
 
-def test_a_foreign_checkpoint_takes_its_recipe_from_the_options(
+def test_recipe_of_a_foreign_checkpoint_comes_from_the_options(
     photos: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     file = tmp_path / "foreign.pth"
     torch.manual_seed(0)
-    torch.save(lived_in(resnet18()).state_dict(), file)
+    torch.save(randomize_norms(resnet18()).state_dict(), file)
     recipe = ["--data.image_size=20", "--data.mean=[0.5, 0.4, 0.3]", "--data.std", "[0.3,0.2,0.1]"]
     recipe += ["--data.interpolation=bilinear", "--data.center_fraction=1"]
-    found = embed(file, tmp_path / "out", f"--data={photos}", *recipe)
+    features = embed(file, tmp_path / "out", f"--data={photos}", *recipe)
     assert "prepared with the default options at 20 pixels" in capsys.readouterr().out
-    own = {"mean": (0.5, 0.4, 0.3), "std": (0.3, 0.2, 0.1), "interpolation": "bilinear", "center_fraction": 1.0}
+    changes = {"mean": (0.5, 0.4, 0.3), "std": (0.3, 0.2, 0.1), "interpolation": "bilinear", "center_fraction": 1.0}
     augmentation = Augmentation(
-        image_size=20, crop="center", flip_prob=0, jitter_prob=0, grayscale_prob=0, blur_prob=0, num_views=1, **own
+        image_size=20, crop="center", flip_prob=0, jitter_prob=0, grayscale_prob=0, blur_prob=0, num_views=1, **changes
     )
     batch = next(iter(open_views(photos, augmentation, IMAGES, shuffle=False)))
     with torch.inference_mode():
         torch.testing.assert_close(
-            torch.from_numpy(np.array(found)), load_encoder(file)(batch.views[0]), rtol=1e-4, atol=1e-5
+            torch.from_numpy(np.array(features)), load_encoder(file)(batch.views[0]), rtol=1e-4, atol=1e-5
         )
 
 
-def test_a_subset_is_of_the_seed_and_in_the_files_order(run: Path, tmp_path: Path) -> None:
+def test_subset_depends_on_the_seed_and_keeps_file_order(run: Path, tmp_path: Path) -> None:
     whole = embed(run, tmp_path / "whole")
-    names = [row[1] for row in table(tmp_path / "whole")[1:]]
+    names = [row[1] for row in read_table(tmp_path / "whole")[1:]]
     chosen = []
     for name, seed in (("a", 3), ("again", 3), ("other", 4)):
-        found = embed(run, tmp_path / name, "--images=7", f"--seed={seed}")
-        rows = [names.index(row[1]) for row in table(tmp_path / name)[1:]]
+        features = embed(run, tmp_path / name, "--images=7", f"--seed={seed}")
+        rows = [names.index(row[1]) for row in read_table(tmp_path / name)[1:]]
         assert len(rows) == 7
         assert rows == sorted(rows)
-        np.testing.assert_allclose(found, whole[rows], rtol=1e-4, atol=1e-5)
+        np.testing.assert_allclose(features, whole[rows], rtol=1e-4, atol=1e-5)
         chosen.append(rows)
     assert chosen[0] == chosen[1] != chosen[2]
 
 
-def test_names_of_any_bytes_come_back_from_the_table(run: Path, tmp_path: Path) -> None:
+def test_table_holds_file_names_of_any_bytes(run: Path, tmp_path: Path) -> None:
     names = ['a, "b"/x, y.jpg', 'a, "b"/two\nlines.jpg', "ü/plain.jpg", os.fsdecode(b"\xff/\xfe.jpg")]
     folder = write(tmp_path / "odd", {name: jpeg(photo(30, 30, seed=k)) for k, name in enumerate(names)})
     embed(run, tmp_path / "out", f"--data={folder}")
-    rows = table(tmp_path / "out")[1:]
+    rows = read_table(tmp_path / "out")[1:]
     assert {row[1] for row in rows} == {str(folder / name) for name in names}
     assert all(Path(row[1]).is_file() for row in rows)
     assert {row[3] for row in rows} == {'a, "b"', "ü", os.fsdecode(b"\xff")}
 
 
-def test_numbered_classes_with_gaps_keep_their_numbers(run: Path, tmp_path: Path) -> None:
+def test_class_numbers_with_gaps_are_kept(run: Path, tmp_path: Path) -> None:
     members = [
         (f"{n}.{kind}", data) for n in (5, 30) for kind, data in (("jpg", jpeg(photo(30, 30))), ("cls", b"%d" % n))
     ]
     embed(run, tmp_path / "out", f"--data={write_tar(tmp_path / 'gaps.tar', members)}")
-    assert [row[2:] for row in table(tmp_path / "out")[1:]] == [["5", "5"], ["30", "30"]]
+    assert [row[2:] for row in read_table(tmp_path / "out")[1:]] == [["5", "5"], ["30", "30"]]
 
 
-# What may go wrong
+# Errors
 
 
-def test_bad_images_are_left_out_and_listed(
+def test_bad_images_are_skipped_and_listed(
     run: Path, photos: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     folder = write(
@@ -246,13 +245,13 @@ def test_bad_images_are_left_out_and_listed(
     assert not (tmp_path / "out" / "features.npy").exists()
     assert np.array_equal(embed(run, tmp_path / "out", f"--data={folder}", "--max_bad=0.1"), whole)
     assert f"left out 1 that cannot be used, see {listed.name}" in capsys.readouterr().out
-    assert "zzz" not in str(table(tmp_path / "out"))
+    assert "zzz" not in str(read_table(tmp_path / "out"))
     (folder / "a" / "zzz.jpg").unlink()
     embed(run, tmp_path / "out", f"--data={folder}", "--force")
     assert not listed.exists()
 
 
-def test_what_is_there_is_overwritten_only_by_force(
+def test_existing_files_are_overwritten_only_with_force(
     run: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     embed(run, tmp_path, "--gallery=1")
@@ -262,14 +261,14 @@ def test_what_is_there_is_overwritten_only_by_force(
     options = [f"--output={tmp_path}", *QUICK, "--format=safetensors", "--images=3", "--force"]
     assert main([f"--checkpoint={run}", *options]) == 0
     assert len(load_file(tmp_path / "features.safetensors")["features"]) == 3
-    assert not (tmp_path / "features.npy").exists(), "it would be of other images than the table"
+    assert not (tmp_path / "features.npy").exists(), "the old features would not match the new table"
     assert not (tmp_path / "gallery.png").exists()
 
 
-def test_a_killed_one_leaves_no_features_and_the_next_goes_through(run: Path, tmp_path: Path) -> None:
+def test_killed_process_leaves_no_features_and_a_rerun_succeeds(run: Path, tmp_path: Path) -> None:
     large = write(tmp_path, {"large.jpg": jpeg(photo(500, 500).repeat(4, 0).repeat(4, 1))}) / "large.jpg"
     (tmp_path / "photos").mkdir()
-    for number in range(24):  # seconds of work, in one file
+    for number in range(24):  # links to one file that take seconds to decode
         (tmp_path / "photos" / f"{number}.jpg").symlink_to(large)
     output = tmp_path / "out"
     options = [f"--checkpoint={run}", f"--data={tmp_path / 'photos'}", f"--output={output}", *QUICK]
@@ -288,7 +287,7 @@ def test_a_killed_one_leaves_no_features_and_the_next_goes_through(run: Path, tm
     assert not list(output.glob("*.partial"))
 
 
-def test_an_interrupted_one_leaves_what_was_there(run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_interrupt_keeps_existing_files(run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     before = embed(run, tmp_path)[:]
     forward = Encoder.forward
     calls = []
@@ -303,16 +302,16 @@ def test_an_interrupted_one_leaves_what_was_there(run: Path, tmp_path: Path, mon
     with pytest.raises(KeyboardInterrupt):
         main([f"--checkpoint={run}", f"--output={tmp_path}", *QUICK, "--images=20", "--force"])
     assert np.array_equal(np.load(tmp_path / "features.npy"), before)
-    assert len(table(tmp_path)) == 1 + IMAGES
+    assert len(read_table(tmp_path)) == 1 + IMAGES
     assert not list(tmp_path.glob("*.partial"))
 
 
-def test_no_room_for_the_features_is_known_before_the_work(
+def test_lack_of_disk_space_is_reported_before_embedding(
     run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    monkeypatch.setattr(Encoder, "forward", lambda self, x: pytest.fail("nothing is to be embedded yet"))
+    monkeypatch.setattr(Encoder, "forward", lambda self, x: pytest.fail("called before the check"))
     limits = resource.getrlimit(resource.RLIMIT_FSIZE)
-    resource.setrlimit(resource.RLIMIT_FSIZE, (30_000, limits[1]))  # of 43,136 bytes
+    resource.setrlimit(resource.RLIMIT_FSIZE, (30_000, limits[1]))  # less than the 43,136 bytes needed
     try:
         assert main([f"--checkpoint={run}", f"--output={tmp_path}", *QUICK]) == 2
     finally:
@@ -321,7 +320,7 @@ def test_no_room_for_the_features_is_known_before_the_work(
     assert not list(tmp_path.glob("features*"))
 
 
-def test_features_that_are_no_numbers_are_a_mistake(
+def test_features_that_are_not_finite_are_a_user_error(
     run: Path, photos: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     model = load_encoder(run)
@@ -333,23 +332,24 @@ def test_features_that_are_no_numbers_are_a_mistake(
     assert not list(tmp_path.rglob("features.*"))
 
 
-def _complaint(rank: int, files: list[list[Path]]) -> list[str]:
-    said = []
-    for of_ranks in files:
+def _errors_on_a_rank(rank: int, files: list[list[Path]]) -> list[str]:
+    """Return the error, or "", for each list of the ranks' files."""
+    errors = []
+    for files_of_ranks in files:
         try:
-            expect_one_disk(of_ranks[rank], World(rank, 2, torch.device("cpu")))
-            said.append("")
+            expect_one_disk(files_of_ranks[rank], World(rank, 2, torch.device("cpu")))
+            errors.append("")
         except UserError as error:
-            said.append(str(error))
-    return said
+            errors.append(str(error))
+    return errors
 
 
-def test_ranks_that_see_other_folders_are_a_mistake_of_all(tmp_path: Path) -> None:
+def test_ranks_with_different_folders_raise_on_all_ranks(tmp_path: Path) -> None:
     mine, other, missing = (tmp_path / name / "features.npy.partial" for name in ("a", "b", "c"))
     for file in (mine, other):
         file.parent.mkdir()
         file.write_text("as long")
-    one, two = run_ranks(2, _complaint, [[mine, mine], [mine, other], [mine, missing]])
+    one, two = run_ranks(2, _errors_on_a_rank, [[mine, mine], [mine, other], [mine, missing]])
     assert one[0] == two[0] == ""
     for rank, place in ((one, "a"), (two, "b")):
         assert f"{tmp_path / place}, which is not the same folder on rank 1" in rank[1]
@@ -378,7 +378,7 @@ def test_ranks_that_see_other_folders_are_a_mistake_of_all(tmp_path: Path) -> No
         (["--checkpoint={run}", "--output=/dev/null/out", "--data=digits"], ["/dev/null/out", "cannot be written"]),
     ],
 )
-def test_a_mistake_is_one_line_and_exit_code_2(
+def test_user_error_is_one_line_with_exit_code_2(
     options: list[str],
     words: list[str],
     run: Path,
@@ -403,15 +403,15 @@ def test_a_mistake_is_one_line_and_exit_code_2(
 # Pictures
 
 
-def test_every_map_that_can_be_drawn_is_offered() -> None:
+def test_command_line_offers_every_map_method() -> None:
     assert tuple(neighbors.METHODS) == MAP_METHODS
 
 
-def test_the_pictures_are_made_of_enough_images_and_it_says_so(
+def test_map_and_gallery_need_enough_images(
     run: Path, photos: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    drawn = ["--map=pca", "--gallery=3"]
-    embed(run, tmp_path / "out", *drawn)
+    options = ["--map=pca", "--gallery=3"]
+    embed(run, tmp_path / "out", *options)
     assert "map.png (PCA), gallery.png; 21 images" in capsys.readouterr().out
     height, width, _ = pixels_of(tmp_path / "out" / "map.png").shape
     assert 900 <= width <= 1200
@@ -419,28 +419,28 @@ def test_the_pictures_are_made_of_enough_images_and_it_says_so(
     height, width, _ = pixels_of(tmp_path / "out" / "gallery.png").shape
     assert 9 * pictures.THUMB < width < 11 * pictures.THUMB
     assert 3 * pictures.THUMB < height < 6 * pictures.THUMB
-    embed(run, tmp_path / "few", *drawn, "--images=9")
+    embed(run, tmp_path / "few", *options, "--images=9")
     assert "no pictures of only 9 images" in capsys.readouterr().out
     assert not list((tmp_path / "few").glob("*.png"))
 
 
-def test_the_nearest_are_those_of_all_cosines(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_nearest_neighbors_match_all_cosines(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     rng = np.random.default_rng(0)
     np.save(tmp_path / "features.npy", rng.normal(size=(130, 16)).astype(np.float32))
     features = np.load(tmp_path / "features.npy", mmap_mode="r")
-    monkeypatch.setattr(neighbors, "BLOCK_BYTES", 4 * 16 * 3)  # three rows at a time: fewer than neighbours
+    monkeypatch.setattr(neighbors, "BLOCK_BYTES", 4 * 16 * 3)  # blocks of three rows, fewer than neighbors
     queries = np.array([0, 64, 129])
     cosines, nearest = neighbors.nearest(features, queries, 8)
     unit = features / np.linalg.norm(features.astype(np.float64), axis=1, keepdims=True)
-    every = unit[queries] @ unit.T
-    every[[0, 1, 2], queries] = -np.inf
-    expected = np.argsort(-every, axis=1)[:, :8]
+    all_cosines = unit[queries] @ unit.T
+    all_cosines[[0, 1, 2], queries] = -np.inf
+    expected = np.argsort(-all_cosines, axis=1)[:, :8]
     assert np.array_equal(nearest, expected)
-    np.testing.assert_allclose(cosines, np.take_along_axis(every, expected, 1), atol=1e-6)
+    np.testing.assert_allclose(cosines, np.take_along_axis(all_cosines, expected, 1), atol=1e-6)
     assert neighbors.nearest(features[:4], np.array([2]), 8)[1].shape == (1, 3)
 
 
-def test_queries_are_of_as_many_classes_as_there_are() -> None:
+def test_queries_cover_all_classes() -> None:
     labels = np.repeat([2, 0, 1], [50, 40, 10])
     chosen = neighbors.choose_queries(labels, 5, seed=1)
     assert len(set(chosen.tolist())) == 5
@@ -452,7 +452,7 @@ def test_queries_are_of_as_many_classes_as_there_are() -> None:
 
 
 @pytest.mark.parametrize("method", ["umap", "tsne", "pca"])
-def test_a_map_keeps_clusters_apart(method: str) -> None:
+def test_map_separates_clusters(method: str) -> None:
     if method == "umap" and find_spec("umap") is None:
         pytest.skip("umap-learn is not installed")
     features, labels = blobs(classes=3, images=90)
@@ -464,27 +464,27 @@ def test_a_map_keeps_clusters_apart(method: str) -> None:
 
 
 @pytest.mark.parametrize("method", ["tsne", "pca"])
-def test_features_that_are_all_alike_still_have_a_map(method: str) -> None:
+def test_identical_features_have_a_map(method: str) -> None:
     places = neighbors.project(np.ones((12, 8), np.float32), method, seed=0)
     assert pictures.draw_map("title", [], places, np.full(12, -1), {})[:4] == b"\x89PNG"
 
 
-def test_umap_is_taken_where_it_is_installed() -> None:
+def test_auto_uses_umap_if_installed() -> None:
     assert neighbors.choose_method("auto")[0] == ("umap" if find_spec("umap") else "tsne")
     assert neighbors.choose_method("pca") == ("pca", "")
 
 
-def test_a_umap_that_is_broken_is_said_and_does_without(
+def test_broken_umap_is_reported_and_replaced_by_tsne(
     run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    monkeypatch.setitem(sys.modules, "umap", None)  # as Python marks a module that cannot be imported
+    monkeypatch.setitem(sys.modules, "umap", None)  # importing it then fails
     monkeypatch.setattr("fastsimclr.evaluation.neighbors.version", lambda package: "0.5")
     embed(run, tmp_path, "--map=auto")
     assert "map.png (t-SNE: umap-learn cannot be imported: import of umap halted" in capsys.readouterr().out
     assert pixels_of(tmp_path / "map.png").ndim == 3
     assert main([f"--checkpoint={run}", f"--output={tmp_path}", *QUICK, "--map=umap", "--force"]) == 2
     assert "--map: got umap, but umap-learn cannot be imported" in capsys.readouterr().err
-    assert (tmp_path / "features.npy").is_file(), "which took the time"
+    assert (tmp_path / "features.npy").is_file(), "features are kept, since they take the time"
 
 
 def drawn_map(
@@ -495,24 +495,24 @@ def drawn_map(
     return pixels_of(file)
 
 
-def test_points_are_in_their_places_in_their_classes_colours(tmp_path: Path) -> None:
+def test_points_have_their_positions_and_class_colors(tmp_path: Path) -> None:
     places = np.array([[0.0, 0.0], [4.0, 1.0], [4.0, 0.0], [2.0, 0.5]])
     sheet = drawn_map(tmp_path, places, [0, 1, 2, -1], {0: "zero", 1: "one", 2: "two"}).astype(int)
     plot = sheet[80:, : pictures.MARGIN + pictures.PLOT]  # below the title
-    middles = []
+    centers = []
     for code in (*pictures.COLORS[:3], pictures.GRAY):
-        shade = np.array(color(code)) * 0.8 + 255 * 0.2  # points are a little transparent
+        shade = np.array(rgb(code)) * 0.8 + 255 * 0.2  # points are slightly transparent
         y, x = np.nonzero(np.abs(plot - shade).max(2) < 4)
-        middles.append((x.mean(), y.mean()))
-    (x0, y0), (x1, y1), (x2, y2), (x3, y3) = middles
+        centers.append((x.mean(), y.mean()))
+    (x0, y0), (x1, y1), (x2, y2), (x3, y3) = centers
     assert x1 == pytest.approx(x2, abs=1)
     assert y0 == pytest.approx(y2, abs=1)
-    assert y1 < y0, "the second column goes up"
-    assert (x1 - x0) == pytest.approx(4 * (y0 - y1), abs=4), "one scale for both"
+    assert y1 < y0, "the y axis points up"
+    assert (x1 - x0) == pytest.approx(4 * (y0 - y1), abs=4), "both axes have the same scale"
     assert (x3, y3) == pytest.approx(((x0 + x1) / 2, (y0 + y1) / 2), abs=1)
 
 
-def test_up_to_twenty_classes_have_a_legend_and_more_are_named_in_the_map(tmp_path: Path) -> None:
+def test_legend_up_to_20_classes_and_names_in_the_map_above(tmp_path: Path) -> None:
     places, widths = np.random.default_rng(0).uniform(size=(200, 2)), []
     for classes in (2, 20, 21):
         names = {label: f"class {label}" for label in range(classes)}
@@ -525,13 +525,13 @@ def test_up_to_twenty_classes_have_a_legend_and_more_are_named_in_the_map(tmp_pa
     assert min(widths[:2]) > widths[2] + 100
 
 
-def test_names_in_the_map_do_not_overlap_and_stay_inside() -> None:
+def test_names_in_the_map_do_not_overlap_or_leave_it() -> None:
     rng = np.random.default_rng(0)
     labels = np.arange(2000) % 150
     at = (rng.uniform(50, 850, (150, 2))[labels] + rng.normal(0, 30, (2000, 2))).clip(0, 900)
     names = {label: "abcdefghijkl"[: 3 + label % 10] for label in range(150)}
-    middles = {label: np.median(at[labels == label], axis=0) for label in names}
-    named = pictures._place_names(middles, labels, names, (900, 900))
+    medians = {label: np.median(at[labels == label], axis=0) for label in names}
+    named = pictures._place_names(medians, labels, names, (900, 900))
     assert len(named) > 100
     boxes = [(x, y, text_width(names[label], weight="bold") / 2) for label, x, y in named]
     for k, (x, y, half) in enumerate(boxes):
@@ -540,11 +540,11 @@ def test_names_in_the_map_do_not_overlap_and_stay_inside() -> None:
         assert all(abs(x - u) >= half + w or abs(y - v) >= 14 for u, v, w in boxes[:k])
 
 
-def test_the_gallery_shows_each_image_and_frames_those_of_other_classes(photos: str, tmp_path: Path) -> None:
+def test_gallery_shows_each_image_and_frames_other_classes(photos: str, tmp_path: Path) -> None:
     source, augmentation = open_source(photos), Augmentation()
     names = neighbors.class_names(source)
     queries = np.array([0, 20])
-    nearest = np.array([[1, 7, 2], [19, 18, 0]])  # seven of a, seven of b, seven of c
+    nearest = np.array([[1, 7, 2], [19, 18, 0]])  # seven images of each class a, b, c
     cosines = np.array([[0.9, 0.8, 0.7], [0.9, 0.8, 0.7]], np.float32)
     file = tmp_path / "gallery.png"
     file.write_bytes(pictures.draw_gallery("title", ["note"], source, augmentation, names, queries, cosines, nearest))
@@ -557,14 +557,14 @@ def test_the_gallery_shows_each_image_and_frames_those_of_other_classes(photos: 
             strip, thumbnail = sheet[:, left : left + side], pictures.thumbnail(source, image, augmentation)
             top = next(y for y in range(len(strip) - side) if np.array_equal(strip[y : y + side], thumbnail))
             tops.append(top)
-            framed = sheet[top + side // 2, left - 2].tolist() == color(RED)
+            framed = sheet[top + side // 2, left - 2].tolist() == rgb(RED)
             assert framed == (source.labels[image] != source.labels[queries[row]])
     assert len(set(tops[:4])) == len(set(tops[4:])) == 1, "aligned"
     assert tops[4] > tops[0] + side
     assert sheet.shape[1] == lefts[-1] + side + pictures.MARGIN
 
 
-def test_a_thumbnail_is_what_the_encoder_sees(tmp_path: Path) -> None:
+def test_thumbnail_is_the_encoders_input(tmp_path: Path) -> None:
     image = np.zeros((80, 200, 3), np.uint8)
     image[5:75, 65:135] = 255  # the central 70 of 80
     Image.fromarray(image).save(tmp_path / "square.png")
@@ -573,15 +573,15 @@ def test_a_thumbnail_is_what_the_encoder_sees(tmp_path: Path) -> None:
     assert pictures.thumbnail(source, 0, Augmentation(center_fraction=1.0)).min() == 0
 
 
-def test_many_images_are_mapped_by_a_part_of_them(run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_map_of_many_images_uses_a_subset(run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("fastsimclr.evaluation.embedding.MAX_MAPPED", 12)
     mapped, project = [], neighbors.project
 
-    def watched(features: NDArray[np.float32], method: str, seed: int) -> NDArray[np.float64]:
+    def recorded(features: NDArray[np.float32], method: str, seed: int) -> NDArray[np.float64]:
         mapped.append(np.array(features))
         return project(features, method, seed)
 
-    monkeypatch.setattr(neighbors, "project", watched)
+    monkeypatch.setattr(neighbors, "project", recorded)
     whole = embed(run, tmp_path, "--map=pca")
     assert mapped[0].shape == (12, 512)
     assert all((whole == row).all(1).any() for row in mapped[0])

@@ -1,4 +1,4 @@
-"""python -m fastsimclr.evaluate: its figures against scikit-learn's, what it must not change, and users' mistakes."""
+"""python -m fastsimclr.evaluate: accuracies against scikit-learn, weights that must not change, and user errors."""
 
 import json
 from pathlib import Path
@@ -7,7 +7,7 @@ from typing import Any, NamedTuple
 import numpy as np
 import pytest
 import torch
-from pictures import jpeg, photo, write
+from pictures import SHARED_DATA, jpeg, photo, write
 from PIL import Image
 from sklearn.linear_model import LogisticRegression
 from sklearn.neighbors import KNeighborsClassifier
@@ -22,21 +22,21 @@ from fastsimclr.evaluation.features import embed
 from fastsimclr.pretrained import open_pretrained
 from fastsimclr.train import main as train
 
-CIFAR10 = Path(__file__).resolve().parents[3] / "shared" / "data" / "cifar10"
+CIFAR10 = SHARED_DATA / "cifar10"
 FAST = ["--precision=fp32", "--device=cpu"]
 
 
 @pytest.fixture(scope="module")
 def run(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A run on digits of 16 pixels, a few steps long: better than nothing, far from perfect."""
+    """A short run on digits of 16 pixels: better than random weights, far from perfect."""
     folder = tmp_path_factory.mktemp("runs") / "run"
     options = ["--epochs=2", "--knn_every=0", "--data.image_size=16", "--device=cpu", "--precision=fp32"]
     assert train([*options, f"--output={folder}"]) == 0
     return folder
 
 
-def evaluated(tmp_path: Path, *arguments: str) -> dict[str, Any]:
-    """The record that an evaluation leaves."""
+def evaluate(tmp_path: Path, *arguments: str) -> dict[str, Any]:
+    """Run an evaluation and return its JSON record."""
     assert main([*arguments, *FAST, f"--output={tmp_path}"]) == 0
     (file,) = tmp_path.glob("*.json")
     record: dict[str, Any] = json.loads(file.read_text())
@@ -44,10 +44,10 @@ def evaluated(tmp_path: Path, *arguments: str) -> dict[str, Any]:
 
 
 def features(run: Path, source: Source) -> tuple[np.ndarray, np.ndarray]:
-    """Representations, as float64, and labels."""
-    found = open_pretrained(run)
-    assert found.augmentation is not None
-    values, labels = embed(found.encoder, source, found.augmentation, LoaderConfig(batch_size=256, backend="memory"))
+    """Return the representations in float64 and the labels."""
+    opened = open_pretrained(run)
+    assert opened.augmentation is not None
+    values, labels = embed(opened.encoder, source, opened.augmentation, LoaderConfig(batch_size=256, backend="memory"))
     return values.double().numpy(), labels.numpy()
 
 
@@ -55,7 +55,7 @@ def features(run: Path, source: Source) -> tuple[np.ndarray, np.ndarray]:
 def cifar10(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
     """1,500 and 500 images of CIFAR-10 in class folders."""
     if not (CIFAR10 / "test.tar").exists():
-        pytest.skip("CIFAR-10 is not here")
+        pytest.skip("needs CIFAR-10 in shared/data next to the repository")
     folder = tmp_path_factory.mktemp("cifar10")
     source = open_source(str(CIFAR10 / "test.tar"))
     for number in range(2000):
@@ -66,8 +66,8 @@ def cifar10(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
     return folder / "train", folder / "val"
 
 
-class Known(NamedTuple):
-    """Options that name images, and what the run's encoder makes of them."""
+class Features(NamedTuple):
+    """Options that select data, and the representations of its images by the run's encoder."""
 
     options: list[str]
     bank: np.ndarray
@@ -77,7 +77,7 @@ class Known(NamedTuple):
 
 
 @pytest.fixture(scope="module", params=["digits", "cifar10"])
-def known(request: pytest.FixtureRequest, run: Path) -> Known:
+def computed(request: pytest.FixtureRequest, run: Path) -> Features:
     if request.param == "digits":
         options, sources = [], (open_source("digits"), open_source("digits", split="val"))
     else:
@@ -86,35 +86,37 @@ def known(request: pytest.FixtureRequest, run: Path) -> Known:
             [f"--data.train={train}", f"--data.val={val}"],
             (open_source(str(train)), open_source(str(val))),
         )
-    return Known(options, *features(run, sources[0]), *features(run, sources[1]))
+    return Features(options, *features(run, sources[0]), *features(run, sources[1]))
 
 
 @pytest.mark.parametrize(("k", "temperature"), [(1, None), (20, None), (20, 0.07), (200, 0.07)])
-def test_knn_is_scikit_learns(tmp_path: Path, run: Path, known: Known, k: int, temperature: float | None) -> None:
+def test_knn_matches_scikit_learn(
+    tmp_path: Path, run: Path, computed: Features, k: int, temperature: float | None
+) -> None:
     weights: Any = "uniform" if temperature is None else lambda distance: np.exp(-distance / temperature)
     theirs = KNeighborsClassifier(k, metric="cosine", weights=weights, algorithm="brute")
-    expected = theirs.fit(known.bank, known.bank_labels).score(known.queries, known.labels)
+    expected = theirs.fit(computed.bank, computed.bank_labels).score(computed.queries, computed.labels)
     word = "none" if temperature is None else str(temperature)
-    record = evaluated(tmp_path, "knn", f"--checkpoint={run}", f"--k={k}", f"--temperature={word}", *known.options)
+    record = evaluate(tmp_path, "knn", f"--checkpoint={run}", f"--k={k}", f"--temperature={word}", *computed.options)
     assert 0.1 < expected < 1
-    assert record["top1"] == pytest.approx(expected, abs=1.01 / len(known.labels))
-    assert record["val"]["images"] == len(known.labels)
+    assert record["top1"] == pytest.approx(expected, abs=1.01 / len(computed.labels))
+    assert record["val"]["images"] == len(computed.labels)
 
 
 @pytest.mark.parametrize("c", ["auto", "0.01", "1"])
-def test_logistic_regression_is_scikit_learns(tmp_path: Path, run: Path, known: Known, c: str) -> None:
-    record = evaluated(tmp_path, "linear", "--solver=lbfgs", f"--c={c}", f"--checkpoint={run}", *known.options)
+def test_logistic_regression_matches_scikit_learn(tmp_path: Path, run: Path, computed: Features, c: str) -> None:
+    record = evaluate(tmp_path, "linear", "--solver=lbfgs", f"--c={c}", f"--checkpoint={run}", *computed.options)
     theirs = LogisticRegression(C=record["settings"]["c"], tol=1e-6, max_iter=5000)
-    pipeline = make_pipeline(StandardScaler(), theirs).fit(known.bank, known.bank_labels)
-    expected = pipeline.score(known.queries, known.labels)
+    pipeline = make_pipeline(StandardScaler(), theirs).fit(computed.bank, computed.bank_labels)
+    expected = pipeline.score(computed.queries, computed.labels)
     assert 0.15 < expected < 1
-    assert record["top1"] == pytest.approx(expected, abs=1.01 / len(known.labels))
+    assert record["top1"] == pytest.approx(expected, abs=1.01 / len(computed.labels))
 
 
-def test_the_regularisation_is_chosen_without_the_validation_images(tmp_path: Path, run: Path) -> None:
-    """With other validation images the same C and the same held-out accuracies come out; and they are those of a fifth
-    of each class of the training images."""
-    first = evaluated(tmp_path / "a", "linear", "--solver=lbfgs", f"--checkpoint={run}")
+def test_regularization_is_chosen_without_the_validation_images(tmp_path: Path, run: Path) -> None:
+    """Other validation images give the same C and held-out accuracies, which are measured on a fifth of each class of
+    the training images."""
+    first = evaluate(tmp_path / "a", "linear", "--solver=lbfgs", f"--checkpoint={run}")
     photos = tmp_path / "val"
     source = open_source("digits", split="val")
     for i in range(100):
@@ -122,7 +124,7 @@ def test_the_regularisation_is_chosen_without_the_validation_images(tmp_path: Pa
         file.parent.mkdir(parents=True, exist_ok=True)
         Image.fromarray(source.images[i].numpy()).save(file)  # type: ignore[attr-defined]
     options = ("linear", "--solver=lbfgs", f"--checkpoint={run}", "--data.train=digits", f"--data.val={photos}")
-    second = evaluated(tmp_path / "b", *options)
+    second = evaluate(tmp_path / "b", *options)
     assert first["val"]["images"] != second["val"]["images"]
     assert first["settings"] == second["settings"]
     accuracies = np.array(list(first["settings"]["held_out_accuracy"].values()))
@@ -132,11 +134,10 @@ def test_the_regularisation_is_chosen_without_the_validation_images(tmp_path: Pa
 
 
 @pytest.mark.parametrize("solver", ["sgd", "lbfgs"])
-def test_linear_changes_nothing_of_the_encoder(tmp_path: Path, run: Path, solver: str) -> None:
-    """Neither a parameter nor a BatchNorm statistic: what is saved has the checkpoint's bits, and a classifier that
-    is worth the accuracy that was reported."""
+def test_linear_keeps_the_encoder_bit_identical(tmp_path: Path, run: Path, solver: str) -> None:
+    """Neither parameters nor BatchNorm statistics change, and the saved classifier has the reported accuracy."""
     before = {k: v.clone() for k, v in open_pretrained(run).encoder.state_dict().items()}
-    record = evaluated(tmp_path, "linear", f"--solver={solver}", "--epochs=2", "--lr=1", f"--checkpoint={run}")
+    record = evaluate(tmp_path, "linear", f"--solver={solver}", "--epochs=2", "--lr=1", f"--checkpoint={run}")
     (file,) = tmp_path.glob("*.pt")
     state = torch.load(file, weights_only=True)
     assert {k for k in state if not k.startswith("fc.")} == set(before)
@@ -147,31 +148,31 @@ def test_linear_changes_nothing_of_the_encoder(tmp_path: Path, run: Path, solver
     assert (logits.argmax(1).numpy() == labels).mean() == pytest.approx(record["top1"], abs=1.01 / len(labels))
 
 
-def test_finetune_changes_all_of_it_and_loads_in_torchvision(tmp_path: Path, run: Path) -> None:
+def test_finetune_changes_all_weights_and_loads_in_torchvision(tmp_path: Path, run: Path) -> None:
     before = open_pretrained(run).encoder.state_dict()
-    evaluated(tmp_path, "finetune", "--epochs=1", "--labels=0.2", "--lr=0.1", f"--checkpoint={run}")
+    evaluate(tmp_path, "finetune", "--epochs=1", "--labels=0.2", "--lr=0.1", f"--checkpoint={run}")
     state = torch.load(tmp_path / "finetune-0.2.pt", weights_only=True)
     same = [name for name, value in before.items() if torch.equal(state[name], value)]
     assert same == []
     resnet18(num_classes=10).load_state_dict(state, strict=True)
 
 
-def test_supervised_begins_from_new_weights_of_the_same_shapes(tmp_path: Path, run: Path) -> None:
-    """With a learning rate that changes nothing, what is left is what it began with: not the checkpoint."""
+def test_supervised_starts_from_new_weights_of_the_same_shapes(tmp_path: Path, run: Path) -> None:
+    """With a negligible learning rate, the saved weights are the initial ones, not the checkpoint's."""
     options = ["supervised", "--epochs=1", "--labels=0.2", "--lr=1e-12", "--weight_decay=0"]
-    evaluated(tmp_path / "a", *options, f"--checkpoint={run}")
+    evaluate(tmp_path / "a", *options, f"--checkpoint={run}")
     state = torch.load(tmp_path / "a" / "supervised-0.2.pt", weights_only=True)
     trained = open_pretrained(run).encoder.state_dict()
     assert not torch.equal(state["conv1.weight"], trained["conv1.weight"])
     assert state["conv1.weight"].shape == trained["conv1.weight"].shape
     named = ["--encoder=resnet18", "--stem=imagenet", "--data.train=digits", "--data.image_size=16"]
-    evaluated(tmp_path / "b", *options, *named)
+    evaluate(tmp_path / "b", *options, *named)
     again = torch.load(tmp_path / "b" / "supervised-0.2.pt", weights_only=True)
-    torch.testing.assert_close(again["conv1.weight"], state["conv1.weight"])  # by the seed
+    torch.testing.assert_close(again["conv1.weight"], state["conv1.weight"])  # the same seed
 
 
-def test_training_with_labels_learns(tmp_path: Path, run: Path) -> None:
-    record = evaluated(tmp_path, "finetune", "--epochs=5", f"--checkpoint={run}", "--lr=0.2")
+def test_finetune_learns(tmp_path: Path, run: Path) -> None:
+    record = evaluate(tmp_path, "finetune", "--epochs=5", f"--checkpoint={run}", "--lr=0.2")
     losses = record["settings"]["epoch_losses"]
     assert losses[-1] < 0.6 * losses[0]
     assert record["top1"] > 0.7
@@ -184,17 +185,17 @@ def test_training_with_labels_learns(tmp_path: Path, run: Path) -> None:
     assert record["per_class"] == pytest.approx(per_class)
 
 
-def test_the_line_and_the_record(tmp_path: Path, run: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    record = evaluated(tmp_path, "knn", f"--checkpoint={run}", "--k=20")
+def test_printed_line_and_json_record(tmp_path: Path, run: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    record = evaluate(tmp_path, "knn", f"--checkpoint={run}", "--k=20")
     out = capsys.readouterr().out
     assert out.count("\n") == 1
     assert f"top-1 {record['top1']:.2%}, top-5 {record['top5']:.2%} on 364 images" in out
     assert record["encoder"] == {"name": "resnet18", "width": 1, "stem": "imagenet", "features": 512}
     assert record["settings"] == {"k": 20, "temperature": 0.07, "leave_one_out": False}
-    assert record["options"]["data"]["image_size"] == 16  # the checkpoint's
+    assert record["options"]["data"]["image_size"] == 16  # from the checkpoint
 
 
-def test_results_go_beside_the_run_and_are_not_overwritten(run: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_results_are_written_to_the_run_and_not_overwritten(run: Path, capsys: pytest.CaptureFixture[str]) -> None:
     options = ["knn", f"--checkpoint={run / 'checkpoints' / 'last.pt'}", *FAST]
     assert main([*options, "--k=5"]) == 0
     file = run / "evaluate" / "knn.json"
@@ -209,16 +210,15 @@ def test_results_go_beside_the_run_and_are_not_overwritten(run: Path, capsys: py
     assert json.loads(file.read_text())["settings"]["k"] == 6
 
 
-def test_a_classifier_is_not_overwritten_either(run: Path, tmp_path: Path) -> None:
-    """Though the record beside it is gone."""
-    (tmp_path / "linear.pt").write_bytes(b"somebody's")
+def test_classifier_without_a_record_is_not_overwritten(run: Path, tmp_path: Path) -> None:
+    (tmp_path / "linear.pt").write_bytes(b"existing")
     assert main(["linear", f"--checkpoint={run}", f"--output={tmp_path}", "--epochs=1", *FAST]) == 2
-    assert (tmp_path / "linear.pt").read_bytes() == b"somebody's"
+    assert (tmp_path / "linear.pt").read_bytes() == b"existing"
 
 
 @pytest.fixture(scope="module")
 def folders(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """labelled/{a,b}, other/{a,c} and flat/: a few photos each."""
+    """labelled/{a,b}, other/{a,c} and flat/ with a few photos each."""
     folder = tmp_path_factory.mktemp("folders")
     for part in ("labelled/a", "labelled/b", "other/a", "other/c", "flat"):
         write(folder / part, {f"{i}.jpg": jpeg(photo(40, 30, seed=i)) for i in range(3)})
@@ -252,7 +252,7 @@ def folders(tmp_path_factory: pytest.TempPathFactory) -> Path:
         (["finetune", "--checkpoint=RUN", "--labels=0.1", "--epochs=2", "--lr=1e30"], "--lr: got 1e+30"),
     ],
 )
-def test_a_mistake_is_one_line_and_exit_code_2(
+def test_user_error_is_one_line_with_exit_code_2(
     run: Path,
     folders: Path,
     tmp_path: Path,
@@ -260,8 +260,8 @@ def test_a_mistake_is_one_line_and_exit_code_2(
     arguments: list[str],
     expected: str,
 ) -> None:
-    places = {"RUN": run, "FOLDERS": folders, "OUT": tmp_path}
-    for word, path in places.items():
+    paths = {"RUN": run, "FOLDERS": folders, "OUT": tmp_path}
+    for word, path in paths.items():
         arguments = [argument.replace(word, str(path)) for argument in arguments]
     if arguments and not any(argument.startswith("--output") for argument in arguments):
         arguments.append(f"--output={tmp_path}")

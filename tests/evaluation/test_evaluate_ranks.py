@@ -1,4 +1,4 @@
-"""The evaluations on two ranks: the same figures and weights as on one, and one line on stderr for a mistake."""
+"""The evaluations on two ranks: the same metrics and weights as on one rank, and one error raised on all ranks."""
 
 import contextlib
 import io
@@ -19,7 +19,7 @@ from fastsimclr.train import main as train
 COMMANDS = {
     "knn": ["knn", "--k=20"],
     "linear-lbfgs": ["linear", "--solver=lbfgs", "--c=0.1"],
-    # 47 of each class are 470 images: batches of 403 and 67, which ranks share as 202 and 201, 34 and 33.
+    # 47 images of each class are 470: batches of 403 and 67, split over the ranks into 202 and 201, 34 and 33.
     "linear-0.33": ["linear", "--labels=0.33", "--epochs=2", "--batch_size=403", "--lr=0.5"],
     "finetune-0.33": ["finetune", "--labels=0.33", "--epochs=2", "--batch_size=403"],
 }
@@ -34,7 +34,7 @@ def run(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def evaluate_all(rank: int, world_size: int, run: Path, output: Path) -> str:
-    """Every command; returns what this rank printed."""
+    """Run every command; return what this rank printed."""
     printed = io.StringIO()
     world = World(rank, world_size, torch.device("cpu"))
     for command in COMMANDS.values():
@@ -44,19 +44,19 @@ def evaluate_all(rank: int, world_size: int, run: Path, output: Path) -> str:
     return printed.getvalue()
 
 
-def test_two_ranks_find_what_one_does(run: Path, tmp_path: Path) -> None:
-    said = run_ranks(2, evaluate_all, 2, run, tmp_path / "two")
-    assert [text.count("\n") for text in said] == [len(COMMANDS), 0]
+def test_two_ranks_give_the_same_results_as_one(run: Path, tmp_path: Path) -> None:
+    printed = run_ranks(2, evaluate_all, 2, run, tmp_path / "two")
+    assert [text.count("\n") for text in printed] == [len(COMMANDS), 0]
     evaluate_all(0, 1, run, tmp_path / "one")
     for name in COMMANDS:
         one, two = (json.loads((tmp_path / folder / f"{name}.json").read_text()) for folder in ("one", "two"))
-        for figure in ("top1", "top5", "confusion", "settings"):
-            expected = pytest.approx(one[figure]) if isinstance(one[figure], float) else one[figure]
-            if figure == "settings":
-                assert one[figure].pop("epoch_losses", []) == pytest.approx(two[figure].pop("epoch_losses", []))
-            assert two[figure] == expected, (name, figure)
-        # Of LBFGS only the figures: it ends where the gradient is small, and weights of a feature that hardly varies
-        # are large, with digits that rounding decides.
+        for key in ("top1", "top5", "confusion", "settings"):
+            expected = pytest.approx(one[key]) if isinstance(one[key], float) else one[key]
+            if key == "settings":
+                assert one[key].pop("epoch_losses", []) == pytest.approx(two[key].pop("epoch_losses", []))
+            assert two[key] == expected, (name, key)
+        # LBFGS weights are not compared: it stops where the gradient is small, and features that hardly vary have
+        # large weights whose digits depend on rounding.
         if name in ("linear-0.33", "finetune-0.33"):
             states = [torch.load(tmp_path / folder / f"{name}.pt", weights_only=True) for folder in ("one", "two")]
             assert states[0].keys() == states[1].keys()
@@ -64,7 +64,7 @@ def test_two_ranks_find_what_one_does(run: Path, tmp_path: Path) -> None:
                 torch.testing.assert_close(states[1][key], value, rtol=1e-6, atol=1e-8, msg=f"{name}: {key}")
 
 
-def missing_on_one(rank: int, run: Path, folder: Path) -> Any:
+def evaluate_with_missing_data(rank: int, run: Path, folder: Path) -> Any:
     data = "digits" if rank == 0 else str(folder / "nowhere")
     arguments = ["knn", f"--checkpoint={run}", f"--output={folder}", f"--data.train={data}", "--data.val=digits"]
     try:
@@ -73,7 +73,7 @@ def missing_on_one(rank: int, run: Path, folder: Path) -> Any:
         return str(error)
 
 
-def test_a_rank_that_fails_takes_the_others_with_it(run: Path, tmp_path: Path) -> None:
-    first, second = run_ranks(2, missing_on_one, run, tmp_path, timeout_seconds=60)
+def test_error_on_one_rank_is_raised_on_all(run: Path, tmp_path: Path) -> None:
+    first, second = run_ranks(2, evaluate_with_missing_data, run, tmp_path, timeout_seconds=60)
     assert first == second
     assert "nowhere" in first

@@ -1,4 +1,4 @@
-"""Subsets of labels: balanced, the same everywhere for a seed, or by a list; and sets whose classes must agree."""
+"""Labeled subsets: class-balanced and reproducible, or given by a list; and matching classes of train and val."""
 
 import hashlib
 import tarfile
@@ -24,13 +24,13 @@ def subset(fraction: float, seed: int) -> np.ndarray:
 
 
 @pytest.mark.parametrize(("fraction", "each"), [(0.01, 1), (0.1, 14), (0.5, 72), (0.0001, 1)])
-def test_a_subset_has_as_many_of_each_class(fraction: float, each: int) -> None:
-    """Of 1,433 digits: 1 % are 1.4 of each class, 10 % 14.3, half of them 71.65."""
+def test_subset_is_class_balanced(fraction: float, each: int) -> None:
+    """1,433 digits: 1 % are 1.4 images of each class, 10 % are 14.3, 50 % are 71.65."""
     labels = open_source("digits").labels
     assert np.bincount(labels[subset(fraction, 0)]).tolist() == [each] * 10
 
 
-def test_a_class_with_fewer_images_gives_all_that_it_has(tmp_path: Path) -> None:
+def test_class_with_fewer_images_is_kept_whole(tmp_path: Path) -> None:
     write(tmp_path, {f"many/{i}.jpg": jpeg(photo(8, 8)) for i in range(17)} | {"few/1.jpg": jpeg(photo(8, 8))})
     source = open_source(str(tmp_path))
     kept = class_balanced(source, 0.5, 0)
@@ -38,31 +38,31 @@ def test_a_class_with_fewer_images_gives_all_that_it_has(tmp_path: Path) -> None
     assert np.bincount(source.labels[kept]).tolist() == [1, 4]
 
 
-def test_a_seed_is_the_same_subset_on_every_machine() -> None:
-    """Pinned: another NumPy, platform or version of ours that drew another one would make figures incomparable."""
+def test_subset_of_a_seed_is_the_same_on_every_machine() -> None:
+    """Pinned: a different subset with another NumPy, platform or release would make accuracies incomparable."""
     digest = hashlib.sha256(np.concatenate([subset(0.1, 0), subset(0.01, 7)]).astype("<i8").tobytes()).hexdigest()
     assert digest[:16] == "98fc829328a56ed7"
 
 
-def test_another_seed_is_another_subset_and_a_larger_one_holds_the_smaller() -> None:
+def test_subset_depends_on_the_seed_and_smaller_subsets_are_nested() -> None:
     assert set(subset(0.1, 0)) != set(subset(0.1, 1))
     assert set(subset(0.1, 0)) < set(subset(0.2, 0))
 
 
-def per_rank(rank: int, _: int) -> tuple[list[int], list[int]]:
+def open_on_a_rank(rank: int, _: int) -> tuple[list[int], list[int]]:
     world = World(rank, 2, torch.device("cpu"))
     found = [open_labeled(DataConfig(train="digits"), fraction, 3, None, world).train for fraction in (0.01, 0.1)]
     return tuple(source.images.flatten(1).sum(1).tolist() for source in found)  # type: ignore[attr-defined,return-value]
 
 
 def test_every_rank_has_the_same_subset() -> None:
-    first, second = run_ranks(2, per_rank, 0)
+    first, second = run_ranks(2, open_on_a_rank, 0)
     assert first == second
-    alone = open_labeled(DataConfig(train="digits"), 0.1, 3, None, SINGLE_PROCESS).train
-    assert first[1] == alone.images.flatten(1).sum(1).tolist()  # type: ignore[attr-defined]
+    single = open_labeled(DataConfig(train="digits"), 0.1, 3, None, SINGLE_PROCESS).train
+    assert first[1] == single.images.flatten(1).sum(1).tolist()  # type: ignore[attr-defined]
 
 
-def test_what_is_held_out_is_a_fifth_of_each_class() -> None:
+def test_hold_out_takes_a_fifth_of_each_class() -> None:
     source = open_source("digits")
     rest, held = hold_out(source, 0.2, 0)
     assert sorted([*rest, *held]) == list(range(len(source)))
@@ -71,13 +71,13 @@ def test_what_is_held_out_is_a_fifth_of_each_class() -> None:
 
 @pytest.fixture
 def folder(tmp_path: Path) -> Path:
-    """a/1 to a/4 and b/3 to b/6: two names occur twice."""
+    """a/1 to a/4 and b/3 to b/6: two file names occur twice."""
     files = [f"a/{i}.jpg" for i in range(1, 5)] + [f"b/{i}.jpg" for i in range(3, 7)]
     return write(tmp_path / "train", {file: jpeg(photo(16, 12, seed=i)) for i, file in enumerate(files)})
 
 
 @pytest.mark.parametrize("names", ["1.jpg\n6.jpg\n", "a/1.jpg\nb/6.jpg", "somewhere/b/6.jpg\r\n\r\n1.jpg\n"])
-def test_a_list_names_the_images_to_keep(folder: Path, tmp_path: Path, names: str) -> None:
+def test_list_selects_images(folder: Path, tmp_path: Path, names: str) -> None:
     (tmp_path / "list.txt").write_text(names)
     found = open_labeled(DataConfig(train=str(folder)), str(tmp_path / "list.txt"), 0, None, SINGLE_PROCESS)
     assert [Path(found.train.name(i)).name for i in range(len(found.train))] == ["1.jpg", "6.jpg"]
@@ -85,7 +85,7 @@ def test_a_list_names_the_images_to_keep(folder: Path, tmp_path: Path, names: st
     assert found.available_images == 8
 
 
-def test_a_list_names_images_of_shards(folder: Path, tmp_path: Path) -> None:
+def test_list_selects_images_of_shards(folder: Path, tmp_path: Path) -> None:
     with tarfile.open(tmp_path / "0.tar", "w") as tar:
         tar.add(folder, "train")
     (tmp_path / "list.txt").write_text("2.jpg\nb/3.jpg\n")
@@ -94,14 +94,14 @@ def test_a_list_names_images_of_shards(folder: Path, tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(("names", "expected"), [("9.jpg\n1.jpg", "9.jpg"), ("3.jpg", "CLASS/NAME"), ("", "0 names")])
-def test_a_list_of_other_images_is_a_mistake(folder: Path, tmp_path: Path, names: str, expected: str) -> None:
+def test_list_with_unknown_or_ambiguous_names_raises(folder: Path, tmp_path: Path, names: str, expected: str) -> None:
     (tmp_path / "list.txt").write_text(names)
     with pytest.raises(UserError, match=expected):
         open_labeled(DataConfig(train=str(folder)), str(tmp_path / "list.txt"), 0, None, SINGLE_PROCESS)
 
 
-def test_numbers_with_gaps_become_places(tmp_path: Path) -> None:
-    """Classes 3 and 70 of two tars are 0 and 1 of two."""
+def test_class_numbers_with_gaps_become_contiguous_labels(tmp_path: Path) -> None:
+    """Classes 3 and 70 of two tars become labels 0 and 1."""
     for name in ("train", "val"):
         files = write(tmp_path / name, {"1.jpg": jpeg(photo(8, 8)), "2.jpg": jpeg(photo(9, 8))})
         (files / "1.cls").write_text("70")
@@ -115,7 +115,7 @@ def test_numbers_with_gaps_become_places(tmp_path: Path) -> None:
     assert sorted(found.train.labels.tolist()) == sorted(found.val.labels.tolist()) == [0, 1]
 
 
-def test_bad_images_are_left_out_and_counted_or_too_many(folder: Path) -> None:
+def test_bad_images_are_skipped_up_to_max_bad(folder: Path) -> None:
     (folder / "a" / "1.jpg").write_bytes(b"no image")
     found = open_labeled(DataConfig(train=str(folder), max_bad=0.5), 1.0, 0, None, SINGLE_PROCESS)
     assert len(found.train) == 7

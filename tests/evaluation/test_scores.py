@@ -1,4 +1,4 @@
-"""Top-1, top-5, each class's accuracy and the confusion matrix, against scikit-learn's and by hand."""
+"""Top-1, top-5 and per-class accuracy and the confusion matrix, against scikit-learn and by hand."""
 
 import numpy as np
 import pytest
@@ -8,7 +8,7 @@ from sklearn.metrics import accuracy_score, confusion_matrix, top_k_accuracy_sco
 from fastsimclr.evaluation.scores import NOTHING, rank_classes, score
 
 
-def test_the_figures_are_scikit_learns() -> None:
+def test_scores_match_scikit_learn() -> None:
     generator = torch.Generator().manual_seed(0)
     labels = torch.randint(12, (300,), generator=generator)
     logits = torch.randn(300, 12, generator=generator) + 1.5 * torch.nn.functional.one_hot(labels, 12)
@@ -22,7 +22,7 @@ def test_the_figures_are_scikit_learns() -> None:
     assert 0.2 < scores.top1 < scores.top5 < 1
 
 
-def test_a_class_without_images_has_no_accuracy() -> None:
+def test_class_without_images_has_no_accuracy() -> None:
     scores = score(torch.tensor([[0, 1, NOTHING], [2, 0, 1]]), torch.tensor([0, 1]), 3)
     assert scores.per_class == [1.0, 0.0, None]
     assert (scores.top1, scores.top5) == (0.5, 1.0)

@@ -1,7 +1,7 @@
-"""The fused kernels: on a GPU where there is one, and always emulated, which runs the same sources on the CPU.
+"""The fused kernels, on a GPU if available and always emulated (the same sources compiled for the CPU).
 
-An emulated similarity costs some thousand times what a GPU's does, so CI runs every boundary once and not the whole
-grid: FASTSIMCLR_WHOLE_GRID=1 python -m pytest tests/loss/test_fused.py runs all of it (a GPU always does).
+Emulation is some thousand times slower than a GPU, so by default it runs every boundary once and not the whole grid:
+FASTSIMCLR_WHOLE_GRID=1 python -m pytest tests/loss/test_fused.py runs all of it (a GPU always does).
 """
 
 import itertools
@@ -13,7 +13,7 @@ from typing import Any
 import pytest
 import torch
 import torch.nn.functional as F
-from oracle import assert_as_accurate, loss_and_gradients, relative_error, rows_of, textbook, textbook_in_bf16, views
+from oracle import assert_as_accurate, loss_and_gradients, relative_error, row_losses, textbook, textbook_in_bf16, views
 from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 
@@ -22,7 +22,7 @@ from fastsimclr._extension import why_unavailable
 from fastsimclr.loss import BackendError, NTXentLoss, choose_backend, fused, nt_xent
 from fastsimclr.loss.fused import fused_backward, fused_forward
 
-# Two threads would wait for each other in every operation of the reference, where another process holds a core.
+# With two threads, every operation of the reference would wait for the other thread if another process uses a core.
 pytestmark = pytest.mark.usefixtures("one_thread")
 
 WHOLE_GRID = os.environ.get("FASTSIMCLR_WHOLE_GRID") == "1"
@@ -33,8 +33,7 @@ gpu = [
     pytest.mark.gpu,
     pytest.mark.skipif(not fused.is_available(), reason="needs a GPU and an extension built for CUDA"),
 ]
-# Where the kernels run, and which backend that is.
-on = pytest.mark.parametrize(
+on_each_device = pytest.mark.parametrize(
     ("device", "backend"),
     [pytest.param("cpu", "emulated", marks=needs_emulation), pytest.param("cuda", "fused", marks=gpu)],
     ids=["emulated", "fused"],
@@ -42,16 +41,16 @@ on = pytest.mark.parametrize(
 PLANES = {"medium": 1, "highest": 2}
 
 
-def place(device: str, *z: Tensor) -> list[Tensor]:
+def to_device(device: str, *z: Tensor) -> list[Tensor]:
     return [x.to(device) for x in z]
 
 
 # ----------------------------------------------------------------------------------------------- the grid
 
-SIZES = [2, 6, 126, 130, 514, 1026]  # views; 126, 130: a tile of 128 rows less and more 2; 514: 5 row blocks, 17 tiles
-WIDTHS = [1, 7, 64, 96, 128, 130, 512]  # 64, 128: whole blocks; 130: beyond one; 512: two (medium), four (highest)
-TEMPERATURES = [0.005, 0.05, 0.5, 10.0]  # 0.005: below the bound at which exponentials may overflow
-NOISES = [30.0, 1.0, 0.1]  # between the views; with the temperatures, losses from 10 to 1e-5
+SIZES = [2, 6, 126, 130, 514, 1026]  # M; 126, 130: a tile of 128 rows minus and plus 2; 514: 5 row blocks, 17 tiles
+WIDTHS = [1, 7, 64, 96, 128, 130, 512]  # D; 64, 128: full blocks; 130: beyond one; 512: two (medium), four (highest)
+TEMPERATURES = [0.005, 0.05, 0.5, 10.0]  # 0.005: exponentials may overflow
+NOISES = [30.0, 1.0, 0.1]  # distance between the views: together with the temperatures, losses from 10 to 1e-5
 WHOLE = [(m, d, TEMPERATURES) for m, d in itertools.product(SIZES, WIDTHS)]
 PART = [(m, d, [0.005, 0.05, 10.0]) for m, d in itertools.product([2, 126, 130], WIDTHS)]
 PART += [(6, 7, TEMPERATURES), (514, 128, [0.05, 0.005]), (1026, 64, [0.5])]
@@ -65,34 +64,35 @@ def test_losses_and_gradients_are_as_accurate_as_eager_in_the_same_precision(
     device: str, backend: str, m: int, d: int, temperatures: list[float], precision: str
 ) -> None:
     for temperature, noise in itertools.product(temperatures, NOISES):
-        seeds = range(max(1, 64 // m))  # few rows say little: as many batches as make 64
+        seeds = range(max(1, 64 // m))  # at least 64 rows in total
         assert_as_accurate(
-            rows_of(backend, precision=precision),
+            row_losses(backend, precision=precision),
             textbook_in_bf16(PLANES[precision]),
-            [place(device, *views(m // 2, d, torch.float32, noise=noise, seed=seed)) for seed in seeds],
+            [to_device(device, *views(m // 2, d, torch.float32, noise=noise, seed=seed)) for seed in seeds],
             temperature,
             g_rounding=2.0 ** (-8 * PLANES[precision]),
         )
 
 
-@on
+@on_each_device
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 @pytest.mark.parametrize("precision", ["auto", "highest"])
 def test_half_precision_inputs_are_as_accurate_as_eager(
     device: str, backend: str, dtype: torch.dtype, precision: str
 ) -> None:
-    """precision "auto" is medium for them. Eager in fp16 and bf16 rounds everything; the bf16 yardstick is stricter."""
-    batch = place(device, *views(65, 40, dtype, noise=0.3))
+    """precision="auto" is medium here. Eager in fp16 and bf16 rounds everything; the bf16-products yardstick is
+    stricter."""
+    batch = to_device(device, *views(65, 40, dtype, noise=0.3))
     planes = 1 if precision == "auto" else 2
     for eager in (textbook_in_bf16(planes), textbook):
-        assert_as_accurate(rows_of(backend, precision=precision), eager, [batch], 0.1)
+        assert_as_accurate(row_losses(backend, precision=precision), eager, [batch], 0.1)
 
 
-@on
+@on_each_device
 @pytest.mark.parametrize("precision", PLANES)
 @pytest.mark.parametrize(
     ("noise", "temperature", "loss", "bounds"),
-    [  # bounds of the gradient's relative error: twice what bf16 and two bf16 numbers gave in float64 studies
+    [  # bounds of the gradient's relative error: twice the error of one and two bf16 numbers in float64 simulations
         (30.0, 0.02, 10.0, {"medium": 2e-2, "highest": 4e-5}),
         (0.3, 0.1, 0.1, {"medium": 1e-2, "highest": 2e-5}),
         (0.15, 0.07, 1e-3, {"medium": 1.6e-2, "highest": 2e-5}),
@@ -100,45 +100,47 @@ def test_half_precision_inputs_are_as_accurate_as_eager(
     ],
     ids=["loss 10", "loss 0.1", "loss 1e-3", "loss 1e-5"],
 )
-def test_gradient_stays_exact_as_the_loss_converges(
+def test_gradient_is_accurate_for_small_losses(
     device: str, backend: str, precision: str, noise: float, temperature: float, loss: float, bounds: dict[str, float]
 ) -> None:
-    z1, z2 = place(device, *views(128, 128, torch.float32, noise=noise))
-    exact = loss_and_gradients(rows_of("reference"), z1.double(), z2.double(), temperature)
-    assert loss / 8 < exact[0].mean().item() < loss * 8, "the case is not what it says"
-    _, dz, _ = loss_and_gradients(rows_of(backend, precision=precision), z1, z2, temperature)
+    z1, z2 = to_device(device, *views(128, 128, torch.float32, noise=noise))
+    exact = loss_and_gradients(row_losses("reference"), z1.double(), z2.double(), temperature)
+    assert loss / 8 < exact[0].mean().item() < loss * 8, "the case does not have the intended loss"
+    _, dz, _ = loss_and_gradients(row_losses(backend, precision=precision), z1, z2, temperature)
     assert relative_error(dz, exact[1]) < bounds[precision]
 
 
-@on
+@on_each_device
 @pytest.mark.parametrize(
     ("m", "d"),
-    [(4096, 64), (66, 2048)],  # sums over many columns (the backward's) and over a large width (the similarities)
+    [(4096, 64), (66, 2048)],  # sums over many columns (backward) and over a large width (similarities)
 )
-def test_highest_is_exact_to_1e_5_where_features_share_a_mean(device: str, backend: str, m: int, d: int) -> None:
-    """Every product is then positive, and sums that tensor cores truncate drift in one direction: left to accumulate
-    there, they make the gradient wrong by 1.5e-5 at M = 4096 and the losses by 2e-5 at D = 2048."""
+def test_highest_precision_error_below_1e_5_if_features_share_a_mean(device: str, backend: str, m: int, d: int) -> None:
+    """All products are then positive, and sums truncated by tensor cores drift in one direction: accumulating only in
+    tensor cores gives errors of 1.5e-5 of the gradient at M = 4096 and of 2e-5 of the losses at D = 2048."""
     z = [3 + F.normalize(x) * d**0.5 for x in views(m // 2, d, noise=0.5)]
-    exact = loss_and_gradients(rows_of("reference"), *z, 0.1)
-    z1, z2 = place(device, *(x.float() for x in z))
-    got = loss_and_gradients(rows_of(backend, precision="highest"), z1, z2, 0.1)
+    exact = loss_and_gradients(row_losses("reference"), *z, 0.1)
+    z1, z2 = to_device(device, *(x.float() for x in z))
+    got = loss_and_gradients(row_losses(backend, precision="highest"), z1, z2, 0.1)
     for name, a, b in zip(("losses", "dz", "dtemperature"), got, exact, strict=True):
         assert relative_error(a.cpu(), b) < 1e-5, name
 
 
-@on
+@on_each_device
 @pytest.mark.parametrize("decoupled", [False, True])
 @pytest.mark.parametrize("temperature", [0.2, 0.005])
-def test_mean_weighted_rows_and_decoupled_are_the_references(
+def test_mean_weighted_rows_and_decoupled_match_the_reference(
     device: str, backend: str, decoupled: bool, temperature: float
 ) -> None:
-    z1, z2 = place(device, *views(67, 9, torch.float32, noise=0.5))
-    weights = torch.linspace(-1e-4, 2e-4, 134, dtype=torch.float64, device=device)  # each row its own, small, one 0
+    z1, z2 = to_device(device, *views(67, 9, torch.float32, noise=0.5))
+    weights = torch.linspace(-1e-4, 2e-4, 134, dtype=torch.float64, device=device)  # distinct, small, and one 0
     weights[5] = 0
     options = {"decoupled": decoupled, "precision": "highest"}
     for w in (weights, None):
-        got = loss_and_gradients(rows_of(backend, **options), z1, z2, temperature, w)
-        exact = loss_and_gradients(rows_of("reference", decoupled=decoupled), z1.double(), z2.double(), temperature, w)
+        got = loss_and_gradients(row_losses(backend, **options), z1, z2, temperature, w)
+        exact = loss_and_gradients(
+            row_losses("reference", decoupled=decoupled), z1.double(), z2.double(), temperature, w
+        )
         for mine, theirs in zip(got, exact, strict=True):
             torch.testing.assert_close(mine, theirs, rtol=2e-4, atol=2e-4 * theirs.abs().max().item())
 
@@ -152,10 +154,10 @@ def test_mean_weighted_rows_and_decoupled_are_the_references(
         torch.testing.assert_close(mine, theirs, rtol=2e-4, atol=2e-4 * theirs.abs().max().item())
 
 
-@on
+@on_each_device
 def test_forward_units_of_several_row_blocks(device: str, backend: str) -> None:
-    """More than 32 blocks of 128 rows: then a unit has two, and adds column sums to rows of its own."""
-    z1, z2 = place(device, *views(2113, 16, torch.float32))
+    """With more than 32 blocks of 128 rows, a unit has two, and adds column sums to its own rows."""
+    z1, z2 = to_device(device, *views(2113, 16, torch.float32))
     t = torch.tensor(0.1, device=device)
     got, exact = (
         nt_xent(z1, z2, t, backend=name, precision="highest", reduction="none") for name in (backend, "tiled")
@@ -163,18 +165,15 @@ def test_forward_units_of_several_row_blocks(device: str, backend: str) -> None:
     torch.testing.assert_close(got, exact, rtol=2e-5, atol=2e-5)
 
 
-# ----------------------------------------------------------------------------------------------- edges of the input
+# ----------------------------------------------------------------------------------------------- splitting of the work
 
-
-# ----------------------------------------------------------------------------------------------- how work is split
-
-# Rows and columns of one rank, alone and among others.
+# Rows and columns on one rank, with one and with several ranks.
 SPLIT_SIZES = [(2, 2), (130, 130), (1026, 1026), (8192, 8192), (8192, 65536), (32768, 32768), (131072, 131072)]
-MULTIPROCESSORS = [1, 4, 132, 264]  # 132: of an H100; emulated, one block of threads runs on each
+MULTIPROCESSORS = [1, 4, 132, 264]  # 132: H100; the emulation runs one thread block on each
 
 
 def parts(steps: int, splits: int) -> list[int]:
-    """The steps of each part; the kernels round the length of a part up."""
+    """Return the steps of each part; the kernels round the length of a part up."""
     length = -(-steps // splits)
     return [max(0, min(length, steps - start * length)) for start in range(splits)]
 
@@ -183,13 +182,13 @@ def parts(steps: int, splits: int) -> list[int]:
 @pytest.mark.parametrize("multiprocessors", MULTIPROCESSORS)
 @pytest.mark.parametrize(("rows", "columns"), SPLIT_SIZES)
 @pytest.mark.parametrize(("planes", "width"), [(1, 128), (1, 512), (2, 128)])
-def test_splits_of_the_backward_save_a_tenth_and_none_is_empty(
+def test_backward_splits_save_at_least_a_tenth_and_none_is_empty(
     rows: int, columns: int, planes: int, width: int, multiprocessors: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv("FASTSIMCLR_EMULATION_MULTIPROCESSORS", str(multiprocessors))
     shape = {"planes": planes, "width": width, "device": 0}
     splits = _extension.emulated.nt_xent_backward_splits(rows=rows, columns=columns, **shape)
-    tall = planes == 1 and width <= 128  # shapes of tiles: csrc/tile.cuh
+    tall = planes == 1 and width <= 128  # tile shapes, as in csrc/tile.cuh
     blocks, tiles = -(-rows // (128 if tall else 64)) * (width // 256 or 1), -(-columns // (64 if tall else 32))
 
     def cost(splits: int) -> int:
@@ -205,7 +204,7 @@ def test_splits_of_the_backward_save_a_tenth_and_none_is_empty(
 @pytest.mark.parametrize("multiprocessors", MULTIPROCESSORS)
 @pytest.mark.parametrize(("rows", "columns"), SPLIT_SIZES)
 @pytest.mark.parametrize("symmetric", [True, False])
-def test_units_of_the_forward_save_a_tenth_and_none_is_empty(
+def test_forward_units_save_at_least_a_tenth_and_none_is_empty(
     rows: int, columns: int, symmetric: bool, multiprocessors: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     columns = rows if symmetric else columns
@@ -231,14 +230,14 @@ def test_units_of_the_forward_save_a_tenth_and_none_is_empty(
 @needs_emulation
 @pytest.mark.parametrize("precision", PLANES)
 @pytest.mark.parametrize(("m", "d", "temperature"), [(130, 512, 0.05), (514, 128, 0.05), (514, 64, 0.005)])
-def test_split_as_on_a_large_gpu_it_is_as_accurate(
+def test_accuracy_with_the_splits_of_a_large_gpu(
     m: int, d: int, temperature: float, precision: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv("FASTSIMCLR_EMULATION_MULTIPROCESSORS", "264")  # an H100 runs two blocks on each of 132
     splits = _extension.emulated.nt_xent_backward_splits(rows=m, columns=m, planes=1, width=d, device=0)
-    assert splits > 2, "the case is not what it says"
+    assert splits > 2, "the case does not have the intended splits"
     assert_as_accurate(
-        rows_of("emulated", precision=precision),
+        row_losses("emulated", precision=precision),
         textbook_in_bf16(PLANES[precision]),
         [views(m // 2, d, torch.float32, noise=1.0)],
         temperature,
@@ -246,30 +245,30 @@ def test_split_as_on_a_large_gpu_it_is_as_accurate(
     )
 
 
-@on
+@on_each_device
 @pytest.mark.parametrize("temperature", [0.1, 0.005])
 def test_zero_rows_have_the_loss_and_gradient_of_normalize(device: str, backend: str, temperature: float) -> None:
-    z1, z2 = place(device, *views(5, 4, torch.float32))
-    z1[1] = z2[1] = 0  # a zero row whose positive is zero, too
+    z1, z2 = to_device(device, *views(5, 4, torch.float32))
+    z1[1] = z2[1] = 0  # a zero row with a zero positive
     z1[3] = 0
-    z2[4] = 1e-14  # below F.normalize's eps, not 0
-    got = loss_and_gradients(rows_of(backend, precision="highest"), z1, z2, temperature)
-    exact = loss_and_gradients(rows_of("reference"), z1.double(), z2.double(), temperature)
+    z2[4] = 1e-14  # not 0, but below F.normalize's eps
+    got = loss_and_gradients(row_losses(backend, precision="highest"), z1, z2, temperature)
+    exact = loss_and_gradients(row_losses("reference"), z1.double(), z2.double(), temperature)
     for mine, theirs in zip(got, exact, strict=True):
         torch.testing.assert_close(mine, theirs, rtol=1e-3, atol=1e-3 / temperature)
 
 
-@on
-def test_layout_of_the_inputs_does_not_matter(device: str, backend: str) -> None:
-    z1, z2 = place(device, *views(6, 4, torch.bfloat16))
-    expected = loss_and_gradients(rows_of(backend), z1, z2, 0.1)
+@on_each_device
+def test_result_does_not_depend_on_the_memory_layout(device: str, backend: str) -> None:
+    z1, z2 = to_device(device, *views(6, 4, torch.bfloat16))
+    expected = loss_and_gradients(row_losses(backend), z1, z2, 0.1)
     wide = torch.zeros(6, 9, dtype=torch.bfloat16, device=device)
     wide[:, 1::2] = z1
     flat = torch.zeros(25, dtype=torch.bfloat16, device=device)
     flat[1:] = z2.flatten()
     layouts = [
         (wide[:, 1::2], z2.T.contiguous().T),  # a column stride, a row stride of 1
-        (torch.stack([z2, z1])[1], flat[1:].view(6, 4)),  # rows that begin at an odd address
+        (torch.stack([z2, z1])[1], flat[1:].view(6, 4)),  # rows that start at an odd address
     ]
     for a, b in layouts:
         a, b = a.detach().requires_grad_(), b.detach().requires_grad_()
@@ -277,44 +276,46 @@ def test_layout_of_the_inputs_does_not_matter(device: str, backend: str) -> None
         assert torch.equal(losses.double(), expected[0])
         assert torch.equal(torch.cat(torch.autograd.grad(losses.mean(), (a, b))).double(), expected[1])
 
-    row = z1[:1].clone().requires_grad_()  # expanded: stride 0, and all images alike
+    row = z1[:1].clone().requires_grad_()  # expanded: stride 0, and all images equal
     copies = z1[:1].repeat(6, 1).requires_grad_()
     assert torch.equal(nt_xent(row.expand(6, 4), z2, backend=backend), nt_xent(copies, z2, backend=backend))
 
 
-@on
+@on_each_device
 @pytest.mark.parametrize("value", [math.nan, math.inf])
 @pytest.mark.parametrize("temperature", [0.1, 0.005])
 @pytest.mark.parametrize("n", [1, 5])
 def test_non_finite_projections_give_a_non_finite_loss(
     device: str, backend: str, value: float, temperature: float, n: int
 ) -> None:
-    z1, z2 = place(device, *views(n, 4, torch.float32))
+    z1, z2 = to_device(device, *views(n, 4, torch.float32))
     z2[-1, 2] = value
     assert not nt_xent(z1, z2, temperature, backend=backend).isfinite()
 
 
-@on
-def test_one_image_has_no_negative_so_its_loss_and_gradient_are_zero(device: str, backend: str) -> None:
+@on_each_device
+def test_loss_and_gradient_of_one_image_are_zero(device: str, backend: str) -> None:
     for temperature in (0.1, 0.005):
-        losses, dz, dt = loss_and_gradients(rows_of(backend), *place(device, *views(1, 4, torch.float32)), temperature)
+        losses, dz, dt = loss_and_gradients(
+            row_losses(backend), *to_device(device, *views(1, 4, torch.float32)), temperature
+        )
         assert losses.tolist() == [0, 0]
         assert dz.abs().max() == 0
         assert dt == 0
 
 
-@on
-def test_one_tensor_as_both_views_gets_both_gradients(device: str, backend: str) -> None:
-    (z,) = (x.requires_grad_() for x in place(device, views(6, 4, torch.float32)[0]))
+@on_each_device
+def test_same_tensor_as_both_views_gets_both_gradients(device: str, backend: str) -> None:
+    (z,) = (x.requires_grad_() for x in to_device(device, views(6, 4, torch.float32)[0]))
     a, b = (z.detach().clone().requires_grad_() for _ in range(2))
     (dz,) = torch.autograd.grad(nt_xent(z, z, backend=backend), z)
     da, db = torch.autograd.grad(nt_xent(a, b, backend=backend), (a, b))
     assert torch.equal(dz, da + db)
 
 
-@on
-def test_without_gradients_and_twice_through_one_graph(device: str, backend: str) -> None:
-    z1, z2 = place(device, *views(6, 4, torch.float32))
+@on_each_device
+def test_inference_and_repeated_backward(device: str, backend: str) -> None:
+    z1, z2 = to_device(device, *views(6, 4, torch.float32))
     z2.requires_grad_()
     loss = nt_xent(z1, z2, backend=backend)  # only one view needs a gradient: a momentum encoder's z1
     first, second = (torch.autograd.grad(loss, z2, retain_graph=True)[0] for _ in range(2))
@@ -325,13 +326,13 @@ def test_without_gradients_and_twice_through_one_graph(device: str, backend: str
         assert torch.equal(nt_xent(z1, z2, backend=backend), loss)
 
 
-@on
+@on_each_device
 @pytest.mark.parametrize("temperature", [0.1, 0.005])
-def test_bits_repeat_whatever_the_order_of_threads_and_the_memory_before(
+def test_results_are_bit_identical_for_any_thread_order_and_uninitialized_memory(
     device: str, backend: str, temperature: float, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Emulated, each run has another random order of threads; everything that is allocated holds NaN at first."""
-    z1, z2 = place(device, *views(131, 20, torch.float32))
+    """Each emulated run has another random thread order; allocated memory is filled with NaN."""
+    z1, z2 = to_device(device, *views(131, 20, torch.float32))
     results = []
     fill = torch.utils.deterministic.fill_uninitialized_memory
     torch.use_deterministic_algorithms(True)
@@ -339,7 +340,7 @@ def test_bits_repeat_whatever_the_order_of_threads_and_the_memory_before(
         torch.utils.deterministic.fill_uninitialized_memory = True
         for seed in range(3):
             monkeypatch.setenv("FASTSIMCLR_EMULATION_SEED", str(seed))
-            results.append(loss_and_gradients(rows_of(backend), z1, z2, temperature))
+            results.append(loss_and_gradients(row_losses(backend), z1, z2, temperature))
     finally:
         torch.use_deterministic_algorithms(False)
         torch.utils.deterministic.fill_uninitialized_memory = fill
@@ -352,10 +353,10 @@ def test_bits_repeat_whatever_the_order_of_threads_and_the_memory_before(
 # ----------------------------------------------------------------------------------------------- temperature
 
 
-@on
+@on_each_device
 @pytest.mark.parametrize("temperature", [0.2, 0.005])
 def test_temperature_is_a_float_a_tensor_or_a_learned_parameter(device: str, backend: str, temperature: float) -> None:
-    z1, z2 = place(device, *views(6, 4, torch.float32, noise=0.2))
+    z1, z2 = to_device(device, *views(6, 4, torch.float32, noise=0.2))
     expected = nt_xent(z1, z2, temperature, backend=backend)
     for dtype, where in itertools.product((torch.float32, torch.float64), {"cpu", device}):
         t = torch.tensor(temperature, dtype=dtype, device=where)
@@ -364,22 +365,25 @@ def test_temperature_is_a_float_a_tensor_or_a_learned_parameter(device: str, bac
     module = NTXentLoss(nn.Parameter(torch.tensor(temperature, dtype=torch.float64, device=device)), backend=backend)
     module(z1, z2).backward()
     assert isinstance(module.temperature, nn.Parameter)
-    _, _, exact = loss_and_gradients(rows_of("reference"), z1.double(), z2.double(), temperature)
+    _, _, exact = loss_and_gradients(row_losses("reference"), z1.double(), z2.double(), temperature)
     assert module.temperature.grad is not None
     assert module.temperature.grad.item() == pytest.approx(exact.item(), rel=2e-3)
 
 
-@on
+@on_each_device
 @pytest.mark.parametrize("temperature", [0.2, 0.005])
-def test_kernels_read_a_temperature_that_only_the_device_knows(device: str, backend: str, temperature: float) -> None:
-    """Each of the two sets of kernels is launched, and the one that is not for this temperature leaves at once."""
-    z1, z2 = place(device, *views(70, 4, torch.float32, noise=0.2))
+def test_kernels_read_the_temperature_on_the_device(device: str, backend: str, temperature: float) -> None:
+    """Both sets of kernels are launched, and the one that is not for this temperature exits at once."""
+    z1, z2 = to_device(device, *views(70, 4, torch.float32, noise=0.2))
     t = torch.tensor(temperature, device=device)
-    known, unknown = (fused_forward(z1, z2, t, "", False, False, "highest", value) for value in (temperature, None))
-    for a, b in zip(known, unknown, strict=True):
+    known_on_host, on_device = (
+        fused_forward(z1, z2, t, "", False, False, "highest", value) for value in (temperature, None)
+    )
+    for a, b in zip(known_on_host, on_device, strict=True):
         assert torch.equal(a, b)
     gradients = [
-        fused_backward(torch.ones_like(known[0]), z1, z2, *known[1:], t, "", value) for value in (temperature, None)
+        fused_backward(torch.ones_like(known_on_host[0]), z1, z2, *known_on_host[1:], t, "", value)
+        for value in (temperature, None)
     ]
     for a, b in zip(*gradients, strict=True):
         assert torch.equal(a, b)
@@ -388,13 +392,13 @@ def test_kernels_read_a_temperature_that_only_the_device_knows(device: str, back
 # ----------------------------------------------------------------------------------------------- operators, compile
 
 
-@on
+@on_each_device
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("mean", [True, False])
-# opcheck itself reads .grad where there is none; PyTorch hides that warning, but not one that is made an error.
+# opcheck itself reads .grad of non-leaf tensors; PyTorch ignores that warning unless warnings are errors.
 @pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor that is not a leaf")
-def test_both_operators_pass_opcheck(device: str, backend: str, dtype: torch.dtype, mean: bool) -> None:
-    z1, z2 = (z.requires_grad_() for z in place(device, *views(5, 4, dtype)))
+def test_operators_pass_opcheck(device: str, backend: str, dtype: torch.dtype, mean: bool) -> None:
+    z1, z2 = (z.requires_grad_() for z in to_device(device, *views(5, 4, dtype)))
     for t, value in ((None, 0.2), (torch.tensor(0.2, device=device, requires_grad=True), None)):
         torch.library.opcheck(fused_forward, (z1, z2, t, "", mean, False, "highest", value))
         outputs = fused_forward(z1, z2, t, "", mean, False, "highest", value)
@@ -404,14 +408,14 @@ def test_both_operators_pass_opcheck(device: str, backend: str, dtype: torch.dty
 
 
 def test_without_a_group_no_output_is_on_the_cpu() -> None:
-    """One would keep Inductor from making a CUDA graph. Fake tensors need no GPU."""
+    """A CPU output would keep Inductor from using CUDA graphs. Fake tensors need no GPU."""
     with FakeTensorMode():
         z = torch.empty(4, 8, device="cuda")
         outputs = fused_forward(z, z, None, "", True, False, "highest", 0.1)
     assert {output.device.type for output in outputs} == {"cuda"}
 
 
-@on
+@on_each_device
 @pytest.mark.parametrize("temperature", ["float", "learned"])
 def test_compiles_into_one_graph(device: str, backend: str, temperature: str) -> None:
     torch.compiler.reset()
@@ -421,8 +425,8 @@ def test_compiles_into_one_graph(device: str, backend: str, temperature: str) ->
         return nt_xent(layer(x1), layer(x2), t, backend=backend)
 
     compiled = torch.compile(step, fullgraph=True, backend="aot_eager")
-    for n in (6, 9):  # the second makes the graph's sizes dynamic
-        x1, x2 = place(device, *views(n, 4, torch.float32))
+    for n in (6, 9):  # the second size makes the graph dynamic
+        x1, x2 = to_device(device, *views(n, 4, torch.float32))
         results = []
         for run in (step, compiled):
             layer.zero_grad()
@@ -434,23 +438,23 @@ def test_compiles_into_one_graph(device: str, backend: str, temperature: str) ->
             torch.testing.assert_close(graph, plain, rtol=1e-5, atol=1e-6)
 
 
-@on
-def test_autocast_changes_nothing(device: str, backend: str) -> None:
-    z1, z2 = place(device, *views(6, 4, torch.float32))
+@on_each_device
+def test_result_does_not_depend_on_autocast(device: str, backend: str) -> None:
+    z1, z2 = to_device(device, *views(6, 4, torch.float32))
     plain = nt_xent(z1, z2, backend=backend)
     with torch.autocast(device, dtype=torch.bfloat16):
         assert torch.equal(nt_xent(z1, z2, backend=backend), plain)
 
 
-@on
-def test_second_derivative_is_refused_and_not_taken_for_zero(device: str, backend: str) -> None:
-    z1, z2 = (z.requires_grad_() for z in place(device, *views(4, 3, torch.float32)))
+@on_each_device
+def test_double_backward_raises(device: str, backend: str) -> None:
+    z1, z2 = (z.requires_grad_() for z in to_device(device, *views(4, 3, torch.float32)))
     (dz,) = torch.autograd.grad(nt_xent(z1, z2, backend=backend), z1, create_graph=True)
     with pytest.raises(RuntimeError):
         (z1.pow(2).sum() + dz.pow(2).sum()).backward()
 
 
-# ----------------------------------------------------------------------------------------------- what a GPU alone shows
+# ----------------------------------------------------------------------------------------------- only on a GPU
 
 
 def gpu_test(function: Any) -> Any:
@@ -460,10 +464,10 @@ def gpu_test(function: Any) -> Any:
 
 
 @gpu_test
-def test_a_cuda_graph_replays_it_on_new_data() -> None:
-    z1, z2 = (z.requires_grad_() for z in place("cuda", *views(600, 128, torch.bfloat16)))
-    new1, new2 = place("cuda", *views(600, 128, torch.bfloat16, seed=1))
-    expected = loss_and_gradients(rows_of("fused"), new1, new2, 0.1)[1]
+def test_cuda_graph_replays_on_new_data() -> None:
+    z1, z2 = (z.requires_grad_() for z in to_device("cuda", *views(600, 128, torch.bfloat16)))
+    new1, new2 = to_device("cuda", *views(600, 128, torch.bfloat16, seed=1))
+    expected = loss_and_gradients(row_losses("fused"), new1, new2, 0.1)[1]
 
     def step() -> tuple[Tensor, ...]:
         return torch.autograd.grad(nt_xent(z1, z2, backend="fused", reduction="none").mean(), (z1, z2))
@@ -484,8 +488,8 @@ def test_a_cuda_graph_replays_it_on_new_data() -> None:
 
 
 @gpu_test
-def test_it_runs_on_the_current_stream_without_waiting_for_it() -> None:
-    z1, z2 = (z.requires_grad_() for z in place("cuda", *views(600, 128, torch.float32)))
+def test_runs_on_the_current_stream_without_synchronizing() -> None:
+    z1, z2 = (z.requires_grad_() for z in to_device("cuda", *views(600, 128, torch.float32)))
     expected = torch.autograd.grad(nt_xent(z1, z2, backend="fused"), (z1, z2))
     t = nn.Parameter(torch.tensor(0.1, device="cuda"))
     torch.cuda.synchronize()
@@ -494,7 +498,7 @@ def test_it_runs_on_the_current_stream_without_waiting_for_it() -> None:
     try:
         with torch.cuda.stream(stream):
             late1, late2 = (torch.zeros_like(z) for z in (z1, z2))
-            torch.cuda._sleep(100_000_000)  # tens of milliseconds: whoever does not follow the stream sees zeros
+            torch.cuda._sleep(100_000_000)  # tens of milliseconds: kernels on another stream would read zeros
             late1.copy_(z1.detach())
             late2.copy_(z2.detach())
             late1.requires_grad_(), late2.requires_grad_()
@@ -508,11 +512,11 @@ def test_it_runs_on_the_current_stream_without_waiting_for_it() -> None:
 
 @gpu_test
 @pytest.mark.skipif(torch.cuda.device_count() < 2, reason="needs two GPUs")
-def test_it_runs_on_the_tensors_gpu_whichever_is_current() -> None:
+def test_runs_on_the_gpu_of_the_tensors() -> None:
     z1, z2 = views(70, 16, torch.float32)
-    expected = loss_and_gradients(rows_of("fused"), *place("cuda:0", z1, z2), 0.1)
+    expected = loss_and_gradients(row_losses("fused"), *to_device("cuda:0", z1, z2), 0.1)
     with torch.cuda.device(0):
-        got = loss_and_gradients(rows_of("fused"), *place("cuda:1", z1, z2), 0.1)
+        got = loss_and_gradients(row_losses("fused"), *to_device("cuda:1", z1, z2), 0.1)
         assert torch.cuda.current_device() == 0
     for a, b in zip(expected, got, strict=True):
         assert torch.equal(a.cpu(), b.cpu())
@@ -520,13 +524,14 @@ def test_it_runs_on_the_tensors_gpu_whichever_is_current() -> None:
 
 @gpu_test
 def test_offsets_past_2_31_elements() -> None:
-    """M · D = 2^31 + 2^17 numbers: the last rows lie beyond what 32 bits count. Their dz is that of a small batch."""
+    """M · D = 2^31 + 2^17 elements: the offsets of the last rows exceed 32 bits. Their expected losses are
+    computed in float64 from a small batch."""
     n, d = 524_320, 2048
     free, _ = torch.cuda.mem_get_info()
     if free < 40 * 2**30:
         pytest.skip("needs 40 GiB of free GPU memory")
     unit = torch.zeros(n, d, dtype=torch.bfloat16, device="cuda")
-    few1, few2 = place("cuda", *views(8, d, torch.bfloat16))
+    few1, few2 = to_device("cuda", *views(8, d, torch.bfloat16))
     unit[:, 0] = 1
     z1, z2 = unit.clone(), unit
     z1[-8:], z2[-8:] = few1, few2
@@ -540,14 +545,14 @@ def test_offsets_past_2_31_elements() -> None:
     torch.testing.assert_close(losses.view(2, n)[:, -8:].flatten().double(), expected, rtol=1e-4, atol=0)
 
 
-# ----------------------------------------------------------------------------------------------- who computes it
+# ----------------------------------------------------------------------------------------------- choice of the backend
 
 
-def test_fused_where_it_cannot_run_says_why_and_what_to_do() -> None:
+def test_fused_without_a_gpu_raises_with_reason_and_fix() -> None:
     z = torch.ones(4, 3)
     with pytest.raises(BackendError, match=r"fused.*projections are on cpu.*use backend=\"auto\""):
         nt_xent(z, z, backend="fused")
-    for kind in (ValueError, RuntimeError):  # a mistake of the caller's, or the lack of a GPU
+    for kind in (ValueError, RuntimeError):  # BackendError is both
         with pytest.raises(kind, match="fused"):
             nt_xent(z, z, backend="fused")
 
@@ -560,13 +565,13 @@ def test_fused_where_it_cannot_run_says_why_and_what_to_do() -> None:
         (torch.ones(4, 2049), "2049.*at most 2048"),
     ],
 )
-def test_what_the_kernels_do_not_take_is_said(z: Tensor, message: str) -> None:
+def test_unsupported_dtype_or_width_raises(z: Tensor, message: str) -> None:
     with pytest.raises(ValueError, match=message):
         nt_xent(z, z, backend="emulated")
 
 
 @needs_emulation
-def test_a_failing_launch_is_a_runtime_error_that_names_the_call() -> None:
+def test_failed_launch_raises_and_names_the_function() -> None:
     kernels = fused._Kernels(torch.ones(1), None, 0.1)
     z = torch.ones(2, 8)
     arguments = {"unit": 0, "norm": 0, "positive": 0, "dtype": kernels.dtype, "d": 8, "planes": 1, "width": 8}
@@ -574,7 +579,7 @@ def test_a_failing_launch_is_a_runtime_error_that_names_the_call() -> None:
         kernels("normalize", z1=fused._view(z), z2=fused._view(z), n=0, **arguments)  # no blocks to launch
 
 
-def test_auto_is_tiled_on_a_cpu_without_a_warning() -> None:
+def test_auto_is_tiled_on_a_cpu_without_warning() -> None:
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         nt_xent(torch.ones(4, 3), torch.ones(4, 3))
@@ -584,7 +589,7 @@ def test_auto_is_tiled_on_a_cpu_without_a_warning() -> None:
 
 
 @gpu_test
-def test_auto_is_fused_on_a_gpu_and_tiled_with_one_warning_for_what_it_does_not_take() -> None:
+def test_auto_is_fused_on_a_gpu_and_tiled_with_a_warning_for_unsupported_dtypes() -> None:
     assert choose_backend("auto", torch.device("cuda"))[0] == "fused"
     z = torch.randn(4, 3, dtype=torch.float64, device="cuda")
     with pytest.warns(UserWarning, match="tiled.*float64"):

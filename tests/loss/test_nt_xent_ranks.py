@@ -1,7 +1,7 @@
-"""The NT-Xent loss over gloo ranks: every figure that of one process which has all ranks' images.
+"""The NT-Xent loss over gloo ranks: all results equal those of one process with all ranks' images.
 
-Every rank has its own data, and mostly another number of images: what is alike on all ranks would hide a row that is
-taken for another rank's. A start of ranks costs seconds: one start per number of ranks runs all cases.
+Every rank has its own data, and usually a different number of images: identical data would hide rows that are confused
+between ranks. Starting ranks takes seconds, so all cases of one world size run in one start.
 """
 
 import itertools
@@ -28,24 +28,24 @@ D_IN, D = 5, 4
 
 @dataclass(frozen=True)
 class Layout:
-    """Which ranks share a loss, and how many images each rank has."""
+    """The process groups that compute a loss, and the number of images of each rank."""
 
     name: str
-    sizes: tuple[int, ...]  # images of each rank
-    groups: tuple[tuple[int, ...], ...] = ()  # () is group="world"
-    alike: bool = False  # all ranks have the same images
+    sizes: tuple[int, ...]  # images per rank
+    groups: tuple[tuple[int, ...], ...] = ()  # () means group="world"
+    identical: bool = False  # all ranks have the same images
 
     def members(self, rank: int) -> tuple[int, ...]:
         return next((group for group in self.groups if rank in group), tuple(range(len(self.sizes))))
 
     def images(self, rank: int) -> tuple[Tensor, Tensor]:
-        random = torch.Generator().manual_seed(0 if self.alike else rank)
+        random = torch.Generator().manual_seed(0 if self.identical else rank)
         x = torch.randn(self.sizes[rank], D_IN, generator=random, dtype=torch.float64)
         x1, x2 = (x + 0.3 * torch.randn(x.shape, generator=random, dtype=torch.float64) for _ in range(2))
         return x1, x2
 
     def weights(self, rank: int) -> Tensor:
-        """Of each of the rank's rows, in a weighted sum of the losses that reduction="none" returns."""
+        """Return the weights of the rank's rows in a weighted sum of the losses of reduction="none"."""
         random = torch.Generator().manual_seed(100 + rank)
         return torch.rand(2 * self.sizes[rank], generator=random, dtype=torch.float64) - 0.3
 
@@ -54,13 +54,13 @@ LAYOUTS = {
     2: (
         Layout("2 ranks", (4, 4)),
         Layout("2 uneven ranks", (5, 3)),
-        Layout("2 ranks with the same images", (4, 4), alike=True),  # another rank's copy of an image is a negative
+        Layout("2 ranks with the same images", (4, 4), identical=True),  # another rank's copy of an image is a negative
         Layout("2 ranks, each a group", (4, 3), groups=((0,), (1,))),
     ),
     4: (
         Layout("4 ranks", (3, 3, 3, 3)),
-        Layout("4 uneven ranks", (1, 2, 4, 3)),  # one rank with one image: all its negatives are elsewhere
-        Layout("2 groups of 2", (2, 3, 4, 1), groups=((0, 2), (1, 3))),  # a rank's place in its group is not its rank
+        Layout("4 uneven ranks", (1, 2, 4, 3)),  # one rank with one image: all its negatives are on other ranks
+        Layout("2 groups of 2", (2, 3, 4, 1), groups=((0, 2), (1, 3))),  # the rank in the group is not the global rank
     ),
 }
 
@@ -71,7 +71,7 @@ class Case:
     reduction: str
     decoupled: bool = False
     temperature: float = 0.2
-    tile: int | None = None  # rows of a tile; None: the real size
+    tile: int | None = None  # rows of a tile; None: the default size
 
     @property
     def options(self) -> dict[str, Any]:
@@ -79,27 +79,27 @@ class Case:
 
     @property
     def dtype(self) -> torch.dtype:
-        """What the loss gets; the model is of float64."""
+        """Dtype of the projections; the model is float64."""
         return torch.float32 if self.backend == "emulated" else torch.float64
 
     @property
     def tolerance(self) -> tuple[float, float]:
-        """Relative, and absolute for a temperature of 1 and results of 1."""
+        """Relative tolerance, and absolute tolerance at a temperature of 1 and results of 1."""
         return (1e-3, 2e-6) if self.backend == "emulated" else (1e-10, 1e-13)
 
 
 CASES = [
     Case(*each)
-    # 1/800: exp overflows float64, so other formulas
+    # 1/800: exp overflows float64, which needs other formulas
     for each in itertools.product(("tiled", "reference"), ("mean", "none"), (False, True), (0.2, 1 / 800))
 ]
-CASES += [Case("tiled", "none", False, t, tile=3) for t in (0.2, 1 / 800)]  # tiles across every boundary between ranks
-if not why_unavailable(torch.device("cpu")):  # the fused kernels: 0.005 is below their bound of overflow
+CASES += [Case("tiled", "none", False, t, tile=3) for t in (0.2, 1 / 800)]  # tiles cross every boundary between ranks
+if not why_unavailable(torch.device("cpu")):  # the fused kernels: at 0.005 their exponentials may overflow
     CASES += [Case("emulated", *each) for each in itertools.product(("mean", "none"), (False, True), (0.2, 0.005))]
 
 
 class Model(nn.Module):
-    """What a training step differentiates: shared weights, a learned temperature, the loss."""
+    """The graph of a training step: shared weights, a learned temperature, the loss."""
 
     def __init__(self, case: Case, group: Any) -> None:
         super().__init__()
@@ -117,13 +117,13 @@ class Model(nn.Module):
 
 
 @dataclass(frozen=True)
-class Found:
-    """What one rank sees of one case."""
+class Result:
+    """The result of one case on one rank."""
 
-    losses: Tensor  # what nt_xent returned
+    losses: Tensor  # the return value of nt_xent
     dz1: Tensor
     dz2: Tensor
-    gradients: dict[str, Tensor]  # of the parameters, after DDP's mean over ranks
+    gradients: dict[str, Tensor]  # of the parameters, averaged over the ranks by DDP
 
 
 @contextmanager
@@ -134,10 +134,10 @@ def tile_size(rows: int | None) -> Iterator[None]:
         yield
 
 
-def all_cases(rank: int, layouts: tuple[Layout, ...]) -> dict[tuple[str, Case], Found]:
-    found = {}
+def run_all_cases(rank: int, layouts: tuple[Layout, ...]) -> dict[tuple[str, Case], Result]:
+    results = {}
     for layout in layouts:
-        groups = [dist.new_group(list(members)) for members in layout.groups]  # all ranks make all groups
+        groups = [dist.new_group(list(members)) for members in layout.groups]  # all ranks must create all groups
         mine = next((g for g, members in zip(groups, layout.groups, strict=True) if rank in members), None)
         for case in CASES:
             model = Model(case, mine or "world")
@@ -149,18 +149,19 @@ def all_cases(rank: int, layouts: tuple[Layout, ...]) -> dict[tuple[str, Case], 
             assert z1.grad is not None
             assert z2.grad is not None
             gradients = {name: p.grad for name, p in model.named_parameters() if p.grad is not None}
-            found[layout.name, case] = Found(losses.detach(), z1.grad, z2.grad, gradients)
-    return found
+            results[layout.name, case] = Result(losses.detach(), z1.grad, z2.grad, gradients)
+    return results
 
 
 @pytest.fixture(scope="module")
-def found() -> dict[int, list[dict[tuple[str, Case], Found]]]:
-    """By number of ranks, for each rank."""
-    return {ranks: run_ranks(ranks, all_cases, layouts) for ranks, layouts in LAYOUTS.items()}
+def results() -> dict[int, list[dict[tuple[str, Case], Result]]]:
+    """The results of every rank, by world size."""
+    return {world_size: run_ranks(world_size, run_all_cases, layouts) for world_size, layouts in LAYOUTS.items()}
 
 
-def one_process(layout: Layout, case: Case, members: tuple[int, ...]) -> Found:
-    """The same step on the concatenated batch of `members`, by the dense loss; its objective is the ranks' mean."""
+def one_process(layout: Layout, case: Case, members: tuple[int, ...]) -> Result:
+    """Run the same step in one process on the concatenated batch of `members` with the dense loss. The objective is the
+    mean over the ranks."""
     model = Model(Case("reference", "none", case.decoupled, case.temperature), None)
     x1, x2 = (torch.cat(x) for x in zip(*(layout.images(rank) for rank in members), strict=True))
     losses = model(x1, x2)
@@ -173,7 +174,7 @@ def one_process(layout: Layout, case: Case, members: tuple[int, ...]) -> Found:
     assert z1.grad is not None
     assert z2.grad is not None
     gradients = {name: p.grad for name, p in model.named_parameters() if p.grad is not None}
-    return Found(losses.detach(), z1.grad, z2.grad, gradients)
+    return Result(losses.detach(), z1.grad, z2.grad, gradients)
 
 
 by_layout = pytest.mark.parametrize(
@@ -182,18 +183,16 @@ by_layout = pytest.mark.parametrize(
 
 
 def compare(got: Tensor, expected: Tensor, case: Case, scale: float = 1.0) -> None:
-    """scale: the size of the terms that add up to the result, if it is above 1 and they may cancel."""
+    """Assert that `got` is `expected`. scale: size of the terms of the result, if it is above 1 and they may cancel."""
     scale = max(scale, expected.abs().max().item())
     relative, absolute = case.tolerance
     torch.testing.assert_close(got.double(), expected, rtol=relative, atol=absolute * scale / case.temperature)
 
 
 @by_layout
-def test_trap_masks_on_ranks_above_0_and_sample_identity_by_rank(
-    layout: Layout, found: dict[int, list[dict[tuple[str, Case], Found]]]
-) -> None:
-    """Each rank's losses, row by row, and their mean are those of the one process."""
-    ranks = found[len(layout.sizes)]
+def test_losses_match_one_process(layout: Layout, results: dict[int, list[dict[tuple[str, Case], Result]]]) -> None:
+    """Row by row and on average. Detects wrong masks on ranks above 0 and images confused between ranks."""
+    ranks = results[len(layout.sizes)]
     for case, rank in itertools.product(CASES, range(len(ranks))):
         members = layout.members(rank)
         expected = one_process(layout, case, members).losses
@@ -207,9 +206,9 @@ def test_trap_masks_on_ranks_above_0_and_sample_identity_by_rank(
 
 
 @by_layout
-def test_trap_gradient_w_times_too_small(layout: Layout, found: dict[int, list[dict[tuple[str, Case], Found]]]) -> None:
-    """DDP's mean gradients are the one process's; each rank's dz is W times its rows of the one process's."""
-    ranks = found[len(layout.sizes)]
+def test_gradients_match_one_process(layout: Layout, results: dict[int, list[dict[tuple[str, Case], Result]]]) -> None:
+    """DDP's mean gradients equal those of one process; each rank's dz is world_size times its rows there."""
+    ranks = results[len(layout.sizes)]
     for case, rank in itertools.product(CASES, range(len(ranks))):
         members = layout.members(rank)
         expected = one_process(layout, case, members)
@@ -229,8 +228,8 @@ def test_trap_gradient_w_times_too_small(layout: Layout, found: dict[int, list[d
 
 
 @contextmanager
-def counted() -> Iterator[list[str]]:
-    """The collectives of torch.distributed that are called inside, by name."""
+def record_collectives() -> Iterator[list[str]]:
+    """Record the names of the collectives of torch.distributed that are called."""
     calls: list[str] = []
     with pytest.MonkeyPatch.context() as patch:
         for name in dir(dist):
@@ -242,28 +241,28 @@ def counted() -> Iterator[list[str]]:
         yield calls
 
 
-# The backends that gather by themselves: the dtype that they take, and their two operators.
+# The backends with their own collectives: dtype, forward operator and backward operator.
 OPERATORS: dict[str, tuple[torch.dtype, Any, Any]] = {"tiled": (torch.float64, tiled_forward, tiled_backward)}
 if not why_unavailable(torch.device("cpu")):
     OPERATORS["emulated"] = (torch.float32, fused_forward, fused_backward)
 
 
-def collectives_of(rank: int, backend: str) -> dict[str, Any]:
+def check_operators(rank: int, backend: str) -> dict[str, Any]:
     dtype, forward_op, backward_op = OPERATORS[backend]
     z1, z2 = (x.to(dtype).requires_grad_() for x in Layout("", (5, 3)).images(rank))
     result: dict[str, Any] = {}
     for reduction in ("mean", "none"):
-        with counted() as forward:
+        with record_collectives() as forward:
             loss = nt_xent(z1, z2, group="world", backend=backend, reduction=reduction)
-        with counted() as backward:
+        with record_collectives() as backward:
             loss.sum().backward()
         result[reduction] = (forward, backward)
 
-    # A NaN on one rank must not pass unseen on the others.
-    broken = z1.detach().clone()
+    # A NaN on one rank must make the loss non-finite on all ranks.
+    with_nan = z1.detach().clone()
     if rank == 1:
-        broken[0, 0] = torch.nan
-    result["finite"] = nt_xent(broken, z2.detach(), group="world", backend=backend).isfinite().item()
+        with_nan[0, 0] = torch.nan
+    result["finite"] = nt_xent(with_nan, z2.detach(), group="world", backend=backend).isfinite().item()
 
     name = group_name(dist.group.WORLD)
     t = torch.tensor(0.2, dtype=dtype, requires_grad=True)
@@ -289,17 +288,17 @@ def collectives_of(rank: int, backend: str) -> dict[str, Any]:
 
 
 @pytest.mark.parametrize("backend", OPERATORS)
-def test_backward_of_a_mean_communicates_nothing_and_the_operators_work_over_ranks(backend: str) -> None:
-    for found in run_ranks(2, collectives_of, backend):
-        forward, backward = found["mean"]
-        assert len(forward) == 3, forward  # how many rows each rank has, the rows, and their sums
-        assert backward == []
-        _, backward = found["none"]
-        assert len(backward) == 1, backward  # the rows' weights, which only their rank knows
-        assert not found["finite"]
+def test_collectives_and_operators_over_ranks(backend: str) -> None:
+    for result in run_ranks(2, check_operators, backend):
+        forward, backward = result["mean"]
+        assert len(forward) == 3, forward  # the ranks' numbers of rows, the rows, and their sums
+        assert backward == [], "the backward of a mean communicates nothing"
+        _, backward = result["none"]
+        assert len(backward) == 1, backward  # the weights of the rows
+        assert not result["finite"]
 
 
-def test_a_nan_on_one_rank_is_seen_by_the_reference_on_all() -> None:
+def test_nan_on_one_rank_reaches_the_reference_loss_on_all() -> None:
     assert run_ranks(2, reference_is_finite) == [False, False]
 
 

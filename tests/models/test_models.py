@@ -1,4 +1,4 @@
-"""Encoders, the projection head, and batch normalisation over ranks."""
+"""Encoders, the projection head, and synchronized batch normalization."""
 
 import functools
 import weakref
@@ -9,16 +9,16 @@ import pytest
 import torch
 import torch.nn.functional as F
 import torchvision
+from ranks import run_ranks
 from torch import Tensor, nn
 
 from fastsimclr import SimCLR, encoder, projector
 from fastsimclr.models import synchronize_batch_norm
 from fastsimclr.models.cpu_conv import SmallMapConv2d
-from tests.ranks import run_ranks
 
 
 @pytest.mark.parametrize("name", ["resnet18", "resnet34", "resnet50", "resnet101", "resnet152"])
-def test_the_state_dict_is_torchvisions_but_for_fc(name: str) -> None:
+def test_state_dict_matches_torchvision_except_fc(name: str) -> None:
     ours, theirs = encoder(name), torchvision.models.get_model(name)
     result = theirs.load_state_dict(ours.state_dict(), strict=False)
     assert result.missing_keys == ["fc.weight", "fc.bias"]
@@ -32,13 +32,13 @@ def test_the_state_dict_is_torchvisions_but_for_fc(name: str) -> None:
 
 @pytest.mark.parametrize(("width", "features", "parameters"), [(1, 2048, 23.5e6), (2, 4096, 93.9e6)])
 def test_width_multiplies_every_layer(width: int, features: int, parameters: float) -> None:
-    """The paper's table: 24 M parameters at width 1, 94 M at width 2."""
+    """As in the paper: 24 M parameters at width 1, 94 M at width 2."""
     model = encoder("resnet50", width)
     assert model.out_features == features
     assert sum(p.numel() for p in model.parameters()) == pytest.approx(parameters, rel=0.01)
 
 
-def test_the_small_stem_keeps_the_resolution_of_small_images() -> None:
+def test_small_stem_keeps_the_resolution_of_small_images() -> None:
     shapes = {}
     for stem in ("small", "imagenet"):
         model = encoder("resnet18", stem=stem)
@@ -51,7 +51,7 @@ def test_the_small_stem_keeps_the_resolution_of_small_images() -> None:
 
 
 def results_and_gradients(layer: nn.Module, forward: Callable[[Tensor], Tensor], *shape: int) -> list[Tensor]:
-    """y, dx and dw of equal draws, in float64."""
+    """Return y, dx and dw in float64 for a fixed random input and output gradient."""
     generator = torch.Generator().manual_seed(0)
     x = torch.randn(*shape, dtype=torch.float64, generator=generator).requires_grad_()
     y = forward(x)
@@ -61,43 +61,41 @@ def results_and_gradients(layer: nn.Module, forward: Callable[[Tensor], Tensor],
 
 @pytest.mark.parametrize(
     ("shape", "stride"),
-    # Maps that become one pixel, also where a side has one and the other two; and the smallest that do not.
+    # Feature maps whose output is one pixel, including 1x2 and 2x1; and the smallest whose output is larger.
     [((1, 1), 1), ((1, 1), 2), ((2, 2), 2), ((1, 2), 2), ((2, 1), 2), ((2, 1), 1), ((3, 3), 2)],
 )
-def test_a_convolution_of_one_pixel_is_the_convolution(shape: tuple[int, int], stride: int) -> None:
+def test_one_pixel_convolution_matches_conv2d(shape: tuple[int, int], stride: int) -> None:
     layer = SmallMapConv2d(6, 5, 3, stride, padding=1, bias=False).double()
     expected = results_and_gradients(layer, functools.partial(nn.Conv2d.forward, layer), 4, 6, *shape)
     torch.testing.assert_close(results_and_gradients(layer, layer, 4, 6, *shape), expected, rtol=1e-13, atol=1e-14)
 
 
-@pytest.mark.parametrize("images_a_row", [1, 2, 6])
+@pytest.mark.parametrize("images_per_row", [1, 2, 6])
 @pytest.mark.parametrize(("shape", "stride"), [((2, 2), 1), ((4, 4), 1), ((8, 8), 2), ((7, 7), 2), ((5, 3), 1)])
-def test_a_convolution_of_images_in_rows_is_the_convolution(
-    shape: tuple[int, int], stride: int, images_a_row: int
-) -> None:
+def test_convolution_of_images_in_rows_matches_conv2d(shape: tuple[int, int], stride: int, images_per_row: int) -> None:
     layer = SmallMapConv2d(6, 5, 3, stride, padding=1, bias=False).double()
     expected = results_and_gradients(layer, functools.partial(nn.Conv2d.forward, layer), 12, 6, *shape)
-    in_rows = results_and_gradients(layer, lambda x: layer._conv_rows(x, images_a_row), 12, 6, *shape)
+    in_rows = results_and_gradients(layer, lambda x: layer._conv_rows(x, images_per_row), 12, 6, *shape)
     torch.testing.assert_close(in_rows, expected, rtol=1e-13, atol=1e-14)
 
 
-def test_rows_are_made_again_in_the_backward_and_not_kept(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_rows_are_recomputed_in_the_backward_and_not_stored(monkeypatch: pytest.MonkeyPatch) -> None:
     original, padded = F.pad, list[weakref.ref[Tensor]]()
 
     def pad(*args: Any) -> Tensor:
-        padded.append(weakref.ref(made := original(*args)))
-        return made
+        padded.append(weakref.ref(result := original(*args)))
+        return result
 
     monkeypatch.setattr(F, "pad", pad)
     layer = SmallMapConv2d(6, 5, 3, padding=1, bias=False).double()
     x = torch.randn(12, 6, 4, 4, dtype=torch.float64, requires_grad=True)
     y = layer._conv_rows(x, 4)
-    assert [made() for made in padded] == [None]
+    assert [reference() for reference in padded] == [None]
     y.sum().backward()
     assert len(padded) > 1
 
 
-def test_a_convolution_of_images_in_rows_has_second_derivatives_and_those_of_torch_func() -> None:
+def test_convolution_of_images_in_rows_supports_double_backward_and_torch_func() -> None:
     layer = SmallMapConv2d(6, 5, 3, padding=1, bias=False).double()
     x = torch.randn(4, 6, 2, 2, dtype=torch.float64, requires_grad=True)
     assert torch.autograd.gradgradcheck(lambda x: layer._conv_rows(x, 4), x)
@@ -110,8 +108,8 @@ def test_a_convolution_of_images_in_rows_has_second_derivatives_and_those_of_tor
     torch.testing.assert_close(torch.func.vmap(torch.func.grad(loss))(batches), expected)
 
 
-@pytest.mark.parametrize("images", [32, 3])  # in two rows; in none, as they are too few
-def test_a_convolution_in_bf16_is_the_convolution(images: int) -> None:
+@pytest.mark.parametrize("images", [32, 3])  # two rows; too few images for rows
+def test_bf16_convolution_matches_conv2d(images: int) -> None:
     torch.manual_seed(0)
     layer = SmallMapConv2d(64, 64, 3, padding=1, bias=False)
     x = torch.randn(images, 64, 4, 4, dtype=torch.bfloat16)
@@ -122,23 +120,23 @@ def test_a_convolution_in_bf16_is_the_convolution(images: int) -> None:
     assert (y - expected).norm() < 0.01 * expected.norm()
 
 
-def test_a_stride_of_two_over_one_pixel_has_its_gradient_in_bf16() -> None:
-    """Which torch 2.14's oneDNN computes from what lies around the input, on CPUs with AMX; images of 16 pixels have
-    such a layer in their last stage."""
+def test_bf16_gradient_of_stride_two_over_one_pixel() -> None:
+    """oneDNN of torch 2.14 reads past the input here, on CPUs with AMX. The last stage has such a layer if images have
+    16 pixels."""
     images, features = 256, 64
     torch.manual_seed(0)
     layer = encoder("resnet18", stem="imagenet").layer2[0].conv1
-    around = torch.full((3, images, features, 1, 1), torch.nan, dtype=torch.bfloat16)
-    x = around[1].copy_(torch.randn(images, features, 1, 1))
+    buffer = torch.full((3, images, features, 1, 1), torch.nan, dtype=torch.bfloat16)
+    x = buffer[1].copy_(torch.randn(images, features, 1, 1))
     dy = torch.randn(images, 2 * features, 1, 1)
     (expected,) = torch.autograd.grad(layer(x.float()), layer.weight, dy)
     with torch.autocast("cpu", torch.bfloat16):
         y = layer(x)
     (got,) = torch.autograd.grad(y, layer.weight, dy.to(y.dtype))
-    assert (got - expected).norm() < 0.02 * expected.norm()  # roundings: 0.002
+    assert (got - expected).norm() < 0.02 * expected.norm()  # rounding alone gives 0.002
 
 
-def test_blocks_begin_as_the_identity() -> None:
+def test_residual_blocks_are_initialized_to_the_identity() -> None:
     model = encoder("resnet50")
     for name, module in model.named_modules():
         if name.endswith("bn3"):
@@ -148,7 +146,7 @@ def test_blocks_begin_as_the_identity() -> None:
 
 
 @pytest.mark.parametrize("layers", [2, 3])
-def test_the_projector_normalises_after_each_layer(layers: int) -> None:
+def test_projector_has_batch_norm_after_each_layer(layers: int) -> None:
     head = projector(64, hidden=32, out=16, layers=layers)
     kinds = [type(module).__name__ for module in head]
     assert kinds == ["Linear", "BatchNorm1d", "ReLU"] * (layers - 1) + ["Linear", "BatchNorm1d"]
@@ -167,12 +165,12 @@ def test_the_projector_normalises_after_each_layer(layers: int) -> None:
         lambda: projector(0),
     ],
 )
-def test_wrong_arguments_say_what_was_expected(make: object) -> None:
+def test_invalid_arguments_raise(make: object) -> None:
     with pytest.raises(ValueError, match=r"got .*expected"):
         make()  # type: ignore[operator]
 
 
-def normalise_over_ranks(rank: int, batches: list[Tensor], weight: Tensor) -> tuple[Tensor, Tensor, dict[str, Tensor]]:
+def normalize_on_a_rank(rank: int, batches: list[Tensor], weight: Tensor) -> tuple[Tensor, Tensor, dict[str, Tensor]]:
     module = batch_norm(batches[0], weight)
     synced = synchronize_batch_norm(module, torch.device("cpu"))
     x = batches[rank].clone().requires_grad_()
@@ -189,12 +187,12 @@ def batch_norm(like: Tensor, weight: Tensor) -> nn.Module:
 
 
 @pytest.mark.parametrize("shape", [(5, 3, 2, 4), (5, 3)])
-def test_synchronised_batch_norm_is_that_of_the_whole_batch(shape: tuple[int, ...]) -> None:
+def test_synchronized_batch_norm_matches_the_whole_batch(shape: tuple[int, ...]) -> None:
     generator = torch.Generator().manual_seed(0)
     batch = torch.randn(shape, generator=generator, dtype=torch.float64) * 3 + 1
     weight = torch.rand(3, generator=generator, dtype=torch.float64)
-    parts = list(batch.split([2, 3]))  # uneven ranks
-    results = run_ranks(2, normalise_over_ranks, parts, weight)
+    parts = list(batch.split([2, 3]))  # different batch sizes on the ranks
+    results = run_ranks(2, normalize_on_a_rank, parts, weight)
 
     x = batch.clone().requires_grad_()
     whole = batch_norm(batch, weight)

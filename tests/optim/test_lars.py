@@ -1,4 +1,4 @@
-"""LARS against numbers worked out by hand, the method tensor by tensor, timm's Lars, and what torch promises."""
+"""LARS against hand-computed steps, a per-tensor implementation and timm's Lars; and the torch.optim interface."""
 
 import copy
 import io
@@ -30,7 +30,8 @@ def conv_net(dtype: torch.dtype = torch.float64) -> nn.Sequential:
 
 
 def set_gradients(net: nn.Module, seed: int) -> None:
-    """A real gradient of a real loss on random images: BN makes it orthogonal to the first convolution's weights."""
+    """Set gradients of a cross-entropy loss on random images: BN makes them orthogonal to the first convolution's
+    weights."""
     p = next(net.parameters())
     generator = torch.Generator().manual_seed(seed)
     images = torch.randn(16, 3, 8, 8, generator=generator, dtype=torch.float64).to(p.dtype)
@@ -39,8 +40,8 @@ def set_gradients(net: nn.Module, seed: int) -> None:
     nn.functional.cross_entropy(net(images), labels).backward()
 
 
-def transcribed_step(params: list[Tensor], velocities: list[Tensor], lr: float, weight_decay: float) -> None:
-    """One step of google-research/simclr's lars_optimizer.py (classic momentum .9, eeta .001), tensor by tensor."""
+def reference_step(params: list[Tensor], velocities: list[Tensor], lr: float, weight_decay: float) -> None:
+    """One step of lars_optimizer.py of google-research/simclr (classic momentum .9, eeta .001), tensor by tensor."""
     for w, v in zip(params, velocities, strict=True):
         g, rate = w.grad, 1.0
         if w.ndim > 1:
@@ -52,15 +53,16 @@ def transcribed_step(params: list[Tensor], velocities: list[Tensor], lr: float, 
 
 
 def test_one_step_by_hand() -> None:
-    # g = (2.5, -5) + .5·(3, 4) = (4, -3); r = .1·5/5; v = 2·.1·g. With ‖grad‖ + wd·‖w‖ for ‖g‖ it would be r = .062.
+    # g = (2.5, -5) + .5·(3, 4) = (4, -3); r = .1·5/5; v = 2·.1·g. With ‖grad‖ + wd·‖w‖ instead of ‖g‖, r were .062.
     w = parameter([[3.0, 4.0]], [[2.5, -5.0]])
     LARS([w], lr=2.0, weight_decay=0.5, trust_coefficient=0.1).step()
     torch.testing.assert_close(w.detach(), torch.tensor([[2.2, 4.6]], dtype=torch.float64))
 
 
-def test_a_new_learning_rate_meets_the_old_momentum_buffer() -> None:
+def test_changed_learning_rate_keeps_the_momentum_buffer() -> None:
     # v = .2·(3, 4) = (.6, .8), w = (2.4, 3.2). Then g = (1.5, 2), r = .1·4/2.5 = .16, at lr 1: v = .9·(.6, .8) + .16·g
-    # = (.78, 1.04). With lr outside the momentum the second update would be 1·(.9·.1·(3, 4) + .16·g) = (.51, .68).
+    # = (.78, 1.04). If lr were applied after the momentum, the second update would be 1·(.9·.1·(3, 4) + .16·g) =
+    # (.51, .68).
     w = parameter([[3.0, 4.0]], [[1.5, 2.0]])
     optimizer = LARS([w], lr=2.0, weight_decay=0.5, trust_coefficient=0.1)
     optimizer.step()
@@ -70,7 +72,7 @@ def test_a_new_learning_rate_meets_the_old_momentum_buffer() -> None:
     torch.testing.assert_close(w.detach(), torch.tensor([[1.62, 2.16]], dtype=torch.float64))
 
 
-def test_excluded_tensors_take_plain_momentum_sgd() -> None:
+def test_excluded_tensors_use_plain_momentum_sgd() -> None:
     bias = nn.Parameter(torch.tensor([1.0, 2.0]))
     optimizer = LARS([bias], lr=0.5, weight_decay=0.5)
     for expected in ([0.5, 1.0], [-0.45, -0.9]):  # v = .5·(1, 2), then .9·(.5, 1) + .5·(1, 2) = (.95, 1.9)
@@ -79,11 +81,12 @@ def test_excluded_tensors_take_plain_momentum_sgd() -> None:
         torch.testing.assert_close(bias.detach(), torch.tensor(expected))
 
 
-@pytest.mark.parametrize("weight_decay", [1e-6, 1e-2, 0.0])  # as published, large enough to see, and without scratch
+# As published; large enough to have an effect; and 0, which needs no scratch memory.
+@pytest.mark.parametrize("weight_decay", [1e-6, 1e-2, 0.0])
 @pytest.mark.parametrize("memory_format", [torch.contiguous_format, torch.channels_last])
-def test_equals_the_method_tensor_by_tensor(weight_decay: float, memory_format: torch.memory_format) -> None:
+def test_equals_per_tensor_reference(weight_decay: float, memory_format: torch.memory_format) -> None:
     torch.manual_seed(0)
-    # ResNet-18: 11 million adapted elements, so several parts, and four tensors larger than a part.
+    # ResNet-18: 11 million adapted elements make several chunks, and four tensors are larger than a chunk.
     net = resnet18().double().to(memory_format=memory_format)
     params = list(net.parameters())
     other = [p.detach().clone().requires_grad_() for p in params]
@@ -94,16 +97,16 @@ def test_equals_the_method_tensor_by_tensor(weight_decay: float, memory_format: 
         for p, q in zip(params, other, strict=True):
             p.grad = q.grad = torch.randn_like(p)
         optimizer.step()
-        transcribed_step(other, velocities, lr, weight_decay)
+        reference_step(other, velocities, lr, weight_decay)
     for p, q in zip(params, other, strict=True):
-        torch.testing.assert_close(p, q, rtol=1e-12, atol=1e-13)  # atol: weights of 1e-2 less updates of up to 10
+        torch.testing.assert_close(p, q, rtol=1e-12, atol=1e-13)  # atol: weights of 1e-2 minus updates of up to 10
 
 
-def test_agrees_with_timm() -> None:
-    # timm multiplies by lr after the momentum, which is the same at a constant lr, and divides by ‖grad‖ + wd·‖w‖ +
-    # 1e-8 where SimCLR divides by ‖g‖, g = grad + wd·w. The two differ by at most 2·wd·‖w‖ + 1e-8 (triangle
-    # inequality): with the same gradients no rate differs by more than `delta` of itself, and no tensor moves apart by
-    # more than delta times the updates that went into it, old ones counted as often as the momentum brings them back.
+def test_matches_timm() -> None:
+    # timm multiplies by lr after the momentum, which is equivalent at a constant lr, and divides by ‖grad‖ + wd·‖w‖ +
+    # 1e-8 where SimCLR divides by ‖g‖, g = grad + wd·w. The denominators differ by at most 2·wd·‖w‖ + 1e-8 (triangle
+    # inequality): with equal gradients, the relative difference of a trust ratio is at most `delta`, and a tensor
+    # deviates by at most delta times the sum of its updates' norms, including their repetition by the momentum.
     ours, theirs = conv_net(), conv_net()
     params = list(ours.parameters())
     adapted = [not is_norm_or_bias(p) for p in params]
@@ -127,33 +130,33 @@ def test_agrees_with_timm() -> None:
                 delta[i] = max(delta[i], ((2e-6 * w.norm() + 1e-8) / g.norm()).item())
         optimizer.step()
         timm_optimizer.step()
-        # length[t] = .9·length[t-1] + ‖lr·r·g‖ bounds the momentum buffer, and path, their sum, how far w has gone.
+        # length[t] = .9·length[t-1] + ‖lr·r·g‖ bounds the momentum buffer; path, their sum, bounds how far w moves.
         for i, p in enumerate(params):
             buffer = optimizer.state[p]["momentum_buffer"]
             length[i] = 0.9 * length[i] + (buffer - 0.9 * previous[i]).norm().item()
             path[i] += length[i]
             previous[i] = buffer.clone()
-    assert 0 < max(delta) < 1e-4  # so the bound means something
+    assert 0 < max(delta) < 1e-4  # the bound is not trivial
     for i, (p, q) in enumerate(zip(params, theirs.parameters(), strict=True)):
-        # 1.01: second order, the norms of weights that have come apart. 1e-14: float64 roundings of 10 steps.
+        # 1.01: second-order effect of the weights' different norms. 1e-14: float64 roundings of 10 steps.
         assert (p - q).norm().item() <= (1.01 * delta[i] + 1e-14) * path[i] + 1e-14 * p.norm().item()
 
 
-def test_excludes_batchnorm_downsample_and_biases_and_nothing_else() -> None:
+def test_excludes_exactly_batch_norms_and_biases() -> None:
     torch.manual_seed(0)
     net = resnet18()
     before = {name: p.detach().clone() for name, p in net.named_parameters()}
     for p in net.parameters():
         p.grad = torch.full_like(p, 2.0)
     LARS(net.parameters(), lr=1.0, weight_decay=0.5).step()
-    # Exactly grad · lr: neither decayed nor adapted.
+    # The update is exactly lr · grad: neither decayed nor adapted.
     plain = {name for name, p in net.named_parameters() if torch.equal(p.detach(), before[name] - 2.0)}
     by_name = {name for name in before if "bn" in name or "downsample.1" in name or name.endswith("bias")}
     assert plain == by_name
     assert len(plain) == 41  # 20 BatchNorms, two tensors each, and fc.bias
 
 
-def test_exclude_may_be_given() -> None:
+def test_custom_exclude() -> None:
     a, b = parameter([[3.0, 4.0]], [[1.0, 1.0]]), parameter([[3.0, 4.0]], [[1.0, 1.0]])
     LARS([a, b], lr=1.0, exclude=lambda p: p is a).step()
     assert a.tolist() == [[2.0, 3.0]]
@@ -161,7 +164,7 @@ def test_exclude_may_be_given() -> None:
 
 
 @pytest.mark.parametrize("weight_decay", [0.0, 0.5])
-def test_zero_norms_mean_rate_one(weight_decay: float) -> None:
+def test_zero_norms_give_trust_ratio_one(weight_decay: float) -> None:
     w = parameter([[0.0, 0.0]], [[1.0, 2.0]])
     LARS([w], lr=0.5, weight_decay=weight_decay).step()
     assert w.tolist() == [[-0.5, -1.0]]
@@ -170,7 +173,7 @@ def test_zero_norms_mean_rate_one(weight_decay: float) -> None:
     assert w.tolist() == [[3.0, 4.0]]
 
 
-def test_gradients_are_left_alone_and_parameters_without_one_too() -> None:
+def test_step_does_not_modify_gradients_or_parameters_without_gradient() -> None:
     net = conv_net()
     set_gradients(net, seed=0)
     frozen = net[3].weight
@@ -187,7 +190,7 @@ def test_gradients_are_left_alone_and_parameters_without_one_too() -> None:
     assert frozen not in optimizer.state
 
 
-def through_a_file(pair: tuple[nn.Module, LARS]) -> tuple[nn.Module, LARS]:
+def save_and_load(pair: tuple[nn.Module, LARS]) -> tuple[nn.Module, LARS]:
     file = io.BytesIO()
     torch.save([each.state_dict() for each in pair], file)
     file.seek(0)
@@ -198,23 +201,23 @@ def through_a_file(pair: tuple[nn.Module, LARS]) -> tuple[nn.Module, LARS]:
     return other
 
 
-@pytest.mark.parametrize("resume", [through_a_file, copy.deepcopy])
-def test_resume_gives_the_same_bits(resume: Callable[[tuple[nn.Module, LARS]], tuple[nn.Module, LARS]]) -> None:
+@pytest.mark.parametrize("resume", [save_and_load, copy.deepcopy])
+def test_resume_is_bit_identical(resume: Callable[[tuple[nn.Module, LARS]], tuple[nn.Module, LARS]]) -> None:
     net = conv_net(torch.float32)
     optimizer = LARS(net.parameters(), lr=0.7, momentum=0.8, weight_decay=1e-3)
     for step in range(3):
         set_gradients(net, seed=step)
         optimizer.step()
-    twin, resumed = resume((net, optimizer))
+    resumed_net, resumed_optimizer = resume((net, optimizer))
     for step in range(3, 6):
-        for model, each in ((net, optimizer), (twin, resumed)):
+        for model, each in ((net, optimizer), (resumed_net, resumed_optimizer)):
             set_gradients(model, seed=step)
             each.step()
-    for p, q in zip(net.parameters(), twin.parameters(), strict=True):
+    for p, q in zip(net.parameters(), resumed_net.parameters(), strict=True):
         assert torch.equal(p, q)
 
 
-def test_pickle_keeps_the_exclusion() -> None:
+def test_pickle_keeps_exclude() -> None:
     w = parameter([[3.0, 4.0]], [[1.0, 1.0]])
     optimizer = pickle.loads(pickle.dumps(LARS([w], lr=1.0, exclude=torch.is_tensor)))
     assert optimizer.exclude is torch.is_tensor
@@ -224,7 +227,7 @@ def test_pickle_keeps_the_exclusion() -> None:
     assert copied.tolist() == [[2.0, 3.0]]
 
 
-def test_groups_have_their_own_settings_and_a_scheduler_drives_them() -> None:
+def test_param_groups_with_own_settings_and_scheduler() -> None:
     a, b = parameter([[3.0, 4.0]], [[1.0, 1.0]]), parameter([[3.0, 4.0]], [[1.0, 1.0]])
     optimizer = LARS([{"params": [a], "lr": 2.0}, {"params": [b], "weight_decay": 0.1}], lr=1.0, momentum=0.0)
     schedule = LambdaLR(optimizer, lambda step: learning_rate(step, peak=1.0, warmup_steps=2, total_steps=4))
@@ -237,7 +240,7 @@ def test_groups_have_their_own_settings_and_a_scheduler_drives_them() -> None:
     assert a.tolist() != b.tolist()
 
 
-def test_closure_is_evaluated_with_gradients_and_its_loss_returned() -> None:
+def test_closure_runs_with_gradients_and_its_loss_is_returned() -> None:
     w = parameter([[3.0, 4.0]], [[0.0, 0.0]])
     optimizer = LARS([w], lr=1.0)
 
@@ -252,7 +255,7 @@ def test_closure_is_evaluated_with_gradients_and_its_loss_returned() -> None:
 
 
 def test_half_precision_norms_do_not_overflow() -> None:
-    # ‖w‖ = 300·256 = 76800 is beyond float16's 65504: a rate of inf or nan if the norm were taken in float16.
+    # ‖w‖ = 300·256 = 76800 exceeds float16's 65504: a norm computed in float16 would give a trust ratio of inf or nan.
     w = nn.Parameter(torch.full((256, 256), 300.0, dtype=torch.float16))
     w.grad = torch.ones_like(w)
     LARS([w], lr=1.0, weight_decay=0.0, trust_coefficient=1 / 300).step()
@@ -260,8 +263,8 @@ def test_half_precision_norms_do_not_overflow() -> None:
 
 
 @pytest.mark.parametrize("device", ["cpu", "cuda"])
-def test_a_step_never_reads_a_value_on_the_host(device: str) -> None:
-    # Fake tensors hold no data: .item(), a branch on a value or a copy to the CPU raises. A fake GPU needs no GPU.
+def test_step_never_synchronizes_with_the_device(device: str) -> None:
+    # Fake tensors hold no data: .item(), branching on a value and copying to the CPU raise. Needs no real GPU.
     with FakeTensorMode():
         params = [nn.Parameter(torch.empty(shape, device=device)) for shape in ((8, 3, 3, 3), (8,), (4, 8))]
         optimizer = LARS(params, lr=1.0)
@@ -286,7 +289,7 @@ def test_a_step_never_reads_a_value_on_the_host(device: str) -> None:
         ("trust_coefficient", "1"),
     ],
 )
-def test_refuses_a_bad_setting(setting: str, value: object) -> None:
+def test_invalid_setting_raises(setting: str, value: object) -> None:
     w = parameter([[3.0]], [[1.0]])
     with pytest.raises(ValueError, match=rf"{setting} is .*, expected .*: pass {setting}="):
         LARS([w], **{"lr": 1.0, setting: value})
@@ -296,7 +299,7 @@ def test_refuses_a_bad_setting(setting: str, value: object) -> None:
     assert len(optimizer.param_groups) == 1
 
 
-def test_refuses_sparse_and_complex_gradients() -> None:
+def test_sparse_and_complex_gradients_raise() -> None:
     embedding = nn.Embedding(4, 2, sparse=True)
     embedding(torch.tensor([1])).sum().backward()
     with pytest.raises(ValueError, match=r"layout torch.sparse_coo .* expects dense real"):
@@ -317,13 +320,13 @@ def test_build_optimizer_does_not_decay_norm_or_bias(name: str, kind: type) -> N
     optimizer = build_optimizer(name, net.parameters(), lr=0.1, momentum=0.9, weight_decay=0.5)
     assert type(optimizer) is kind
     for p in net.parameters():
-        p.grad = torch.zeros_like(p)  # what then moves is decayed
+        p.grad = torch.zeros_like(p)  # only weight decay changes parameters now
     optimizer.step()
     decayed = [not torch.equal(p, q) for p, q in zip(net.parameters(), before, strict=True)]
     assert decayed == [p.ndim > 1 and p.requires_grad for p in net.parameters()]
 
 
-def test_build_optimizer_refuses_what_it_does_not_know() -> None:
+def test_build_optimizer_rejects_unknown_name_and_frozen_parameters() -> None:
     with pytest.raises(ValueError, match="'lamb', expected 'lars', 'sgd' or 'adamw'"):
         build_optimizer("lamb", conv_net().parameters(), lr=0.1, momentum=0.9, weight_decay=0.0)
     with pytest.raises(ValueError, match="requires_grad"):

@@ -1,4 +1,4 @@
-"""The learning-rate schedule and the peak rates."""
+"""The learning-rate schedule and the peak learning rates."""
 
 import itertools
 import math
@@ -15,12 +15,12 @@ def rates(warmup_steps: int, total_steps: int, peak: float = 4.8) -> list[float]
     ]
 
 
-def test_warmup_is_linear_starts_above_zero_and_ends_at_the_peak() -> None:
+def test_warmup_is_linear_from_above_zero_to_the_peak() -> None:
     assert rates(4, 20)[:4] == pytest.approx([1.2, 2.4, 3.6, 4.8])
 
 
-def test_cosine_falls_from_the_peak_to_zero_without_restart() -> None:
-    # 16 cosine steps: the peak, half of it in the middle, 0 only once the run is over.
+def test_cosine_decays_from_the_peak_to_zero_without_restart() -> None:
+    # 16 cosine steps: the peak first, half of it in the middle, 0 only after the last step.
     cosine = rates(4, 20)[4:]
     assert cosine[0] == 4.8
     assert cosine[8] == pytest.approx(2.4)
@@ -31,16 +31,16 @@ def test_cosine_falls_from_the_peak_to_zero_without_restart() -> None:
         assert learning_rate(step, peak=4.8, warmup_steps=4, total_steps=20) == 0.0
 
 
-def test_changes_at_every_step() -> None:
-    # ImageNet at B=4096: 312 steps an epoch, 10 epochs of warm-up in 100. Only the last warm-up and the first cosine
-    # step, both at the peak, are the same; a schedule stepped by epoch would give 100 values.
+def test_rate_changes_at_every_step() -> None:
+    # ImageNet with batch size 4096: 312 steps per epoch, 10 of 100 epochs of warmup. Only the last warmup step and the
+    # first cosine step, both at the peak, are equal; a schedule stepped per epoch would give 100 values.
     each = rates(3120, 31200)
     assert len(set(each[:3120] + each[3121:])) > 31000
     assert each[3119] == each[3120] == max(each) == 4.8
 
 
 @pytest.mark.parametrize(("warmup_steps", "expected"), [(0, [1.0, 0.75, 0.25]), (3, [1 / 3, 2 / 3, 1.0])])
-def test_no_warmup_and_nothing_else(warmup_steps: int, expected: list[float]) -> None:
+def test_only_decay_or_only_warmup(warmup_steps: int, expected: list[float]) -> None:
     assert rates(warmup_steps, 3, peak=1.0) == pytest.approx(expected)
 
 
@@ -55,25 +55,25 @@ def test_no_warmup_and_nothing_else(warmup_steps: int, expected: list[float]) ->
         ({"total_steps": 0, "warmup_steps": 0}, "total_steps 0"),
     ],
 )
-def test_refuses_what_contradicts_itself(bad: dict[str, float], message: str) -> None:
+def test_inconsistent_arguments_raise(bad: dict[str, float], message: str) -> None:
     with pytest.raises(ValueError, match=message):
         learning_rate(**{"step": 0, "peak": 1.0, "warmup_steps": 2, "total_steps": 10, **bad})
 
 
 @pytest.mark.parametrize("batch_size", [256, 512, 1024, 4096])
-def test_lars_rates_are_the_papers(batch_size: int) -> None:
+def test_lars_peak_rates_match_the_paper(batch_size: int) -> None:
     assert resolve_lr("linear", batch_size, "lars") == pytest.approx(0.3 * batch_size / 256)
     assert resolve_lr("sqrt", batch_size, "lars") == pytest.approx(0.075 * math.sqrt(batch_size))
 
 
 @pytest.mark.parametrize(("optimizer", "published"), [("sgd", 0.6), ("adamw", 1e-3)])
-def test_other_rates_are_anchored_at_512(optimizer: str, published: float) -> None:
+def test_peak_rates_of_other_optimizers_scale_from_batch_size_512(optimizer: str, published: float) -> None:
     assert resolve_lr("linear", 512, optimizer) == resolve_lr("sqrt", 512, optimizer) == published
     assert resolve_lr("linear", 2048, optimizer) == pytest.approx(4 * published)
     assert resolve_lr("sqrt", 2048, optimizer) == pytest.approx(2 * published)
 
 
-def test_resolve_lr_refuses_what_it_does_not_know() -> None:
+def test_resolve_lr_rejects_unknown_arguments() -> None:
     with pytest.raises(ValueError, match="rule is 'cubic', expected 'linear' or 'sqrt'"):
         resolve_lr("cubic", 256, "lars")
     with pytest.raises(ValueError, match="optimizer is 'lamb', expected one of lars, sgd, adamw"):

@@ -1,4 +1,4 @@
-"""python -m fastsimclr.export: what each format's users load is the encoder that went in."""
+"""python -m fastsimclr.export: every format loads as the encoder that was export_to."""
 
 import json
 import re
@@ -16,7 +16,7 @@ import timm
 import torch
 import torchvision
 from torch import Tensor, nn
-from weights import images, lived_in, outputs, save_run
+from weights import images, outputs, randomize_norms, save_run
 
 import fastsimclr
 from fastsimclr import Augmentation, encoder, load_encoder
@@ -35,21 +35,15 @@ NAMES = {"torchvision": "e.pt", "safetensors": "e.safetensors", "onnx": "e.onnx"
 pytestmark = pytest.mark.usefixtures("one_thread")
 
 
-@pytest.fixture
-def here(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    monkeypatch.chdir(tmp_path)
-    return tmp_path
-
-
-def run_of(name: str = "resnet18", width: int = 1, stem: str = "imagenet") -> Encoder:
-    """An encoder, saved in a run's folder `run`."""
-    model = lived_in(encoder(name, width, stem))
+def save_encoder(name: str = "resnet18", width: int = 1, stem: str = "imagenet") -> Encoder:
+    """Save a new encoder in the run folder `run` and return it."""
+    model = randomize_norms(encoder(name, width, stem))
     save_run(Path("run"), model, *OPTIONS)
     return model
 
 
-def exported(form: str, capsys: pytest.CaptureFixture[str], checkpoint: str = "run", *options: str) -> str:
-    """The line of code that is said to load it."""
+def export_to(form: str, capsys: pytest.CaptureFixture[str], checkpoint: str = "run", *options: str) -> str:
+    """Export `checkpoint` and return the printed line of code that loads the file."""
     output = NAMES[form]
     assert main(["--checkpoint", checkpoint, "--format", form, "--output", output, *options]) == 0
     captured = capsys.readouterr()
@@ -61,23 +55,25 @@ def exported(form: str, capsys: pytest.CaptureFixture[str], checkpoint: str = "r
     return found[1]
 
 
-def loaded_by(code: str, **names: Any) -> dict[str, Any]:
-    """What the names stand for after the code has run."""
-    known = {"torch": torch, "torchvision": torchvision, "timm": timm, "onnxruntime": onnxruntime} | names
-    exec(code, known | {"fastsimclr": fastsimclr}, known)
-    return known
+def execute(code: str, **names: Any) -> dict[str, Any]:
+    """Run `code` with `names` defined, and return its variables."""
+    variables = {"torch": torch, "torchvision": torchvision, "timm": timm, "onnxruntime": onnxruntime} | names
+    exec(code, variables | {"fastsimclr": fastsimclr}, variables)
+    return variables
 
 
-def left() -> set[str]:
+def exported_files() -> set[str]:
     return {str(path) for path in Path().rglob("*") if not str(path).startswith("run")}
 
 
 @pytest.mark.parametrize("stem", ["imagenet", "small"])
 @pytest.mark.parametrize("name", ["resnet18", "resnet50"])
-def test_torchvision_loads_its_state_dict(name: str, stem: str, here: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    model = run_of(name, stem=stem)
-    hint = exported("torchvision", capsys)
-    theirs = loaded_by(hint)["model"]
+def test_torchvision_loads_the_state_dict(
+    name: str, stem: str, working_directory: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    model = save_encoder(name, stem=stem)
+    hint = export_to("torchvision", capsys)
+    theirs = execute(hint)["model"]
     assert type(theirs) is torchvision.models.ResNet
     assert torch.equal(outputs(theirs.eval()), outputs(model))
     state = torch.load("e.pt", weights_only=True)
@@ -93,9 +89,11 @@ def test_torchvision_loads_its_state_dict(name: str, stem: str, here: Path, caps
 
 
 @pytest.mark.parametrize(("width", "stem"), [(1, "imagenet"), (2, "small")])
-def test_safetensors_restore_all(width: int, stem: str, here: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    model = run_of("resnet18", width, stem)
-    again = loaded_by(exported("safetensors", capsys))["encoder"]
+def test_safetensors_restore_encoder_recipe_and_config(
+    width: int, stem: str, working_directory: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    model = save_encoder("resnet18", width, stem)
+    again = execute(export_to("safetensors", capsys))["encoder"]
     assert (again.name, again.width, again.stem) == ("resnet18", width, stem)
     assert torch.equal(outputs(again), outputs(model))
     first, second = open_pretrained("run"), open_pretrained("e.safetensors")
@@ -109,17 +107,17 @@ def test_safetensors_restore_all(width: int, stem: str, here: Path, capsys: pyte
 
 
 @pytest.mark.parametrize(("name", "width", "stem"), [("resnet18", 2, "small"), ("resnet50", 1, "imagenet")])
-def test_onnxruntime_computes_the_same_whatever_the_sizes(
-    name: str, width: int, stem: str, here: Path, capsys: pytest.CaptureFixture[str]
+def test_onnxruntime_computes_the_same_for_any_input_size(
+    name: str, width: int, stem: str, working_directory: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    model = run_of(name, width, stem)
-    hint = exported("onnx", capsys)
-    assert left() == {"e.onnx"}
+    model = save_encoder(name, width, stem)
+    hint = export_to("onnx", capsys)
+    assert exported_files() == {"e.onnx"}
     for shape in ((1, 3, 48, 48), (7, 3, 48, 48), (2, 3, 33, 70)):
-        h = loaded_by(hint, images=images(*shape).numpy())["h"]
+        h = execute(hint, images=images(*shape).numpy())["h"]
         with torch.no_grad():
             expected = model(images(*shape))
-        assert expected.std() > 0.01  # so that the tolerance means something
+        assert expected.std() > 0.01  # well above the tolerance
         torch.testing.assert_close(torch.from_numpy(h), expected, rtol=0, atol=1e-4)
     graph = onnx.load("e.onnx")
     onnx.checker.check_model(graph)
@@ -132,53 +130,55 @@ def test_onnxruntime_computes_the_same_whatever_the_sizes(
     assert (json.loads(said["mean"]), json.loads(said["std"])) == (list(RECIPE.mean), list(RECIPE.std))
 
 
-def test_a_graph_of_more_than_two_gigabytes_keeps_its_weights_beside_itself(
-    here: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+def test_onnx_graph_above_2_gib_stores_its_weights_in_a_second_file(
+    working_directory: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(export, "LARGEST_PROTOBUF", 10 * 2**20)  # as if this one were
-    model = run_of()
-    hint = exported("onnx", capsys)
-    assert left() == {"e.onnx", "e.onnx.data"}
+    monkeypatch.setattr(export, "LARGEST_PROTOBUF", 10 * 2**20)  # a lower limit instead of a larger encoder
+    model = save_encoder()
+    hint = export_to("onnx", capsys)
+    assert exported_files() == {"e.onnx", "e.onnx.data"}
     assert Path("e.onnx").stat().st_size < 2**20
-    h = loaded_by(hint, images=images(2, 3, 64, 72).numpy())["h"]
+    h = execute(hint, images=images(2, 3, 64, 72).numpy())["h"]
     torch.testing.assert_close(torch.from_numpy(h), outputs(model), rtol=0, atol=1e-4)
 
 
-def test_a_graph_that_computes_something_else_is_not_left_behind(here: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    run_of()
+def test_wrong_onnx_graph_is_removed(working_directory: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    save_encoder()
     original = torch.onnx.export
 
-    def of_another(model: Encoder, *arguments: Any, **options: Any) -> Any:
-        return original(lived_in(encoder("resnet18"), seed=1), *arguments, **options)
+    def export_another(model: Encoder, *arguments: Any, **options: Any) -> Any:
+        return original(randomize_norms(encoder("resnet18"), seed=1), *arguments, **options)
 
-    monkeypatch.setattr(torch.onnx, "export", of_another)
+    monkeypatch.setattr(torch.onnx, "export", export_another)
     with pytest.raises(RuntimeError, match="onnxruntime differs from PyTorch by"):
         main(["--checkpoint=run", "--format=onnx", "--output=e.onnx"])
-    assert left() == set()
+    assert exported_files() == set()
 
 
 @pytest.mark.parametrize("off", [2e-4, float("nan")])
-def test_how_far_a_graph_may_be_off(off: float) -> None:
-    model = lived_in(encoder("resnet18"))
+def test_tolerance_of_the_onnx_check(off: float) -> None:
+    model = randomize_norms(encoder("resnet18"))
     last = nn.Sequential(*list(model.children())[:-1], nn.Flatten())
     export.compare(model, lambda images: (last(images) + 5e-5).detach(), 32)
     with pytest.raises(RuntimeError, match="differs"):
         export.compare(model, lambda images: (last(images) + off).detach(), 32)
 
 
-def test_an_encoder_whose_training_diverged_makes_no_graph(here: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_encoder_with_nan_is_not_exported_to_onnx(working_directory: Path, capsys: pytest.CaptureFixture[str]) -> None:
     model = encoder("resnet18")
     model.bn1.bias.data[0] = float("nan")
     save_run(Path("run"), model)
     assert main(["--checkpoint=run", "--format=onnx", "--output=e.onnx"]) == 2
     assert "not finite" in capsys.readouterr().err
-    assert left() == set()
+    assert exported_files() == set()
 
 
-def test_timm_creates_the_model_from_the_folder(here: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    model = run_of("resnet50")
-    theirs = loaded_by(exported("timm", capsys))["model"]
-    assert left() == {"folder", "folder/config.json", "folder/model.safetensors"}
+def test_timm_creates_the_model_from_the_exported_folder(
+    working_directory: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    model = save_encoder("resnet50")
+    theirs = execute(export_to("timm", capsys))["model"]
+    assert exported_files() == {"folder", "folder/config.json", "folder/model.safetensors"}
     torch.testing.assert_close(outputs(theirs.eval()), outputs(model))
     prepared = timm.data.resolve_model_data_config(theirs)
     assert tuple(prepared["input_size"]) == (3, 48, 48)
@@ -193,10 +193,10 @@ def test_timm_creates_the_model_from_the_folder(here: Path, capsys: pytest.Captu
 
 
 @pytest.mark.parametrize("form", NAMES)
-def test_another_projects_checkpoint_is_exported_with_what_is_known_of_it(
-    form: str, here: Path, capsys: pytest.CaptureFixture[str]
+def test_checkpoint_of_another_project_is_exported_without_a_recipe(
+    form: str, working_directory: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    theirs = lived_in(torchvision.models.resnet18(num_classes=10))
+    theirs = randomize_norms(torchvision.models.resnet18(num_classes=10))
     torch.save({"state_dict": theirs.state_dict()}, "theirs.pth")
     assert main(["--checkpoint=theirs.pth", f"--format={form}", f"--output={NAMES[form]}"]) == 0
     said = capsys.readouterr().out
@@ -209,34 +209,34 @@ def test_another_projects_checkpoint_is_exported_with_what_is_known_of_it(
         assert torch.equal(outputs(opened.encoder), outputs(theirs))
 
 
-def save_solo_learns() -> nn.Module:
-    """Its stem for CIFAR, padded by 2; in a file theirs.pth."""
+def save_as_solo_learn() -> nn.Module:
+    """Save a checkpoint as solo-learn does, with its CIFAR stem padded by 2, to theirs.pth; return the module."""
     model = torchvision.models.resnet18()
     model.fc, model.maxpool = nn.Identity(), nn.Identity()
     model.conv1 = nn.Conv2d(3, 64, kernel_size=3, stride=1, padding=2, bias=False)
-    state = {f"backbone.{name}": value for name, value in lived_in(model).state_dict().items()}
+    state = {f"backbone.{name}": value for name, value in randomize_norms(model).state_dict().items()}
     state |= {"classifier.weight": torch.zeros(1, 1), "classifier.bias": torch.zeros(1)}
     torch.save({"state_dict": state}, "theirs.pth")
     return model
 
 
-def save_lightlys() -> nn.Module:
-    """Its ResNetGenerator in a Sequential, which has no ReLU in the stem; in a file theirs.pth."""
-    model = lived_in(encoder("resnet18", stem="small"))
+def save_as_lightly() -> nn.Module:
+    """Save lightly's ResNetGenerator in a Sequential, which has no ReLU in the stem, to theirs.pth; return it."""
+    model = randomize_norms(encoder("resnet18", stem="small"))
     children = [child for name, child in model.named_children() if name not in ("relu", "maxpool", "fc")]
     backbone = nn.Sequential(*children)
     torch.save({f"backbone.{name}": value for name, value in backbone.state_dict().items()}, "theirs.pth")
     return backbone
 
 
-@pytest.mark.parametrize("save", [save_solo_learns, save_lightlys])
-def test_what_is_unusual_in_a_stem_survives_or_is_refused(
-    save: Any, here: Path, capsys: pytest.CaptureFixture[str]
+@pytest.mark.parametrize("save", [save_as_solo_learn, save_as_lightly])
+def test_unusual_stem_is_kept_or_rejected(
+    save: Any, working_directory: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     model = save()
-    again = loaded_by(exported("safetensors", capsys, "theirs.pth"))["encoder"]
+    again = execute(export_to("safetensors", capsys, "theirs.pth"))["encoder"]
     assert torch.equal(outputs(again), outputs(model))
-    h = loaded_by(exported("onnx", capsys, "e.safetensors"), images=images(2, 3, 64, 72).numpy())["h"]
+    h = execute(export_to("onnx", capsys, "e.safetensors"), images=images(2, 3, 64, 72).numpy())["h"]
     torch.testing.assert_close(torch.from_numpy(h), outputs(model), rtol=0, atol=1e-4)
     for form in ("torchvision", "timm"):
         assert main(["--checkpoint=theirs.pth", f"--format={form}", f"--output={NAMES[form]}"]) == 2
@@ -246,8 +246,8 @@ def test_what_is_unusual_in_a_stem_survives_or_is_refused(
 # The command line
 
 
-def test_it_says_how_images_are_prepared(here: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    run_of()
+def test_prints_how_images_are_prepared(working_directory: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    save_encoder()
     assert main(["--checkpoint=run/checkpoints/last.pt", "--format=torchvision", "--output=new/e.pth"]) == 0
     said = capsys.readouterr().out
     size = Path("new/e.pth").stat().st_size / 2**20
@@ -259,41 +259,41 @@ def test_it_says_how_images_are_prepared(here: Path, capsys: pytest.CaptureFixtu
         assert words in said
 
 
-def test_every_format_that_can_be_written_is_offered() -> None:
+def test_command_line_offers_every_format() -> None:
     assert tuple(export.FORMATS) == FORMATS
 
 
 @pytest.mark.parametrize("form", NAMES)
-def test_an_output_is_overwritten_only_by_force_and_never_half(
-    form: str, here: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+def test_output_is_overwritten_only_with_force_and_atomically(
+    form: str, working_directory: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    run_of()
+    save_encoder()
     output = Path(NAMES[form])
     old = output
     if form == "timm":
         output.mkdir()
         Path("folder/README.md").write_text("mine")
         old = output / "model.safetensors"
-    old.write_text("dear")
-    there = left()
+    old.write_text("old")
+    before = exported_files()
     options = ["--checkpoint=run", f"--format={form}", f"--output={output}"]
     assert main(options) == 2
     assert "--force" in capsys.readouterr().err
 
-    def die(*_: Any, **__: Any) -> None:
-        raise OSError(28, "No space left on device")
+    def fail(*_: Any, **__: Any) -> None:
+        raise OSError(28, "No space exported_files on device")
 
     with monkeypatch.context() as patch:
-        patch.setattr(torch, "save", die)
-        patch.setattr(export, "save_file", die)
-        patch.setattr(torch.onnx, "export", die)
+        patch.setattr(torch, "save", fail)
+        patch.setattr(export, "save_file", fail)
+        patch.setattr(torch.onnx, "export", fail)
         assert main([*options, "--force"]) == 2
-    assert "cannot be written (No space left on device)" in capsys.readouterr().err
-    assert old.read_text() == "dear"
-    assert left() == there
+    assert "cannot be written (No space exported_files on device)" in capsys.readouterr().err
+    assert old.read_text() == "old"
+    assert exported_files() == before
 
     assert main([*options, "--force"]) == 0
-    assert left() == there | ({"folder/config.json"} if form == "timm" else set())
+    assert exported_files() == before | ({"folder/config.json"} if form == "timm" else set())
     assert old.stat().st_size > 10 * 2**20
     if form == "timm":
         assert Path("folder/README.md").read_text() == "mine"
@@ -316,10 +316,10 @@ def test_an_output_is_overwritten_only_by_force_and_never_half(
         (["--checkpoint=run", "--format=torchvision", "--output=/dev/null/e.pt"], ["/dev/null/e.pt", "written"]),
     ],
 )
-def test_a_mistake_is_one_line_and_exit_code_2(
-    options: list[str], words: list[str], here: Path, capsys: pytest.CaptureFixture[str]
+def test_user_error_is_one_line_with_exit_code_2(
+    options: list[str], words: list[str], working_directory: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    run_of()
+    save_encoder()
     Path("run/folder.pt").mkdir()
     content = Path("run/checkpoints/last.pt").read_bytes()
     assert main(options) == 2
@@ -329,7 +329,7 @@ def test_a_mistake_is_one_line_and_exit_code_2(
     assert captured.err.count("\n") == 1
     for word in words:
         assert word in captured.err
-    assert left() == set()
+    assert exported_files() == set()
     assert Path("run/checkpoints/last.pt").read_bytes() == content
 
 
@@ -341,20 +341,20 @@ def test_a_mistake_is_one_line_and_exit_code_2(
         ("timm", 1, "small", "small stem of resnet18, which timm does not have; expected safetensors or onnx"),
     ],
 )
-def test_an_encoder_that_a_format_has_no_model_of_is_sent_to_another(
-    form: str, width: int, stem: str, words: str, here: Path, capsys: pytest.CaptureFixture[str]
+def test_format_without_a_model_for_the_encoder_suggests_another(
+    form: str, width: int, stem: str, words: str, working_directory: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    run_of("resnet18", width, stem)
+    save_encoder("resnet18", width, stem)
     assert main(["--checkpoint=run", f"--format={form}", f"--output={NAMES[form]}"]) == 2
     assert words in capsys.readouterr().err
-    assert left() == set()
+    assert exported_files() == set()
 
 
 @pytest.mark.parametrize("package", ["onnx", "onnxscript", "onnxruntime"])
-def test_a_missing_package_is_named_with_what_installs_it(
-    package: str, here: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+def test_missing_package_is_named_with_the_install_command(
+    package: str, working_directory: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    run_of()
+    save_encoder()
     monkeypatch.setitem(sys.modules, package, None)
     assert main(["--checkpoint=run", "--format=onnx", "--output=e.onnx"]) == 2
     said = capsys.readouterr().err
@@ -362,9 +362,9 @@ def test_a_missing_package_is_named_with_what_installs_it(
     assert "pip install 'fastsimclr[onnx]'" in said
 
 
-def test_the_process_says_one_line_and_nothing_else(here: Path) -> None:
-    """What the exporter and onnxruntime write past Python's streams too."""
-    run_of()
+def test_process_prints_exactly_one_line(working_directory: Path) -> None:
+    """Also suppresses what the exporter and onnxruntime write directly to the file descriptors."""
+    save_encoder()
     Path("evil.pt").write_bytes(b"cposix\nsystem\n(S'touch executed'\ntR.")
     for checkpoint, code, out, err in (("run", 0, 1, 0), ("evil.pt", 2, 0, 1)):
         command = [sys.executable, "-m", "fastsimclr.export", f"--checkpoint={checkpoint}", "--format=onnx"]
@@ -374,10 +374,10 @@ def test_the_process_says_one_line_and_nothing_else(here: Path) -> None:
     assert not Path("executed").exists()
 
 
-def test_a_run_with_several_sizes_of_views_keeps_them(here: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_views_of_several_sizes_are_kept(working_directory: Path, capsys: pytest.CaptureFixture[str]) -> None:
     recipe = replace(Augmentation(), num_views=2, per_view=({}, {"image_size": 96, "scale": [0.05, 0.14]}))
     save_run(Path("run"), encoder("resnet18"), '--data.per_view=[{}, {"image_size": 96, "scale": [0.05, 0.14]}]')
-    exported("safetensors", capsys)
+    export_to("safetensors", capsys)
     augmentation = open_pretrained("e.safetensors").augmentation
     assert augmentation == recipe
-    assert [of_view.image_size for of_view in augmentation.recipes] == [224, 96]
+    assert [view.image_size for view in augmentation.recipes] == [224, 96]

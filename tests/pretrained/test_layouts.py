@@ -1,6 +1,6 @@
-"""Other projects' checkpoints: the encoder that comes out of one computes what the module computed that went in.
+"""Checkpoints of other projects: the imported encoder computes the same as the module that was saved.
 
-Each module is built as its project builds it, and saved under the names and beside the things that the project saves.
+Each module is built as its project builds it, and saved with the project's parameter names and other contents.
 """
 
 from collections import OrderedDict
@@ -14,7 +14,7 @@ import torch
 import torchvision
 from torch import Tensor, nn
 from torchvision.models.resnet import BasicBlock, Bottleneck, ResNet
-from weights import lived_in, outputs
+from weights import outputs, randomize_norms
 
 from fastsimclr import UserError, import_weights
 from fastsimclr.data.augmentation import Augmentation
@@ -26,19 +26,19 @@ State = dict[str, Any]
 pytestmark = pytest.mark.usefixtures("one_thread")
 
 
-def under(prefix: str, module: nn.Module | State) -> State:
-    """The module's state dict, with `prefix` before each name."""
+def prefixed(prefix: str, module: nn.Module | State) -> State:
+    """Return the module's state dict with `prefix` before each name."""
     state = module.state_dict() if isinstance(module, nn.Module) else module
     return OrderedDict((prefix + name, value) for name, value in state.items())
 
 
 def resnet(name: str = "resnet18", seed: int = 0, **options: Any) -> ResNet:
-    """torchvision's, fc included."""
+    """Return torchvision's ResNet with fc."""
     torch.manual_seed(seed)
-    return lived_in(getattr(torchvision.models, name)(num_classes=10, **options), seed)
+    return randomize_norms(getattr(torchvision.models, name)(num_classes=10, **options), seed)
 
 
-def headless(model: ResNet) -> ResNet:
+def without_fc(model: ResNet) -> ResNet:
     model.fc = nn.Identity()
     return model
 
@@ -49,11 +49,11 @@ def for_cifar(model: ResNet, padding: int = 1) -> ResNet:
     return model
 
 
-# The projects' modules
+# Modules of the projects
 
 
 def vissl_trunk(block: type[Any], blocks: list[int], width: int) -> nn.Module:
-    """vissl/models/trunks/resnext.py: torchvision's layers, made again at another width, in a ModuleDict."""
+    """vissl/models/trunks/resnext.py: torchvision's layers, rebuilt with another width, in a ModuleDict."""
     model = ResNet(block, blocks)
     model.inplanes = 64 * width
     trunk = nn.Module()
@@ -72,11 +72,11 @@ def vissl_trunk(block: type[Any], blocks: list[int], width: int) -> nn.Module:
         }
     )
     trunk.forward = lambda x: nn.Sequential(*trunk._feature_blocks.values())(x)  # type: ignore[method-assign]
-    return lived_in(trunk)
+    return randomize_norms(trunk)
 
 
 class DownsampleFirst(Bottleneck):
-    """tonylins' resnet_wider.py registers the downsample before all else, for the sake of its converter."""
+    """resnet_wider.py of tonylins/simclr-converter registers the downsample first, because its converter needs that."""
 
     def __init__(self, inplanes: int, planes: int, stride: int = 1, downsample: Any = None, *others: Any, **more: Any):
         super().__init__(inplanes, planes, stride, downsample, *others, **more)
@@ -96,7 +96,7 @@ def tonylins(width: int) -> ResNet:
         layer = model._make_layer(DownsampleFirst, 64 * 2**n * width, blocks, stride=1 if n == 0 else 2)
         setattr(model, f"layer{n + 1}", layer)
     model.fc = nn.Linear(2048 * width, 10)
-    lived_in(model)
+    randomize_norms(model)
     for part in model.modules():
         if isinstance(part, nn.BatchNorm2d):
             part.num_batches_tracked.zero_()  # type: ignore[union-attr]
@@ -105,7 +105,7 @@ def tonylins(width: int) -> ResNet:
     return model
 
 
-def normalised(features: int, relu: bool = True) -> nn.Sequential:
+def batch_norm(features: int, relu: bool = True) -> nn.Sequential:
     return nn.Sequential(nn.BatchNorm2d(features), nn.ReLU() if relu else nn.Identity())
 
 
@@ -114,7 +114,7 @@ def conv(features: int, out: int, side: int = 3, stride: int = 1) -> nn.Conv2d:
 
 
 class SimclrV2Block(nn.Module):
-    """Separius/SimCLRv2-Pytorch's BottleneckBlock without selective kernels."""
+    """BottleneckBlock of Separius/SimCLRv2-Pytorch without selective kernels."""
 
     def __init__(self, features: int, planes: int, stride: int, project: bool) -> None:
         super().__init__()
@@ -122,10 +122,10 @@ class SimclrV2Block(nn.Module):
         if project:
             self.projection = nn.Sequential()
             self.projection.shortcut = conv(features, 4 * planes, 1, stride)
-            self.projection.bn = normalised(4 * planes, relu=False)
+            self.projection.bn = batch_norm(4 * planes, relu=False)
         self.net = nn.Sequential(
-            *(conv(features, planes, 1), normalised(planes), conv(planes, planes, 3, stride), normalised(planes)),
-            *(conv(planes, 4 * planes, 1), normalised(4 * planes, relu=False)),
+            *(conv(features, planes, 1), batch_norm(planes), conv(planes, planes, 3, stride), batch_norm(planes)),
+            *(conv(planes, 4 * planes, 1), batch_norm(4 * planes, relu=False)),
         )
 
     def forward(self, x: Tensor) -> Tensor:
@@ -133,12 +133,12 @@ class SimclrV2Block(nn.Module):
 
 
 class SimclrV2(nn.Module):
-    """Separius/SimCLRv2-Pytorch's ResNet of depth 50, its fc apart."""
+    """ResNet of depth 50 of Separius/SimCLRv2-Pytorch, without fc."""
 
     def __init__(self, width: int = 1) -> None:
         super().__init__()
         features = 64 * width
-        stages: list[nn.Module] = [nn.Sequential(conv(3, features, 7, 2), normalised(features), nn.MaxPool2d(3, 2, 1))]
+        stages: list[nn.Module] = [nn.Sequential(conv(3, features, 7, 2), batch_norm(features), nn.MaxPool2d(3, 2, 1))]
         for n, blocks in enumerate([3, 4, 6, 3]):
             stage, planes = nn.Sequential(), 64 * 2**n * width
             stage.blocks = nn.Sequential()
@@ -155,7 +155,7 @@ class SimclrV2(nn.Module):
 
 
 class ShortcutBlock(nn.Module):
-    """The basic block of SupContrast's ResNets, of lightly's ResNetGenerator, and of many for CIFAR."""
+    """The basic block of SupContrast's ResNets, lightly's ResNetGenerator and many CIFAR ResNets."""
 
     def __init__(self, features: int, planes: int, stride: int) -> None:
         super().__init__()
@@ -171,7 +171,7 @@ class ShortcutBlock(nn.Module):
 
 
 class ShortcutResNet(nn.Module):
-    """Their ResNet-18, whose ReLU after the stem is in forward()."""
+    """ResNet-18 of these blocks, with the stem's ReLU in forward()."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -188,23 +188,23 @@ class ShortcutResNet(nn.Module):
         return nn.Sequential(self.layer1, self.layer2, self.layer3, self.layer4, self.avgpool, nn.Flatten())(x)
 
 
-# What each project saves
+# Contents of the projects' checkpoints
 
 
 class Saved(NamedTuple):
-    """The module that the encoder has to be equal to, what is saved of it, and what is to be found."""
+    """A module, the contents of its checkpoint, and the expected result of importing it."""
 
     module: nn.Module
     contents: Any
     origin: str
-    built: tuple[str, int, str] = ("resnet18", 1, "imagenet")
+    architecture: tuple[str, int, str] = ("resnet18", 1, "imagenet")
     augmentation: Augmentation | None = None
 
 
 def saved_by_torchvision() -> Saved:
     model = resnet("resnet50")
     state = model.state_dict()
-    return Saved(headless(model), state, "a ResNet's state dict", ("resnet50", 1, "imagenet"))
+    return Saved(without_fc(model), state, "a ResNet's state dict", ("resnet50", 1, "imagenet"))
 
 
 def saved_by_vissl(block: type[Any] = BasicBlock, width: int = 1) -> Saved:
@@ -218,48 +218,48 @@ def saved_by_vissl(block: type[Any] = BasicBlock, width: int = 1) -> Saved:
 
 
 def lightning(state: State) -> State:
-    """What Lightning's save_checkpoint writes around a module's state dict."""
-    beside: State = {"epoch": 1, "global_step": 2, "pytorch-lightning_version": "2.1.0", "optimizer_states": []}
-    return beside | {"state_dict": state, "hyper_parameters": {"knn_k": 200}, "callbacks": {}}
+    """Return the contents of a checkpoint as Lightning's save_checkpoint writes it for this state dict."""
+    others: State = {"epoch": 1, "global_step": 2, "pytorch-lightning_version": "2.1.0", "optimizer_states": []}
+    return others | {"state_dict": state, "hyper_parameters": {"knn_k": 200}, "callbacks": {}}
 
 
 def saved_by_lightly_in_a_sequential() -> Saved:
-    """lightly's examples and tutorials."""
+    """As in lightly's examples and tutorials."""
     backbone = nn.Sequential(*list(resnet().children())[:-1])
-    head = under("projection_head.", nn.Sequential(nn.Linear(4, 4), nn.BatchNorm1d(4)))
-    return Saved(backbone, lightning(under("backbone.", backbone) | head), "lightly")
+    head = prefixed("projection_head.", nn.Sequential(nn.Linear(4, 4), nn.BatchNorm1d(4)))
+    return Saved(backbone, lightning(prefixed("backbone.", backbone) | head), "lightly")
 
 
 def saved_by_lightly_for_cifar() -> Saved:
-    """The same with the small stem, whose nn.Identity() takes the place of the max-pool."""
-    backbone = nn.Sequential(*list(lived_in(for_cifar(resnet())).children())[:-1])
-    return Saved(backbone, lightning(under("backbone.", backbone)), "lightly", ("resnet18", 1, "small"))
+    """As in lightly's examples, with the small stem and nn.Identity() instead of the max-pool."""
+    backbone = nn.Sequential(*list(randomize_norms(for_cifar(resnet())).children())[:-1])
+    return Saved(backbone, lightning(prefixed("backbone.", backbone)), "lightly", ("resnet18", 1, "small"))
 
 
-def saved_by_lightlys_generator() -> Saved:
-    """lightly's CIFAR-10 benchmark: its own ResNet in a Sequential, which so loses the ReLU of its stem."""
-    model = lived_in(ShortcutResNet())
+def saved_by_lightly_generator() -> Saved:
+    """As in lightly's CIFAR-10 benchmark: its own ResNet in a Sequential, which drops the stem's ReLU."""
+    model = randomize_norms(ShortcutResNet())
     backbone = nn.Sequential(*model.children())
-    return Saved(backbone, lightning(under("backbone.", backbone)), "lightly", ("resnet18", 1, "small"))
+    return Saved(backbone, lightning(prefixed("backbone.", backbone)), "lightly", ("resnet18", 1, "small"))
 
 
-def saved_by_lightlys_benchmark() -> Saved:
-    model = headless(resnet("resnet50"))
-    head = under("projection_head.layers.", nn.Sequential(nn.Linear(4, 4)))
-    contents = lightning(under("backbone.", model) | head | {"online_classifier.linear.weight": torch.zeros(2, 2)})
+def saved_by_lightly_benchmark() -> Saved:
+    model = without_fc(resnet("resnet50"))
+    head = prefixed("projection_head.layers.", nn.Sequential(nn.Linear(4, 4)))
+    contents = lightning(prefixed("backbone.", model) | head | {"online_classifier.linear.weight": torch.zeros(2, 2)})
     return Saved(model, contents, "lightly", ("resnet50", 1, "imagenet"))
 
 
 def saved_by_solo_learn(prefix: str = "backbone.") -> Saved:
-    model = headless(resnet())
-    others = under("classifier.", nn.Linear(4, 4)) | under("projector.", nn.Sequential(nn.Linear(4, 4)))
-    momentum = under(f"momentum_{prefix}", resnet(seed=1))
-    return Saved(model, lightning(momentum | under(prefix, model) | others), "solo-learn")
+    model = without_fc(resnet())
+    others = prefixed("classifier.", nn.Linear(4, 4)) | prefixed("projector.", nn.Sequential(nn.Linear(4, 4)))
+    momentum = prefixed(f"momentum_{prefix}", resnet(seed=1))
+    return Saved(model, lightning(momentum | prefixed(prefix, model) | others), "solo-learn")
 
 
 def saved_by_solo_learn_for_cifar() -> Saved:
-    model = lived_in(for_cifar(headless(resnet()), padding=2))
-    state = under("backbone.", model) | under("classifier.", nn.Linear(4, 4))
+    model = randomize_norms(for_cifar(without_fc(resnet()), padding=2))
+    state = prefixed("backbone.", model) | prefixed("classifier.", nn.Linear(4, 4))
     origin = "solo-learn, with its stem for CIFAR, padded by 2"
     return Saved(model, lightning(state), origin, ("resnet18", 1, "small"))
 
@@ -268,14 +268,14 @@ def saved_by_tonylins(width: int) -> Saved:
     model = tonylins(width)
     contents = {"state_dict": model.state_dict()}
     origin = "google-research's SimCLR by tonylins/simclr-converter"
-    return Saved(headless(model), contents, origin, ("resnet50", width, "imagenet"), GOOGLE_AUGMENTATION)
+    return Saved(without_fc(model), contents, origin, ("resnet50", width, "imagenet"), GOOGLE_AUGMENTATION)
 
 
 def saved_by_separius() -> Saved:
     torch.manual_seed(0)
-    model = lived_in(SimclrV2())
+    model = randomize_norms(SimclrV2())
     head = {"layers.0.weight": torch.zeros(4, 4)}
-    contents = {"resnet": model.state_dict() | under("fc.", nn.Linear(2048, 10)), "head": head}
+    contents = {"resnet": model.state_dict() | prefixed("fc.", nn.Linear(2048, 10)), "head": head}
     origin = "google-research's SimCLRv2 by Separius/SimCLRv2-Pytorch"
     return Saved(model, contents, origin, ("resnet50", 1, "imagenet"), GOOGLE_AUGMENTATION)
 
@@ -283,43 +283,45 @@ def saved_by_separius() -> Saved:
 def saved_by_moco() -> Saved:
     query, key = resnet(), resnet(seed=1)
     query.fc = nn.Sequential(nn.Linear(512, 512), nn.ReLU(), query.fc)
-    state = under("module.encoder_k.", key) | under("module.encoder_q.", query) | {"module.queue": torch.zeros(4, 4)}
+    state = (
+        prefixed("module.encoder_k.", key) | prefixed("module.encoder_q.", query) | {"module.queue": torch.zeros(4, 4)}
+    )
     contents = {"epoch": 200, "arch": "resnet18", "state_dict": state, "optimizer": {}}
-    return Saved(headless(query), contents, "MoCo")
+    return Saved(without_fc(query), contents, "MoCo")
 
 
 def saved_by_moco_v3() -> Saved:
     base, momentum = resnet(), resnet(seed=1)
-    predictor = under("module.predictor.", nn.Sequential(nn.Linear(4, 4)))
-    state = under("module.base_encoder.", base) | under("module.momentum_encoder.", momentum) | predictor
-    return Saved(headless(base), {"epoch": 300, "arch": "resnet18", "state_dict": state}, "MoCo v3")
+    predictor = prefixed("module.predictor.", nn.Sequential(nn.Linear(4, 4)))
+    state = prefixed("module.base_encoder.", base) | prefixed("module.momentum_encoder.", momentum) | predictor
+    return Saved(without_fc(base), {"epoch": 300, "arch": "resnet18", "state_dict": state}, "MoCo v3")
 
 
 def saved_by_supcontrast() -> Saved:
-    model = lived_in(ShortcutResNet())
-    contents = {"epoch": 1000, "model": under("encoder.module.", model) | {"head.0.weight": torch.zeros(2, 2)}}
+    model = randomize_norms(ShortcutResNet())
+    contents = {"epoch": 1000, "model": prefixed("encoder.module.", model) | {"head.0.weight": torch.zeros(2, 2)}}
     return Saved(model, contents, "a ResNet under encoder", ("resnet18", 1, "small"))
 
 
 def saved_by_sthalles() -> Saved:
     model = resnet()
     model.fc = nn.Sequential(nn.Linear(512, 512), nn.ReLU(), model.fc)
-    state = under("backbone.", model)
-    return Saved(headless(model), {"epoch": 100, "arch": "resnet18", "state_dict": state}, "a ResNet under backbone")
+    state = prefixed("backbone.", model)
+    return Saved(without_fc(model), {"epoch": 100, "arch": "resnet18", "state_dict": state}, "a ResNet under backbone")
 
 
 def saved_by_leftthomas() -> Saved:
-    """Its children in a Sequential, the max-pool left out."""
-    model = lived_in(for_cifar(resnet()))
+    """The ResNet's children in a Sequential, without the max-pool."""
+    model = randomize_norms(for_cifar(resnet()))
     children = [child for name, child in model.named_children() if name not in ("maxpool", "fc")]
     f = nn.Sequential(*children)
-    state = under("f.", f) | {"g.0.weight": torch.zeros(2, 2)}
+    state = prefixed("f.", f) | {"g.0.weight": torch.zeros(2, 2)}
     return Saved(f, state, "a ResNet's Sequential under f", ("resnet18", 1, "small"))
 
 
 def saved_from_ddp_and_compile() -> Saved:
-    model = headless(resnet())
-    return Saved(model, {"model": under("_orig_mod.module.net.", model)}, "a ResNet under net")
+    model = without_fc(resnet())
+    return Saved(model, {"model": prefixed("_orig_mod.module.net.", model)}, "a ResNet under net")
 
 
 SAVED: dict[str, Callable[[], Saved]] = {
@@ -329,8 +331,8 @@ SAVED: dict[str, Callable[[], Saved]] = {
     "VISSL, width 2": lambda: saved_by_vissl(width=2),
     "lightly, Sequential": saved_by_lightly_in_a_sequential,
     "lightly, CIFAR": saved_by_lightly_for_cifar,
-    "lightly, ResNetGenerator": saved_by_lightlys_generator,
-    "lightly, benchmark": saved_by_lightlys_benchmark,
+    "lightly, ResNetGenerator": saved_by_lightly_generator,
+    "lightly, benchmark": saved_by_lightly_benchmark,
     "solo-learn": saved_by_solo_learn,
     "solo-learn, older": lambda: saved_by_solo_learn("encoder."),
     "solo-learn, CIFAR": saved_by_solo_learn_for_cifar,
@@ -347,49 +349,49 @@ SAVED: dict[str, Callable[[], Saved]] = {
 
 
 @pytest.mark.parametrize("project", SAVED)
-def test_the_encoder_computes_what_the_projects_module_does(project: str, tmp_path: Path) -> None:
+def test_imported_encoder_computes_the_same_as_the_saved_module(project: str, tmp_path: Path) -> None:
     saved = SAVED[project]()
     torch.save(saved.contents, tmp_path / "theirs.pth")
     opened = open_pretrained(tmp_path / "theirs.pth")
-    found = opened.encoder
-    assert (found.name, found.width, found.stem) == saved.built
+    imported = opened.encoder
+    assert (imported.name, imported.width, imported.stem) == saved.architecture
     assert (opened.origin, opened.augmentation, opened.config) == (saved.origin, saved.augmentation, None)
-    # The same operations, but for the mean of Separius' and where memory is laid out otherwise.
-    torch.testing.assert_close(outputs(found), outputs(saved.module), rtol=1e-5, atol=1e-5)
+    # Not bit-identical: Separius' pooling is a mean, and memory layouts differ.
+    torch.testing.assert_close(outputs(imported), outputs(saved.module), rtol=1e-5, atol=1e-5)
 
 
-def test_lightlys_own_modules_have_the_names_that_are_tested_here(tmp_path: Path) -> None:
+def test_lightly_modules_have_the_names_of_these_copies(tmp_path: Path) -> None:
     models = pytest.importorskip("lightly.models", reason="lightly is not installed")
     theirs = models.ResNetGenerator("resnet-18")
-    assert list(theirs.state_dict())[:-2] == list(ShortcutResNet().state_dict())  # linear.* apart
+    assert list(theirs.state_dict())[:-2] == list(ShortcutResNet().state_dict())  # without linear.*
     torch.manual_seed(0)
-    backbone = lived_in(nn.Sequential(*list(theirs.children())[:-1], nn.AdaptiveAvgPool2d(1)))
-    torch.save(lightning(under("backbone.", backbone)), tmp_path / "theirs.ckpt")
+    backbone = randomize_norms(nn.Sequential(*list(theirs.children())[:-1], nn.AdaptiveAvgPool2d(1)))
+    torch.save(lightning(prefixed("backbone.", backbone)), tmp_path / "theirs.ckpt")
     torch.testing.assert_close(outputs(import_weights(tmp_path / "theirs.ckpt")), outputs(backbone))
 
 
 @pytest.mark.parametrize("name", ["resnet18", "resnet34", "resnet50", "resnet101", "resnet152"])
 @pytest.mark.parametrize("width", [1, 2])
 @pytest.mark.parametrize("small", [False, True])
-def test_shapes_say_the_architecture(name: str, width: int, small: bool) -> None:
-    built = (name, width, "small" if small else "imagenet")
+def test_architecture_from_shapes(name: str, width: int, small: bool) -> None:
+    expected = (name, width, "small" if small else "imagenet")
     with torch.device("meta"):
-        assert architecture_of(encoder(*built).state_dict()) == built
+        assert architecture_of(encoder(*expected).state_dict()) == expected
 
 
-def test_only_the_converters_own_file_is_taken_for_googles() -> None:
-    """The recipe would be wrong for any other with the same names."""
+def test_google_recipe_is_only_used_for_the_converters_file() -> None:
+    """The recipe would be wrong for other checkpoints with the same parameter names."""
     converted = tonylins(1).state_dict()
     assert find_weights(converted).augmentation == GOOGLE_AUGMENTATION
     trained = {name: value + 5 if name.endswith("num_batches_tracked") else value for name, value in converted.items()}
     assert find_weights(trained).augmentation is None
-    in_torchvisions_order = resnet("resnet50").state_dict()
+    in_torchvision_order = resnet("resnet50").state_dict()
     for name, value in converted.items():
-        in_torchvisions_order[name] = value
-    assert find_weights(in_torchvisions_order).augmentation is None
+        in_torchvision_order[name] = value
+    assert find_weights(in_torchvision_order).augmentation is None
 
 
-def of_timm(name: str) -> Callable[[], State]:
+def timm_state(name: str) -> Callable[[], State]:
     return lambda: timm.create_model(name).state_dict()
 
 
@@ -399,33 +401,37 @@ def without(name: str) -> State:
     return state
 
 
-def with_one(name: str, value: Tensor) -> State:
+def with_tensor(name: str, value: Tensor) -> State:
     return resnet().state_dict() | {name: value}
 
 
-def numbered(model: nn.Module, leave_out: tuple[str, ...]) -> State:
-    return nn.Sequential(*(child for name, child in model.named_children() if name not in leave_out)).state_dict()
+def numbered(model: nn.Module, without: tuple[str, ...]) -> State:
+    """Return the state dict of the model's children in a Sequential."""
+    return nn.Sequential(*(child for name, child in model.named_children() if name not in without)).state_dict()
 
 
 @pytest.mark.parametrize(
     ("make", "words"),
     [
-        (of_timm("vit_tiny_patch16_224"), ["cls_token, pos_embed", "expected a ResNet's"]),
-        (of_timm("resnext50_32x4d"), ["32 groups", "without groups"]),
-        (of_timm("wide_resnet50_2"), ["64 channels", "128", "wide ResNet"]),
-        (of_timm("resnet26"), ["(2, 2, 2, 2) bottlenecks", "resnet18, resnet34"]),
-        (of_timm("resnet50d"), ["conv1.0.weight", "conv1.weight"]),
-        (of_timm("seresnet50"), ["layer1.0.se.fc1.weight", "resnet50"]),
-        (of_timm("resnet50_gn"), ["without bn1.running_mean", "resnet50"]),
-        (lambda: with_one("conv1.weight", torch.zeros(64, 1, 7, 7)), ["7x7, from 1 to 64 channels", "from 3"]),
-        (lambda: with_one("conv1.weight", torch.zeros(96, 3, 7, 7)), ["to 96", "a multiple of 64"]),
-        (lambda: with_one("conv1.weight", torch.zeros(0, 3, 7, 7)), ["to 0"]),
-        (lambda: with_one("conv1.weight", torch.zeros(())), ["conv1.weight"]),
-        (lambda: with_one("layer1.0.conv2.weight", torch.zeros(64, 0, 3, 3)), ["groups"]),
-        (lambda: with_one("bn1.bias", torch.zeros(32)), ["bn1.bias of shape (32,)", "expected (64,)"]),
-        (lambda: with_one("layer1.0.extra", torch.zeros(1)), ["with unexpected layer1.0.extra", "resnet18 of width 1"]),
+        (timm_state("vit_tiny_patch16_224"), ["cls_token, pos_embed", "expected a ResNet's"]),
+        (timm_state("resnext50_32x4d"), ["32 groups", "without groups"]),
+        (timm_state("wide_resnet50_2"), ["64 channels", "128", "wide ResNet"]),
+        (timm_state("resnet26"), ["(2, 2, 2, 2) bottlenecks", "resnet18, resnet34"]),
+        (timm_state("resnet50d"), ["conv1.0.weight", "conv1.weight"]),
+        (timm_state("seresnet50"), ["layer1.0.se.fc1.weight", "resnet50"]),
+        (timm_state("resnet50_gn"), ["without bn1.running_mean", "resnet50"]),
+        (lambda: with_tensor("conv1.weight", torch.zeros(64, 1, 7, 7)), ["7x7, from 1 to 64 channels", "from 3"]),
+        (lambda: with_tensor("conv1.weight", torch.zeros(96, 3, 7, 7)), ["to 96", "a multiple of 64"]),
+        (lambda: with_tensor("conv1.weight", torch.zeros(0, 3, 7, 7)), ["to 0"]),
+        (lambda: with_tensor("conv1.weight", torch.zeros(())), ["conv1.weight"]),
+        (lambda: with_tensor("layer1.0.conv2.weight", torch.zeros(64, 0, 3, 3)), ["groups"]),
+        (lambda: with_tensor("bn1.bias", torch.zeros(32)), ["bn1.bias of shape (32,)", "expected (64,)"]),
+        (
+            lambda: with_tensor("layer1.0.extra", torch.zeros(1)),
+            ["with unexpected layer1.0.extra", "resnet18 of width 1"],
+        ),
         (lambda: without("layer3.1.bn2.running_var"), ["without layer3.1.bn2.running_var", "resnet18"]),
-        (lambda: under("a.", resnet()) | under("b.", resnet()), ["2 ResNets, under a., b.", "alone"]),
+        (lambda: prefixed("a.", resnet()) | prefixed("b.", resnet()), ["2 ResNets, under a., b.", "alone"]),
         (lambda: numbered(resnet(), ("maxpool",)), ["7x7 stem and no max-pool"]),
         (lambda: numbered(resnet(), ("layer4",)), ["blocks at [4, 5, 6]", "four layers"]),
         (
@@ -443,7 +449,7 @@ def numbered(model: nn.Module, leave_out: tuple[str, ...]) -> State:
         (lambda: torch.zeros(3), ["a Tensor", "state dict"]),
     ],
 )
-def test_what_is_no_encoder_of_ours_is_refused_by_what_it_is(
+def test_unsupported_checkpoint_error_names_its_contents(
     make: Callable[[], Any], words: list[str], tmp_path: Path
 ) -> None:
     torch.save(make(), tmp_path / "theirs.pth")

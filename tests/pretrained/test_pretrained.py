@@ -1,4 +1,4 @@
-"""Encoders out of files: what is restored, what is refused, and that no file is ever run."""
+"""Loading encoders from files: restored weights, rejected files, and files that contain code."""
 
 import argparse
 import importlib.util
@@ -22,7 +22,7 @@ import torch
 import torchvision
 from safetensors.torch import save_file
 from torch import nn
-from weights import lived_in, outputs, save_run
+from weights import outputs, randomize_norms, save_run
 
 from fastsimclr import Augmentation, UserError, encoder, import_weights, load_encoder
 from fastsimclr.pretrained import open_pretrained
@@ -32,21 +32,15 @@ from fastsimclr.train import main as train
 pytestmark = pytest.mark.usefixtures("one_thread")
 
 
-@pytest.fixture
-def here(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    monkeypatch.chdir(tmp_path)
-    return tmp_path
-
-
 def state_dict() -> dict[str, Any]:
-    """Of a torchvision ResNet-18 with its fc."""
-    return lived_in(torchvision.models.resnet18(num_classes=10)).state_dict()
+    """Return the state dict of a torchvision ResNet-18 with fc."""
+    return randomize_norms(torchvision.models.resnet18(num_classes=10)).state_dict()
 
 
 # Runs
 
 
-def test_a_runs_folder_and_its_checkpoint_give_the_encoder_that_was_trained(here: Path) -> None:
+def test_run_folder_and_checkpoint_load_the_trained_encoder(working_directory: Path) -> None:
     options = ["--data.train=digits", "--model.encoder=resnet18", "--max_steps=1", "--batch_size=32", "--knn_every=0"]
     assert train([*options, "--precision=fp64", "--data.image_size=32", "--output=run"]) == 0
     state = load_checkpoint(Path("run/checkpoints/last.pt"))["model"]
@@ -64,8 +58,10 @@ def test_a_runs_folder_and_its_checkpoint_give_the_encoder_that_was_trained(here
 
 
 @pytest.mark.parametrize(("width", "stem"), [(1, "imagenet"), (2, "small")])
-def test_an_encoder_comes_ready_to_use_and_leaves_the_random_state_alone(width: int, stem: str, here: Path) -> None:
-    model = lived_in(encoder("resnet18", width, stem))
+def test_loading_gives_an_eval_mode_encoder_and_keeps_the_random_state(
+    width: int, stem: str, working_directory: Path
+) -> None:
+    model = randomize_norms(encoder("resnet18", width, stem))
     save_run(Path("run"), model)
     before = torch.get_rng_state()
     loaded = load_encoder("run")
@@ -78,7 +74,7 @@ def test_an_encoder_comes_ready_to_use_and_leaves_the_random_state_alone(width: 
     assert torch.equal(outputs(loaded), outputs(model))
 
 
-def test_another_architecture_than_the_one_asked_for_is_refused(here: Path) -> None:
+def test_unexpected_architecture_raises(working_directory: Path) -> None:
     save_run(Path("run"), encoder("resnet18"))
     torch.save(state_dict(), "theirs.pth")
     for path in ("run", "theirs.pth"):
@@ -92,19 +88,19 @@ def test_another_architecture_than_the_one_asked_for_is_refused(here: Path) -> N
 # Other files
 
 
-def test_one_file_is_read_in_each_of_pytorchs_formats(here: Path) -> None:
+def test_all_pytorch_file_formats_load(working_directory: Path) -> None:
     state = state_dict()
     model = torchvision.models.resnet18()
     model.fc = nn.Identity()
     model.load_state_dict({name: value for name, value in state.items() if not name.startswith("fc.")})
     torch.save(state, "zip.pth")
-    torch.save(state, "pickles.pth.tar", _use_new_zipfile_serialization=False)  # MoCo's and VISSL's are as old as that
+    torch.save(state, "pickles.pth.tar", _use_new_zipfile_serialization=False)  # the format of MoCo and VISSL
     save_file(state, "theirs.safetensors", {"format": "pt"})
     for path in ("zip.pth", "pickles.pth.tar", "theirs.safetensors"):
         assert torch.equal(outputs(import_weights(path)), outputs(model.eval())), path
 
 
-def test_half_precision_and_batches_that_nobody_counted_are_made_whole(here: Path) -> None:
+def test_half_precision_and_missing_num_batches_tracked(working_directory: Path) -> None:
     state = {k: v.half() for k, v in state_dict().items() if not k.endswith("num_batches_tracked")}
     torch.save(state, "half.pth")
     loaded = import_weights("half.pth")
@@ -115,10 +111,10 @@ def test_half_precision_and_batches_that_nobody_counted_are_made_whole(here: Pat
             assert torch.equal(value, state[name].float())
 
 
-def test_a_folder_that_timm_wrote_gives_encoder_and_recipe(here: Path) -> None:
+def test_timm_folder_gives_encoder_and_recipe(working_directory: Path) -> None:
     from timm.models import save_for_hf
 
-    model = lived_in(timm.create_model("resnet18", num_classes=10))
+    model = randomize_norms(timm.create_model("resnet18", num_classes=10))
     prepared = {"input_size": (3, 96, 96), "interpolation": "bilinear", "crop_pct": 0.9, "mean": (0.1, 0.2, 0.3)}
     model.pretrained_cfg.update(prepared | {"std": (0.4, 0.5, 0.6)})
     save_for_hf(model, "theirs", safe_serialization=True)
@@ -148,7 +144,7 @@ def truncate(path: Path, keep: float) -> None:
 
 def torchscript(path: str) -> None:
     with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # deprecated, but such files are about
+        warnings.simplefilter("ignore")  # deprecated, but such files exist
         torch.jit.script(nn.Linear(1, 1)).save(path)
 
 
@@ -164,12 +160,12 @@ def run_with(**parts: Any) -> None:
     torch.save(torch.load(path, weights_only=True) | parts, path)
 
 
-def ours(**header: str) -> None:
-    """A safetensors file that says it is ours, with this header."""
+def save_fastsimclr_file(**header: str) -> None:
+    """Save a safetensors file in fastsimclr's format with this header."""
     save_file(encoder("resnet18").state_dict(), "f.safetensors", {"format": "fastsimclr"} | header)
 
 
-BUILT = {
+HEADER = {
     "encoder": "resnet18",
     "width": "1",
     "stem": "imagenet",
@@ -207,16 +203,20 @@ BUILT = {
         (lambda: run_with(config="data: ["), "run", "missing or invalid parts"),
         (lambda: run_with(config="5"), "run", "missing or invalid parts"),
         (lambda: run_with(config="data: {flip_prob: 7}"), "run", "flip_prob: got 7"),
-        (lambda: ours(), "f.safetensors", "'encoder'"),
-        (lambda: ours(**BUILT | {"width": "one"}), "f.safetensors", "'one'"),
-        (lambda: ours(**BUILT | {"width": "5"}), "f.safetensors", "conv1.weight"),
-        (lambda: ours(**BUILT | {"encoder": "resnet"}), "f.safetensors", "'resnet', expected one of resnet18"),
-        (lambda: ours(**BUILT | {"augmentation": "{"}), "f.safetensors", "missing or invalid parts"),
-        (lambda: ours(**BUILT | {"augmentation": '{"std": [0, 1, 1]}'}), "f.safetensors", "std: got"),
+        (lambda: save_fastsimclr_file(), "f.safetensors", "'encoder'"),
+        (lambda: save_fastsimclr_file(**HEADER | {"width": "one"}), "f.safetensors", "'one'"),
+        (lambda: save_fastsimclr_file(**HEADER | {"width": "5"}), "f.safetensors", "conv1.weight"),
+        (
+            lambda: save_fastsimclr_file(**HEADER | {"encoder": "resnet"}),
+            "f.safetensors",
+            "'resnet', expected one of resnet18",
+        ),
+        (lambda: save_fastsimclr_file(**HEADER | {"augmentation": "{"}), "f.safetensors", "missing or invalid parts"),
+        (lambda: save_fastsimclr_file(**HEADER | {"augmentation": '{"std": [0, 1, 1]}'}), "f.safetensors", "std: got"),
     ],
 )
-def test_what_is_no_encoder_is_refused_in_one_line(
-    make: Callable[[], object], path: str, words: str, here: Path
+def test_invalid_file_is_one_line_error(
+    make: Callable[[], object], path: str, words: str, working_directory: Path
 ) -> None:
     make()
     with pytest.raises(UserError, match=rf"(?s){path}.*got .*expected") as caught:
@@ -226,7 +226,7 @@ def test_what_is_no_encoder_is_refused_in_one_line(
 
 
 @pytest.mark.parametrize("kind", ["run", "zip", "pickles", "safetensors"])
-def test_half_a_file_is_refused(kind: str, here: Path) -> None:
+def test_truncated_file_raises(kind: str, working_directory: Path) -> None:
     save_run(Path("run"), encoder("resnet18"))
     torch.save(state_dict(), "zip")
     torch.save(state_dict(), "pickles", _use_new_zipfile_serialization=False)
@@ -250,7 +250,7 @@ class Payload:
         return os.system, ("touch executed",)
 
 
-class PayloadByEvaluation:
+class EvalPayload:
     def __reduce__(self) -> Any:
         return eval, ("__import__('os').mkdir('executed')",)
 
@@ -259,11 +259,9 @@ def hidden_in_a_checkpoint(payload: object) -> dict[str, Any]:
     return {"state_dict": state_dict(), "hyper_parameters": {"config": [payload]}}
 
 
-@pytest.mark.parametrize("payload", [Payload(), PayloadByEvaluation()])
+@pytest.mark.parametrize("payload", [Payload(), EvalPayload()])
 @pytest.mark.parametrize("name", ["zip.pth", "pickles.pth", "protocol0.pkl", "protocol2.pkl", "protocol4.pkl", "run"])
-def test_a_file_that_would_run_code_is_refused_by_what_it_names_and_runs_nothing(
-    payload: object, name: str, here: Path
-) -> None:
+def test_file_with_code_is_rejected_and_not_executed(payload: object, name: str, working_directory: Path) -> None:
     contents = hidden_in_a_checkpoint(payload)
     if name.startswith("protocol"):
         Path(name).write_bytes(pickle.dumps(payload, protocol=int(name[8])))
@@ -272,17 +270,17 @@ def test_a_file_that_would_run_code_is_refused_by_what_it_names_and_runs_nothing
         torch.save(torch.load("run/checkpoints/last.pt", weights_only=True) | contents, "run/checkpoints/last.pt")
     else:
         torch.save(contents, name, _use_new_zipfile_serialization=name == "zip.pth")
-    named = "posix.system" if isinstance(payload, Payload) else "builtins.eval"
-    with pytest.raises(UserError, match=f"{name}.*got a pickle that would import {named}.*loaded; expected tensors"):
+    function = "posix.system" if isinstance(payload, Payload) else "builtins.eval"
+    with pytest.raises(UserError, match=f"{name}.*got a pickle that would import {function}.*loaded; expected tensors"):
         load_encoder(name)
     assert not Path("executed").exists()
-    if name.endswith(".pkl"):  # that it is a payload
+    if name.endswith(".pkl"):  # check that the payload works
         pickle.loads(Path(name).read_bytes())
         assert Path("executed").exists()
 
 
-def code_in(module: str, monkeypatch: pytest.MonkeyPatch) -> type[Any]:
-    """A class of this module, any use of which leaves a trace."""
+def payload_class(module: str, monkeypatch: pytest.MonkeyPatch) -> type[Any]:
+    """Return a class in this module whose unpickling creates the file `executed`."""
 
     class Config:
         def __init__(self) -> None:
@@ -292,56 +290,55 @@ def code_in(module: str, monkeypatch: pytest.MonkeyPatch) -> type[Any]:
             Path("executed").touch()
 
     Config.__module__, Config.__qualname__ = module, "Config"
-    made = types.ModuleType(module)
-    made.Config = Config  # type: ignore[attr-defined]
-    monkeypatch.setitem(sys.modules, module, made)
+    module_object = types.ModuleType(module)
+    module_object.Config = Config  # type: ignore[attr-defined]
+    monkeypatch.setitem(sys.modules, module, module_object)
     package = module.split(".")[0]
-    if (
-        package not in sys.modules and importlib.util.find_spec(package) is None
-    ):  # it is not installed: pickle imports it before its module
+    # Pickle imports the package before its module.
+    if package not in sys.modules and importlib.util.find_spec(package) is None:
         monkeypatch.setitem(sys.modules, package, types.ModuleType(package))
     return Config
 
 
 @pytest.mark.parametrize("new", [True, False])
-def test_configurations_beside_the_weights_are_neither_in_the_way_nor_made(
-    new: bool, here: Path, monkeypatch: pytest.MonkeyPatch
+def test_configuration_objects_are_ignored_and_not_instantiated(
+    new: bool, working_directory: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    beside = {
+    others = {
         "opt": argparse.Namespace(depth=50, folder=PurePosixPath("x")),
-        "config": code_in("omegaconf.dictconfig", monkeypatch)(),
+        "config": payload_class("omegaconf.dictconfig", monkeypatch)(),
         "losses": [np.float64(1.5), np.arange(3)],
         "tasks": defaultdict(list, {1: [2]}),
         "types": (int, dict, list, object),
         "by_path": {PurePosixPath("x"): 1},
     }
-    torch.save(beside | {"state_dict": state_dict()}, "theirs.ckpt", _use_new_zipfile_serialization=new)
+    torch.save(others | {"state_dict": state_dict()}, "theirs.ckpt", _use_new_zipfile_serialization=new)
     assert import_weights("theirs.ckpt").name == "resnet18"
     assert not Path("executed").exists()
-    torch.load("theirs.ckpt", weights_only=False)  # which makes it, so that it could have been
+    torch.load("theirs.ckpt", weights_only=False)  # check that the payload works
     assert Path("executed").exists()
 
 
-def test_the_real_configurations_are_not_in_the_way(here: Path) -> None:
+def test_omegaconf_and_lightning_configurations_are_ignored(working_directory: Path) -> None:
     omegaconf = pytest.importorskip("omegaconf", reason="omegaconf is not installed")
     lightning = pytest.importorskip("pytorch_lightning.utilities.parsing", reason="Lightning is not installed")
     config = omegaconf.OmegaConf.create({"backbone": {"name": "resnet18", "sizes": [1, 2]}, "none": None})
-    beside = {"cfg": config, "hparams": lightning.AttributeDict(lr=0.1, folder=PurePosixPath("x"))}
-    torch.save({"state_dict": state_dict(), "hyper_parameters": beside}, "theirs.ckpt")
+    others = {"cfg": config, "hparams": lightning.AttributeDict(lr=0.1, folder=PurePosixPath("x"))}
+    torch.save({"state_dict": state_dict(), "hyper_parameters": others}, "theirs.ckpt")
     assert import_weights("theirs.ckpt").name == "resnet18"
 
 
-def test_configurations_of_modules_that_nobody_vouched_for_are_refused(
-    here: Path, monkeypatch: pytest.MonkeyPatch
+def test_configuration_of_an_unlisted_module_is_rejected(
+    working_directory: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    config = code_in("omegaconfig", monkeypatch)()  # begins as one that is
+    config = payload_class("omegaconfig", monkeypatch)()  # shares a prefix with a listed module
     torch.save({"state_dict": state_dict(), "config": config}, "theirs.ckpt")
     with pytest.raises(UserError, match=r"would import omegaconfig\.Config"):
         import_weights("theirs.ckpt")
     assert not Path("executed").exists()
 
 
-def test_stand_ins_are_for_one_file_alone(here: Path) -> None:
+def test_safe_globals_are_restored_after_loading(working_directory: Path) -> None:
     torch.save({"state_dict": state_dict(), "opt": argparse.Namespace(a=1)}, "theirs.ckpt")
     before = torch.serialization.get_safe_globals()
     import_weights("theirs.ckpt")

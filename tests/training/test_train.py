@@ -1,4 +1,4 @@
-"""The training command: from the shell, with real files, real processes and real signals."""
+"""The training command with real files, processes and signals."""
 
 import json
 import os
@@ -9,18 +9,18 @@ import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import pytest
 import torch
 from pictures import jpeg, photo, photo_folder, write
 from PIL import Image
+from weights import metrics, steps
 
 from fastsimclr.run_folder import load_checkpoint
 from fastsimclr.train import main
 
-# A step of a fraction of a second: few pixels, few strides' worth of them, few images.
+# Steps take a fraction of a second: small images, an early downsampling stem and a small batch.
 TINY = [
     "--data.image_size=16",
     "--model.encoder=resnet18",
@@ -33,7 +33,7 @@ TINY += ["--batch_size=16", "--epochs=2", "--knn_every=0", "--device=cpu", "--pr
 
 @pytest.fixture(scope="module")
 def photos(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """40 smooth JPEG files in two class folders: two batches of 16 and an uneven one of 8."""
+    """40 smooth JPEG files in two class folders: two batches of 16 and a last one of 8."""
     folder = tmp_path_factory.mktemp("photos")
     rng = np.random.default_rng(0)
     for number in range(40):
@@ -44,58 +44,50 @@ def photos(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
-def metrics(run: Path) -> list[dict[str, Any]]:
-    return [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
-
-
-def steps(run: Path) -> list[dict[str, Any]]:
-    return [line for line in metrics(run) if "loss" in line]
-
-
 def weights(run: Path) -> dict[str, torch.Tensor]:
     return load_checkpoint(run / "checkpoints" / "last.pt")["model"]
 
 
 def start(*options: str, ranks: int = 1, **environment: str) -> subprocess.Popen[str]:
-    """The command as a process of its own, under torchrun if there are to be several."""
+    """Start the command in a new process; with torchrun if ranks > 1."""
     torchrun = ["-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={ranks}"] if ranks > 1 else []
     return subprocess.Popen(
         [sys.executable, *torchrun, "-m", "fastsimclr.train", *TINY, *options],
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
         text=True,
-        # Whatever ends a process by a signal is to leave the stack that it came from.
-        start_new_session=True,  # a process group of its own
+        start_new_session=True,  # its own process group
+        # faulthandler prints the stack if a signal kills the process.
         env=os.environ | {"OMP_NUM_THREADS": "1", "PYTHONFAULTHANDLER": "1"} | environment,
     )
 
 
 def end(process: subprocess.Popen[str], timeout: float = 240) -> str:
-    """Wait for a process that must succeed: what it said."""
-    said, complaints = process.communicate(timeout=timeout)
-    assert process.returncode == 0, complaints
-    return said
+    """Wait for a process that must succeed, and return its stdout."""
+    out, err = process.communicate(timeout=timeout)
+    assert process.returncode == 0, err
+    return out
 
 
 def wait_for_step(process: subprocess.Popen[str], run: Path, step: int) -> None:
     deadline = time.monotonic() + 120
-    while not ((run / "metrics.jsonl").exists() and len(steps_if_whole(run)) >= step):
+    while not ((run / "metrics.jsonl").exists() and len(complete_step_lines(run)) >= step):
         assert process.poll() is None, process.communicate()
-        assert time.monotonic() < deadline, "no step was done in two minutes"
+        assert time.monotonic() < deadline, "no training step in two minutes"
         time.sleep(0.01)
 
 
 def error_line(capsys: pytest.CaptureFixture[str]) -> str:
-    """The one line on stderr."""
+    """Return the single line on stderr."""
     lines = capsys.readouterr().err.splitlines()
     assert len(lines) == 1, lines
     assert lines[0].startswith("fastsimclr.train: error: ")
     return lines[0]
 
 
-def test_a_run_leaves_its_record_and_its_loss_falls(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    # Not 16: of a 3x3 convolution of 1x1 pixels oneDNN's bf16 gradient (torch 2.14, a CPU with AMX) reads behind its
-    # input, and is NaN where what lies there is.
+def test_run_writes_its_files_and_the_loss_decreases(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    # Not an image size of 16: oneDNN's bf16 gradient of a 3x3 convolution over 1x1 pixels (torch 2.14, CPUs with AMX)
+    # reads past its input, where memory may hold NaN.
     options = ["--config=digits", "--epochs=3", "--knn_every=1", f"--output={tmp_path / 'run'}", "--data.image_size=20"]
     assert main(options) == 0
     said = capsys.readouterr().out
@@ -126,14 +118,14 @@ def test_a_run_leaves_its_record_and_its_loss_falls(tmp_path: Path, capsys: pyte
     assert environment["loss"]["backend"] in environment["loss_backend"]
 
 
-def test_the_saved_configuration_repeats_the_run(tmp_path: Path) -> None:
+def test_saved_configuration_reproduces_the_run(tmp_path: Path) -> None:
     assert main([*TINY, "--data.train=digits", "--max_steps=2", f"--output={tmp_path / 'a'}"]) == 0
     assert main([f"--config={tmp_path / 'a' / 'config.yaml'}", f"--output={tmp_path / 'b'}"]) == 0
     assert [line["loss"] for line in steps(tmp_path / "a")] == [line["loss"] for line in steps(tmp_path / "b")]
 
 
 @pytest.mark.parametrize("backend", ["dali", "torchvision"])
-def test_a_killed_run_resumes_to_the_same_bits(tmp_path: Path, photos: Path, backend: str) -> None:
+def test_resume_after_kill_is_bit_identical(tmp_path: Path, photos: Path, backend: str) -> None:
     options = [f"--data.train={photos}", f"--data.backend={backend}", "--epochs=6", "--checkpoint_every=0.4"]
     process = start(*options, f"--output={tmp_path / 'killed'}")
     wait_for_step(process, tmp_path / "killed", step=int(np.random.default_rng().integers(2, 12)))
@@ -141,10 +133,10 @@ def test_a_killed_run_resumes_to_the_same_bits(tmp_path: Path, photos: Path, bac
     process.wait()
     deadline = time.monotonic() + 60
     while left := alive_in_group(process.pid):
-        assert time.monotonic() < deadline, f"its workers live on: {left}"
+        assert time.monotonic() < deadline, f"its workers are still running: {left}"
         time.sleep(0.1)
     process.communicate()
-    killed_at = len(steps_if_whole(tmp_path / "killed"))
+    killed_at = len(complete_step_lines(tmp_path / "killed"))
     assert killed_at < 18
 
     resumed = start(*options, f"--output={tmp_path / 'killed'}")
@@ -159,21 +151,21 @@ def test_a_killed_run_resumes_to_the_same_bits(tmp_path: Path, photos: Path, bac
 
 
 def alive_in_group(group: int) -> list[str]:
-    """Its processes that have not ended."""
+    """Return /proc/PID/stat of the process group's processes that have not ended."""
     found = []
     for file in Path("/proc").glob("[0-9]*/stat"):
         try:
             stat = file.read_text()
         except (FileNotFoundError, ProcessLookupError):
             continue
-        state, _, of_group = stat.rpartition(")")[2].split()[:3]
-        if int(of_group) == group and state not in "ZX":
+        state, _, process_group = stat.rpartition(")")[2].split()[:3]
+        if int(process_group) == group and state not in "ZX":
             found.append(stat)
     return found
 
 
-def steps_if_whole(run: Path) -> list[str]:
-    """The lines of a file whose last one may be torn."""
+def complete_step_lines(run: Path) -> list[str]:
+    """Return the lines of training steps in metrics.jsonl, without an incomplete last line."""
     lines = (run / "metrics.jsonl").read_text().splitlines(keepends=True)
     return [line for line in lines if line.endswith("\n") and '"loss"' in line]
 
@@ -182,7 +174,7 @@ MULTI_CROP = ["--data.num_views=3", '--data.per_view=[{}, {}, {"image_size": 24,
 
 
 @pytest.mark.parametrize("views", [[], MULTI_CROP], ids=["two views", "multi-crop"])
-def test_two_ranks_compute_what_one_does(tmp_path: Path, views: list[str]) -> None:
+def test_two_ranks_compute_the_same_as_one(tmp_path: Path, views: list[str]) -> None:
     options = [
         *views,
         "--data.train=digits",
@@ -203,27 +195,27 @@ def test_two_ranks_compute_what_one_does(tmp_path: Path, views: list[str]) -> No
         torch.testing.assert_close(tensor, ours[name], rtol=0, atol=1e-8, msg=lambda m, name=name: f"{name}: {m}")
 
 
-def test_loaders_train_alike(tmp_path: Path) -> None:
-    # Temperature 0.5: at 0.1 an untrained encoder's loss magnifies any difference, and two curves part by themselves.
+def test_loaders_give_the_same_loss_curve(tmp_path: Path) -> None:
+    # Temperature 0.5: at 0.1, an untrained encoder's loss amplifies small differences until the curves diverge.
     folder = photo_folder(tmp_path / "photos", 64)
     options = [*TINY, f"--data.train={folder}", "--data.image_size=64", "--loss.temperature=0.5", "--batch_size=32"]
     options += ["--epochs=5", "--optim.lr=0.1"]
     curves = []
-    for own in (["--data.backend=torchvision"], ["--data.backend=dali"], ["--data.backend=dali", "--seed=1"]):
+    for changes in (["--data.backend=torchvision"], ["--data.backend=dali"], ["--data.backend=dali", "--seed=1"]):
         run = tmp_path / str(len(curves))
-        assert main([*options, *own, f"--output={run}"]) == 0
+        assert main([*options, *changes, f"--output={run}"]) == 0
         curves.append(np.array([line["loss"] for line in steps(run)]))
     torchvision, dali, other_views = curves
     assert len(dali) == 10
     assert abs(dali / torchvision - 1).max() <= 0.02
-    assert abs(other_views / torchvision - 1).max() > 0.04, "and the bound means something"
+    assert abs(other_views / torchvision - 1).max() > 0.04, "another seed exceeds the bound"
 
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
-def test_a_signal_stops_with_a_checkpoint_that_goes_on(tmp_path: Path, photos: Path, number: signal.Signals) -> None:
+def test_signal_stops_the_run_with_a_resumable_checkpoint(tmp_path: Path, photos: Path, number: signal.Signals) -> None:
     run = tmp_path / "run"
     options = [f"--data.train={photos}", "--epochs=500", "--checkpoint_every=1000", f"--output={run}"]
-    options += ["--data.backend=torchvision"]  # with processes of its own, which the signal must not end
+    options += ["--data.backend=torchvision"]  # has worker processes, which the signal must not end
     process = start(*options)
     wait_for_step(process, run, step=2)
     os.killpg(process.pid, number)
@@ -237,19 +229,19 @@ def test_a_signal_stops_with_a_checkpoint_that_goes_on(tmp_path: Path, photos: P
     assert main([*TINY, *options, more, f"--output={tmp_path / 'unstopped'}"]) == 0
     assert [line["loss"] for line in steps(run)] == pytest.approx(
         [line["loss"] for line in steps(tmp_path / "unstopped")],
-        rel=1e-4,  # other numbers of threads round otherwise
+        rel=1e-4,  # rounding depends on the number of threads
     )
 
 
 @pytest.mark.parametrize("views", [[], MULTI_CROP], ids=["two views", "multi-crop"])
-def test_micro_batches_give_the_gradient_of_the_whole_batch(tmp_path: Path, views: list[str]) -> None:
-    """With batch normalisation frozen into its running statistics there is nothing that a part would change."""
+def test_micro_batches_give_the_gradients_of_the_whole_batch(tmp_path: Path, views: list[str]) -> None:
+    """With batch normalization in eval mode, so that its statistics do not depend on the split."""
     from fastsimclr.config import parse
     from fastsimclr.distributed import World
     from fastsimclr.training.trainer import Trainer
 
     gradients = []
-    for micro_batch_size in ("none", "5"):  # 16 images: parts of 4, 4, 4 and 4
+    for micro_batch_size in ("none", "5"):  # 16 images: four micro-batches of 4
         options = [*views, f"--output={tmp_path}", "--data.train=digits", f"--micro_batch_size={micro_batch_size}"]
         trainer = Trainer(*parse([*TINY, *options, "--precision=fp64"]), World(0, 1, torch.device("cpu")), [])
         trainer.model.eval()
@@ -289,21 +281,21 @@ def test_micro_batches_give_the_gradient_of_the_whole_batch(tmp_path: Path, view
         (["--data.train={photos}", "--data.num_views=1"], ["--data.num_views", "got 1", "expected at least 2"]),
     ],
 )
-def test_a_mistake_is_one_line_and_exit_code_2(
+def test_user_error_is_one_line_with_exit_code_2(
     tmp_path: Path, photos: Path, capfd: pytest.CaptureFixture[str], options: list[str], expected: list[str]
 ) -> None:
-    places = {"photos": photos, "empty": tmp_path / "empty", "unreadable": tmp_path / "unreadable"}
-    places["empty"].mkdir()
-    (places["unreadable"] / "a").mkdir(parents=True)
+    paths = {"photos": photos, "empty": tmp_path / "empty", "unreadable": tmp_path / "unreadable"}
+    paths["empty"].mkdir()
+    (paths["unreadable"] / "a").mkdir(parents=True)
     for number, file in enumerate(sorted(photos.rglob("*.jpg"))[:16]):
         data = file.read_bytes()
-        (places["unreadable"] / "a" / f"{number:02d}.jpg").write_bytes(data[:-100] if number == 7 else data)
-    places["mixed"] = photo_folder(tmp_path / "mixed", 18)
-    places["short"] = tmp_path / "short.tar"
-    subprocess.run(["tar", "cf", places["short"], "-C", photos, "class0"], check=True)
-    places["short"].write_bytes(places["short"].read_bytes()[:20_000])
+        (paths["unreadable"] / "a" / f"{number:02d}.jpg").write_bytes(data[:-100] if number == 7 else data)
+    paths["mixed"] = photo_folder(tmp_path / "mixed", 18)
+    paths["short"] = tmp_path / "short.tar"
+    subprocess.run(["tar", "cf", paths["short"], "-C", photos, "class0"], check=True)
+    paths["short"].write_bytes(paths["short"].read_bytes()[:20_000])
 
-    options = [option.format_map(places) for option in options]
+    options = [option.format_map(paths) for option in options]
     assert main([*TINY, f"--output={tmp_path / 'run'}", *options]) == 2
     lines = [line for line in capfd.readouterr().err.splitlines() if "fastsimclr.train: error: " in line]
     assert len(lines) == 1
@@ -312,12 +304,12 @@ def test_a_mistake_is_one_line_and_exit_code_2(
         assert words in lines[0]
 
 
-def test_bad_images_are_left_out_listed_and_counted(
+def test_bad_images_are_skipped_listed_and_counted(
     tmp_path: Path, photos: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     folder, val, run = tmp_path / "photos", tmp_path / "val", tmp_path / "run"
-    for place in (folder, val):
-        write(place, {str(file.relative_to(photos)): file.read_bytes() for file in photos.rglob("*.jpg")})
+    for target in (folder, val):
+        write(target, {str(file.relative_to(photos)): file.read_bytes() for file in photos.rglob("*.jpg")})
     write(folder, {"class0/bad.jpg": b"bad", "class1/bad.jpg": b"", "class00/none.jpg": b"<html>"})
     write(val, {"class1/bad.jpg": b"bad"})
     options = [*TINY, f"--data.train={folder}", f"--data.val={val}", f"--output={run}", "--knn_every=1"]
@@ -334,7 +326,7 @@ def test_bad_images_are_left_out_listed_and_counted(
     assert metrics(run)[0] == {"step": 0, "epoch": 0, "skipped_images": 4}
     assert [line["images"] for line in steps(run)] == [16, 16, 8] * 2
 
-    # A resumed run counts its position in the images that it had: with others it does not go on.
+    # A run's position refers to its images, so it cannot resume with other images.
     write(folder, {"class0/bad.jpg": jpeg(photo(40, 50))})
     assert main([*options, "--data.max_bad=0.1", "--epochs=3"]) == 2
     assert "got a run with images 40, but this one has 41" in error_line(capsys)
@@ -350,10 +342,10 @@ def test_bad_images_are_left_out_listed_and_counted(
     assert not (run / "skipped_images.txt").exists()
 
 
-def test_a_signal_in_the_scan_stops_it(tmp_path: Path) -> None:
+def test_signal_stops_the_scan(tmp_path: Path) -> None:
     large = write(tmp_path, {"large.jpg": jpeg(photo(500, 500).repeat(12, 0).repeat(12, 1))}) / "large.jpg"
     (tmp_path / "photos").mkdir()
-    for number in range(500):  # minutes of work, in one file
+    for number in range(500):  # links to one file that take minutes to decode
         (tmp_path / "photos" / f"{number}.jpg").symlink_to(large)
     process = start(f"--data.train={tmp_path / 'photos'}", f"--output={tmp_path / 'run'}")
     deadline = time.monotonic() + 120
@@ -369,7 +361,7 @@ def test_a_signal_in_the_scan_stops_it(tmp_path: Path) -> None:
         assert 0 < len(saved["entries"]) < 500
 
 
-def test_a_checkpoint_of_another_architecture_is_refused(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_checkpoint_of_another_architecture_raises(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     options = [*TINY, "--data.train=digits", f"--output={tmp_path}"]
     assert main([*options, "--max_steps=1"]) == 0
     capsys.readouterr()
@@ -379,9 +371,7 @@ def test_a_checkpoint_of_another_architecture_is_refused(tmp_path: Path, capsys:
     assert "encoder 'resnet18' instead of 'resnet34'" in line
 
 
-def test_a_loss_that_is_not_finite_stops_the_run_and_is_not_saved(
-    tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_non_finite_loss_stops_the_run_without_a_checkpoint(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     options = [*TINY, "--data.train=digits", f"--output={tmp_path}", "--optim.name=sgd", "--optim.lr=1e30"]
     assert main([*options, "--epochs=1", "--optim.warmup_epochs=0"]) == 2
     line = error_line(capsys)
@@ -390,9 +380,12 @@ def test_a_loss_that_is_not_finite_stops_the_run_and_is_not_saved(
     assert not (tmp_path / "checkpoints" / "last.pt").exists()
 
 
-def fail_on_two_ranks(*options: str, break_it: Callable[[subprocess.Popen[str]], None] = lambda _: None) -> str:
-    """The one line of error of two ranks that must both end with exit code 2: without torchrun, which would end the
-    second when the first ends, and so hide a hang. break_it: called with the first when they have started."""
+def fail_on_two_ranks(*options: str, cause: Callable[[subprocess.Popen[str]], None] = lambda _: None) -> str:
+    """Run two ranks that must both exit with code 2, and return the single line of error.
+
+    Without torchrun, which would end the second rank when the first ends, and so hide a hang. cause: called with the
+    first process after both have started.
+    """
     with socket.socket() as free:
         free.bind(("localhost", 0))
         port = free.getsockname()[1]
@@ -401,33 +394,33 @@ def fail_on_two_ranks(*options: str, break_it: Callable[[subprocess.Popen[str]],
         for rank in range(2)
     ]
     try:
-        break_it(ranks[0])
-        complaints = [rank.communicate(timeout=180)[1] for rank in ranks]
+        cause(ranks[0])
+        errors = [rank.communicate(timeout=180)[1] for rank in ranks]
     finally:
         for rank in ranks:
             rank.kill()
             rank.communicate()
-    assert [rank.returncode for rank in ranks] == [2, 2], complaints
-    lines = [line for line in "".join(complaints).splitlines() if "fastsimclr.train: error: " in line]
-    assert len(lines) == 1, complaints
-    assert "Traceback" not in "".join(complaints)
+    assert [rank.returncode for rank in ranks] == [2, 2], errors
+    lines = [line for line in "".join(errors).splitlines() if "fastsimclr.train: error: " in line]
+    assert len(lines) == 1, errors
+    assert "Traceback" not in "".join(errors)
     return lines[0]
 
 
-def test_a_rank_that_cannot_go_on_stops_the_others(tmp_path: Path, photos: Path) -> None:
+def test_error_on_one_rank_stops_the_others(tmp_path: Path, photos: Path) -> None:
     folder = write(tmp_path / "photos", {file.name: file.read_bytes() for file in photos.rglob("*.jpg")})
 
-    def cut_a_file(rank: subprocess.Popen[str]) -> None:
-        wait_for_step(rank, tmp_path / "run", 1)  # it was whole when it was scanned
+    def truncate_a_file(rank: subprocess.Popen[str]) -> None:
+        wait_for_step(rank, tmp_path / "run", 1)  # the scan has passed
         (folder / "07.jpg").write_bytes((folder / "07.jpg").read_bytes()[:-100])
 
     options = [f"--data.train={folder}", f"--output={tmp_path / 'run'}", "--data.backend=torchvision", "--epochs=500"]
-    line = fail_on_two_ranks(*options, break_it=cut_a_file)
+    line = fail_on_two_ranks(*options, cause=truncate_a_file)
     assert "07.jpg" in line
     assert "do not decode" in line
 
 
-def test_ranks_refuse_bad_images_together(tmp_path: Path, photos: Path) -> None:
+def test_bad_images_end_all_ranks(tmp_path: Path, photos: Path) -> None:
     folder = write(tmp_path / "photos", {file.name: file.read_bytes() for file in photos.rglob("*.jpg")})
     write(folder, {"07.jpg": b"bad", "08.jpg": b"bad"})
     line = fail_on_two_ranks(f"--data.train={folder}", f"--output={tmp_path / 'run'}")
@@ -435,7 +428,7 @@ def test_ranks_refuse_bad_images_together(tmp_path: Path, photos: Path) -> None:
     assert "08.jpg: got 3 bytes that do not decode" in line
 
 
-def test_one_image_per_rank_is_refused_by_all(tmp_path: Path) -> None:
+def test_one_image_per_rank_ends_all_ranks(tmp_path: Path) -> None:
     line = fail_on_two_ranks("--data.train=digits", "--batch_size=3", f"--output={tmp_path}")
     assert "batch_size: got 3 for 2 ranks" in line
     assert "expected at least 4" in line

@@ -1,4 +1,4 @@
-// Threads that part before they meet. The tests copy this file with other lines in the place of the marked one.
+// Threads that diverge before a barrier. The tests copy this file and replace the marked line.
 #include "mma.cuh"
 
 namespace {
@@ -12,7 +12,7 @@ __global__ void barrier_kernel(BarrierParams p) {
   float x = float(thread);
   if (thread >= 64) x += 1;  // here
   x = __shfl_xor_sync(0xffffffffu, x, 1);
-  __syncthreads();  // nothing to stop: the test is of the barrier itself
+  __syncthreads();  // prevents no race: the barrier itself is tested
   p.out[thread] = x + float(lane);
 }
 

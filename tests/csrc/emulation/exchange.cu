@@ -1,14 +1,14 @@
-// Threads that hand numbers to each other: through shared memory, within a block and within a warp, and by shuffles.
+// Data exchange between threads: through shared memory, within a block and within a warp, and by shuffles.
 #include "mma.cuh"
 
 namespace {
 
 struct ExchangeParams {
   const float* in;  // (blocks, threads)
-  float* out;       // as in; of shuffles (5, threads)
+  float* out;       // the shape of `in`; for shuffles (5, threads)
 };
 
-// Each block's numbers backwards.
+// Reverses each block's numbers.
 __global__ void reverse_kernel(ExchangeParams p) {
   auto* shared = reinterpret_cast<float*>(dynamic_shared());
   const unsigned thread = threadIdx.x, last = blockDim.x - 1, begin = blockIdx.x * blockDim.x;
@@ -17,7 +17,7 @@ __global__ void reverse_kernel(ExchangeParams p) {
   p.out[begin + thread] = shared[last - thread];
 }
 
-// In each warp the sum of a number and all before it.
+// Inclusive prefix sums within each warp.
 __global__ void prefix_sum_kernel(ExchangeParams p) {
   auto* shared = reinterpret_cast<volatile float*>(dynamic_shared());
   const unsigned thread = threadIdx.x, lane = thread % 32;

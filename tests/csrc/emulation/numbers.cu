@@ -1,16 +1,16 @@
-// The conversions, one number to a thread.
+// Number conversions, one number per thread.
 #include "mma.cuh"
 
 namespace {
 
 struct NumbersParams {
   const float* in;   // (blocks * threads,)
-  uint16_t* bf16;    // of each number
-  uint16_t* half;    // of each number
+  uint16_t* bf16;    // each number as bf16
+  uint16_t* half;    // each number as half
   uint32_t* packed;  // the number and its negative
   float* exp2;       // 2^x
-  float* from_bf16;  // of index % 2^16 as bits
-  float* from_half;  // of index % 2^16 as bits
+  float* from_bf16;  // the bits index % 2^16 as bf16
+  float* from_half;  // the bits index % 2^16 as half
 };
 
 __global__ void numbers_kernel(NumbersParams p) {

@@ -1,4 +1,4 @@
-// Products by ldmatrix and mma, as the loss's kernels make them.
+// Matrix products with ldmatrix and mma, as in the kernels of the loss.
 #include "mma.cuh"
 
 namespace {
@@ -10,7 +10,7 @@ struct ProductParams {
   bool b_is_transposed;
 };
 
-// The smallest product, 16 x 8 x 16, with fragments read element by element: by the manual's layout alone.
+// A single mma, 16 x 8 x 16, with fragments loaded element by element in the layout of the PTX manual.
 __global__ void single_product_kernel(ProductParams p) {
   const int lane = threadIdx.x % 32, g = lane / 4, t = lane % 4;
   const auto a = [&](int row, int column) { return uint32_t(p.a[row * 16 + column]); };
@@ -28,7 +28,7 @@ __global__ void single_product_kernel(ProductParams p) {
 
 constexpr int kSize = 64, kPitch = kSize + 8;  // 8: the rows of an 8x8 matrix in different banks
 
-// 64 x 64 x 64: four warps with 16 rows each.
+// 64 x 64 x 64, with four warps of 16 rows each.
 __global__ void product_kernel(ProductParams p) {
   auto* a_shared = reinterpret_cast<uint16_t*>(dynamic_shared());
   uint16_t* b_shared = a_shared + kSize * kPitch;
@@ -62,7 +62,7 @@ __global__ void product_kernel(ProductParams p) {
   }
 }
 
-// Ones times ones, again and again.
+// Repeated products of ones.
 struct RepeatParams {
   float* out;
   int products;

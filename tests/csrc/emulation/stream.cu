@@ -1,4 +1,4 @@
-// Sums over the tiles of an array that cp.async brings into two buffers by turns: the pipeline of the loss's kernels.
+// Sums over tiles that cp.async loads into two alternating buffers: the pipeline of the loss's kernels.
 #include "mma.cuh"
 
 namespace {
@@ -8,7 +8,7 @@ constexpr int kThreads = 128, kTile = 4 * kThreads;  // each thread copies 16 by
 struct StreamParams {
   const float* in;  // (count,), a multiple of 4
   int count;
-  float* out;  // (kTile,): the sum of the elements at this place of all tiles
+  float* out;  // (kTile,): sums of the elements at this position over all tiles
 };
 
 __global__ void stream_kernel(StreamParams p) {
@@ -33,7 +33,7 @@ __global__ void stream_kernel(StreamParams p) {
   for (int i = 0; i < 4; i++) p.out[kTile - 1 - thread - i * kThreads] = sum[i];
 }
 
-// Copies of two groups, of which the older one is read while the younger one may be on its way.
+// Two groups of copies: the first is read while the second may be in flight.
 __global__ void groups_kernel(StreamParams p) {
   auto* buffers = reinterpret_cast<float*>(dynamic_shared());  // (2, kTile)
   const int i = 4 * int(threadIdx.x);
