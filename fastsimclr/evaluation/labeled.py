@@ -52,7 +52,7 @@ def open_labeled(data: DataConfig, labels: float | str, seed: int, cache: Path |
             if source is not None and not source.has_labels:
                 raise UserError(f"--data.{option}: got {path}, whose images have no labels; expected class folders")
         if val is not None:
-            _check_classes(train.classes, val.classes)
+            check_classes(train.classes, val.classes)
         train, val = _dense(train), val and _dense(val)
         available = len(train)
         kept = _listed(train, labels) if isinstance(labels, str) else class_balanced(train, labels, seed)
@@ -116,7 +116,8 @@ def _listed(source: Source, file: str) -> NDArray[np.int64]:
     return np.unique(np.array([at[0] for at in found]))
 
 
-def _check_classes(train: Sequence[str], val: Sequence[str]) -> None:
+def check_classes(train: Sequence[str], val: Sequence[str]) -> None:
+    """Raise UserError unless both lists name the same classes."""
     differences = [f"{name} only in train" for name in sorted(set(train) - set(val))]
     differences += [f"{name} only in val" for name in sorted(set(val) - set(train))]
     if differences:

@@ -1,6 +1,9 @@
 """torchvision's ResNets as encoders, with a width multiplier and a stem for small images."""
 
-from torch import nn
+from collections.abc import Callable
+from typing import Any
+
+from torch import Tensor, nn
 from torchvision.models.resnet import BasicBlock, Bottleneck, ResNet
 
 from fastsimclr.errors import UserError
@@ -29,6 +32,7 @@ class Encoder(ResNet):
         block, layers = _BLOCKS[name]
         nn.Module.__init__(self)  # ResNet's __init__ fixes the widths: build the same layers here, `width` times wider
         self.name, self.width, self.stem = name, width, stem
+        self.transform: Callable[[Any], Tensor] | None = None
         channels = round(64 * width)
         self._norm_layer = nn.BatchNorm2d
         self.inplanes, self.dilation, self.groups, self.base_width = channels, 1, 1, 64

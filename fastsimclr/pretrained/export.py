@@ -17,6 +17,7 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from fastsimclr.data.augmentation import Augmentation
+from fastsimclr.data.transform import Transform
 from fastsimclr.errors import UserError
 from fastsimclr.models import Encoder
 from fastsimclr.pretrained.load import TIMM_FILES, Pretrained, open_pretrained
@@ -54,12 +55,12 @@ def export(options: argparse.Namespace) -> str:
         raise UserError(f"--output: got {output}, which cannot be written ({error.strerror or error})") from error
     encoder, augmentation = pretrained.encoder, pretrained.augmentation
     width = f" of width {encoder.width}" if encoder.width != 1 else ""
-    images = "prepare them as in training; the checkpoint does not record how"
+    images = "prepare images as in training; the checkpoint does not record how"
     if augmentation is not None:
-        images = ", ".join(f"{name} {_text(value)}" for name, value in _preparation(augmentation).items())
+        images = f"prepare an image (3, H, W) uint8 by\n{Transform.from_augmentation(augmentation).code()}"
     return (
         f"{output}: {encoder.name}{width} of {source} ({pretrained.origin}) for {options.format}, "
-        f"{size / 2**20:.1f} MiB; load it with `{hint}`; images: {images}"
+        f"{size / 2**20:.1f} MiB; load it with `{hint}`; {images}"
     )
 
 
@@ -237,10 +238,6 @@ def _preparation(augmentation: Augmentation) -> dict[str, Any]:
     """How images must be prepared for the encoder."""
     names = ("image_size", "center_fraction", "interpolation", "mean", "std")
     return {name: getattr(augmentation, name) for name in names}
-
-
-def _text(value: Any) -> str:
-    return "({})".format(", ".join(map(_text, value))) if isinstance(value, tuple) else f"{value}"
 
 
 def _conv1(encoder: Encoder) -> str:

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from fastsimclr.data.augmentation import Augmentation
+from fastsimclr.data.transform import Transform
 from fastsimclr.errors import UserError
 from fastsimclr.models import ENCODERS, Encoder, encoder
 from fastsimclr.pretrained.layouts import Architecture, Weights, architecture_of, check_fits, find_weights
@@ -34,6 +35,9 @@ class Pretrained:
 
 def load_encoder(path: str | Path, name: str | None = None) -> Encoder:
     """Load the encoder of a file: normalized images (N, 3, H, W) to representations h (N, encoder.out_features).
+
+    encoder.transform prepares an image as in evaluation: h = encoder(encoder.transform(image)[None]). It is None if the
+    file does not record how its images were prepared.
 
     path: a run's folder or checkpoint, an export (torchvision, safetensors, timm), or a checkpoint that import_weights
         supports.
@@ -76,6 +80,8 @@ def open_pretrained(path: str | Path, name: str | None = None) -> Pretrained:
         ) from error
     if name not in (None, opened.encoder.name):
         raise UserError(f"{path}: got a {opened.encoder.name}, expected a {name}")
+    if opened.augmentation is not None:
+        opened.encoder.transform = Transform.from_augmentation(opened.augmentation)
     return opened
 
 

@@ -82,7 +82,11 @@ def describe_result(
     if knn is not None:
         where = f"{len(data.val)} held-out images" if data.val is not None else "the training images, leave-one-out"
         lines.append(f"kNN accuracy on {where}: {knn:.1%} trained, {untrained_knn:.1%} untrained")
-    return [*lines, f"files: {folder}: checkpoints/last.pt, metrics.jsonl, config.yaml, tensorboard/"]
+    return [
+        *lines,
+        f"files: {folder}: checkpoints/last.pt, metrics.jsonl, config.yaml, tensorboard/",
+        f"next: fastsimclr report {folder}, or tensorboard --logdir {folder.tensorboard}",
+    ]
 
 
 def describe_trace(trace: Trace) -> str:

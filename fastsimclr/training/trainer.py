@@ -22,6 +22,7 @@ from fastsimclr.distributed import World, run_on_all_ranks
 from fastsimclr.environment import commit, examine
 from fastsimclr.errors import UserError
 from fastsimclr.evaluation.knn import measure
+from fastsimclr.evaluation.labeled import check_classes
 from fastsimclr.optim import LRSchedule
 from fastsimclr.profiling import StageClock, Trace, stage
 from fastsimclr.run_folder import RunFolder, load_checkpoint, write_text
@@ -211,6 +212,8 @@ class Trainer:
                 raise UserError(
                     "--data.val: got images without labels in it or in --data.train; kNN accuracy needs both"
                 )
+            if config.data.val is not None and val is not None:
+                check_classes(train.classes, val.classes)
             return train, val
 
         try:

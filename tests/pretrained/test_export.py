@@ -254,7 +254,7 @@ def test_prints_how_images_are_prepared(working_directory: Path, capsys: pytest.
     for words in (
         "new/e.pth: resnet18 of run/checkpoints/last.pt (fastsimclr run, step 7) for torchvision",
         f", {size:.1f} MiB; ",
-        "image_size 48, center_fraction 0.9, interpolation bilinear, mean (0.1, 0.2, 0.3), std (0.4, 0.5, 0.6)",
+        load_encoder("run").transform.code(),
     ):
         assert words in said
 

@@ -278,6 +278,7 @@ def test_micro_batches_give_the_gradients_of_the_whole_batch(tmp_path: Path, vie
             ["--data.train={photos}", "--loss.backend=fused"],
             ["--loss.backend", "it needs a CUDA GPU", 'use backend="auto"'],
         ),
+        (["--data.train={photos}", "--data.val={mixed}"], ["--data.val: got classes that differ", "only in val"]),
         (["--data.train={photos}", "--data.num_views=1"], ["--data.num_views", "got 1", "expected at least 2"]),
     ],
 )
@@ -311,19 +312,20 @@ def test_bad_images_are_skipped_listed_and_counted(
     for target in (folder, val):
         write(target, {str(file.relative_to(photos)): file.read_bytes() for file in photos.rglob("*.jpg")})
     write(folder, {"class0/bad.jpg": b"bad", "class1/bad.jpg": b"", "class00/none.jpg": b"<html>"})
-    write(val, {"class1/bad.jpg": b"bad"})
+    write(val, {"class1/bad.jpg": b"bad", "class00/none.jpg": b"<html>"})
     options = [*TINY, f"--data.train={folder}", f"--data.val={val}", f"--output={run}", "--knn_every=1"]
     assert main([*options, "--data.max_bad=0.1"]) == 0
     said = capsys.readouterr().out
     assert f"{folder}, 40 images in 3 classes" in said, "a class keeps its number, though none of its images is left"
-    assert f"left out 4 images that cannot be used; {run}/skipped_images.txt names them" in said
+    assert f"left out 5 images that cannot be used; {run}/skipped_images.txt names them" in said
     assert (run / "skipped_images.txt").read_text().splitlines() == [
         f"{folder}/class0/bad.jpg: got 3 bytes that do not decode as an image (unknown format)",
         f"{folder}/class00/none.jpg: got 6 bytes that do not decode as an image (unknown format)",
         f"{folder}/class1/bad.jpg: got 0 bytes that do not decode as an image (unknown format)",
+        f"{val}/class00/none.jpg: got 6 bytes that do not decode as an image (unknown format)",
         f"{val}/class1/bad.jpg: got 3 bytes that do not decode as an image (unknown format)",
     ]
-    assert metrics(run)[0] == {"step": 0, "epoch": 0, "skipped_images": 4}
+    assert metrics(run)[0] == {"step": 0, "epoch": 0, "skipped_images": 5}
     assert [line["images"] for line in steps(run)] == [16, 16, 8] * 2
 
     # A run's position refers to its images, so it cannot resume with other images.
