@@ -13,6 +13,8 @@ from torch import Tensor
 from fastsimclr.errors import UserError
 from fastsimclr.profiling import stage
 
+# torch 2.14 renamed all_gather_into_tensor, and warns about the old name on every rank.
+all_gather = getattr(dist, "all_gather_single", dist.all_gather_into_tensor)
 Result = TypeVar("Result")
 
 # Process groups by name: custom operators accept strings as arguments, but not process groups.
@@ -111,7 +113,7 @@ def gather_sizes(size: int, group: dist.ProcessGroup, device: torch.device) -> l
     with stage("gather"):
         mine = torch.tensor([size], device="cpu" if has_cpu_backend else device)
         sizes = mine.new_empty(dist.get_world_size(group))
-        dist.all_gather_into_tensor(sizes, mine, group=group)
+        all_gather(sizes, mine, group=group)
         return [int(s) for s in sizes.tolist()]
 
 
@@ -138,7 +140,7 @@ def start_gather_rows(rows: Tensor, sizes: list[int], group: dist.ProcessGroup) 
             padded = rows.new_zeros(largest, *rows.shape[1:])
             padded[: rows.shape[0]] = rows
         gathered = rows.new_empty(largest * len(sizes), *rows.shape[1:])
-        work = dist.all_gather_into_tensor(gathered, padded, group=group, async_op=True)
+        work = all_gather(gathered, padded, group=group, async_op=True)
 
     def wait() -> Tensor:
         assert work is not None  # None only for a process outside the group

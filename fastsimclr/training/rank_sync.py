@@ -7,10 +7,9 @@ from collections.abc import Iterator
 from typing import Any
 
 import torch
-import torch.distributed as dist
 
 from fastsimclr.data import Batch, ViewLoader
-from fastsimclr.distributed import World, raise_on_all_ranks
+from fastsimclr.distributed import World, all_gather, raise_on_all_ranks
 from fastsimclr.errors import UserError
 from fastsimclr.profiling import stage
 from fastsimclr.training.progress import Progress
@@ -89,7 +88,7 @@ class RankSync:
         if self._world.world_size > 1:
             with stage("rank_wait"):
                 everyone = mine.new_empty(self._world.world_size, 3)
-                dist.all_gather_into_tensor(everyone, mine[None])
+                all_gather(everyone, mine[None])
         self.local_batch_sizes, stops, failures = everyone.T.tolist()
         if any(failures):
             raise_on_all_ranks(self._failure, self._world)
