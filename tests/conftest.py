@@ -8,6 +8,23 @@ import torch
 
 from fastsimclr.data import native
 
+LEFT_OUT = pytest.StashKey[int]()
+
+
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    """Leave GPU tests out where there is no GPU. `--collect-only` lists them everywhere."""
+    if torch.cuda.is_available() or config.option.collectonly:
+        return
+    gpu = [item for item in items if item.get_closest_marker("gpu")]
+    items[:] = [item for item in items if not item.get_closest_marker("gpu")]
+    config.hook.pytest_deselected(items=gpu)
+    config.stash[LEFT_OUT] = len(gpu)
+
+
+def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter, config: pytest.Config) -> None:
+    if left_out := config.stash.get(LEFT_OUT, 0):
+        terminalreporter.write_line(f"{left_out} GPU tests left out: there is no GPU")
+
 
 @pytest.fixture
 def one_thread() -> Iterator[None]:
@@ -23,8 +40,6 @@ def implementation(request: pytest.FixtureRequest) -> tuple[native.Implementatio
     """Implementation of crops and colors, and the device of its tensors: C++, PyTorch, and the CUDA kernels, both
     emulated and on a GPU."""
     name, device = ("compiled", "cuda") if request.param == "gpu" else (request.param, "cpu")
-    if device == "cuda" and not torch.cuda.is_available():
-        pytest.skip("needs a GPU")
     try:
         native.choose(name, torch.device(device))
     except RuntimeError as error:

@@ -54,7 +54,7 @@ def test_unknown_command_is_one_line_error(command: str, capsys: pytest.CaptureF
 
 @pytest.mark.parametrize("command", COMMANDS)
 def test_error_names_the_command(command: str, capsys: pytest.CaptureFixture[str]) -> None:
-    assert main([command, *(["knn"] if command == "evaluate" else []), "--colour"]) == 2
+    assert main([command, *(["knn"] if command == "evaluate" else []), "--palette"]) == 2
     error = capsys.readouterr().err
     assert error.startswith(f"fastsimclr.{command}: error: ")
     assert error.count("\n") == 1

@@ -144,7 +144,6 @@ def test_graph_is_valid_on_a_gpu(photos: str) -> None:
 
 
 @pytest.mark.gpu
-@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
 @pytest.mark.parametrize("kind", ["pytorch", "dali"])
 def test_gpu_matches_cpu(photos: str, kind: str) -> None:
     source, augmentation = open_source(photos), replace(UNNORMALIZED, solarize_prob=0.5)

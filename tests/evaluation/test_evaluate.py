@@ -218,9 +218,9 @@ def test_classifier_without_a_record_is_not_overwritten(run: Path, tmp_path: Pat
 
 @pytest.fixture(scope="module")
 def folders(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """labelled/{a,b}, other/{a,c} and flat/ with a few photos each."""
+    """labeled/{a,b}, other/{a,c} and flat/ with a few photos each."""
     folder = tmp_path_factory.mktemp("folders")
-    for part in ("labelled/a", "labelled/b", "other/a", "other/c", "flat"):
+    for part in ("labeled/a", "labeled/b", "other/a", "other/c", "flat"):
         write(folder / part, {f"{i}.jpg": jpeg(photo(40, 30, seed=i)) for i in range(3)})
     return folder
 
@@ -236,14 +236,14 @@ def folders(tmp_path_factory: pytest.TempPathFactory) -> Path:
         (["supervised", "--data.train=digits"], "--encoder: got none"),
         (["supervised", "--encoder=vit", "--data.train=digits", "--output=OUT"], "vit"),
         (["knn", "--checkpoint=RUN", "--data.train=FOLDERS/flat"], "no labels"),
-        (["knn", "--checkpoint=RUN", "--data.train=FOLDERS/labelled", "--data.val=FOLDERS/flat"], "no labels"),
+        (["knn", "--checkpoint=RUN", "--data.train=FOLDERS/labeled", "--data.val=FOLDERS/flat"], "no labels"),
         (["knn", "--checkpoint=RUN", "--data.train=FOLDERS/nothing"], "nothing at that path"),
-        (["knn", "--checkpoint=RUN", "--data.train=FOLDERS/labelled", "--data.val=FOLDERS/other"], "b only in train"),
-        (["knn", "--checkpoint=RUN", "--data.train=FOLDERS/labelled", "--k=6"], "more than the 5 images"),
+        (["knn", "--checkpoint=RUN", "--data.train=FOLDERS/labeled", "--data.val=FOLDERS/other"], "b only in train"),
+        (["knn", "--checkpoint=RUN", "--data.train=FOLDERS/labeled", "--k=6"], "more than the 5 images"),
         (["knn", "--checkpoint=RUN", "--k=0"], "--k: got 0"),
         (["knn", "--checkpoint=RUN", "--temperature=0"], "--temperature: got 0"),
         (["knn", "--checkpoint=RUN", "--epochs=3"], "--epochs"),
-        (["linear", "--checkpoint=RUN", "--data.train=FOLDERS/labelled"], "--data.val: got none"),
+        (["linear", "--checkpoint=RUN", "--data.train=FOLDERS/labeled"], "--data.val: got none"),
         (["linear", "--checkpoint=RUN", "--labels=0"], "--labels: got 0"),
         (["linear", "--checkpoint=RUN", "--labels=1.5"], "--labels: got 1.5"),
         (["linear", "--checkpoint=RUN", "--labels=nowhere.txt"], "nowhere.txt"),

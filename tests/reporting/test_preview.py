@@ -40,7 +40,7 @@ def photos(tmp_path_factory: pytest.TempPathFactory) -> str:
 
 
 def drawn(**values: object) -> np.void:
-    """One draw: an unflipped crop with no change of colour, but for `values`."""
+    """Parameters of an unflipped crop without color changes, except for `values`."""
     one = np.zeros(1, VIEW_PARAMS)
     one["box"], one["factors"], one["order"] = (30, 12, 98, 120), (1.21, 0.8, 1.1, 0.04), (3, 0, 2, 1)
     for name, value in values.items():

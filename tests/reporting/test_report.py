@@ -215,7 +215,7 @@ def collect(*arguments: Path | str) -> Node:
 
 @pytest.fixture(scope="module")
 def real(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A trained run that already has a map; 210 photographs: the kNN evaluation asks 200 neighbours."""
+    """A trained run that already has a map; 210 photographs: the kNN evaluation uses 200 neighbors."""
     folder = tmp_path_factory.mktemp("real")
     write(folder / "photos", {f"{'ab'[i % 2]}/{i:03}.jpg": jpeg(photo(24, 24, seed=i)) for i in range(210)})
     options = ["--data.image_size=16", "--model.encoder=resnet18", "--model.stem=imagenet", "--model.hidden=32"]
@@ -749,7 +749,7 @@ def test_its_own_page_is_refreshed_and_nothing_else_overwritten(
         (["run", "run/", "--output=x.html"], ["run twice"]),
         (["run", "--output=x.pdf"], ["x.pdf", ".html"]),
         (["run", "--output=/dev/null/x.html"], ["/dev/null/x.html", "cannot be written"]),
-        (["run", "--colour=red"], ["--colour", "--help"]),
+        (["run", "--palette=red"], ["--colour", "--help"]),
     ],
 )
 def test_a_mistake_is_one_line_and_exit_code_2(
