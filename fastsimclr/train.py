@@ -1,7 +1,7 @@
-"""Pre-train an encoder with SimCLR: `python -m fastsimclr.train`, alone or under torchrun.
+"""Pre-train an encoder with SimCLR: `fastsimclr train`, or `torchrun -m fastsimclr.train` with several processes.
 
-Exit codes: 0 done, or stopped by SIGTERM or SIGINT with the progress saved; 2 a user's mistake, in one line; 1 an
-internal error.
+Exit codes: 0 after the last step, or after SIGTERM or SIGINT with a checkpoint saved; 2 for user errors, reported in
+one line; 1 for internal errors.
 """
 
 import sys
@@ -12,13 +12,13 @@ from fastsimclr.config import Config, parse
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Run the command line; returns the exit code."""
+    """Run the command and return its exit code."""
     arguments = sys.argv[1:] if arguments is None else arguments
     return exit_code("train", lambda: run(*parse(arguments), arguments))
 
 
 def run(config: Config, text: str, arguments: Sequence[str]) -> None:
-    """Train until done, or until a signal says to stop."""
+    """Train to the last step, or until a stop signal."""
     from fastsimclr import distributed  # here: --help needs no PyTorch
     from fastsimclr.data.scan import ScanStopped
     from fastsimclr.malloc import keep_freed_memory

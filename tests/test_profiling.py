@@ -76,7 +76,7 @@ def test_profile_traces_from_the_sixth_step(tmp_path: Path, capfd: pytest.Captur
     # steps 6, 7 and 8
     assert [names.count(f"stage: {name}") for name in ("forward", "loss", "backward", "optimizer")] == [3, 3, 3, 3]
     assert main([*SMALL, "--data.train=digits", "--max_steps=9", f"--output={tmp_path}", "--profile"]) == 0
-    assert "no trace: it begins at step 6 of a start" in capfd.readouterr().out
+    assert "no trace: tracing starts 6 steps after the start" in capfd.readouterr().out
 
 
 @pytest.mark.gpu

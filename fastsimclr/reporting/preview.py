@@ -65,8 +65,8 @@ def write_preview(options: argparse.Namespace, others: list[str]) -> str:
         rows = first_batch(loader, config.seed, options.epoch)
     finally:
         loader.close()
-    why = choose_backend(source, device)[1] if config.data.backend == "auto" else "as asked"
-    by = f"views by {loader.backend} ({why})"
+    why = choose_backend(source, device)[1] if config.data.backend == "auto" else "as requested"
+    by = f"loaded by {loader.backend} ({why})"
     title = f"{config.data.train}: {len(rows)} of {len(source)} images" + (", unshuffled" if options.unshuffled else "")
     config_name = options.config or ("the defaults" if options.data else "digits, of the demonstration")
     changes = re.split(r" (?=--)", " ".join(others)) if others else []

@@ -1,4 +1,4 @@
-"""The model, the loss and the optimizer that a run's options describe."""
+"""Build the model, the loss and the optimizer of a run from its options."""
 
 from dataclasses import dataclass
 from pathlib import Path
@@ -21,22 +21,22 @@ from fastsimclr.precision import Precision, choose_precision
 
 @dataclass(frozen=True)
 class Learner:
-    """What learns: a model on its device, with its loss and its optimizer."""
+    """A model on its device, with its loss and optimizer."""
 
     augmentation: Augmentation
     model: nn.Module
-    """A SimCLR, perhaps with synchronized batch norm."""
+    """A SimCLR module; with several ranks its batch norm may be synchronized."""
     optimizer: Optimizer
     peak_lr: float
     loss: NTXentLoss
     loss_backend: str
-    """The loss's backend, and why it was chosen."""
+    """Backend of the loss, and the reason for choosing it."""
     precision: Precision
     scaler: GradScaler
 
 
 def build_learner(config: Config, world: World) -> Learner:
-    """Build it, without data. Raises UserError for options that do not fit each other or this machine."""
+    """Build the learner. Raises UserError for options that contradict each other or do not fit this machine."""
     augmentation = config.data.augmentation()
     if augmentation.num_views < 2:
         raise UserError(f"--data.num_views: got {augmentation.num_views}, expected at least 2: the loss compares views")
@@ -48,7 +48,7 @@ def build_learner(config: Config, world: World) -> Learner:
     loss = NTXentLoss(
         config.loss.temperature,
         group="world" if config.loss.global_negatives else None,
-        backend=backend,  # not "auto" again: each rank would then warn of a slower backend
+        backend=backend,  # not "auto": every rank would warn about a slower backend
         precision=config.loss.precision,
         decoupled=config.loss.decoupled,
     )
@@ -69,7 +69,7 @@ def build_learner(config: Config, world: World) -> Learner:
 
 
 def architecture(config: Config, model: nn.Module) -> dict[str, Any]:
-    """What a checkpoint must have in common with a run that resumes from it."""
+    """The options that must be the same when a run resumes from a checkpoint."""
     return {
         "encoder": config.model.encoder,
         "width": config.model.width,
@@ -82,7 +82,7 @@ def architecture(config: Config, model: nn.Module) -> dict[str, Any]:
 
 
 def check_architecture(file: Path, saved: dict[str, Any], expected: dict[str, Any]) -> None:
-    """Raise UserError, naming each difference, unless the checkpoint's model is built like this run's."""
+    """Raise UserError, naming the differences, unless the checkpoint has the architecture of this run."""
     differences = [
         f"{name} {saved.get(name)!r} instead of {value!r}"
         for name, value in expected.items()
@@ -90,6 +90,6 @@ def check_architecture(file: Path, saved: dict[str, Any], expected: dict[str, An
     ]
     if differences:
         raise UserError(
-            f"{file}: got a checkpoint of another architecture ({', '.join(differences)}); expected this run's: change "
-            "the --model options, or give another --output, or --resume never"
+            f"{file}: got a checkpoint of another architecture ({', '.join(differences)}); expected that of "
+            "this run: change the --model options, or use another --output or --resume never"
         )

@@ -1,4 +1,4 @@
-"""The metrics of a run: checked, and written to metrics.jsonl, TensorBoard and a progress bar or lines."""
+"""Check the metrics of a run; write them to metrics.jsonl and TensorBoard, and show them."""
 
 import json
 import math
@@ -18,33 +18,33 @@ from fastsimclr.run_folder import RunFolder, replace_atomically
 
 
 class Metrics:
-    """The metrics of each step, which every rank checks and the first rank writes."""
+    """The metrics of each step. Every rank checks them; rank zero writes them."""
 
     def __init__(self) -> None:
         self.last: dict[str, Any] = {}
-        """The record of the latest step that is complete."""
+        """The record of the latest completed step."""
         self._lagged = LaggedRecord()
         self._log: RunLog | None = None
 
     def open(self, run: RunFolder, *, first_step: int, total_steps: int, epochs: int) -> None:
-        """Begin to write: for the first rank."""
+        """Open the files. Only rank zero calls it."""
         self._log = RunLog(run, first_step=first_step, total_steps=total_steps, epochs=epochs)
 
     def show_first_step(self, estimated_seconds: float | None) -> None:
-        """Show until the first step is done that it is being computed: on a CPU it may take minutes."""
+        """Show that the first step is running, until it is done: on a CPU it may take minutes."""
         if self._log is not None:
             self._log.show_first_step(estimated_seconds)
 
     def log(self, measured: dict[str, Tensor], stages: Callable[[], dict[str, float]], record: dict[str, Any]) -> None:
-        """Add a step. measured: 0-dim tensors of one dtype and device; stages: as of `StageClock.end_step`."""
+        """Add a step. measured: 0-dim tensors of one dtype and device; stages: from `StageClock.end_step`."""
         self._complete(self._lagged.push(measured, stages, record))
 
     def flush(self) -> None:
-        """Wait for the device, and complete the latest step's record."""
+        """Wait for the device, and complete the record of the latest step."""
         self._complete(self._lagged.flush())
 
     def event(self, record: dict[str, Any]) -> None:
-        """Write a line that is not a step's."""
+        """Write a record that does not belong to a step."""
         if self._log is not None:
             self._log.write(record)
 
@@ -65,7 +65,7 @@ class Metrics:
         if not math.isfinite(record["loss"]):
             raise UserError(
                 f"loss: got {record['loss']} at step {step} (lr {lr:.4g}); expected a finite one: lower --optim.lr or "
-                "use --precision fp32. The latest checkpoint, if any, is from before this step"
+                "use --precision fp32. The latest checkpoint, if any, is older than this step"
             )
         if record.get("grad_scale", 1.0) < 1.0:
             raise UserError(
@@ -78,14 +78,16 @@ class Metrics:
 
 
 class RunLog:
-    """Writes one JSON object per line to metrics.jsonl, the same to TensorBoard, and shows the progress."""
+    """Writes records to metrics.jsonl and TensorBoard, and shows the progress."""
 
     def __init__(self, run: RunFolder, *, first_step: int, total_steps: int, epochs: int) -> None:
-        from torch.utils.tensorboard import SummaryWriter  # a second to import: not for the other ranks
+        from torch.utils.tensorboard import (
+            SummaryWriter,  # here, because its import takes a second that other ranks can save
+        )
 
         self._path = run.metrics
         self._drop_lines_after(first_step)
-        self._file = open(self._path, "a", buffering=1)  # noqa: SIM115 - open as long as the run
+        self._file = open(self._path, "a", buffering=1)  # noqa: SIM115 - stays open during the run
         self._board = SummaryWriter(str(run.tensorboard), purge_step=first_step + 1)
         self._bar = tqdm(
             total=total_steps,
@@ -157,7 +159,7 @@ class RunLog:
                 self._board.add_scalar(name, value, record["step"])
 
     def _drop_lines_after(self, step: int) -> None:
-        """Drop what a killed run wrote about steps that will now be repeated; its last line may be torn."""
+        """Drop the records of steps that a resumed run will repeat, and a last line that was cut off."""
         if not self._path.exists():
             return
         kept = []
@@ -169,7 +171,7 @@ class RunLog:
 
 
 class LaggedRecord:
-    """Completes each step's record one step later, so that the host never waits for the GPU. On a CPU at once."""
+    """Completes the record of each step one step later, so that the host never waits for the GPU. On a CPU at once."""
 
     def __init__(self) -> None:
         self._pending: (
@@ -179,20 +181,22 @@ class LaggedRecord:
     def push(
         self, measured: dict[str, Tensor], stages: Callable[[], dict[str, float]], record: dict[str, Any]
     ) -> dict[str, Any] | None:
-        """Take what this step measured (0-dim tensors of one dtype and device), its stages (call
-        `StageClock.end_step` before) and its record; return the earlier record that is now complete, if any."""
+        """Add a step; return the record of the step before, which is now complete, or None.
+
+        measured: 0-dim tensors of one dtype and device. stages: from `StageClock.end_step`, called before this.
+        """
         names, values = tuple(measured), torch.stack(list(measured.values()))
         if values.device.type == "cpu":
             return _completed(names, values, stages, record)
         host = torch.empty_like(values, device="cpu", pin_memory=True).copy_(values, non_blocking=True)
         event = torch.cuda.Event()
         event.record()
-        done = self.flush()
+        completed = self.flush()
         self._pending = names, host, event, stages, record
-        return done
+        return completed
 
     def flush(self) -> dict[str, Any] | None:
-        """Return the record that is still incomplete, if any, once the GPU has done its step."""
+        """Wait for the GPU and return the pending record, or None."""
         if self._pending is None:
             return None
         names, host, event, stages, record = self._pending

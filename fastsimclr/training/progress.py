@@ -1,4 +1,4 @@
-"""How far a run has come."""
+"""Progress of a run."""
 
 from dataclasses import dataclass
 from typing import Any
@@ -8,12 +8,12 @@ from fastsimclr.data import Batch
 
 @dataclass
 class Progress:
-    """The steps that a run has done, and the loader's position after the last of them."""
+    """The number of finished steps, and the loader's position after the last one."""
 
     position: dict[str, Any]
-    """As of `Batch.position`: after the last batch that was trained on, not only fetched."""
+    """`Batch.position` of the last batch that was trained on, rather than only loaded."""
     last_step: int
-    """The run is done after so many steps."""
+    """Number of steps of the whole run."""
     step: int = 0
 
     @property

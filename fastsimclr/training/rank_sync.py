@@ -1,4 +1,4 @@
-"""What the ranks of a run tell each other before each step: batch sizes, stop signals and failures."""
+"""Exchange of batch sizes, stop signals and failures between ranks, before each step."""
 
 import contextlib
 import signal
@@ -18,18 +18,18 @@ STOP_SIGNALS = (signal.SIGTERM, signal.SIGINT)
 
 
 class StopSignal:
-    """Within `with`, STOP_SIGNALS no longer end the process: the latest one is kept in `received`, 0 until then."""
+    """A context in which STOP_SIGNALS do not end the process; `received` is the latest signal, or 0."""
 
     def __init__(self) -> None:
         self.received = 0
-        self._earlier: dict[int, Any] = {}
+        self._previous_handlers: dict[int, Any] = {}
 
     def __enter__(self) -> "StopSignal":
-        self._earlier = {number: signal.signal(number, self._receive) for number in STOP_SIGNALS}
+        self._previous_handlers = {number: signal.signal(number, self._receive) for number in STOP_SIGNALS}
         return self
 
     def __exit__(self, *_: object) -> None:
-        for number, handler in self._earlier.items():
+        for number, handler in self._previous_handlers.items():
             signal.signal(number, handler)
 
     def _receive(self, number: int, _: object) -> None:
@@ -37,11 +37,11 @@ class StopSignal:
 
 
 class RankSync:
-    """Keeps the ranks in step: all train on the same batch, stop after the same one, and fail together."""
+    """Keeps the ranks in step: all train on the same batches, stop after the same step, and fail together."""
 
     def __init__(self, world: World, stop: StopSignal) -> None:
         self.stop_signal = 0
-        """The signal that told a rank to stop, or 0; the same on all ranks, as of the latest exchange."""
+        """The stop signal that any rank has received, or 0; the same on all ranks."""
         self.local_batch_sizes = [0]
         """Images of the current batch on each rank."""
         self.data_wait = 0.0
@@ -50,9 +50,9 @@ class RankSync:
         self._failure: str | None = None
 
     def batches(self, loader: ViewLoader, progress: Progress) -> Iterator[Batch]:
-        """Batches of one epoch after the other, until the run's last step or until a rank is told to stop.
+        """Yield the batches of all epochs, until the last step of the run or until a rank receives a stop signal.
 
-        Raises UserError on all ranks if one of them cannot read its part, so that none waits in a step's collectives.
+        Raises UserError on all ranks if one of them cannot read its part, so that no rank waits in a collective.
         """
         while not progress.is_done:
             loader.set_epoch(progress.epoch)
@@ -62,7 +62,7 @@ class RankSync:
                     self._exchange(0 if batch is None else len(batch.index))
                     if self.stop_signal:
                         return
-                    if batch is None:  # resumed after the last batch of an epoch that these options make shorter
+                    if batch is None:  # resumed past the end of an epoch, which other options have made shorter
                         progress.position = loader.state_dict()
                         break
                     yield batch
@@ -70,8 +70,8 @@ class RankSync:
                         break
 
     def _next(self, batches: Iterator[Batch]) -> Batch | None:
-        """The next batch; None at the epoch's end, and if this rank cannot read one."""
-        asked = time.perf_counter()
+        """The next batch; None at the end of the epoch, or if this rank cannot read one."""
+        started = time.perf_counter()
         try:
             with stage("data_wait"):
                 return next(batches, None)
@@ -79,17 +79,17 @@ class RankSync:
             self._failure = str(error)
             return None
         finally:
-            self.data_wait = time.perf_counter() - asked
+            self.data_wait = time.perf_counter() - started
 
     def _exchange(self, local_batch_size: int) -> None:
-        """Tell all ranks this one's batch size, stop signal and failure. Through the CPU: the GPU is not waited for."""
-        mine = torch.tensor([local_batch_size, self._stop.received, self._failure is not None])
-        everyone = mine[None]
+        """Exchange batch size, stop signal and failure with all ranks through the CPU, without waiting for the GPU."""
+        own = torch.tensor([local_batch_size, self._stop.received, self._failure is not None])
+        all_ranks = own[None]
         if self._world.world_size > 1:
             with stage("rank_wait"):
-                everyone = mine.new_empty(self._world.world_size, 3)
-                all_gather(everyone, mine[None])
-        self.local_batch_sizes, stops, failures = everyone.T.tolist()
+                all_ranks = own.new_empty(self._world.world_size, 3)
+                all_gather(all_ranks, own[None])
+        self.local_batch_sizes, stops, failures = all_ranks.T.tolist()
         if any(failures):
             raise_on_all_ranks(self._failure, self._world)
         self.stop_signal = max(stops)

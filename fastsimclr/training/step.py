@@ -1,4 +1,4 @@
-"""A step's forward and backward: views to projections to the loss, at once or in micro-batches."""
+"""Forward and backward pass of a training step, on the whole batch or in micro-batches."""
 
 import itertools
 from collections.abc import Callable, Sequence
@@ -20,20 +20,23 @@ class Step:
     """Accumulates the gradients of one batch in the model's parameters."""
 
     model: Any
-    """(N, 3, H, W) -> (N, D), perhaps compiled, perhaps in DistributedDataParallel."""
+    """(N, 3, H, W) -> (N, D); may be compiled or wrapped in DistributedDataParallel."""
     loss: Callable[[Tensor, Tensor], Tensor]
     precision: Precision
-    """The model's."""
+    """Precision of the model."""
     micro_batch_size: int | None
-    """Images that go through the model at a time; None: all."""
+    """Images per forward pass, on this rank; None: the whole batch."""
     scaler: GradScaler
-    """Multiplies the gradients of the projections, so that the encoder's do not vanish in float16. The parameters'
-    gradients are left scaled: `scaler.step` or `scaler.unscale_` divides them. The loss is never scaled: it is computed
-    in float32, and its value is what is logged."""
+    """Scales the gradients of the projections, so that those of the encoder do not underflow in float16. The gradients
+    of the parameters remain scaled until `scaler.step` or `scaler.unscale_`. The loss is not scaled, because it is
+    computed in float32 and logged."""
 
     def backward(self, views: Sequence[Tensor], largest_local_batch: int) -> Tensor:
-        """This rank's loss, detached. views: (B, 3, H, W) each; largest_local_batch: of all ranks in this step, so that
-        each takes as many micro-batches, and enters as many collectives, as the others."""
+        """Accumulate the gradients and return this rank's loss, detached.
+
+        views: (B, 3, H, W) each. largest_local_batch: the largest B of all ranks in this step; it sets the number of
+        micro-batches, so that all ranks enter the same collectives.
+        """
         if self.precision.autocast is None:  # autocast converts the views itself
             views = [view.to(self.precision.dtype) for view in views]
         size = self.micro_batch_size or largest_local_batch
@@ -46,23 +49,27 @@ class Step:
         return loss
 
     def _in_micro_batches(self, views: Sequence[Tensor], parts: int) -> Tensor:
-        """The whole batch's loss and gradients with the activations of one part at a time (GradCache, Gao et al.,
-        arXiv 2101.06983): project without a graph, take the loss's gradient by each z, project again and pass it on."""
+        """Loss and gradients of the whole batch, with the activations of one part in memory at a time.
+
+        GradCache (Gao et al., arXiv 2101.06983): project without a graph, compute dz, then project each part again and
+        backpropagate its dz.
+        """
         pieces = list(zip(*(view.tensor_split(parts) for view in views), strict=True))
         with torch.no_grad():
             projected = [self._project(piece) for piece in pieces]
-        loss, of_views = self._loss([torch.cat(parts_of_view) for parts_of_view in zip(*projected, strict=True)])
-        gradients = zip(*(of_view.tensor_split(parts) for of_view in of_views), strict=True)
+        loss, dz = self._loss([torch.cat(z_parts) for z_parts in zip(*projected, strict=True)])
+        gradients = zip(*(dz_view.tensor_split(parts) for dz_view in dz), strict=True)
         for number, (piece, gradient) in enumerate(zip(pieces, gradients, strict=True), start=1):
-            waits = number < parts and isinstance(self.model, DistributedDataParallel)
-            with self.model.no_sync() if waits else nullcontext():
+            is_last = number == parts  # DDP averages the gradients in the last backward pass only
+            defers = not is_last and isinstance(self.model, DistributedDataParallel)
+            with self.model.no_sync() if defers else nullcontext():
                 z = self._project(piece)
                 with stage("backward"):
                     torch.autograd.backward(z, self.scaler.scale(gradient))
         return loss
 
     def _project(self, views: Sequence[Tensor]) -> list[Tensor]:
-        """Projections of each view, at least float32. Views of one size go through the model together."""
+        """Projections of each view, in float32 or wider. Views of the same size share one forward pass."""
         z: list[Tensor] = [torch.empty(0)] * len(views)
         with stage("forward"):
             for size in dict.fromkeys(view.shape[2:] for view in views):
@@ -71,15 +78,17 @@ class Step:
                 with autocast_to(images.device, self.precision.autocast):
                     projected: Tensor = self.model(images)
                 projected = projected.to(torch.promote_types(projected.dtype, torch.float32))
-                for number, of_view in zip(numbers, projected.chunk(len(numbers)), strict=True):
-                    z[number] = of_view
+                for number, z_view in zip(numbers, projected.chunk(len(numbers)), strict=True):
+                    z[number] = z_view
         return z
 
     def _loss(self, projected: Sequence[Tensor]) -> tuple[Tensor, list[Tensor]]:
-        """The mean over the pairs of views, detached, and its gradient by each view's projections: by itself, so that
-        its time is told from the encoder's."""
+        """The loss averaged over all pairs of views, detached, and its gradient for each view's projections.
+
+        Computed separately, so that the loss and the encoder are timed apart.
+        """
         with stage("loss"):
-            z = [of_view.detach().requires_grad_() for of_view in projected]
+            z = [z_view.detach().requires_grad_() for z_view in projected]
             loss = torch.stack([self.loss(a, b) for a, b in itertools.combinations(z, 2)]).mean()
             loss.backward()
-            return loss.detach(), [of_view.grad for of_view in z if of_view.grad is not None]
+            return loss.detach(), [z_view.grad for z_view in z if z_view.grad is not None]

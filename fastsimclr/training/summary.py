@@ -1,4 +1,4 @@
-"""What a run prints when it starts and when it ends."""
+"""The lines that a run prints at its start and end."""
 
 import signal
 from typing import Any
@@ -19,14 +19,14 @@ from fastsimclr.run_folder import RunFolder
 
 
 def describe_data(config: Config, data: Dataset, loader: ViewLoader, folder: RunFolder) -> list[str]:
-    """The images, and which backend makes their views and why."""
+    """The images, and the backend that loads them, with the reason."""
     source = data.train
     classes = f" in {len(source.classes)} classes" if source.has_labels else ", no labels"
-    why = choose_backend(source, loader.device)[1] if config.data.backend == "auto" else "as asked"
-    lines = [f"data: {config.data.train}, {len(source)} images{classes}; views by {loader.backend} ({why})"]
+    why = choose_backend(source, loader.device)[1] if config.data.backend == "auto" else "as requested"
+    lines = [f"data: {config.data.train}, {len(source)} images{classes}; loaded by {loader.backend} ({why})"]
     if data.skipped:
         listed = folder.path / SKIPPED_FILE
-        lines.append(f"data: left out {len(data.skipped)} images that cannot be used; {listed} names them")
+        lines.append(f"data: left out {len(data.skipped)} images that cannot be used; see {listed}")
     return lines
 
 
@@ -36,7 +36,7 @@ def describe_model(
     """The model, the device and the loss."""
     parameters = sum(p.numel() for p in model.parameters())
     return [
-        f"model: {config.model.encoder} x{config.model.width:g}, {parameters / 1e6:.1f} M parameters with head",
+        f"model: {config.model.encoder} x{config.model.width:g}, {parameters / 1e6:.1f} M parameters with projector",
         f"device: {world.world_size} x {world.device.type}, {precision.why}",
         f"loss: NT-Xent, temperature {config.loss.temperature}, backend {loss_backend}",
         describe_build(),
@@ -47,13 +47,11 @@ def describe_schedule(config: Config, schedule: LRSchedule) -> str:
     lr = f"lr {schedule.peak:.4g}"
     if config.optim.lr == "auto":
         lr += f" (auto: {config.optim.lr_rule} rule at batch {config.batch_size})"
-    return (
-        f"optimizer: {config.optim.name}, {lr}, {schedule.warmup_steps} steps of warm-up, {schedule.total_steps} in all"
-    )
+    return f"optimizer: {config.optim.name}, {lr}, {schedule.warmup_steps} warm-up steps of {schedule.total_steps}"
 
 
 def describe_estimate(config: Config, step_seconds: float, steps: int) -> list[str]:
-    """How long a run will take on a CPU, and what makes it shorter if that is more than a day."""
+    """The estimated time of a run on a CPU, and the options that shorten it if it exceeds a day."""
     seconds = step_seconds * steps
     lines = [f"estimate: {duration(step_seconds)} per step, {duration(seconds)} for {steps:,} steps"]
     if seconds > 86400:
@@ -77,7 +75,7 @@ def describe_stop(stop_signal: int, step: int, folder: RunFolder) -> str:
 def describe_result(
     last: dict[str, Any], data: Dataset, knn: float | None, untrained_knn: float | None, folder: RunFolder
 ) -> list[str]:
-    """What was reached. last: the last step's record; knn: the accuracy of the trained encoder, if measured."""
+    """The results. last: the record of the last step; knn: accuracy of the trained encoder, if measured."""
     lines = [f"trained {last['step']} steps, last loss {last['loss']:.4f}"]
     if knn is not None:
         where = f"{len(data.val)} held-out images" if data.val is not None else "the training images, leave-one-out"
@@ -91,5 +89,5 @@ def describe_result(
 
 def describe_trace(trace: Trace) -> str:
     if not trace.is_written:
-        return f"no trace: it begins at step {FIRST_TRACED} of a start, and this one had fewer"
+        return f"no trace: tracing starts {FIRST_TRACED} steps after the start, and this run had fewer"
     return f"trace: {trace.file}, for ui.perfetto.dev or chrome://tracing"

@@ -1,4 +1,4 @@
-"""A pre-training run: open and check what it needs, train, evaluate, save and resume."""
+"""A pre-training run: open the data, train, evaluate, save and resume."""
 
 import json
 import re
@@ -36,13 +36,13 @@ from fastsimclr.training.step import Step
 
 
 class Trainer:
-    """Pre-trains an encoder. Made on every rank; mistakes raise UserError on all of them."""
+    """Pre-trains an encoder. Every rank creates one. User errors are raised on all ranks."""
 
     def __init__(
         self, config: Config, text: str, world: World, arguments: Sequence[str], stop: StopSignal | None = None
     ) -> None:
-        """text: the options as YAML; arguments: the command line. Both are for the run's record. stop: ends the run."""
-        stop = stop or StopSignal()  # one that is never received
+        """text: the options as YAML; arguments: the command line; both are recorded. stop: its signals end the run."""
+        stop = stop or StopSignal()  # never received
         self.config, self.world = config, world
         self._text, self._arguments = text, arguments
         self.folder = RunFolder(distributed.broadcast_object(config.output or _new_folder(config), world))
@@ -52,7 +52,7 @@ class Trainer:
         self.trace: Trace | None = None
         self.untrained_knn: float | None = None
 
-        # A mistake in these options is reported before a scan of the images, which may take long.
+        # Before the images are checked, which may take long: errors in these options are reported at once.
         learner = run_on_all_ranks(lambda: build_learner(config, world), world)
         self.augmentation, self.model, self.optimizer = learner.augmentation, learner.model, learner.optimizer
         self.precision, self.scaler = learner.precision, learner.scaler
@@ -65,7 +65,7 @@ class Trainer:
             world=world,
             seed=config.seed,
             drop_last=config.data.drop_last,
-            min_local_batch=2,  # with one image a rank has no negative, and no batch to normalize over
+            min_local_batch=2,  # with one image a rank has no negatives, and batch norm no variance
             workers=config.data.workers,
             dtype=learner.precision.view_dtype,
         )
@@ -83,10 +83,10 @@ class Trainer:
         self.stepper = self._build_stepper()
 
     def train(self) -> None:
-        """Train to the last step, or until a rank is told to stop."""
+        """Train to the last step, or until a rank receives a stop signal."""
         if self.progress.is_done:
             steps = f"{self.progress.step} of {self.progress.last_step} steps"
-            self._say(f"{self.folder.checkpoint} has {steps}: nothing is left to do")
+            self._print(f"{self.folder.checkpoint} has finished {steps}: nothing to do")
             return
         torch.backends.cudnn.benchmark = True
         try:
@@ -106,19 +106,21 @@ class Trainer:
             knn = self.evaluate_knn() if self.measures_knn and self.progress.is_done else None
         finally:
             self.close()
-        self._say(*self._result(knn))
+        self._print(*self._result(knn))
 
     def train_step(self, batch: Batch) -> dict[str, Tensor]:
-        """Update the weights by one batch; returns the loss over all ranks and, under fp16, the gradients' scale.
+        """Update the weights with one batch. Returns the loss over all ranks and, for fp16, the gradient scale.
 
-        Under fp16 a step whose gradients overflow leaves the weights and the optimizer's state alone, and halves the
-        scale for the next one. DDP has averaged the gradients, so all ranks skip it together. It counts as a step: the
-        learning rate's schedule and the data advance.
+        In fp16, a step whose gradients overflow does not change the weights or the optimizer, and halves the scale.
+        All ranks skip it together, because DDP has averaged the gradients. The learning rate schedule and the data
+        advance all the same.
         """
         loss = self.stepper.backward(batch.views, max(self.sync.local_batch_sizes))
         measured = {"loss": loss}
         if self.scaler.is_enabled():
-            measured["grad_scale"] = self.scaler.scale(torch.ones_like(loss))  # get_scale() would wait for the GPU
+            measured["grad_scale"] = self.scaler.scale(
+                torch.ones_like(loss)
+            )  # get_scale() would synchronize with the GPU
         with stage("optimizer"):
             self.scaler.unscale_(self.optimizer)
             if self.config.optim.clip_grad is not None:
@@ -132,14 +134,14 @@ class Trainer:
         return measured
 
     def end_epoch(self, epochs_done: int) -> None:
-        """Log the epoch, and measure kNN accuracy if it is time. After the last step, `train` does it."""
+        """Log the epoch, and measure kNN accuracy if due. After the last step, `train` does it."""
         self.metrics.end_epoch()
         if self.measures_knn and epochs_done % self.config.knn_every == 0 and not self.progress.is_done:
             self.evaluate_knn()
         self.clock.restart()
 
     def evaluate_knn(self) -> float:
-        """Measure and log the encoder's kNN accuracy on the validation images, or leave-one-out without any."""
+        """Measure and log kNN accuracy on the validation images, or leave-one-out on the training images."""
         accuracy = measure(
             self.model.encoder,  # type: ignore[arg-type]
             self.data.train,
@@ -156,7 +158,7 @@ class Trainer:
         return self.progress.step % self.checkpoint_steps == 0 or self.progress.is_done
 
     def save(self) -> None:
-        """Replace the run's checkpoint. A step whose loss is not finite is never saved."""
+        """Replace the checkpoint. A step whose loss is not finite is never saved."""
         self.metrics.flush()
         if self.world.is_rank_zero:
             self.folder.save(
@@ -175,7 +177,7 @@ class Trainer:
         self.clock.restart()
 
     def resume(self) -> None:
-        """Load the checkpoint that --resume names, if there is one."""
+        """Load the checkpoint that --resume selects, if it exists."""
         wanted = self.config.resume
         file = self.folder.checkpoint if wanted == "auto" else Path(wanted)
         if wanted == "never" or (wanted == "auto" and not file.exists()):
@@ -184,8 +186,8 @@ class Trainer:
         check_architecture(file, state["architecture"], architecture(self.config, self.model))
         if state["batch_size"] != self.config.batch_size:
             raise UserError(
-                f"--batch_size: got {self.config.batch_size}, but {file} is of a run with {state['batch_size']}; "
-                "expected the same, as the schedule counts steps: use that, or --resume never"
+                f"--batch_size: got {self.config.batch_size}, but {file} is from a run with {state['batch_size']}; "
+                "expected the same, because the schedule counts steps: use that, or --resume never"
             )
         self.model.load_state_dict(state["model"])
         self.optimizer.load_state_dict(state["optimizer"])
@@ -194,10 +196,10 @@ class Trainer:
         self.loader.load_state_dict(state["data"])
         self.progress.step, self.progress.position = state["step"], state["data"]
         self.untrained_knn = state["untrained_knn"]
-        self._say(f"resumed from {file} at step {self.progress.step}")
+        self._print(f"resumed from {file} at step {self.progress.step}")
 
     def close(self) -> None:
-        """Close the files, and stop the loader's workers."""
+        """Close the files and stop the loader's workers."""
         if self.trace is not None:
             self.trace.close()
         self.metrics.close()
@@ -205,7 +207,7 @@ class Trainer:
 
     def _open_data(self, stop: StopSignal) -> Dataset:
         config = self.config
-        assert config.data.train is not None  # the preset of the demonstration names one
+        assert config.data.train is not None  # set by the preset of the demonstration
 
         def check(train: Source, val: Source | None) -> Pair:
             if config.data.val is not None and not (train.has_labels and val is not None and val.has_labels):
@@ -229,7 +231,7 @@ class Trainer:
                 stop=lambda: stop.received != 0,
             )
         except ScanStopped:
-            self._say(f"stopped in the scan for bad images; rerun with --output {self.folder} to resume")
+            self._print(f"stopped while checking images; rerun with --output {self.folder} to resume")
             raise
 
     def _build_stepper(self) -> Step:
@@ -241,7 +243,7 @@ class Trainer:
         return Step(model, self.loss, self.precision, config.micro_batch_size, self.scaler)
 
     def _start(self) -> None:
-        """Say what was chosen, open the run's record, and measure the encoder that is still untrained."""
+        """Print the choices made, open the run's files, and measure the untrained encoder."""
         config, progress = self.config, self.progress
         lines = summary.describe_data(config, self.data, self.loader, self.folder)
         lines += summary.describe_model(config, self.model, self.precision, self.loss_backend, self.world)
@@ -249,7 +251,7 @@ class Trainer:
         step_seconds = self._estimate_step_seconds()
         if step_seconds is not None:
             lines += summary.describe_estimate(config, step_seconds, progress.last_step - progress.step)
-        self._say(*lines)
+        self._print(*lines)
         if self.world.is_rank_zero:
             write_text(self.folder.config, self._text)
             write_text(self.folder.environment, json.dumps(self._environment(), indent=2) + "\n")
@@ -273,7 +275,7 @@ class Trainer:
         return estimate_step_seconds(self.model, self.loss, self.precision, self.augmentation, self.config.batch_size)
 
     def _log(self, batch: Batch, lr: float, measured: dict[str, Tensor]) -> None:
-        """End the step's time, and log it."""
+        """Stop the step's clock, and log the step."""
         seconds, stages = self.clock.end_step()
         images = sum(self.sync.local_batch_sizes)
         record = {"step": self.progress.step, "epoch": batch.epoch, "lr": lr, "data_wait": self.sync.data_wait}
@@ -281,17 +283,17 @@ class Trainer:
         self.metrics.log(measured, stages, record)
         if self.trace is not None:
             self.trace.end_step()
-            self.clock.restart()  # the trace's own time belongs to no step
+            self.clock.restart()  # writing the trace is not part of a step
 
     def _result(self, knn: float | None) -> list[str]:
-        """What to print at the end. knn: the trained encoder's accuracy, if it was measured."""
+        """The lines to print at the end. knn: accuracy of the trained encoder, if measured."""
         if self.sync.stop_signal:
             return [summary.describe_stop(self.sync.stop_signal, self.progress.step, self.folder)]
         lines = summary.describe_result(self.metrics.last, self.data, knn, self.untrained_knn, self.folder)
         return lines if self.trace is None else [*lines, summary.describe_trace(self.trace)]
 
     def _environment(self) -> dict[str, Any]:
-        """What this run, or its latest start, ran on."""
+        """The environment of this run, as of its latest start."""
         return examine() | {
             "commit": commit(),
             "command": ["python", "-m", "fastsimclr.train", *self._arguments],
@@ -303,7 +305,7 @@ class Trainer:
             "views_backend": self.loader.backend,
         }
 
-    def _say(self, *lines: str) -> None:
+    def _print(self, *lines: str) -> None:
         if self.world.is_rank_zero:
             print(*lines, sep="\n", flush=True)
 

@@ -201,7 +201,7 @@ def test_without_options_it_shows_the_demonstration(
     monkeypatch.chdir(tmp_path)
     assert main(["--images=2"]) == 0
     assert (tmp_path / "preview.png").is_file()
-    assert "2 images of digits, 2 views each; views by memory" in capsys.readouterr().out
+    assert "2 images of digits, 2 views each; loaded by memory" in capsys.readouterr().out
 
 
 def test_a_runs_configuration_gives_data_recipe_and_seed(photos: str, tmp_path: Path) -> None:

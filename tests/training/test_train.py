@@ -317,7 +317,7 @@ def test_bad_images_are_skipped_listed_and_counted(
     assert main([*options, "--data.max_bad=0.1"]) == 0
     said = capsys.readouterr().out
     assert f"{folder}, 40 images in 3 classes" in said, "a class keeps its number, though none of its images is left"
-    assert f"left out 5 images that cannot be used; {run}/skipped_images.txt names them" in said
+    assert f"left out 5 images that cannot be used; see {run}/skipped_images.txt" in said
     assert (run / "skipped_images.txt").read_text().splitlines() == [
         f"{folder}/class0/bad.jpg: got 3 bytes that do not decode as an image (unknown format)",
         f"{folder}/class00/none.jpg: got 6 bytes that do not decode as an image (unknown format)",
@@ -358,7 +358,7 @@ def test_signal_stops_the_scan(tmp_path: Path) -> None:
     time.sleep(1)
     process.send_signal(signal.SIGINT)
     said = end(process, timeout=60)
-    assert f"stopped in the scan for bad images; rerun with --output {tmp_path / 'run'} to resume" in said
+    assert f"stopped while checking images; rerun with --output {tmp_path / 'run'} to resume" in said
     with np.load(tmp_path / "run" / "image_scan.npz") as saved:
         assert 0 < len(saved["entries"]) < 500
 
