@@ -1,8 +1,9 @@
-"""An estimate of a run's time on a CPU, made before the first step."""
+"""An estimate of a step's time and memory on a CPU, made before the first step."""
 
 import copy
 import time
 from collections.abc import Callable
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
@@ -11,33 +12,41 @@ from fastsimclr.data.augmentation import Augmentation
 from fastsimclr.precision import Precision
 from fastsimclr.training.step import Step
 
-_PROBE_PIXELS = 8 * 224**2  # enough for a stable rate; about a second of ResNet-50 on two cores
-_WARM_UP_SECONDS = 3.0  # a probe this long is not repeated: first-call costs matter little in it
+_PROBE_PIXELS = 4 * 224**2  # a second or two of ResNet-50 on two cores, of which the first call takes most
 
 
-def estimate_step_seconds(
+@dataclass(frozen=True)
+class Estimate:
+    step_seconds: float
+    """Without data loading and the optimizer."""
+    activation_bytes: float
+    """Per image: the memory of what the forward pass of all its views saves for the backward pass."""
+
+
+def estimate_step(
     model: nn.Module,
     loss: Callable[[Tensor, Tensor], Tensor],
     precision: Precision,
     augmentation: Augmentation,
     batch_size: int,
-) -> float:
-    """Seconds of a training step on this CPU, from the forward and backward pass of a few random images.
-
-    It excludes data loading and the optimizer. It runs on a copy of the model, which itself does not change.
-    """
+) -> Estimate:
+    """Measure the forward and backward pass of a few random images, with a copy of the model on the CPU."""
     sizes = [recipe.image_size for recipe in augmentation.recipes]
     images = min(batch_size, max(2, _PROBE_PIXELS // sum(size**2 for size in sizes)))
     step = Step(copy.deepcopy(model), loss, precision, None, precision.grad_scaler(torch.device("cpu")))
+    weights = {parameter.data_ptr() for parameter in step.model.parameters()}
+    saved: dict[int, int] = {}  # bytes by address
+
+    def record(tensor: Tensor) -> Tensor:
+        if tensor.data_ptr() not in weights:
+            saved[tensor.untyped_storage().data_ptr()] = tensor.untyped_storage().nbytes()
+        return tensor
+
     with torch.random.fork_rng(devices=[]):
         views = [torch.rand(images, 3, size, size, dtype=precision.view_dtype) for size in sizes]
-        seconds = _time(step, views)
-        if seconds < _WARM_UP_SECONDS:
-            seconds = _time(step, views)
-    return seconds * batch_size / images
-
-
-def _time(step: Step, views: list[Tensor]) -> float:
-    started = time.perf_counter()
-    step.backward(views, len(views[0]))
-    return time.perf_counter() - started
+        with torch.autograd.graph.saved_tensors_hooks(record, lambda tensor: tensor):
+            step.backward(views, images)  # not timed: the first call allocates memory and compiles kernels
+        started = time.perf_counter()
+        step.backward(views, images)
+        seconds = time.perf_counter() - started
+    return Estimate(seconds * batch_size / images, sum(saved.values()) / images)

@@ -1,5 +1,7 @@
 """The lines that a run prints at its start and end."""
 
+import math
+import os
 import signal
 from typing import Any
 
@@ -16,6 +18,7 @@ from fastsimclr.precision import Precision
 from fastsimclr.profiling import FIRST_TRACED, Trace
 from fastsimclr.progress_bar import duration
 from fastsimclr.run_folder import RunFolder
+from fastsimclr.training.estimate import Estimate
 
 
 def describe_data(config: Config, data: Dataset, loader: ViewLoader, folder: RunFolder) -> list[str]:
@@ -50,10 +53,10 @@ def describe_schedule(config: Config, schedule: LRSchedule) -> str:
     return f"optimizer: {config.optim.name}, {lr}, {schedule.warmup_steps} warm-up steps of {schedule.total_steps}"
 
 
-def describe_estimate(config: Config, step_seconds: float, steps: int) -> list[str]:
-    """The estimated time of a run on a CPU, and the options that shorten it if it exceeds a day."""
-    seconds = step_seconds * steps
-    lines = [f"estimate: {duration(step_seconds)} per step, {duration(seconds)} for {steps:,} steps"]
+def describe_estimate(config: Config, estimate: Estimate, steps: int) -> list[str]:
+    """The estimated time of a run on a CPU, with options that help if it exceeds a day or the memory."""
+    seconds = estimate.step_seconds * steps
+    lines = [f"estimate: {duration(estimate.step_seconds)} per step, {duration(seconds)} for {steps:,} steps"]
     if seconds > 86400:
         smaller = []
         if config.model.encoder != "resnet18":
@@ -62,8 +65,15 @@ def describe_estimate(config: Config, step_seconds: float, steps: int) -> list[s
             smaller.append("--data.image_size 96")
         if config.epochs > 10:
             smaller.append("--epochs 10")
+        options = " ".join(smaller) or f"--max_steps {steps // 10}"
+        lines.append(f"this is more than a day: use a GPU, or shorten the run, e.g. {options}")
+    images = config.micro_batch_size or config.batch_size
+    needed, memory = estimate.activation_bytes * images, os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+    if needed > memory:
+        fitting = max(2, images >> math.ceil(math.log2(2 * needed / memory)))  # half of the memory, for everything else
         lines.append(
-            f"this is more than a day: use a GPU, or shorten the run, e.g. {' '.join(smaller) or '--max_steps'}"
+            f"activations will need about {needed / 2**30:.0f} GiB, but this machine has {memory / 2**30:.0f} GiB: "
+            f"use --micro_batch_size {fitting}"
         )
     return lines
 

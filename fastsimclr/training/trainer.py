@@ -28,7 +28,7 @@ from fastsimclr.profiling import StageClock, Trace, stage
 from fastsimclr.run_folder import RunFolder, load_checkpoint, write_text
 from fastsimclr.training import summary
 from fastsimclr.training.build import architecture, build_learner, check_architecture
-from fastsimclr.training.estimate import estimate_step_seconds
+from fastsimclr.training.estimate import Estimate, estimate_step
 from fastsimclr.training.metrics import Metrics
 from fastsimclr.training.progress import Progress
 from fastsimclr.training.rank_sync import RankSync, StopSignal
@@ -248,10 +248,10 @@ class Trainer:
         lines = summary.describe_data(config, self.data, self.loader, self.folder)
         lines += summary.describe_model(config, self.model, self.precision, self.loss_backend, self.world)
         lines += [summary.describe_schedule(config, self.schedule), f"output: {self.folder}"]
-        step_seconds = self._estimate_step_seconds()
-        if step_seconds is not None:
-            lines += summary.describe_estimate(config, step_seconds, progress.last_step - progress.step)
         self._print(*lines)
+        estimate = self._estimate_step()
+        if estimate is not None:
+            self._print(*summary.describe_estimate(config, estimate, progress.last_step - progress.step))
         if self.world.is_rank_zero:
             write_text(self.folder.config, self._text)
             write_text(self.folder.environment, json.dumps(self._environment(), indent=2) + "\n")
@@ -265,14 +265,14 @@ class Trainer:
             self.untrained_knn = self.evaluate_knn()
         if config.profile and self.world.is_rank_zero:
             self.trace = Trace(self.folder.trace, self.world.device)
-        self.metrics.show_first_step(step_seconds)
+        self.metrics.show_first_step(estimate.step_seconds if estimate else None)
         self.clock.restart()
 
-    def _estimate_step_seconds(self) -> float | None:
-        """Seconds of a step on a CPU; None on a GPU, whose steps are short, and with several ranks."""
+    def _estimate_step(self) -> Estimate | None:
+        """Estimate a step on a CPU; None on a GPU, whose steps are short, and with several ranks."""
         if self.world.device.type != "cpu" or self.world.world_size > 1:
             return None
-        return estimate_step_seconds(self.model, self.loss, self.precision, self.augmentation, self.config.batch_size)
+        return estimate_step(self.model, self.loss, self.precision, self.augmentation, self.config.batch_size)
 
     def _log(self, batch: Batch, lr: float, measured: dict[str, Tensor]) -> None:
         """Stop the step's clock, and log the step."""
