@@ -16,6 +16,9 @@ from fastsimclr.errors import UserError
 from fastsimclr.progress_bar import LineTimer, duration, print_line
 from fastsimclr.run_folder import RunFolder, replace_atomically
 
+FIRST_STEP_SECONDS = 5.0
+"""Until the first line about a slow first step, where there is no terminal; each interval after it is twice as long."""
+
 
 class Metrics:
     """The metrics of each step. Every rank checks them; rank zero writes them."""
@@ -142,7 +145,7 @@ class RunLog:
     def _wait_for_first_step(self, estimated_seconds: float | None) -> None:
         started = time.monotonic()
         expected = f" of about {duration(estimated_seconds)}" if estimated_seconds else ""
-        interval = 5.0 if self._bar.disable else 1.0
+        interval = FIRST_STEP_SECONDS if self._bar.disable else 1.0
         while not self._first_step_done.wait(interval):
             text = f"first step: {duration(time.monotonic() - started)}{expected}"
             if self._bar.disable:

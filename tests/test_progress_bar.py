@@ -1,0 +1,76 @@
+"""Progress without a terminal, which prints lines."""
+
+import time
+from pathlib import Path
+
+import pytest
+
+from fastsimclr import progress_bar as module
+from fastsimclr.progress_bar import PlainProgress, progress_bar
+from fastsimclr.run_folder import RunFolder
+from fastsimclr.training.metrics import RunLog
+
+
+class Clock:
+    def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        self.now = 0.0
+        monkeypatch.setattr(module.time, "monotonic", lambda: self.now)
+
+
+def test_first_line_comes_after_ten_seconds_then_one_per_minute(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    clock = Clock(monkeypatch)
+    bar = progress_bar(3000, "embedding", "image")
+    assert isinstance(bar, PlainProgress)
+    for second in range(1, 101):
+        clock.now = float(second)
+        bar.set_postfix_str("epoch 1")
+        bar.update(10)
+    bar.close()
+    assert capsys.readouterr().err.splitlines() == [
+        "embedding: 100 of 3,000 images, epoch 1, 4 min 50 s left",
+        "embedding: 700 of 3,000 images, epoch 1, 3 min 50 s left",
+    ]
+
+
+def test_other_ranks_print_nothing(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    clock = Clock(monkeypatch)
+    bar = progress_bar(10, "embedding", "image", visible=False)
+    clock.now = 100.0
+    bar.update(5)
+    bar.close()
+    assert capsys.readouterr().err == ""
+
+
+def test_time_left_is_that_of_the_steps_alone(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    clock = Clock(monkeypatch)
+    log = RunLog(RunFolder(tmp_path), first_step=0, total_steps=100, epochs=10)
+    record = {"epoch": 0, "loss": 1.0, "lr": 0.1, "step_ms": 500.0, "images": 64}
+    log.step(record | {"step": 1})
+    clock.now = 600.0  # kNN took ten minutes
+    log.step(record | {"step": 2})
+    log.close()
+    assert capsys.readouterr().err == "epoch 1/10, step 2/100: loss 1.0000, lr 0.1, 128 images/s, 49 s left\n"
+
+
+def test_slow_first_step_is_shown_until_it_is_done(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr("fastsimclr.training.metrics.FIRST_STEP_SECONDS", 0.05)
+    log = RunLog(RunFolder(tmp_path), first_step=0, total_steps=100, epochs=10)
+    log.show_first_step(90.0)
+    deadline = time.monotonic() + 30
+    shown = ""
+    while "first step: " not in shown and time.monotonic() < deadline:
+        time.sleep(0.05)
+        shown += capsys.readouterr().err
+    assert " of about 1 min 30 s\n" in shown
+    log.step({"step": 1, "epoch": 0, "loss": 1.0, "lr": 0.1, "step_ms": 500.0, "images": 64})
+    time.sleep(0.2)
+    capsys.readouterr()
+    time.sleep(0.5)
+    assert capsys.readouterr().err == ""
+    log.close()
