@@ -58,7 +58,7 @@ def progress_bar(total: int, title: str, unit: str, *, visible: bool = True, del
         return PlainProgress(total, title, unit)
     from tqdm import tqdm  # here, so that `import fastsimclr` needs only PyTorch and torchvision
 
-    return tqdm(total=total, desc=title, unit=unit, delay=delay, leave=False, dynamic_ncols=True, disable=not visible)
+    return tqdm(total=total, desc=title, unit=unit, delay=delay, leave=None, dynamic_ncols=True, disable=not visible)
 
 
 def print_line(line: str) -> None:

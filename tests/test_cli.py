@@ -60,6 +60,7 @@ def test_error_names_the_command(command: str, capsys: pytest.CaptureFixture[str
     assert error.count("\n") == 1
 
 
+@pytest.mark.slow
 def test_console_script_runs_each_command(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -109,6 +110,7 @@ def test_importing_the_package_imports_no_heavy_dependency() -> None:
     assert not modules_after("import fastsimclr") & {"torch", "numpy", *OPTIONAL}
 
 
+@pytest.mark.slow
 def test_public_api_imports_no_optional_dependency() -> None:
     source = """
 import torch

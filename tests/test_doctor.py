@@ -18,6 +18,8 @@ from fastsimclr._extension import describe_build
 from fastsimclr.data.sources import open_source
 from fastsimclr.precision import choose_precision
 
+pytestmark = pytest.mark.slow
+
 ROOT = Path(__file__).resolve().parents[1]
 
 

@@ -20,6 +20,8 @@ from pictures import jpeg, photo, write_tar
 from benchmarks import learning, nt_xent_accuracy
 from fastsimclr._extension import why_unavailable
 
+pytestmark = pytest.mark.slow
+
 ROOT = Path(__file__).resolve().parents[1]
 without_gpu = pytest.mark.skipif(torch.cuda.is_available(), reason="for machines without a GPU")
 

@@ -27,6 +27,8 @@ import numpy as np, torch
 from fastsimclr import Augmentation
 from fastsimclr.data.params import sample_batch_params
 from fastsimclr.data.photometric import photometric
+
+pytestmark = pytest.mark.slow
 def resident():
     with open("/proc/self/status") as status:
         return next(int(line.split()[1]) for line in status if line.startswith("VmRSS")) / 1024

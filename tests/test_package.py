@@ -20,6 +20,8 @@ from benchmarks.kernel_resources import find_tool
 from fastsimclr._extension import build_info, describe_build
 from fastsimclr.loss.fused import is_available
 
+pytestmark = pytest.mark.slow
+
 ROOT = Path(__file__).resolve().parents[1]
 LIBRARY = f"_C{sysconfig.get_config_var('EXT_SUFFIX')}"
 

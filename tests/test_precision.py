@@ -234,6 +234,7 @@ def train_on_a_rank(rank: int, folder: Path) -> list[tuple[float, list[Tensor]]]
     return results
 
 
+@pytest.mark.slow
 def test_ranks_skip_a_step_together(tmp_path: Path) -> None:
     first, second = run_ranks(2, train_on_a_rank, tmp_path)
     assert [scale for scale, _ in first] == [scale for scale, _ in second] == [2.0**7, 2.0**7]

@@ -68,6 +68,7 @@ def test_stage_without_a_running_clock_is_a_no_op() -> None:
     assert list(clock.end_step()[1]()) == ["other"]
 
 
+@pytest.mark.slow
 def test_profile_traces_from_the_sixth_step(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
     assert main([*SMALL, "--data.train=digits", "--max_steps=8", f"--output={tmp_path}", "--profile"]) == 0
     assert f"trace: {tmp_path / 'trace.json.gz'}" in capfd.readouterr().out

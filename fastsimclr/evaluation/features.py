@@ -23,7 +23,7 @@ def embed_batches(
     config: LoaderConfig,
     *,
     autocast: torch.dtype | None = None,
-    title: str,
+    title: str = "embedding",
 ) -> Iterator[tuple[Tensor, Tensor, Tensor]]:
     """Yield this rank's part of each batch, on the CPU: the images' indices in the source (B,), representations (B, D)
     float32, and labels (B,).
@@ -67,7 +67,7 @@ def embed(
     config: LoaderConfig,
     *,
     autocast: torch.dtype | None = None,
-    title: str,
+    title: str = "embedding",
 ) -> tuple[Tensor, Tensor]:
     """Return representations (N, D) float32 and labels (N,) of all images of `source`, in its order.
 

@@ -164,6 +164,7 @@ def test_second(suite: Suite) -> None:
 """
 
 
+@pytest.mark.slow
 def test_progress_and_budget_in_a_pytest_run(tmp_path: Path) -> None:
     """Run in a separate pytest process, which captures the output."""
     shutil.copy(ROOT / "benchmarks" / "conftest.py", tmp_path)

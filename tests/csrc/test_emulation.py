@@ -26,7 +26,10 @@ FLAGS = ["-std=c++17", "-fPIC", "-Wall", "-Wextra", "-Werror", "-Wno-unknown-pra
 SANITIZERS = ("-g1", "-fno-omit-frame-pointer", "-fsanitize=address,undefined")
 RACES = ("-g1", "-fsanitize=thread")  # linked with the emulation's race detector instead of libtsan
 
-pytestmark = pytest.mark.skipif(shutil.which("g++") is None, reason="needs g++ to compile the kernels")
+pytestmark = [
+    pytest.mark.slow,
+    pytest.mark.skipif(shutil.which("g++") is None, reason="needs g++ to compile the kernels"),
+]
 
 Build = Callable[..., Path]
 Printed = pytest.CaptureFixture[str]

@@ -7,7 +7,7 @@ import kernel_variants
 import pytest
 from kernel_variants import Fault
 
-pytestmark = pytest.mark.skipif(kernel_variants.COMPILER is None, reason="needs g++ (or CXX)")
+pytestmark = [pytest.mark.slow, pytest.mark.skipif(kernel_variants.COMPILER is None, reason="needs g++ (or CXX)")]
 
 
 def test_kernels_pass_the_address_and_undefined_behavior_sanitizers(tmp_path: Path) -> None:

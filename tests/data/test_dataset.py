@@ -77,5 +77,6 @@ def open_on_a_rank(rank: int, path: str) -> str:
     return str(found)
 
 
+@pytest.mark.slow
 def test_all_ranks_fail_if_one_rejects_the_images(folder: Path) -> None:
     assert run_ranks(2, open_on_a_rank, str(folder)) == ["not these", "not these"]

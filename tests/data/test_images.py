@@ -92,6 +92,7 @@ def test_as_ppm_round_trips() -> None:
 
 
 @pytest.mark.parametrize(("backend", "workers"), [("torchvision", 0), ("torchvision", 1), ("dali", 1)])
+@pytest.mark.slow
 def test_loaders_decode_every_format_upright(tmp_path: Path, backend: str, workers: int) -> None:
     # All 37 kinds in one folder, in batches of 8, so that a batch mixes sizes, formats and modes.
     folder = write(tmp_path, FILES)

@@ -411,6 +411,7 @@ def test_new_iterator_invalidates_the_previous_one(photos: str, backend: str, wo
 
 
 @pytest.mark.parametrize("ending", ["", "raise SystemExit(3)", "raise ValueError('no reason')"])
+@pytest.mark.slow
 def test_process_exits_without_closing_its_loader(photos: str, ending: str, tmp_path: Path) -> None:
     # Workers ignore SIGTERM, which multiprocessing sends at exit to those still running: the process once hung forever.
     script = tmp_path / "script.py"

@@ -180,6 +180,7 @@ def by_torchvision(augmentation: Augmentation, height: int, width: int) -> NDArr
         (1, 300),
     ],
 )
+@pytest.mark.slow
 def test_crops_have_the_distribution_of_torchvision(height: int, width: int) -> None:
     ours, theirs = crops(VIEWS, height, width), by_torchvision(VIEWS, height, width)
     for kind, (a, b) in enumerate(zip(ours.T, theirs.T, strict=True)):

@@ -454,6 +454,7 @@ def fail_on_rank_1(rank: int, folder: str) -> None:
     scan(open_encoded(folder), world=World(rank, 2, torch.device("cpu")))
 
 
+@pytest.mark.slow
 def test_ranks_share_the_work_and_the_results(tmp_path: Path) -> None:
     folder = write(tmp_path / "photos", {f"{n:02}{name}": data for n, (name, data) in enumerate((GOOD | BAD).items())})
     write(tmp_path / "run", {"file": b""})
@@ -478,6 +479,7 @@ def test_ranks_share_the_work_and_the_results(tmp_path: Path) -> None:
         assert words in results[0][case]
 
 
+@pytest.mark.slow
 def test_internal_error_on_one_rank_ends_all(tmp_path: Path) -> None:
     with pytest.raises(RankError, match="an internal error on rank 1"):
         run_ranks(2, fail_on_rank_1, str(photo_folder(tmp_path, 9)), timeout_seconds=60)

@@ -110,6 +110,7 @@ def test_features_are_of_the_central_squares_in_file_order(run: Path, photos: st
     ]
 
 
+@pytest.mark.slow
 def test_two_ranks_write_the_same_files_as_one(run: Path, tmp_path: Path) -> None:
     one = embed(run, tmp_path / "one")
     command = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2", "-m", "fastsimclr.embed"]
@@ -265,6 +266,7 @@ def test_existing_files_are_overwritten_only_with_force(
     assert not (tmp_path / "gallery.png").exists()
 
 
+@pytest.mark.slow
 def test_killed_process_leaves_no_features_and_a_rerun_succeeds(run: Path, tmp_path: Path) -> None:
     large = write(tmp_path, {"large.jpg": jpeg(photo(500, 500).repeat(4, 0).repeat(4, 1))}) / "large.jpg"
     (tmp_path / "photos").mkdir()
@@ -344,6 +346,7 @@ def _errors_on_a_rank(rank: int, files: list[list[Path]]) -> list[str]:
     return errors
 
 
+@pytest.mark.slow
 def test_ranks_with_different_folders_raise_on_all_ranks(tmp_path: Path) -> None:
     mine, other, missing = (tmp_path / name / "features.npy.partial" for name in ("a", "b", "c"))
     for file in (mine, other):

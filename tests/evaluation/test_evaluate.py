@@ -90,6 +90,7 @@ def computed(request: pytest.FixtureRequest, run: Path) -> Features:
 
 
 @pytest.mark.parametrize(("k", "temperature"), [(1, None), (20, None), (20, 0.07), (200, 0.07)])
+@pytest.mark.slow
 def test_knn_matches_scikit_learn(
     tmp_path: Path, run: Path, computed: Features, k: int, temperature: float | None
 ) -> None:
@@ -104,6 +105,7 @@ def test_knn_matches_scikit_learn(
 
 
 @pytest.mark.parametrize("c", ["auto", "0.01", "1"])
+@pytest.mark.slow
 def test_logistic_regression_matches_scikit_learn(tmp_path: Path, run: Path, computed: Features, c: str) -> None:
     record = evaluate(tmp_path, "linear", "--solver=lbfgs", f"--c={c}", f"--checkpoint={run}", *computed.options)
     theirs = LogisticRegression(C=record["settings"]["c"], tol=1e-6, max_iter=5000)
@@ -113,6 +115,7 @@ def test_logistic_regression_matches_scikit_learn(tmp_path: Path, run: Path, com
     assert record["top1"] == pytest.approx(expected, abs=1.01 / len(computed.labels))
 
 
+@pytest.mark.slow
 def test_regularization_is_chosen_without_the_validation_images(tmp_path: Path, run: Path) -> None:
     """Other validation images give the same C and held-out accuracies, which are measured on a fifth of each class of
     the training images."""
@@ -157,6 +160,7 @@ def test_finetune_changes_all_weights_and_loads_in_torchvision(tmp_path: Path, r
     resnet18(num_classes=10).load_state_dict(state, strict=True)
 
 
+@pytest.mark.slow
 def test_supervised_starts_from_new_weights_of_the_same_shapes(tmp_path: Path, run: Path) -> None:
     """With a negligible learning rate, the saved weights are the initial ones, not the checkpoint's."""
     options = ["supervised", "--epochs=1", "--labels=0.2", "--lr=1e-12", "--weight_decay=0"]
@@ -171,6 +175,7 @@ def test_supervised_starts_from_new_weights_of_the_same_shapes(tmp_path: Path, r
     torch.testing.assert_close(again["conv1.weight"], state["conv1.weight"])  # the same seed
 
 
+@pytest.mark.slow
 def test_finetune_learns(tmp_path: Path, run: Path) -> None:
     record = evaluate(tmp_path, "finetune", "--epochs=5", f"--checkpoint={run}", "--lr=0.2")
     losses = record["settings"]["epoch_losses"]
@@ -195,6 +200,7 @@ def test_printed_line_and_json_record(tmp_path: Path, run: Path, capsys: pytest.
     assert record["options"]["data"]["image_size"] == 16  # from the checkpoint
 
 
+@pytest.mark.slow
 def test_results_are_written_to_the_run_and_not_overwritten(run: Path, capsys: pytest.CaptureFixture[str]) -> None:
     options = ["knn", f"--checkpoint={run / 'checkpoints' / 'last.pt'}", *FAST]
     assert main([*options, "--k=5"]) == 0

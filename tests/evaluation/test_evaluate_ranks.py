@@ -16,6 +16,8 @@ from fastsimclr.evaluate import configure
 from fastsimclr.evaluation.protocols import Evaluation
 from fastsimclr.train import main as train
 
+pytestmark = pytest.mark.slow
+
 COMMANDS = {
     "knn": ["knn", "--k=20"],
     "linear-lbfgs": ["linear", "--solver=lbfgs", "--c=0.1"],

@@ -55,6 +55,7 @@ def open_on_a_rank(rank: int, _: int) -> tuple[list[int], list[int]]:
     return tuple(source.images.flatten(1).sum(1).tolist() for source in found)  # type: ignore[attr-defined,return-value]
 
 
+@pytest.mark.slow
 def test_every_rank_has_the_same_subset() -> None:
     first, second = run_ranks(2, open_on_a_rank, 0)
     assert first == second

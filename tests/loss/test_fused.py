@@ -115,6 +115,7 @@ def test_gradient_is_accurate_for_small_losses(
     ("m", "d"),
     [(4096, 64), (66, 2048)],  # sums over many columns (backward) and over a large width (similarities)
 )
+@pytest.mark.slow
 def test_highest_precision_error_below_1e_5_if_features_share_a_mean(device: str, backend: str, m: int, d: int) -> None:
     """All products are then positive, and sums truncated by tensor cores drift in one direction: accumulating only in
     tensor cores gives errors of 1.5e-5 of the gradient at M = 4096 and of 2e-5 of the losses at D = 2048."""
@@ -397,6 +398,7 @@ def test_kernels_read_the_temperature_on_the_device(device: str, backend: str, t
 @pytest.mark.parametrize("mean", [True, False])
 # opcheck itself reads .grad of non-leaf tensors; PyTorch ignores that warning unless warnings are errors.
 @pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor that is not a leaf")
+@pytest.mark.slow
 def test_operators_pass_opcheck(device: str, backend: str, dtype: torch.dtype, mean: bool) -> None:
     z1, z2 = (z.requires_grad_() for z in to_device(device, *views(5, 4, dtype)))
     for t, value in ((None, 0.2), (torch.tensor(0.2, device=device, requires_grad=True), None)):

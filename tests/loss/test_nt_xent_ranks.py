@@ -23,6 +23,8 @@ from fastsimclr.loss import nt_xent, tiled
 from fastsimclr.loss.fused import fused_backward, fused_forward
 from fastsimclr.loss.tiled import tiled_backward, tiled_forward
 
+pytestmark = pytest.mark.slow
+
 D_IN, D = 5, 4
 
 

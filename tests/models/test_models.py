@@ -187,6 +187,7 @@ def batch_norm(like: Tensor, weight: Tensor) -> nn.Module:
 
 
 @pytest.mark.parametrize("shape", [(5, 3, 2, 4), (5, 3)])
+@pytest.mark.slow
 def test_synchronized_batch_norm_matches_the_whole_batch(shape: tuple[int, ...]) -> None:
     generator = torch.Generator().manual_seed(0)
     batch = torch.randn(shape, generator=generator, dtype=torch.float64) * 3 + 1

@@ -84,6 +84,7 @@ def test_excluded_tensors_use_plain_momentum_sgd() -> None:
 # As published; large enough to have an effect; and 0, which needs no scratch memory.
 @pytest.mark.parametrize("weight_decay", [1e-6, 1e-2, 0.0])
 @pytest.mark.parametrize("memory_format", [torch.contiguous_format, torch.channels_last])
+@pytest.mark.slow
 def test_equals_per_tensor_reference(weight_decay: float, memory_format: torch.memory_format) -> None:
     torch.manual_seed(0)
     # ResNet-18: 11 million adapted elements make several chunks, and four tensors are larger than a chunk.

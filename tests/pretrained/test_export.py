@@ -89,6 +89,7 @@ def test_torchvision_loads_the_state_dict(
 
 
 @pytest.mark.parametrize(("width", "stem"), [(1, "imagenet"), (2, "small")])
+@pytest.mark.slow
 def test_safetensors_restore_encoder_recipe_and_config(
     width: int, stem: str, working_directory: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -107,6 +108,7 @@ def test_safetensors_restore_encoder_recipe_and_config(
 
 
 @pytest.mark.parametrize(("name", "width", "stem"), [("resnet18", 2, "small"), ("resnet50", 1, "imagenet")])
+@pytest.mark.slow
 def test_onnxruntime_computes_the_same_for_any_input_size(
     name: str, width: int, stem: str, working_directory: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -130,6 +132,7 @@ def test_onnxruntime_computes_the_same_for_any_input_size(
     assert (json.loads(said["mean"]), json.loads(said["std"])) == (list(RECIPE.mean), list(RECIPE.std))
 
 
+@pytest.mark.slow
 def test_onnx_graph_above_2_gib_stores_its_weights_in_a_second_file(
     working_directory: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -142,6 +145,7 @@ def test_onnx_graph_above_2_gib_stores_its_weights_in_a_second_file(
     torch.testing.assert_close(torch.from_numpy(h), outputs(model), rtol=0, atol=1e-4)
 
 
+@pytest.mark.slow
 def test_wrong_onnx_graph_is_removed(working_directory: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     save_encoder()
     original = torch.onnx.export
@@ -164,6 +168,7 @@ def test_tolerance_of_the_onnx_check(off: float) -> None:
         export.compare(model, lambda images: (last(images) + off).detach(), 32)
 
 
+@pytest.mark.slow
 def test_encoder_with_nan_is_not_exported_to_onnx(working_directory: Path, capsys: pytest.CaptureFixture[str]) -> None:
     model = encoder("resnet18")
     model.bn1.bias.data[0] = float("nan")
@@ -193,6 +198,7 @@ def test_timm_creates_the_model_from_the_exported_folder(
 
 
 @pytest.mark.parametrize("form", NAMES)
+@pytest.mark.slow
 def test_checkpoint_of_another_project_is_exported_without_a_recipe(
     form: str, working_directory: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -230,6 +236,7 @@ def save_as_lightly() -> nn.Module:
 
 
 @pytest.mark.parametrize("save", [save_as_solo_learn, save_as_lightly])
+@pytest.mark.slow
 def test_unusual_stem_is_kept_or_rejected(
     save: Any, working_directory: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -264,6 +271,7 @@ def test_command_line_offers_every_format() -> None:
 
 
 @pytest.mark.parametrize("form", NAMES)
+@pytest.mark.slow
 def test_output_is_overwritten_only_with_force_and_atomically(
     form: str, working_directory: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -341,6 +349,7 @@ def test_user_error_is_one_line_with_exit_code_2(
         ("timm", 1, "small", "small stem of resnet18, which timm does not have; expected safetensors or onnx"),
     ],
 )
+@pytest.mark.slow
 def test_format_without_a_model_for_the_encoder_suggests_another(
     form: str, width: int, stem: str, words: str, working_directory: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -362,6 +371,7 @@ def test_missing_package_is_named_with_the_install_command(
     assert "pip install 'fastsimclr[onnx]'" in said
 
 
+@pytest.mark.slow
 def test_process_prints_exactly_one_line(working_directory: Path) -> None:
     """Also suppresses what the exporter and onnxruntime write directly to the file descriptors."""
     save_encoder()

@@ -40,6 +40,7 @@ def state_dict() -> dict[str, Any]:
 # Runs
 
 
+@pytest.mark.slow
 def test_run_folder_and_checkpoint_load_the_trained_encoder(working_directory: Path) -> None:
     options = ["--data.train=digits", "--model.encoder=resnet18", "--max_steps=1", "--batch_size=32", "--knn_every=0"]
     assert train([*options, "--precision=fp64", "--data.image_size=32", "--output=run"]) == 0
@@ -58,6 +59,7 @@ def test_run_folder_and_checkpoint_load_the_trained_encoder(working_directory: P
 
 
 @pytest.mark.parametrize(("width", "stem"), [(1, "imagenet"), (2, "small")])
+@pytest.mark.slow
 def test_loading_gives_an_eval_mode_encoder_and_keeps_the_random_state(
     width: int, stem: str, working_directory: Path
 ) -> None:

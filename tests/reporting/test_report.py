@@ -248,6 +248,7 @@ def browser(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Browser]:
 # A run
 
 
+@pytest.mark.slow
 def test_what_is_missing_is_made_and_shown(
     real: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -308,6 +309,7 @@ def test_a_run_of_nothing_but_its_record_says_what_would_make_the_rest(tmp_path:
     assert not page.all("img")
 
 
+@pytest.mark.slow
 def test_what_cannot_be_made_fails_nothing(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     folder = run_folder(tmp_path / "run", data__train=str(tmp_path / "gone"))
     assert main([str(folder)]) == 0
@@ -360,6 +362,7 @@ def test_stages_add_up_to_the_step(tmp_path: Path) -> None:
     assert plain.all("ul")[0].text == "data wait 10.0 % compute 90.0 %"
 
 
+@pytest.mark.slow
 def test_half_a_million_steps_make_a_small_page_that_keeps_the_extremes(tmp_path: Path) -> None:
     steps = 500_000
     loss = 3 + np.exp(-np.arange(steps) / 1e5)
@@ -614,6 +617,7 @@ def test_pictures_are_inside_and_no_wider_than_shown(tmp_path: Path) -> None:
             assert opened.size == size == (int(image.attributes["width"]), int(image.attributes["height"]))
 
 
+@pytest.mark.slow
 def test_nothing_is_fetched_and_everything_has_a_name(full: list[Path]) -> None:
     for page in map(read, full):
         for node in page:

@@ -125,6 +125,7 @@ def test_saved_configuration_reproduces_the_run(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("backend", ["dali", "torchvision"])
+@pytest.mark.slow
 def test_resume_after_kill_is_bit_identical(tmp_path: Path, photos: Path, backend: str) -> None:
     options = [f"--data.train={photos}", f"--data.backend={backend}", "--epochs=6", "--checkpoint_every=0.4"]
     process = start(*options, f"--output={tmp_path / 'killed'}")
@@ -174,6 +175,7 @@ MULTI_CROP = ["--data.num_views=3", '--data.per_view=[{}, {}, {"image_size": 24,
 
 
 @pytest.mark.parametrize("views", [[], MULTI_CROP], ids=["two views", "multi-crop"])
+@pytest.mark.slow
 def test_two_ranks_compute_the_same_as_one(tmp_path: Path, views: list[str]) -> None:
     options = [
         *views,
@@ -195,6 +197,7 @@ def test_two_ranks_compute_the_same_as_one(tmp_path: Path, views: list[str]) -> 
         torch.testing.assert_close(tensor, ours[name], rtol=0, atol=1e-8, msg=lambda m, name=name: f"{name}: {m}")
 
 
+@pytest.mark.slow
 def test_loaders_give_the_same_loss_curve(tmp_path: Path) -> None:
     # Temperature 0.5: at 0.1, an untrained encoder's loss amplifies small differences until the curves diverge.
     folder = photo_folder(tmp_path / "photos", 64)
@@ -212,6 +215,7 @@ def test_loaders_give_the_same_loss_curve(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+@pytest.mark.slow
 def test_signal_stops_the_run_with_a_resumable_checkpoint(tmp_path: Path, photos: Path, number: signal.Signals) -> None:
     run = tmp_path / "run"
     options = [f"--data.train={photos}", "--epochs=500", "--checkpoint_every=1000", f"--output={run}"]
@@ -344,6 +348,7 @@ def test_bad_images_are_skipped_listed_and_counted(
     assert not (run / "skipped_images.txt").exists()
 
 
+@pytest.mark.slow
 def test_signal_stops_the_scan(tmp_path: Path) -> None:
     large = write(tmp_path, {"large.jpg": jpeg(photo(500, 500).repeat(12, 0).repeat(12, 1))}) / "large.jpg"
     (tmp_path / "photos").mkdir()
@@ -409,6 +414,7 @@ def fail_on_two_ranks(*options: str, cause: Callable[[subprocess.Popen[str]], No
     return lines[0]
 
 
+@pytest.mark.slow
 def test_error_on_one_rank_stops_the_others(tmp_path: Path, photos: Path) -> None:
     folder = write(tmp_path / "photos", {file.name: file.read_bytes() for file in photos.rglob("*.jpg")})
 
@@ -422,6 +428,7 @@ def test_error_on_one_rank_stops_the_others(tmp_path: Path, photos: Path) -> Non
     assert "do not decode" in line
 
 
+@pytest.mark.slow
 def test_bad_images_end_all_ranks(tmp_path: Path, photos: Path) -> None:
     folder = write(tmp_path / "photos", {file.name: file.read_bytes() for file in photos.rglob("*.jpg")})
     write(folder, {"07.jpg": b"bad", "08.jpg": b"bad"})
@@ -430,6 +437,7 @@ def test_bad_images_end_all_ranks(tmp_path: Path, photos: Path) -> None:
     assert "08.jpg: got 3 bytes that do not decode" in line
 
 
+@pytest.mark.slow
 def test_one_image_per_rank_ends_all_ranks(tmp_path: Path) -> None:
     line = fail_on_two_ranks("--data.train=digits", "--batch_size=3", f"--output={tmp_path}")
     assert "batch_size: got 3 for 2 ranks" in line
