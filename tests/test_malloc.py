@@ -6,6 +6,8 @@ import sys
 
 import pytest
 
+pytestmark = pytest.mark.slow
+
 FAULTS = """
 import resource, torch
 from fastsimclr.malloc import keep_freed_memory
@@ -27,8 +29,6 @@ import numpy as np, torch
 from fastsimclr import Augmentation
 from fastsimclr.data.params import sample_batch_params
 from fastsimclr.data.photometric import photometric
-
-pytestmark = pytest.mark.slow
 def resident():
     with open("/proc/self/status") as status:
         return next(int(line.split()[1]) for line in status if line.startswith("VmRSS")) / 1024

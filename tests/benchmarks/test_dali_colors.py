@@ -96,6 +96,7 @@ def test_dali_matches_pytorch(photos: str, augmentation: Augmentation, mean: flo
 
 @pytest.mark.skipif(not FLOWERS.is_file(), reason="needs ../shared/data")
 @pytest.mark.parametrize(("augmentation", "mean", "worst"), [*OPERATIONS[4:6], OPERATIONS[-1]])
+@pytest.mark.slow
 def test_dali_matches_pytorch_on_real_photos(augmentation: Augmentation, mean: float, worst: float) -> None:
     errors = pixel_errors(open_source(str(FLOWERS)), augmentation, 100)
     assert errors.mean() <= mean

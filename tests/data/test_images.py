@@ -157,6 +157,7 @@ def _batch_of(image: int, images: int, batch_size: int, seed: int) -> int:
     return next(number for number, part in enumerate(parts) if image in part)
 
 
+@pytest.mark.slow
 def test_worker_process_error_names_the_file_that_does_not_decode(tmp_path: Path) -> None:
     # All files with one worker: it takes seconds to start, and must survive each error.
     folder = write(tmp_path, BROKEN)

@@ -292,6 +292,7 @@ def test_stl10_is_read_from_its_binary_files(tmp_path: Path, monkeypatch: pytest
 
 
 @pytest.mark.skipif(not SHARED_DATA.is_dir(), reason="needs shared/data beside the repository")
+@pytest.mark.slow
 def test_real_shards() -> None:
     photos = open_encoded(SHARED_DATA / "photos" / "flowers_300.tar")
     assert len(photos) == 300

@@ -30,7 +30,14 @@ FAST = ["--precision=fp32", "--device=cpu"]
 def run(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A short run on digits of 16 pixels: better than random weights, far from perfect."""
     folder = tmp_path_factory.mktemp("runs") / "run"
-    options = ["--epochs=2", "--knn_every=0", "--data.image_size=16", "--device=cpu", "--precision=fp32"]
+    options = [
+        "--epochs=2",
+        "--knn_every=0",
+        "--model.width=1",
+        "--data.image_size=16",
+        "--device=cpu",
+        "--precision=fp32",
+    ]
     assert train([*options, f"--output={folder}"]) == 0
     return folder
 
@@ -137,6 +144,7 @@ def test_regularization_is_chosen_without_the_validation_images(tmp_path: Path, 
 
 
 @pytest.mark.parametrize("solver", ["sgd", "lbfgs"])
+@pytest.mark.slow
 def test_linear_keeps_the_encoder_bit_identical(tmp_path: Path, run: Path, solver: str) -> None:
     """Neither parameters nor BatchNorm statistics change, and the saved classifier has the reported accuracy."""
     before = {k: v.clone() for k, v in open_pretrained(run).encoder.state_dict().items()}
@@ -151,6 +159,7 @@ def test_linear_keeps_the_encoder_bit_identical(tmp_path: Path, run: Path, solve
     assert (logits.argmax(1).numpy() == labels).mean() == pytest.approx(record["top1"], abs=1.01 / len(labels))
 
 
+@pytest.mark.slow
 def test_finetune_changes_all_weights_and_loads_in_torchvision(tmp_path: Path, run: Path) -> None:
     before = open_pretrained(run).encoder.state_dict()
     evaluate(tmp_path, "finetune", "--epochs=1", "--labels=0.2", "--lr=0.1", f"--checkpoint={run}")
@@ -190,6 +199,7 @@ def test_finetune_learns(tmp_path: Path, run: Path) -> None:
     assert record["per_class"] == pytest.approx(per_class)
 
 
+@pytest.mark.slow
 def test_printed_line_and_json_record(tmp_path: Path, run: Path, capsys: pytest.CaptureFixture[str]) -> None:
     record = evaluate(tmp_path, "knn", f"--checkpoint={run}", "--k=20")
     out = capsys.readouterr().out

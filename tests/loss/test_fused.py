@@ -54,7 +54,13 @@ NOISES = [30.0, 1.0, 0.1]  # distance between the views: together with the tempe
 WHOLE = [(m, d, TEMPERATURES) for m, d in itertools.product(SIZES, WIDTHS)]
 PART = [(m, d, [0.005, 0.05, 10.0]) for m, d in itertools.product([2, 126, 130], WIDTHS)]
 PART += [(6, 7, TEMPERATURES), (514, 128, [0.05, 0.005]), (1026, 64, [0.5])]
-GRID = [pytest.param("cpu", "emulated", *case, marks=needs_emulation) for case in (WHOLE if WHOLE_GRID else PART)]
+FAST = [(2, 1), (6, 7), (126, 64), (130, 64), (130, 128)]  # the others are slow in emulation
+GRID = [
+    pytest.param(
+        "cpu", "emulated", *case, marks=needs_emulation if case[:2] in FAST else [needs_emulation, pytest.mark.slow]
+    )
+    for case in (WHOLE if WHOLE_GRID else PART)
+]
 GRID += [pytest.param("cuda", "fused", *case, marks=gpu) for case in WHOLE]
 
 
@@ -156,6 +162,7 @@ def test_mean_weighted_rows_and_decoupled_match_the_reference(
 
 
 @on_each_device
+@pytest.mark.slow
 def test_forward_units_of_several_row_blocks(device: str, backend: str) -> None:
     """With more than 32 blocks of 128 rows, a unit has two, and adds column sums to its own rows."""
     z1, z2 = to_device(device, *views(2113, 16, torch.float32))
@@ -419,6 +426,7 @@ def test_without_a_group_no_output_is_on_the_cpu() -> None:
 
 @on_each_device
 @pytest.mark.parametrize("temperature", ["float", "learned"])
+@pytest.mark.slow
 def test_compiles_into_one_graph(device: str, backend: str, temperature: str) -> None:
     torch.compiler.reset()
     layer = nn.Linear(4, 4, device=device)

@@ -552,6 +552,7 @@ def test_operators_pass_opcheck(dtype: torch.dtype, mean: bool) -> None:
 
 @both_backends
 @pytest.mark.parametrize("temperature", ["float", "learned"])
+@pytest.mark.slow
 def test_compiles_into_one_graph(backend: str, temperature: str) -> None:
     torch.compiler.reset()
     layer = nn.Linear(4, 4, dtype=torch.float64)

@@ -103,6 +103,7 @@ def test_equals_per_tensor_reference(weight_decay: float, memory_format: torch.m
         torch.testing.assert_close(p, q, rtol=1e-12, atol=1e-13)  # atol: weights of 1e-2 minus updates of up to 10
 
 
+@pytest.mark.slow
 def test_matches_timm() -> None:
     # timm multiplies by lr after the momentum, which is equivalent at a constant lr, and divides by ‖grad‖ + wd·‖w‖ +
     # 1e-8 where SimCLR divides by ‖g‖, g = grad + wd·w. The denominators differ by at most 2·wd·‖w‖ + 1e-8 (triangle

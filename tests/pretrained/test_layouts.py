@@ -349,6 +349,7 @@ SAVED: dict[str, Callable[[], Saved]] = {
 
 
 @pytest.mark.parametrize("project", SAVED)
+@pytest.mark.slow
 def test_imported_encoder_computes_the_same_as_the_saved_module(project: str, tmp_path: Path) -> None:
     saved = SAVED[project]()
     torch.save(saved.contents, tmp_path / "theirs.pth")

@@ -228,6 +228,7 @@ def test_invalid_file_is_one_line_error(
 
 
 @pytest.mark.parametrize("kind", ["run", "zip", "pickles", "safetensors"])
+@pytest.mark.slow
 def test_truncated_file_raises(kind: str, working_directory: Path) -> None:
     save_run(Path("run"), encoder("resnet18"))
     torch.save(state_dict(), "zip")

@@ -650,6 +650,7 @@ def width_of(page: Page) -> int:
 
 @pytest.mark.parametrize("dark", [False, True], ids=["light", "dark"])
 @pytest.mark.parametrize("width", [1280, 390])
+@pytest.mark.slow
 def test_a_browser_shows_it_at_any_width_and_asks_for_nothing(
     browser: Browser, full: list[Path], width: int, dark: bool
 ) -> None:
@@ -753,7 +754,7 @@ def test_its_own_page_is_refreshed_and_nothing_else_overwritten(
         (["run", "run/", "--output=x.html"], ["run twice"]),
         (["run", "--output=x.pdf"], ["x.pdf", ".html"]),
         (["run", "--output=/dev/null/x.html"], ["/dev/null/x.html", "cannot be written"]),
-        (["run", "--palette=red"], ["--colour", "--help"]),
+        (["run", "--palette=red"], ["--palette", "--help"]),
     ],
 )
 def test_a_mistake_is_one_line_and_exit_code_2(
