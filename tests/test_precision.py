@@ -150,6 +150,7 @@ def test_scaled_gradients_match_float32(micro_batch_size: int | None, loss: Call
         assert unscaled.norm() < 0.5 * exact.norm(), "gradients vanish without scaling"
 
 
+@pytest.mark.slow
 def test_micro_batches_give_the_gradients_of_the_whole_batch() -> None:
     whole = gradients(FP16, GradScaler("cpu", init_scale=2.0**12), None, nt_xent)
     parts = gradients(FP16, GradScaler("cpu", init_scale=2.0**12), 5, nt_xent)

@@ -88,6 +88,7 @@ OPERATIONS = [
 
 
 @pytest.mark.parametrize(("augmentation", "mean", "worst"), OPERATIONS)
+@pytest.mark.slow
 def test_dali_matches_pytorch(photos: str, augmentation: Augmentation, mean: float, worst: float) -> None:
     errors = pixel_errors(open_source(photos), augmentation)
     assert errors.mean() <= mean

@@ -212,6 +212,7 @@ def reference(image: Tensor, params: ViewParams) -> Tensor:
     return TF.solarize(image, 128) if params["solarize"][0] else image
 
 
+@pytest.mark.slow
 def test_all_operations_with_the_same_params() -> None:
     images = 192  # all 24 orders occur, with and without grayscale and blur
     crops = torch.from_numpy(np.stack([photo(64, 64, seed) for seed in range(images)]))

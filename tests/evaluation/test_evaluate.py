@@ -226,6 +226,7 @@ def test_results_are_written_to_the_run_and_not_overwritten(run: Path, capsys: p
     assert json.loads(file.read_text())["settings"]["k"] == 6
 
 
+@pytest.mark.slow
 def test_classifier_without_a_record_is_not_overwritten(run: Path, tmp_path: Path) -> None:
     (tmp_path / "linear.pt").write_bytes(b"existing")
     assert main(["linear", f"--checkpoint={run}", f"--output={tmp_path}", "--epochs=1", *FAST]) == 2

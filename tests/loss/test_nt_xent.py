@@ -542,6 +542,7 @@ def test_double_backward_raises() -> None:
 @pytest.mark.parametrize("mean", [True, False])
 # opcheck itself reads .grad of non-leaf tensors; PyTorch ignores that warning unless warnings are errors.
 @pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor that is not a leaf")
+@pytest.mark.slow
 def test_operators_pass_opcheck(dtype: torch.dtype, mean: bool) -> None:
     z1, z2 = (z.requires_grad_() for z in views(5, 4, dtype))
     t = torch.tensor(0.2, requires_grad=True)

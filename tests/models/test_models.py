@@ -18,6 +18,7 @@ from fastsimclr.models.cpu_conv import SmallMapConv2d
 
 
 @pytest.mark.parametrize("name", ["resnet18", "resnet34", "resnet50", "resnet101", "resnet152"])
+@pytest.mark.slow
 def test_state_dict_matches_torchvision_except_fc(name: str) -> None:
     ours, theirs = encoder(name), torchvision.models.get_model(name)
     result = theirs.load_state_dict(ours.state_dict(), strict=False)

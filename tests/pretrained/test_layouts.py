@@ -450,6 +450,7 @@ def numbered(model: nn.Module, without: tuple[str, ...]) -> State:
         (lambda: torch.zeros(3), ["a Tensor", "state dict"]),
     ],
 )
+@pytest.mark.slow
 def test_unsupported_checkpoint_error_names_its_contents(
     make: Callable[[], Any], words: list[str], tmp_path: Path
 ) -> None:

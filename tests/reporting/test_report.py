@@ -667,6 +667,7 @@ def test_a_browser_shows_it_at_any_width_and_asks_for_nothing(
 
 
 @pytest.mark.parametrize("width", [1280, 390])
+@pytest.mark.slow
 def test_a_picture_is_shown_by_itself_at_full_size(browser: Browser, full: list[Path], width: int) -> None:
     page = browser.open(full[0], width)
     for key in ("map-0", "gallery-0", "preview-0"):

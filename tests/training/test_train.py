@@ -239,6 +239,7 @@ def test_signal_stops_the_run_with_a_resumable_checkpoint(tmp_path: Path, photos
 
 
 @pytest.mark.parametrize("views", [[], MULTI_CROP], ids=["two views", "multi-crop"])
+@pytest.mark.slow
 def test_micro_batches_give_the_gradients_of_the_whole_batch(tmp_path: Path, views: list[str]) -> None:
     """With batch normalization in eval mode, so that its statistics do not depend on the split."""
     from fastsimclr.config import parse
