@@ -41,7 +41,7 @@ def test_notebook_runs_from_top_to_bottom(tmp_path: Path, monkeypatch: pytest.Mo
     shown = [output.data for output in outputs if "data" in output]
     assert any("image/png" in data for data in shown)
     assert any("<iframe" in data.get("text/html", "") for data in shown)
-    assert shown[-1]["text/plain"] == "torch.Size([8, 512])"
+    assert shown[-1]["text/plain"] == "torch.Size([8, 256])"
     run = tmp_path / "runs" / "digits"
     assert (run / "evaluate" / "linear-lbfgs.json").exists()
     assert (run / "embed" / "features.npy").exists()

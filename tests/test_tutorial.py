@@ -28,11 +28,11 @@ def test_the_tutorial_runs_from_top_to_bottom(tmp_path: Path, monkeypatch: pytes
     assert len(blocks) >= 8
     run = tmp_path / "runs" / "digits"
     lines = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
-    untrained, trained = (line["knn_accuracy"] for line in lines if "knn_accuracy" in line)
-    assert untrained == pytest.approx(0.35, abs=0.1), "as the tutorial says"
-    assert trained == pytest.approx(0.7, abs=0.1), "as the tutorial says"
+    knn = [line["knn_accuracy"] for line in lines if "knn_accuracy" in line]
+    assert knn[0] == pytest.approx(0.35, abs=0.1), "as the tutorial says"
+    assert knn[-1] == pytest.approx(0.93, abs=0.05), "as the tutorial says"
     losses = [line["loss"] for line in lines if "loss" in line]
-    assert losses[-1] < math.log(511) < losses[0], "as the tutorial says"
+    assert losses[-1] < math.log(255) < losses[0], "as the tutorial says"
     found = {file.stem for file in (run / "evaluate").glob("*.json")}
     assert found == {"knn", "linear-lbfgs", "finetune-0.1"}
     assert {file.name for file in (run / "embed").iterdir()} >= {"features.npy", "images.csv", "map.png", "gallery.png"}
