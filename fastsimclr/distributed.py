@@ -14,7 +14,7 @@ from fastsimclr.errors import UserError
 from fastsimclr.profiling import stage
 
 # torch 2.14 renamed all_gather_into_tensor, and warns about the old name on every rank.
-all_gather = getattr(dist, "all_gather_single", dist.all_gather_into_tensor)
+_ALL_GATHER = "all_gather_single" if hasattr(dist, "all_gather_single") else "all_gather_into_tensor"
 Result = TypeVar("Result")
 
 # Process groups by name: custom operators accept strings as arguments, but not process groups.
@@ -36,6 +36,11 @@ class World:
 
 SINGLE_PROCESS = World(0, 1, torch.device("cpu"))
 """A single process on the CPU."""
+
+
+def all_gather(output: Tensor, part: Tensor, group: dist.ProcessGroup | None = None, *, async_op: bool = False) -> Any:
+    """Gather `part` of all ranks into `output`, in the order of the ranks."""
+    return getattr(dist, _ALL_GATHER)(output, part, group=group, async_op=async_op)
 
 
 def start(device: str) -> World:
