@@ -32,7 +32,7 @@ def estimate_step(
 ) -> Estimate:
     """Measure the forward and backward pass of a few random images, with a copy of the model on the CPU."""
     sizes = [recipe.image_size for recipe in augmentation.recipes]
-    images = min(batch_size, max(2, _PROBE_PIXELS // sum(size**2 for size in sizes)))
+    images = max(2, min(batch_size // 4, _PROBE_PIXELS // sum(size**2 for size in sizes)))
     step = Step(copy.deepcopy(model), loss, precision, None, precision.grad_scaler(torch.device("cpu")))
     weights = {parameter.data_ptr() for parameter in step.model.parameters()}
     saved: dict[int, int] = {}  # bytes by address
