@@ -10,7 +10,7 @@ LINE_SECONDS = 60.0
 
 
 class LineTimer:
-    """Decides when to print the next plain line: 10 s after the start, then once a minute."""
+    """Tells when the next line is due: 10 s after the start, then once a minute."""
 
     def __init__(self) -> None:
         self._next = time.monotonic() + FIRST_LINE_SECONDS
@@ -23,12 +23,12 @@ class LineTimer:
         return due
 
     def restart(self) -> None:
-        """Wait a minute from now."""
+        """Make the next line due in a minute."""
         self._next = time.monotonic() + LINE_SECONDS
 
 
 class PlainProgress:
-    """Takes the place of a tqdm bar where there is no terminal, and prints lines."""
+    """Prints lines, in place of a tqdm bar, where there is no terminal."""
 
     def __init__(self, total: int, title: str, unit: str) -> None:
         self._total, self._title, self._unit = total, title, unit

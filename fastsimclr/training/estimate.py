@@ -18,9 +18,9 @@ _PROBE_PIXELS = 4 * 224**2  # a second or two of ResNet-50 on two cores, of whic
 @dataclass(frozen=True)
 class Estimate:
     step_seconds: float
-    """Without data loading and the optimizer."""
+    """Excludes data loading and the optimizer."""
     activation_bytes: float
-    """Per image: the memory of what the forward pass of all its views saves for the backward pass."""
+    """Memory that autograd saves for the backward pass, per image with all its views."""
 
 
 def estimate_step(
