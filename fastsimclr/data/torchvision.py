@@ -6,7 +6,7 @@ import sys
 import threading
 import weakref
 from collections.abc import Generator, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from multiprocessing import forkserver, get_context, parent_process, resource_tracker
 from multiprocessing.context import BaseContext
 from typing import Any
@@ -32,6 +32,7 @@ class TorchvisionBackend:
 
     def __init__(self, source: Source, augmentation: Augmentation, device: torch.device, workers: int) -> None:
         self.device = device
+        self._needs_main_module = type(source).__module__ == "__main__"  # where workers then find the class
         self._requests: Iterator[BatchRequest] = iter(())
         self._loader: DataLoader[CroppedBatch | UserError] = DataLoader(
             _Crops(source, augmentation),
@@ -53,7 +54,7 @@ class TorchvisionBackend:
 
     def crops(self, requests: Iterator[BatchRequest]) -> Generator[CroppedBatch, None, None]:
         self._requests = requests
-        with _without_main_module():  # the workers are started here
+        with nullcontext() if self._needs_main_module else _without_main_module():  # the workers are started here
             batches = iter(self._loader)
         for batch in batches:
             if isinstance(batch, UserError):
@@ -96,7 +97,7 @@ def _forkserver() -> BaseContext:
 
 @contextmanager
 def _without_main_module() -> Iterator[None]:
-    """Keep multiprocessing from importing the main script again in each worker, which needs nothing from it.
+    """Keep multiprocessing from importing the main script again in each worker.
 
     A script without `if __name__ == "__main__":` would otherwise open its loader again in every worker, and fail there.
     """

@@ -427,6 +427,28 @@ def test_process_exits_without_closing_its_loader(photos: str, ending: str, tmp_
     assert done.stdout == "5\n"
 
 
+# A source of the user's own
+
+
+@pytest.mark.slow
+def test_workers_load_a_source_whose_class_is_defined_in_the_script(photos: str, tmp_path: Path) -> None:
+    script = tmp_path / "script.py"
+    script.write_text(
+        "from fastsimclr import Augmentation, open_views\n"
+        "from fastsimclr.data import open_source\n"
+        "from fastsimclr.data.sources import FolderSource\n"
+        "class Mine(FolderSource): pass\n"
+        "if __name__ == '__main__':\n"
+        f"    source = open_source({photos!r})\n"
+        "    source.__class__ = Mine\n"
+        "    loader = open_views(source, Augmentation(image_size=24), 5, backend='torchvision', workers=1)\n"
+        "    print(len(next(iter(loader)).index))\n"
+        "    loader.close()\n"
+    )
+    done = subprocess.run([sys.executable, script], capture_output=True, text=True, timeout=120)
+    assert (done.returncode, done.stdout) == (0, "5\n"), done.stderr
+
+
 # Errors
 
 
