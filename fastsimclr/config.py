@@ -3,7 +3,7 @@
 import re
 import sys
 from collections.abc import Sequence
-from dataclasses import dataclass, field, fields
+from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
 from typing import Any, Literal, TypeVar
 
@@ -178,17 +178,31 @@ class _Parser(ArgumentParser):
         raise UserError(f"{message}; see {self.prog} --help")
 
 
-def parse(arguments: Sequence[str] | None = None) -> tuple[Config, str]:
-    """Return the configuration given by the command line (or `arguments`), and its YAML text.
+def parse(arguments: Sequence[str] | None = None) -> Config:
+    """Return the configuration given by the command line (or `arguments`).
 
     Raises UserError for unknown options and invalid values.
     """
     about = "Pre-train an image encoder with SimCLR. Without --data.train, runs a demonstration on digits."
     arguments = sys.argv[1:] if arguments is None else arguments
-    config, text = parse_as(Config, arguments, "train", about)
+    config = parse_as(Config, arguments, "train", about)
     if config.data.train is None:
-        config, text = parse_as(Config, arguments, "train", about, preset=preset_file(DEMONSTRATION))
-    return config, text
+        config = parse_as(Config, arguments, "train", about, preset=preset_file(DEMONSTRATION))
+    return config
+
+
+def to_yaml(options: Any) -> str:
+    """Return the options (a dataclass of dataclasses) as YAML, which --config reads."""
+    import yaml  # here, so that --help does not wait for it
+
+    return yaml.safe_dump(_plain(asdict(options)), sort_keys=False)
+
+
+def _plain(value: Any) -> Any:
+    """Convert tuples to lists, as YAML has no tuples."""
+    if isinstance(value, dict):
+        return {name: _plain(item) for name, item in value.items()}
+    return [_plain(item) for item in value] if isinstance(value, list | tuple) else value
 
 
 def parse_as(
@@ -199,8 +213,8 @@ def parse_as(
     *,
     preset: Path | None = None,
     defaults: dict[str, Any] | None = None,
-) -> tuple[Options, str]:
-    """Parse the options of `python -m fastsimclr.{program}` into `kind`; return it and its YAML text.
+) -> Options:
+    """Parse the options of `python -m fastsimclr.{program}` into `kind`.
 
     kind: dataclass of the options. about: description shown by --help.
     preset: YAML file whose values replace the dataclass's defaults. defaults: the same as a dict, by option name
@@ -221,7 +235,7 @@ def parse_as(
     parser.add_class_arguments(kind, nested_key=None)
     parser.set_defaults(defaults or {})
     namespace = parser.parse_args(_as_yaml(arguments))
-    return _instantiate(kind, parser, namespace), parser.dump(namespace)
+    return _instantiate(kind, parser, namespace)
 
 
 def _as_yaml(arguments: Sequence[str]) -> list[str]:

@@ -75,7 +75,7 @@ def _options(arguments: Sequence[str] | None) -> argparse.Namespace:
     given = {name: getattr(options, f"data.{name}") for name in PREPROCESSING}
     given = {name: value for name, value in given.items() if value is not None}
     # Parse the values as train does.
-    config, _ = parse(["--data.train=-", *(f"--data.{name}={value}" for name, value in given.items())])
+    config = parse(["--data.train=-", *(f"--data.{name}={value}" for name, value in given.items())])
     options.preprocessing = {name: getattr(config.data, name) for name in given}
     return options
 

@@ -30,7 +30,7 @@ def run(arguments: Sequence[str]) -> None:
     if list(arguments[:1]) in (["-h"], ["--help"]):
         print(__doc__)
         return
-    config, text, pretrained = configure(arguments)
+    config, pretrained = configure(arguments)
 
     from fastsimclr import distributed  # here: --help needs no PyTorch
     from fastsimclr.evaluation.protocols import Evaluation
@@ -40,28 +40,28 @@ def run(arguments: Sequence[str]) -> None:
     if world.device.type == "cpu":
         keep_freed_memory()
     try:
-        Evaluation(config, text, pretrained, world).run()
+        Evaluation(config, pretrained, world).run()
     finally:
         distributed.stop()
 
 
-def configure(arguments: Sequence[str]) -> tuple[EvaluationConfig, str, "Pretrained | None"]:
+def configure(arguments: Sequence[str]) -> tuple[EvaluationConfig, "Pretrained | None"]:
     """Parse the options and open --checkpoint, whose settings are the defaults of the options that are not given.
 
-    Returns the options, the same options as YAML, and the opened checkpoint (None without --checkpoint).
+    Returns the options and the opened checkpoint (None without --checkpoint).
     """
     protocol, *options = arguments or [""]
     kind = PROTOCOLS.get(protocol)
     if kind is None:
         raise UserError(f"got {protocol or 'no protocol'}, expected one of {', '.join(PROTOCOLS)}; see --help")
     about = " ".join((kind.__doc__ or "").split())
-    config, text = parse_as(kind, options, f"evaluate {protocol}", about)
+    config = parse_as(kind, options, f"evaluate {protocol}", about)
     if config.checkpoint is None:
         if not isinstance(config, SupervisedConfig):
             raise UserError("--checkpoint: got none, expected a run's folder or a checkpoint")
         if config.encoder is None:
             raise UserError("--encoder: got none, and no --checkpoint; expected an encoder name, such as resnet50")
-        return config, text, None
+        return config, None
 
     from fastsimclr.pretrained import open_pretrained
 
@@ -76,8 +76,8 @@ def configure(arguments: Sequence[str]) -> tuple[EvaluationConfig, str, "Pretrai
         defaults = {f"data.{f.name}": getattr(pretrained.augmentation, f.name) for f in fields(Augmentation)}
     if pretrained.config is not None and config.data.train is None:
         defaults |= {f"data.{name}": pretrained.config["data"].get(name) for name in ("train", "val")}
-    config, text = parse_as(kind, options, f"evaluate {protocol}", about, defaults=defaults)
-    return config, text, pretrained
+    config = parse_as(kind, options, f"evaluate {protocol}", about, defaults=defaults)
+    return config, pretrained
 
 
 if __name__ == "__main__":

@@ -14,10 +14,10 @@ from fastsimclr.config import Config, parse
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run the command and return its exit code."""
     arguments = sys.argv[1:] if arguments is None else arguments
-    return exit_code("train", lambda: run(*parse(arguments), arguments))
+    return exit_code("train", lambda: run(parse(arguments), arguments))
 
 
-def run(config: Config, text: str, arguments: Sequence[str]) -> None:
+def run(config: Config, arguments: Sequence[str]) -> None:
     """Train to the last step, or until a stop signal."""
     from fastsimclr import distributed  # here: --help needs no PyTorch
     from fastsimclr.data.scan import ScanStopped
@@ -30,7 +30,7 @@ def run(config: Config, text: str, arguments: Sequence[str]) -> None:
             world = distributed.start(config.device)
             if world.device.type == "cpu":
                 keep_freed_memory()
-            Trainer(config, text, world, arguments, stop).train()
+            Trainer(config, world, command=["python", "-m", "fastsimclr.train", *arguments], stop=stop).train()
     except ScanStopped:
         pass
     finally:

@@ -77,7 +77,7 @@ def open_training(folder: Path, *more: str) -> Trainer:
         for name in ("trainer.open_dataset", "build.encoder", "build.projector"):
             full_name = f"fastsimclr.training.{name}"
             patch.setattr(full_name, with_real_tensors(resolve_name(full_name)))
-        return Trainer(*parse(options), WORLD, [])
+        return Trainer(parse(options), WORLD)
 
 
 def train(folder: Path, *more: str) -> None:

@@ -64,7 +64,7 @@ def options(output: Path, *more: str) -> list[str]:
 
 
 def open_training(output: Path, *more: str, world: World = World(0, 1, CPU)) -> Trainer:  # noqa: B008 - frozen
-    return Trainer(*parse(options(output, *more)), world, [])
+    return Trainer(parse(options(output, *more)), world)
 
 
 # Selection

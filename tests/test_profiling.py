@@ -86,9 +86,8 @@ def test_step_on_a_gpu_never_synchronizes(tmp_path: Path, optimizer: str, monkey
     """CUDA's sync debug mode raises on any synchronization: enabled from the third step until the checkpoint."""
     options = [*SMALL, "--data.train=digits", "--max_steps=12", f"--output={tmp_path}", "--device=cuda"]
     trainer = Trainer(
-        *parse([*options, f"--optim.name={optimizer}", "--checkpoint_every=100"]),
+        parse([*options, f"--optim.name={optimizer}", "--checkpoint_every=100"]),
         World(0, 1, torch.device("cuda", 0)),
-        [],
     )
     advance, save = trainer.progress.advance, trainer.save
 

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from fastsimclr import SimCLR, projector
-from fastsimclr.config import parse
+from fastsimclr.config import parse, to_yaml
 from fastsimclr.models import Encoder
 from fastsimclr.run_folder import RunFolder
 
@@ -46,16 +46,16 @@ def outputs(module: nn.Module, side: int = 64) -> Tensor:
 def save_run(folder: Path, encoder: Encoder, *options: str) -> Path:
     """Write a run folder with a checkpoint as train writes it at step 7; return it. `options` are options of train."""
     model = {"encoder": encoder.name, "width": encoder.width, "stem": encoder.stem}
-    _, text = parse(["--data.train=photos", *(f"--model.{name}={value}" for name, value in model.items()), *options])
+    config = parse(["--data.train=photos", *(f"--model.{name}={value}" for name, value in model.items()), *options])
     state = {
         "step": 7,
         "batch_size": 256,
         "architecture": model,
         "model": SimCLR(encoder, projector(encoder.out_features, hidden=8, out=8)).state_dict(),
-        "config": text,
+        "config": to_yaml(config),
     }
     RunFolder(folder).save(state)
-    (folder / "config.yaml").write_text(text)
+    (folder / "config.yaml").write_text(to_yaml(config))
     return folder
 
 

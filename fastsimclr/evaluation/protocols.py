@@ -10,6 +10,7 @@ import torch.distributed as dist
 import yaml
 from torch import Tensor
 
+from fastsimclr.config import to_yaml
 from fastsimclr.data.loader import LoaderConfig
 from fastsimclr.distributed import World, all_gather_rows, run_on_all_ranks
 from fastsimclr.environment import commit
@@ -40,8 +41,8 @@ LR_AT_256 = {LinearConfig: 0.1, FinetuneConfig: 0.05, SupervisedConfig: 0.1}
 class Evaluation:
     """An evaluation of an encoder. Creating it opens and checks the data, model and output on every rank."""
 
-    def __init__(self, config: EvaluationConfig, text: str, pretrained: Pretrained | None, world: World) -> None:
-        self.config, self.text, self.pretrained, self.world = config, text, pretrained, world
+    def __init__(self, config: EvaluationConfig, pretrained: Pretrained | None, world: World) -> None:
+        self.config, self.pretrained, self.world = config, pretrained, world
         self.augmentation = config.data.augmentation()
         self.precision = choose_precision(config.precision, world.device)
         self.loader = LoaderConfig(
@@ -212,7 +213,7 @@ class Evaluation:
             "val": {"path": val, "images": len(data.val) if data.val is not None else len(data.train)},
             "skipped_images": data.skipped,
             "settings": self.settings,
-            "options": yaml.safe_load(self.text),
+            "options": yaml.safe_load(to_yaml(self.config)),
             "precision": self.precision.why,
             "device": str(self.world.device),
             "world_size": self.world.world_size,

@@ -43,7 +43,7 @@ def write_preview(options: argparse.Namespace, others: list[str]) -> str:
     """
     check_new(Path(options.output), options.force)
     given = {"data.train": options.data, "data.backend": options.backend, "seed": options.seed}
-    config, _ = parse(
+    config = parse(
         [f"--config={options.config}"] * (options.config is not None)
         + others
         + [f"--{name}={value}" for name, value in given.items() if value is not None]

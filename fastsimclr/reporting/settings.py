@@ -66,7 +66,7 @@ def device(run: Run) -> tuple[str, str]:
 def parameters(run: Run) -> tuple[str, str]:
     """The number of parameters, and a note that names the model; both empty if the options are of another version."""
     try:
-        config, _ = parse([f"--config={run.folder.config}"])
+        config = parse([f"--config={run.folder.config}"])
         model = config.model
         with torch.device("meta"):  # allocates no memory
             body = encoder(model.encoder, model.width, model.stem, image_size=config.data.image_size)

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
 from fastsimclr import distributed
-from fastsimclr.config import Config
+from fastsimclr.config import Config, to_yaml
 from fastsimclr.data import Batch, Source
 from fastsimclr.data.dataset import Dataset, Pair, open_dataset, open_loader
 from fastsimclr.data.loader import LoaderConfig
@@ -39,12 +39,12 @@ class Trainer:
     """Pre-trains an encoder. Every rank creates one. User errors are raised on all ranks."""
 
     def __init__(
-        self, config: Config, text: str, world: World, arguments: Sequence[str], stop: StopSignal | None = None
+        self, config: Config, world: World, *, command: Sequence[str] = (), stop: StopSignal | None = None
     ) -> None:
-        """text: the options as YAML; arguments: the command line; both are recorded. stop: its signals end the run."""
+        """command: the command line, for the record. stop: its signals end the run."""
         stop = stop or StopSignal()  # never received
         self.config, self.world = config, world
-        self._text, self._arguments = text, arguments
+        self._command = list(command)
         self.folder = RunFolder(distributed.broadcast_object(config.output or _new_folder(config), world))
         self.sync = RankSync(world, stop)
         self.clock = StageClock(world.device)
@@ -171,7 +171,7 @@ class Trainer:
                     "grad_scaler": self.scaler.state_dict(),
                     "data": self.progress.position,
                     "untrained_knn": self.untrained_knn,
-                    "config": self._text,
+                    "config": to_yaml(self.config),
                 }
             )
         self.clock.restart()
@@ -253,7 +253,7 @@ class Trainer:
         if estimate is not None:
             self._print(*summary.describe_estimate(config, estimate, progress.last_step - progress.step))
         if self.world.is_rank_zero:
-            write_text(self.folder.config, self._text)
+            write_text(self.folder.config, to_yaml(self.config))
             write_text(self.folder.environment, json.dumps(self._environment(), indent=2) + "\n")
             self.metrics.open(
                 self.folder, first_step=progress.step, total_steps=progress.last_step, epochs=config.epochs
@@ -296,7 +296,7 @@ class Trainer:
         """The environment of this run, as of its latest start."""
         return examine() | {
             "commit": commit(),
-            "command": ["python", "-m", "fastsimclr.train", *self._arguments],
+            "command": self._command,
             "started": time.strftime("%Y-%m-%dT%H:%M:%S%z"),
             "world_size": self.world.world_size,
             "device": str(self.world.device),

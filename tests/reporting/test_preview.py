@@ -13,7 +13,7 @@ from torchvision.transforms import InterpolationMode
 from torchvision.transforms.v2 import functional as TF
 
 from fastsimclr import Augmentation, open_views
-from fastsimclr.config import parse
+from fastsimclr.config import parse, to_yaml
 from fastsimclr.data.params import VIEW_PARAMS
 from fastsimclr.data.photometric import photometric
 from fastsimclr.data.torchvision import crop
@@ -207,7 +207,7 @@ def test_without_options_it_shows_the_demonstration(
 def test_a_runs_configuration_gives_data_recipe_and_seed(photos: str, tmp_path: Path) -> None:
     recipe = ["--config=cifar10", f"--data.train={photos}", "--data.num_views=3", "--seed=4"]
     config = tmp_path / "config.yaml"
-    config.write_text(parse(recipe)[1])
+    config.write_text(to_yaml(parse(recipe)))
     for name, options in (("file", [f"--config={config}"]), ("line", [*recipe, "--data.image_size=32"])):
         assert main([*options, "--images=2", f"--output={tmp_path / name}.png"]) == 0
     file, line = (pixels_of(tmp_path / f"{name}.png") for name in ("file", "line"))

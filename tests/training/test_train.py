@@ -249,7 +249,7 @@ def test_micro_batches_give_the_gradients_of_the_whole_batch(tmp_path: Path, vie
     gradients = []
     for micro_batch_size in ("none", "5"):  # 16 images: four micro-batches of 4
         options = [*views, f"--output={tmp_path}", "--data.train=digits", f"--micro_batch_size={micro_batch_size}"]
-        trainer = Trainer(*parse([*TINY, *options, "--precision=fp64"]), World(0, 1, torch.device("cpu")), [])
+        trainer = Trainer(parse([*TINY, *options, "--precision=fp64"]), World(0, 1, torch.device("cpu")))
         trainer.model.eval()
         trainer.stepper.backward(next(iter(trainer.loader)).views, 16)
         gradients.append([p.grad for p in trainer.model.parameters() if p.grad is not None])
