@@ -55,8 +55,9 @@ class DataConfig(Augmentation):
 class ModelConfig:
     """The encoder and the projection head."""
 
-    encoder: Literal["resnet18", "resnet34", "resnet50", "resnet101", "resnet152"] = "resnet50"
-    """Encoder architecture: the torchvision ResNet of this name."""
+    encoder: str = "resnet50"
+    """Encoder: resnet18, resnet34, resnet50, resnet101 or resnet152; timm/NAME or torchvision/NAME for any image
+    backbone of timm or torchvision."""
     width: float = 1
     """Width multiplier: multiplies the number of channels of every layer. A multiple of 1/64, such as 0.5 or 2."""
     stem: Literal["auto", "imagenet", "small"] = "auto"

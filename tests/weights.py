@@ -1,6 +1,7 @@
 """Encoders as they are after training, checkpoints of runs, and the metrics that a run logged."""
 
 import json
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -50,7 +51,7 @@ def save_run(folder: Path, encoder: Encoder, *options: str) -> Path:
     state = {
         "step": 7,
         "batch_size": 256,
-        "architecture": model,
+        "architecture": {"encoder": asdict(encoder.spec)},
         "model": SimCLR(encoder, projector(encoder.out_features, hidden=8, out=8)).state_dict(),
         "config": to_yaml(config),
     }

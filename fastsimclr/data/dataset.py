@@ -32,8 +32,8 @@ class Dataset:
 
 
 def open_dataset(
-    train: str,
-    val: str | None,
+    train: Any,
+    val: Any,
     *,
     world: World,
     backend: str = "auto",
@@ -41,31 +41,58 @@ def open_dataset(
     cache: Path | None = None,
     skipped_to: Path | None = None,
     select: Callable[[Source, Source | None], Pair] = lambda train, val: (train, val),
+    option: str = "--data.max_bad",
+) -> Dataset:
+    """Open, check and prepare the training and validation images: `open_pair`, `select`, then `check_pair`.
+
+    select: called with both sources before the scan; checks them, and may return subsets.
+    Raises UserError on all ranks if data is missing, unreadable or rejected by `select`.
+    """
+    pair = open_pair(train, val, world)
+    pair = run_on_all_ranks(lambda: select(*pair), world)
+    return check_pair(
+        pair, world=world, backend=backend, max_bad=max_bad, cache=cache, skipped_to=skipped_to, option=option
+    )
+
+
+def open_pair(train: Any, val: Any, world: World) -> Pair:
+    """Open the training and validation images without decoding them. Raises UserError on all ranks if one fails.
+
+    train, val: as for `open_source`. If `val` is None, a built-in dataset uses its own validation images.
+    """
+
+    def open_both() -> Pair:
+        held_out = None
+        if val is not None or is_built_in(train):
+            held_out = open_source(train if val is None else val, split="val")
+        return open_source(train), held_out
+
+    return run_on_all_ranks(open_both, world)
+
+
+def check_pair(
+    pair: Pair,
+    *,
+    world: World,
+    backend: str = "auto",
+    max_bad: float = 0.01,
+    cache: Path | None = None,
+    skipped_to: Path | None = None,
     stop: Callable[[], bool] = lambda: False,
     option: str = "--data.max_bad",
 ) -> Dataset:
-    """Open, check and prepare the training and validation images. All ranks share the work and fail together.
+    """Scan the images for bad ones and prepare them for the backend. All ranks share the work and fail together.
 
-    train, val: paths as for `open_source`. If `val` is None, a built-in dataset uses its own validation images.
     backend: backend of the loaders; for "memory" the images are decoded here, once.
     max_bad: largest fraction of images that may fail to decode. They are skipped.
     cache: folder for the results of the scan. skipped_to: folder for the list of skipped images.
-    select: called with both sources before the scan; checks them, and may return subsets.
     stop: called during the scan; once it returns True on any rank, all ranks raise ScanStopped.
     option: name of `max_bad` in error messages.
-    Raises UserError on all ranks if data is missing, unreadable or rejected by `select`.
+    Raises UserError on all ranks if too many images are bad.
     """
-
-    def open_pair() -> Pair:
-        held_out = None
-        if val is not None or is_built_in(train):
-            held_out = open_source(val or train, split="val")
-        return select(open_source(train), held_out)
-
-    sources = run_on_all_ranks(open_pair, world)
     skipped: list[str] | None = None
     checked: list[Source | None] = []
-    for source in sources:
+    for source in pair:
         if isinstance(source, EncodedSource):
             try:
                 scanned = scan_images(source, max_bad=max_bad, cache=cache, world=world, stop=stop)
@@ -88,9 +115,9 @@ def open_dataset(
     return Dataset(prepared, prepared_val, skipped)
 
 
-def is_built_in(path: str) -> bool:
-    """Return whether `path` is a built-in dataset, which has training and validation images."""
-    return path.partition(":")[0] in BUILT_IN
+def is_built_in(data: Any) -> bool:
+    """Return whether `data` names a built-in dataset, which has training and validation images."""
+    return isinstance(data, str) and data.partition(":")[0] in BUILT_IN
 
 
 def prepare(source: Source, backend: str, device: torch.device) -> tuple[Source, str]:
@@ -138,7 +165,7 @@ def open_views(
     """
     world = World(rank, world_size, torch.device(device))
     config = LoaderConfig(batch_size=batch_size, world=world, **options)
-    source = open_source(path) if isinstance(path, str) else path
+    source = open_source(path)
     if max_bad is not None and isinstance(source, EncodedSource):
         source = scan_images(source, max_bad=max_bad, cache=cache).source
     return open_loader(source, augmentation, config)

@@ -15,6 +15,7 @@ import tarfile
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -23,6 +24,7 @@ from PIL import Image
 from torch import Tensor
 
 from fastsimclr.data.images import EXTENSIONS
+from fastsimclr.data.pixels import RGB8, PixelFormat
 from fastsimclr.errors import UserError
 
 BUILT_IN = ("digits", "cifar10", "stl10")
@@ -31,10 +33,14 @@ _EXPECTED = "a folder of images, tar shards, digits, cifar10[:ROOT] or stl10[:RO
 
 
 class Source(ABC):
-    """Images with labels. labels: (N,) int64, -1 for unlabeled images. classes: names of the classes."""
+    """Images with labels.
+
+    labels: (N,) int64, -1 for unlabeled images. classes: names of the classes. pixels: format of the decoded images.
+    """
 
     labels: NDArray[np.int64]
     classes: Sequence[str]
+    pixels: PixelFormat = RGB8
 
     def __len__(self) -> int:
         return len(self.labels)
@@ -173,12 +179,15 @@ class TarSource(EncodedSource):
         return part
 
 
-def open_source(path: str, *, split: str = "train") -> Source:
-    """Open the images at `path`, in any of the forms above. split: "train" or "val", for built-in datasets only.
+def open_source(data: Any, *, split: str = "train") -> Source:
+    """Open images. Raises UserError if they do not exist or have another form.
 
-    Raises UserError if the path does not exist or has no images.
+    data: a path in any of the forms above, or a Source. split: "train" or "val", for built-in datasets only.
     """
     assert split in ("train", "val"), split
+    if isinstance(data, Source):
+        return data
+    path = os.fspath(data)
     kind, _, root = path.partition(":")
     if path == "digits":
         return _digits(split)

@@ -28,7 +28,7 @@ from fastsimclr.evaluation.features import embed
 from fastsimclr.evaluation.knn import knn_ranking
 from fastsimclr.evaluation.labeled import hold_out, open_labeled
 from fastsimclr.evaluation.scores import rank_classes, score
-from fastsimclr.models import Encoder, encoder
+from fastsimclr.models import Encoder, EncoderSpec, resnet
 from fastsimclr.precision import choose_precision
 from fastsimclr.pretrained import Pretrained
 from fastsimclr.run_folder import RunFolder, check_new, scan_cache, write_atomically
@@ -179,10 +179,10 @@ class Evaluation:
             model = self.pretrained.encoder
         elif self.pretrained is not None:
             given = self.pretrained.encoder
-            model = encoder(given.name, given.width, given.stem)
+            model = resnet(given.spec)
         else:
             assert config.encoder is not None
-            model = encoder(config.encoder, config.width, config.stem, image_size=self.augmentation.image_size)
+            model = resnet(EncoderSpec(config.encoder, config.width, config.stem, self.augmentation.image_size))
         return model.to(self.world.device, self.precision.dtype, memory_format=torch.channels_last)  # type: ignore[call-overload,no-any-return]
 
     def _embed(self, model: torch.nn.Module, source: Any, title: str) -> tuple[Tensor, Tensor]:

@@ -1,6 +1,7 @@
 """torchvision's ResNets as encoders, with a width multiplier and a stem for small images."""
 
 from collections.abc import Callable
+from dataclasses import replace
 from typing import Any
 
 from torch import Tensor, nn
@@ -8,6 +9,7 @@ from torchvision.models.resnet import BasicBlock, Bottleneck, ResNet
 
 from fastsimclr.errors import UserError
 from fastsimclr.models.cpu_conv import SmallMapConv2d
+from fastsimclr.models.spec import EncoderSpec
 
 _BLOCKS: dict[str, tuple[type[BasicBlock | Bottleneck], list[int]]] = {
     "resnet18": (BasicBlock, [2, 2, 2, 2]),
@@ -24,34 +26,35 @@ SMALL_IMAGE = 64  # pixels: largest image size for which stem "auto" is "small"
 class Encoder(ResNet):
     """ResNet without a classifier: images (N, 3, H, W) to representations h (N, out_features).
 
-    The attributes name, width and stem ("imagenet" or "small") are its architecture: encoder(name, width, stem) builds
-    the same one.
+    spec: its architecture; `encoder(**asdict(spec))` builds the same one.
     """
 
-    def __init__(self, name: str, width: float, stem: str) -> None:
-        block, layers = _BLOCKS[name]
+    def __init__(self, spec: EncoderSpec) -> None:
+        width, stem, channels = spec.width, spec.stem, spec.channels
+        block, layers = _BLOCKS[spec.name]
         nn.Module.__init__(self)  # ResNet's __init__ fixes the widths: build the same layers here, `width` times wider
-        self.name, self.width, self.stem = name, width, stem
+        self.spec = spec
+        self.name, self.width, self.stem = spec.name, width, stem
         self.transform: Callable[[Any], Tensor] | None = None
-        channels = round(64 * width)
+        features = round(64 * width)  # of the first stage
         self._norm_layer = nn.BatchNorm2d
-        self.inplanes, self.dilation, self.groups, self.base_width = channels, 1, 1, 64
+        self.inplanes, self.dilation, self.groups, self.base_width = features, 1, 1, 64
         self.maxpool: nn.Module
         if stem == "small":  # for CIFAR, as in the paper's appendix B.9
-            self.conv1 = nn.Conv2d(3, self.inplanes, kernel_size=3, stride=1, padding=1, bias=False)
+            self.conv1 = nn.Conv2d(channels, self.inplanes, kernel_size=3, stride=1, padding=1, bias=False)
             self.maxpool = nn.Identity()
         else:
-            self.conv1 = nn.Conv2d(3, self.inplanes, kernel_size=7, stride=2, padding=3, bias=False)
+            self.conv1 = nn.Conv2d(channels, self.inplanes, kernel_size=7, stride=2, padding=3, bias=False)
             self.maxpool = nn.MaxPool2d(kernel_size=3, stride=2, padding=1)
         self.bn1 = nn.BatchNorm2d(self.inplanes)
         self.relu = nn.ReLU(inplace=True)
-        self.layer1 = self._make_layer(block, channels, layers[0])
-        self.layer2 = self._make_layer(block, 2 * channels, layers[1], stride=2)
-        self.layer3 = self._make_layer(block, 4 * channels, layers[2], stride=2)
-        self.layer4 = self._make_layer(block, 8 * channels, layers[3], stride=2)
+        self.layer1 = self._make_layer(block, features, layers[0])
+        self.layer2 = self._make_layer(block, 2 * features, layers[1], stride=2)
+        self.layer3 = self._make_layer(block, 4 * features, layers[2], stride=2)
+        self.layer4 = self._make_layer(block, 8 * features, layers[3], stride=2)
         self.avgpool = nn.AdaptiveAvgPool2d((1, 1))
         self.fc = nn.Identity()
-        self.out_features = 8 * channels * block.expansion
+        self.out_features = 8 * features * block.expansion
 
         for module in self.modules():
             if isinstance(module, nn.Conv2d):
@@ -64,18 +67,9 @@ class Encoder(ResNet):
                 nn.init.zeros_(module.bn3.weight)
 
 
-def encoder(name: str, width: float = 1, stem: str = "auto", *, image_size: int = 224) -> Encoder:
-    """Build a ResNet encoder: images (N, 3, H, W) to representations h (N, encoder.out_features), average-pooled.
-
-    name: "resnet18", "resnet34", "resnet50", "resnet101" or "resnet152".
-    width: width multiplier, applied to the channels of every layer; a multiple of 1/64 (1, 2 or 4 in the paper).
-    stem: "imagenet" (7x7 convolution of stride 2, max-pooling), "small" (3x3 convolution of stride 1, no pooling; for
-        CIFAR), or "auto": "small" for images of up to 64 pixels, otherwise "imagenet".
-    image_size: side of the images in pixels; used only by stem "auto".
-
-    With width 1 and stem "imagenet" the state dict is torchvision's without `fc`. The weights are randomly initialized.
-    Raises ValueError for an unknown name or stem or an invalid width.
-    """
+def resnet(spec: EncoderSpec) -> Encoder:
+    """Build a ResNet of ours. spec.stem may be "auto"."""
+    name, width, stem = spec.name, spec.width, spec.stem
     if name not in _BLOCKS:
         raise UserError(f"encoder: got {name!r}, expected one of {', '.join(ENCODERS)}")
     if stem not in STEMS:
@@ -83,5 +77,5 @@ def encoder(name: str, width: float = 1, stem: str = "auto", *, image_size: int 
     if width <= 0 or 64 * width % 1 != 0:
         raise UserError(f"width: got {width!r}, expected a positive multiple of 1/64, such as 0.5, 1 or 2")
     if stem == "auto":
-        stem = "small" if image_size <= SMALL_IMAGE else "imagenet"
-    return Encoder(name, int(width) if width == int(width) else width, stem)
+        stem = "small" if spec.image_size <= SMALL_IMAGE else "imagenet"
+    return Encoder(replace(spec, width=int(width) if width == int(width) else width, stem=stem))

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from fastsimclr.data.augmentation import Augmentation
 from fastsimclr.data.transform import Transform
 from fastsimclr.errors import UserError
-from fastsimclr.models import ENCODERS, Encoder, encoder
+from fastsimclr.models import ENCODERS, Encoder, EncoderSpec, resnet
 from fastsimclr.pretrained.layouts import Architecture, Weights, architecture_of, check_fits, find_weights
 from fastsimclr.pretrained.safe_pickle import read_foreign
 from fastsimclr.run_folder import RunFolder, is_checkpoint
@@ -115,11 +115,11 @@ def _open(path: Path) -> Pretrained:
 def _from_run(path: Path, state: dict[str, Any]) -> Pretrained:
     import yaml
 
-    built, prefix = state["architecture"], "encoder."
+    built, prefix = state["architecture"]["encoder"], "encoder."
     tensors = {k.removeprefix(prefix): v for k, v in state["model"].items() if k.startswith(prefix)}
     config = yaml.safe_load(state["config"])
     augmentation = Augmentation.from_options(config["data"])
-    model = _build(path, Architecture(built["encoder"], built["width"], built["stem"]), Weights(tensors, ""))
+    model = _build(path, Architecture(built["name"], built["width"], built["stem"]), Weights(tensors, ""))
     return Pretrained(model, augmentation, f"fastsimclr run, step {state['step']}", config)
 
 
@@ -185,7 +185,7 @@ def _build(path: Path, architecture: Architecture, weights: Weights) -> Encoder:
     """Build the encoder with these weights, without changing the random state."""
     try:
         with torch.device("meta"):
-            model = encoder(*architecture)
+            model = resnet(EncoderSpec(*architecture))
         check_fits(weights.state, model)
     except UserError as error:
         raise UserError(f"{path}: {error}") from error

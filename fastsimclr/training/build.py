@@ -1,6 +1,6 @@
 """Build the model, the loss and the optimizer of a run from its options."""
 
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +14,7 @@ from fastsimclr.data.augmentation import Augmentation
 from fastsimclr.distributed import World
 from fastsimclr.errors import UserError
 from fastsimclr.loss import BackendError, NTXentLoss, choose_backend
-from fastsimclr.models import SimCLR, encoder, projector, synchronize_batch_norm
+from fastsimclr.models import SimCLR, as_encoder, encoder, projector, synchronize_batch_norm
 from fastsimclr.optim import build_optimizer, resolve_lr
 from fastsimclr.precision import Precision, choose_precision
 
@@ -35,8 +35,11 @@ class Learner:
     scaler: GradScaler
 
 
-def build_learner(config: Config, world: World) -> Learner:
-    """Build the learner. Raises UserError for options that contradict each other or do not fit this machine."""
+def build_learner(config: Config, world: World, *, channels: int = 3, module: nn.Module | None = None) -> Learner:
+    """Build the learner. Raises UserError for options that contradict each other or do not fit this machine.
+
+    channels: channels of the images. module: the encoder, instead of the one that config.model names.
+    """
     augmentation = config.data.augmentation()
     if augmentation.num_views < 2:
         raise UserError(f"--data.num_views: got {augmentation.num_views}, expected at least 2: the loss compares views")
@@ -54,7 +57,13 @@ def build_learner(config: Config, world: World) -> Learner:
     )
 
     torch.manual_seed(config.seed)
-    chosen = encoder(config.model.encoder, config.model.width, config.model.stem, image_size=augmentation.image_size)
+    size = augmentation.image_size
+    chosen: Any
+    if module is not None:
+        chosen = as_encoder(module, image_size=size, channels=channels)
+    else:
+        name, width, stem = config.model.encoder, config.model.width, config.model.stem
+        chosen = encoder(name, width, stem, image_size=size, channels=channels)
     head = projector(chosen.out_features, config.model.hidden, config.model.out, config.model.layers)
     model: nn.Module = SimCLR(chosen, head)
     model.to(world.device, precision.dtype, memory_format=torch.channels_last)  # type: ignore[call-overload]
@@ -71,9 +80,7 @@ def build_learner(config: Config, world: World) -> Learner:
 def architecture(config: Config, model: nn.Module) -> dict[str, Any]:
     """The options that must be the same when a run resumes from a checkpoint."""
     return {
-        "encoder": config.model.encoder,
-        "width": config.model.width,
-        "stem": model.encoder.stem,  # type: ignore[union-attr]  # not "auto"
+        "encoder": asdict(model.encoder.spec),  # type: ignore[union-attr,arg-type]
         "hidden": config.model.hidden,
         "out": config.model.out,
         "layers": config.model.layers,
@@ -83,13 +90,21 @@ def architecture(config: Config, model: nn.Module) -> dict[str, Any]:
 
 def check_architecture(file: Path, saved: dict[str, Any], expected: dict[str, Any]) -> None:
     """Raise UserError, naming the differences, unless the checkpoint has the architecture of this run."""
+    got = _options(saved)
     differences = [
-        f"{name} {saved.get(name)!r} instead of {value!r}"
-        for name, value in expected.items()
-        if saved.get(name) != value
+        f"{name} {got.get(name)!r} instead of {value!r}"
+        for name, value in _options(expected).items()
+        if got.get(name) != value
     ]
     if differences:
         raise UserError(
             f"{file}: got a checkpoint of another architecture ({', '.join(differences)}); expected that of "
             "this run: change the --model options, or use another --output or --resume never"
         )
+
+
+def _options(architecture: dict[str, Any]) -> dict[str, Any]:
+    """Return the options by name. The image size may change in a run, unless weights depend on it."""
+    built = architecture["encoder"]
+    rest = {name: value for name, value in architecture.items() if name != "encoder"}
+    return {"encoder": built["name"], **{name: built[name] for name in ("width", "stem", "channels")}, **rest}

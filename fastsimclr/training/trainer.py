@@ -14,8 +14,8 @@ from torch.nn.parallel import DistributedDataParallel
 
 from fastsimclr import distributed
 from fastsimclr.config import Config, to_yaml
-from fastsimclr.data import Batch, Source
-from fastsimclr.data.dataset import Dataset, Pair, open_dataset, open_loader
+from fastsimclr.data import Batch
+from fastsimclr.data.dataset import Dataset, Pair, check_pair, open_loader, open_pair
 from fastsimclr.data.loader import LoaderConfig
 from fastsimclr.data.scan import ScanStopped
 from fastsimclr.distributed import World, run_on_all_ranks
@@ -39,9 +39,20 @@ class Trainer:
     """Pre-trains an encoder. Every rank creates one. User errors are raised on all ranks."""
 
     def __init__(
-        self, config: Config, world: World, *, command: Sequence[str] = (), stop: StopSignal | None = None
+        self,
+        config: Config,
+        world: World,
+        *,
+        train: Any = None,
+        val: Any = None,
+        encoder: nn.Module | None = None,
+        command: Sequence[str] = (),
+        stop: StopSignal | None = None,
     ) -> None:
-        """command: the command line, for the record. stop: its signals end the run."""
+        """train, val: images to use instead of those at config.data's paths, as for `open_source`.
+        encoder: the encoder to train instead of the one that config.model names.
+        command: the command line, for the record. stop: its signals end the run.
+        """
         stop = stop or StopSignal()  # never received
         self.config, self.world = config, world
         self._command = list(command)
@@ -52,12 +63,15 @@ class Trainer:
         self.trace: Trace | None = None
         self.untrained_knn: float | None = None
 
+        sources = self._open_sources(train, val)
         # Before the images are checked, which may take long: errors in these options are reported at once.
-        learner = run_on_all_ranks(lambda: build_learner(config, world), world)
+        learner = run_on_all_ranks(
+            lambda: build_learner(config, world, channels=sources[0].pixels.channels, module=encoder), world
+        )
         self.augmentation, self.model, self.optimizer = learner.augmentation, learner.model, learner.optimizer
         self.precision, self.scaler = learner.precision, learner.scaler
         self.loss, self.loss_backend = learner.loss, learner.loss_backend
-        self.data = self._open_data(stop)
+        self.data = self._check_images(sources, stop)
         self.measures_knn = config.knn_every > 0 and self.data.train.has_labels
         self.loader_config = LoaderConfig(
             batch_size=config.batch_size,
@@ -205,29 +219,34 @@ class Trainer:
         self.metrics.close()
         self.loader.close()
 
-    def _open_data(self, stop: StopSignal) -> Dataset:
-        config = self.config
-        assert config.data.train is not None  # set by the preset of the demonstration
+    def _open_sources(self, train: Any, val: Any) -> Pair:
+        config, world = self.config, self.world
+        train = config.data.train if train is None else train
+        val = config.data.val if val is None else val
+        sources = open_pair(train, val, world)
 
-        def check(train: Source, val: Source | None) -> Pair:
-            if config.data.val is not None and not (train.has_labels and val is not None and val.has_labels):
+        def check() -> None:
+            opened, held_out = sources
+            if val is None or held_out is None:
+                return
+            if not (opened.has_labels and held_out.has_labels):
                 raise UserError(
                     "--data.val: got images without labels in it or in --data.train; kNN accuracy needs both"
                 )
-            if config.data.val is not None and val is not None:
-                check_classes(train.classes, val.classes)
-            return train, val
+            check_classes(opened.classes, held_out.classes)
 
+        run_on_all_ranks(check, world)
+        return sources
+
+    def _check_images(self, sources: Pair, stop: StopSignal) -> Dataset:
         try:
-            return open_dataset(
-                config.data.train,
-                config.data.val,
+            return check_pair(
+                sources,
                 world=self.world,
-                backend=config.data.backend,
-                max_bad=config.data.max_bad,
+                backend=self.config.data.backend,
+                max_bad=self.config.data.max_bad,
                 cache=self.folder.path,
                 skipped_to=self.folder.path,
-                select=check,
                 stop=lambda: stop.received != 0,
             )
         except ScanStopped:

@@ -32,6 +32,10 @@ from fastsimclr.train import main as train
 pytestmark = pytest.mark.usefixtures("one_thread")
 
 
+WIDE = {"encoder": {"name": "resnet18", "width": 9, "stem": "small"}}
+"""An architecture that does not fit the weights of the other tests."""
+
+
 def state_dict() -> dict[str, Any]:
     """Return the state dict of a torchvision ResNet-18 with fc."""
     return randomize_norms(torchvision.models.resnet18(num_classes=10)).state_dict()
@@ -201,7 +205,11 @@ HEADER = {
         (lambda: run_with(model={}), "run", "without conv1.weight"),
         (lambda: run_with(model=3), "run", "missing or invalid parts"),
         (lambda: run_with(architecture="resnet18"), "run", "missing or invalid parts"),
-        (lambda: run_with(architecture={"encoder": "resnet18", "width": 9, "stem": "small"}), "run", "conv1.weight"),
+        (
+            lambda: run_with(architecture={"encoder": {"name": "resnet18", "width": 9, "stem": "small"}}),
+            "run",
+            "conv1.weight",
+        ),
         (lambda: run_with(config="data: ["), "run", "missing or invalid parts"),
         (lambda: run_with(config="5"), "run", "missing or invalid parts"),
         (lambda: run_with(config="data: {flip_prob: 7}"), "run", "flip_prob: got 7"),
