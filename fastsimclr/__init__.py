@@ -14,6 +14,7 @@ if TYPE_CHECKING:
     from fastsimclr.models import SimCLR, encoder, projector
     from fastsimclr.optim import LARS
     from fastsimclr.pretrained import import_weights, load_encoder
+    from fastsimclr.training.pretrain import pretrain
 
 __all__ = [
     "LARS",
@@ -28,6 +29,7 @@ __all__ = [
     "load_encoder",
     "nt_xent",
     "open_views",
+    "pretrain",
     "projector",
 ]
 
@@ -42,5 +44,6 @@ __getattr__ = export(
         "fastsimclr.models": ["SimCLR", "encoder", "projector"],
         "fastsimclr.optim": ["LARS"],
         "fastsimclr.pretrained": ["import_weights", "load_encoder"],
+        "fastsimclr.training.pretrain": ["pretrain"],
     },
 )

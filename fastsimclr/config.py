@@ -1,5 +1,6 @@
 """Options of a run as dataclasses; the command line, the YAML files and --help are generated from their fields."""
 
+import difflib
 import re
 import sys
 from collections.abc import Sequence
@@ -222,6 +223,40 @@ def parse_as(
         ("data.image_size").
     Raises UserError for unknown options and invalid values.
     """
+    parser = _parser(kind, program, about, preset)
+    parser.set_defaults(defaults or {})
+    return _instantiate(kind, parser, parser.parse_args(_as_yaml(arguments)))
+
+
+def from_options(options: dict[str, Any]) -> Config:
+    """Return the configuration with these options; sections are dicts. The other options have their defaults.
+
+    Raises UserError, whose text has no "--" before an option, for unknown options and invalid values.
+    """
+    _check_names(options, Config)
+    parser = _parser(Config, "train", "")
+    try:
+        namespace = parser.parse_object(_plain(options))
+        return _instantiate(Config, parser, namespace)
+    except UserError as error:
+        raise UserError(str(error).removeprefix("--").removesuffix(f"; see {parser.prog} --help")) from error
+
+
+def _check_names(options: dict[str, Any], kind: type[Any], section: str = "") -> None:
+    """Raise UserError for a name that is not a field of the dataclass `kind`, and for a section that is not a dict."""
+    known: dict[str, Any] = {f.name: f.default_factory for f in fields(kind)}
+    for name, value in options.items():
+        if name not in known:
+            nearest = difflib.get_close_matches(name, known, n=3, cutoff=0.0)
+            raise UserError(f"{section}{name}: got an unknown option, expected one such as {', '.join(nearest)}")
+        if isinstance(known[name], type):  # the class of a section
+            if not isinstance(value, dict):
+                raise UserError(f"{name}: got {value!r}, expected a dict of its options")
+            _check_names(value, known[name], f"{name}.")
+
+
+def _parser(kind: type[Any], program: str, about: str, preset: Path | None = None) -> "_Parser":
+    """Return the parser of the options `kind`, a dataclass."""
     set_parsing_settings(docstring_parse_attribute_docstrings=True)
     parser = _Parser(
         prog=f"python -m fastsimclr.{program}",
@@ -234,9 +269,7 @@ def parse_as(
         help=f"YAML file of options, or a preset: {', '.join(preset_names())}. Options that follow it override it.",
     )
     parser.add_class_arguments(kind, nested_key=None)
-    parser.set_defaults(defaults or {})
-    namespace = parser.parse_args(_as_yaml(arguments))
-    return _instantiate(kind, parser, namespace)
+    return parser
 
 
 def _as_yaml(arguments: Sequence[str]) -> list[str]:

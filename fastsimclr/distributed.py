@@ -67,10 +67,23 @@ def start(device: str) -> World:
             )
         chosen = torch.device("cuda", index)
         torch.cuda.set_device(chosen)
+    if dist.is_initialized():  # by the user's program, or by an earlier run in this process
+        assert dist.group.WORLD is not None
+        if "cpu" not in {d.type for d in dist.group.WORLD._device_types}:
+            raise UserError(
+                "process group: got one for GPUs only, expected one for CPU tensors, too: "
+                'init_process_group("cpu:gloo,cuda:nccl")'
+            )
+        return World(dist.get_rank(), dist.get_world_size(), chosen)
     if world_size > 1:
         backend = "cpu:gloo,cuda:nccl" if chosen.type == "cuda" else "gloo"
         dist.init_process_group(backend, device_id=chosen if chosen.type == "cuda" else None)
     return World(rank=int(os.environ.get("RANK", "0")), world_size=world_size, device=chosen)
+
+
+def barrier(world: World) -> None:
+    """Wait for all ranks."""
+    gather_objects(None, world)
 
 
 def stop() -> None:

@@ -20,19 +20,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
 def run(config: Config, arguments: Sequence[str]) -> None:
     """Train to the last step, or until a stop signal."""
     from fastsimclr import distributed  # here: --help needs no PyTorch
-    from fastsimclr.data.scan import ScanStopped
-    from fastsimclr.malloc import keep_freed_memory
-    from fastsimclr.training.rank_sync import StopSignal
-    from fastsimclr.training.trainer import Trainer
+    from fastsimclr.training.pretrain import train
 
     try:
-        with StopSignal() as stop:
-            world = distributed.start(config.device)
-            if world.device.type == "cpu":
-                keep_freed_memory()
-            Trainer(config, world, command=["python", "-m", "fastsimclr.train", *arguments], stop=stop).train()
-    except ScanStopped:
-        pass
+        train(config, ["python", "-m", "fastsimclr.train", *arguments])
     finally:
         distributed.stop()
 

@@ -29,6 +29,7 @@ from fastsimclr.errors import UserError
 
 BUILT_IN = ("digits", "cifar10", "stl10")
 NO_LABEL = -1
+_OBJECT = "object:"
 _EXPECTED = "a folder of images, tar shards, digits, cifar10[:ROOT] or stl10[:ROOT]"
 
 
@@ -188,6 +189,11 @@ def open_source(data: Any, *, split: str = "train") -> Source:
     if isinstance(data, Source):
         return data
     path = os.fspath(data)
+    if path.startswith(_OBJECT):
+        raise UserError(
+            f"{path.removeprefix(_OBJECT)}: got the name of an object that a Python program passed to pretrain(), "
+            f"expected {_EXPECTED}: pass the images again, or --data.train on the command line"
+        )
     kind, _, root = path.partition(":")
     if path == "digits":
         return _digits(split)
@@ -200,6 +206,11 @@ def open_source(data: Any, *, split: str = "train") -> Source:
         got = "a file" if folder.exists() else "nothing at that path"
         raise UserError(f"{path}: got {got}, expected {_EXPECTED}")
     return _open_folder(folder)
+
+
+def describe(data: Any) -> str:
+    """Return the path of images, or for an object a name that `open_source` does not open, for the record of a run."""
+    return os.fspath(data) if isinstance(data, str | os.PathLike) else f"{_OBJECT}{type(data).__name__}"
 
 
 def _open_folder(folder: Path) -> FolderSource:

@@ -2,6 +2,7 @@
 
 import contextlib
 import signal
+import threading
 import time
 from collections.abc import Iterator
 from typing import Any
@@ -18,14 +19,18 @@ STOP_SIGNALS = (signal.SIGTERM, signal.SIGINT)
 
 
 class StopSignal:
-    """A context in which STOP_SIGNALS do not end the process; `received` is the latest signal, or 0."""
+    """A context in which STOP_SIGNALS do not end the process; `received` is the latest signal, or 0.
+
+    Outside the main thread, where Python cannot handle signals, it does nothing.
+    """
 
     def __init__(self) -> None:
         self.received = 0
         self._previous_handlers: dict[int, Any] = {}
 
     def __enter__(self) -> "StopSignal":
-        self._previous_handlers = {number: signal.signal(number, self._receive) for number in STOP_SIGNALS}
+        if threading.current_thread() is threading.main_thread():
+            self._previous_handlers = {number: signal.signal(number, self._receive) for number in STOP_SIGNALS}
         return self
 
     def __exit__(self, *_: object) -> None:

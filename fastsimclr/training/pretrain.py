@@ -1,0 +1,157 @@
+"""Pre-train from Python: the same run that the command line starts."""
+
+import atexit
+import json
+import signal
+from collections.abc import Sequence
+from dataclasses import fields
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+from torch import nn
+
+from fastsimclr import distributed
+from fastsimclr.config import Config, DataConfig, from_options
+from fastsimclr.data.augmentation import Augmentation
+from fastsimclr.data.scan import ScanStopped
+from fastsimclr.data.sources import describe
+from fastsimclr.errors import UserError
+from fastsimclr.malloc import keep_freed_memory
+from fastsimclr.pretrained import load_encoder
+from fastsimclr.run_folder import RunFolder
+from fastsimclr.training.rank_sync import StopSignal
+from fastsimclr.training.trainer import Trainer
+
+
+class Run:
+    """A pre-training run and its results, read from its folder."""
+
+    def __init__(self, folder: str | Path, encoder: nn.Module | None = None) -> None:
+        """encoder: the module that was trained, if it is a user's own."""
+        self.folder = Path(folder)
+        self._module = encoder
+
+    @cached_property
+    def encoder(self) -> nn.Module:
+        """The trained encoder, as `load_encoder` returns it: in eval mode, in float32, on the CPU."""
+        return load_encoder(self.folder)
+
+    @cached_property
+    def metrics(self) -> dict[str, NDArray[np.float64]]:
+        """The numbers of metrics.jsonl by name, one array each, in the order of the steps.
+
+        "step", "epoch", "loss", "lr" and the other figures of a step have one value per step: (steps,). "knn_accuracy"
+        and "knn_step", the number of steps before it was measured, have one value per measurement.
+        """
+        columns: dict[str, list[float]] = {}
+        for line in RunFolder(self.folder).metrics.read_text().splitlines():
+            record = json.loads(line)
+            if "loss" not in record:  # an event between steps
+                record = {"knn_accuracy": record.get("knn_accuracy"), "knn_step": record["step"]}
+                if record["knn_accuracy"] is None:
+                    continue
+            for name, value in record.items():
+                if isinstance(value, int | float):
+                    columns.setdefault(name, []).append(value)
+        return {name: np.array(values, np.float64) for name, values in columns.items()}
+
+    @property
+    def knn_accuracy(self) -> float | None:
+        """The latest kNN accuracy, a fraction; None if it was not measured."""
+        measured = self.metrics.get("knn_accuracy")
+        return None if measured is None else float(measured[-1])
+
+    def __repr__(self) -> str:
+        return f"Run({str(self.folder)!r})"
+
+
+def pretrain(
+    data: Any,
+    encoder: str | nn.Module = "resnet50",
+    *,
+    augmentation: Augmentation | None = None,
+    val: Any = None,
+    output: str | Path | None = None,
+    **options: Any,
+) -> Run:
+    """Pre-train an encoder with SimCLR, and return the run. The same as `fastsimclr train`, with the same files.
+
+    data: the images: what --data.train takes (a folder, tar shards, "cifar10", …), or an object that
+        `fastsimclr.open_views` takes: a torch Dataset, an array (N, H, W, C), a Hugging Face dataset, a list of files.
+    encoder: a name that `fastsimclr.encoder` takes, or a module that maps images (N, C, H, W) to (N, F) or
+        (N, F, h, w). A module is trained in place.
+    augmentation: recipe of the views; None uses the default recipe, that of the paper for ImageNet.
+    val: labeled images to measure kNN accuracy on, in the same forms as `data`.
+    output: folder of the run. The same call with the same folder resumes an interrupted run. None creates a new folder
+        runs/DATA-ENCODER-TIME.
+    options: options of `fastsimclr train` by name, those of its data section, too: batch_size=256, epochs=100,
+        image_size=96, workers=4. The other sections are dicts: optim={"name": "sgd"}, loss={"temperature": 0.2}.
+
+    Under torchrun every rank makes the same call. SIGINT saves a checkpoint before KeyboardInterrupt is raised, and
+    SIGTERM before SystemExit.
+    Raises UserError, a ValueError, for invalid options and unusable data.
+    """
+    module = None if isinstance(encoder, str) else encoder
+    config = _configure(data, encoder, augmentation, val, output, options)
+    command = ["fastsimclr.pretrain"]
+    # Not at the end of the run: torchrun's store still has the addresses of this process group, so a second one fails.
+    atexit.register(distributed.stop)
+    trainer = train(config, command, train=_object(data), val=_object(val), encoder=module)
+    if trainer is None or trainer.sync.stop_signal:
+        interrupted = trainer is None or trainer.sync.stop_signal == signal.SIGINT
+        raise KeyboardInterrupt if interrupted else SystemExit(0)
+    return Run(trainer.folder.path, module)
+
+
+def train(config: Config, command: Sequence[str], **objects: Any) -> Trainer | None:
+    """Run a Trainer to its last step, or until a stop signal. Return it, or None if it stopped while checking images.
+
+    command: the command line, for the record. objects: arguments of Trainer.
+    """
+    with StopSignal() as stop:
+        world = distributed.start(config.device)
+        if world.device.type == "cpu":
+            keep_freed_memory()
+        try:
+            trainer = Trainer(config, world, command=command, stop=stop, **objects)
+            trainer.train()
+        except ScanStopped:
+            return None
+        distributed.barrier(world)  # until rank 0 has written the last checkpoint
+        return trainer
+
+
+def _configure(
+    data: Any,
+    encoder: str | nn.Module,
+    augmentation: Augmentation | None,
+    val: Any,
+    output: str | Path | None,
+    options: dict[str, Any],
+) -> Config:
+    recipe = {f.name for f in fields(Augmentation)}
+    of_data = {f.name for f in fields(DataConfig)} - {"train", "val"}
+    section = {name: value for name, value in options.items() if name in of_data}
+    if augmentation is not None:
+        twice = sorted(recipe & set(section))
+        if twice:
+            raise UserError(f"{twice[0]}: got it in `augmentation` and as an option, expected one of them")
+        section |= {name: getattr(augmentation, name) for name in recipe}
+    sections = {name: value for name, value in options.items() if name not in of_data}
+    sections["data"] = section | {"train": describe(data), "val": None if val is None else describe(val)}
+    model = sections.get("model", {})
+    if "encoder" in model:
+        raise UserError("model: got an encoder in it, expected it as the argument `encoder`")
+    name = encoder if isinstance(encoder, str) else f"module {type(encoder).__name__}"
+    sections["model"] = model | {"encoder": name}
+    if output is not None:
+        sections["output"] = str(output)
+    return from_options(sections)
+
+
+def _object(data: Any) -> Any:
+    """Return `data` unless the configuration names it."""
+    return None if isinstance(data, str | Path) else data
