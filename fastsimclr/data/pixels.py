@@ -19,3 +19,8 @@ class PixelFormat:
 
 RGB8 = PixelFormat()
 """8-bit RGB."""
+
+
+def default_format(channels: int, dtype: torch.dtype) -> PixelFormat:
+    """Return the format of images that use the whole range of an integer dtype, or are floats from 0 to 1."""
+    return PixelFormat(channels, dtype, (0.0, 1.0 if dtype.is_floating_point else float(torch.iinfo(dtype).max)))

@@ -14,6 +14,7 @@ import re
 import tarfile
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
+from copy import copy
 from pathlib import Path
 from typing import Any
 
@@ -24,7 +25,7 @@ from PIL import Image
 from torch import Tensor
 
 from fastsimclr.data.images import EXTENSIONS
-from fastsimclr.data.pixels import RGB8, PixelFormat
+from fastsimclr.data.pixels import RGB8, PixelFormat, default_format
 from fastsimclr.errors import UserError
 
 BUILT_IN = ("digits", "cifar10", "stl10")
@@ -63,8 +64,19 @@ class Source(ABC):
         """Return a source of the images `indices` (K,), in that order. It has the same classes, even unused ones."""
 
 
-class ArraySource(Source):
-    """Images of one size, already decoded: (N, H, W, 3) uint8."""
+class DecodedSource(Source):
+    """Images that come decoded."""
+
+    @abstractmethod
+    def image(self, index: int) -> Tensor:
+        """Return image `index` as (C, H, W), in the format `pixels`. Raises UserError if it cannot be used."""
+
+    @abstractmethod
+    def subset(self, indices: NDArray[np.int64]) -> "DecodedSource": ...
+
+
+class ArraySource(DecodedSource):
+    """Images of one size in memory: (N, H, W, C)."""
 
     def __init__(
         self,
@@ -76,6 +88,10 @@ class ArraySource(Source):
     ) -> None:
         """origin: source of the files from which the images were decoded."""
         self.title, self.images, self.labels, self.classes, self.origin = title, images, labels, classes, origin
+        self.pixels = default_format(images.shape[3], images.dtype) if origin is None else origin.pixels
+
+    def image(self, index: int) -> Tensor:
+        return self.images[index].permute(2, 0, 1)
 
     def name(self, index: int) -> str:
         return f"{self.title}[{index}]" if self.origin is None else self.origin.name(index)
@@ -84,10 +100,10 @@ class ArraySource(Source):
         return super().class_name(label) if self.origin is None else self.origin.class_name(label)
 
     def subset(self, indices: NDArray[np.int64]) -> "ArraySource":
-        origin = None if self.origin is None else self.origin.subset(indices)
-        return ArraySource(
-            self.title, self.images[torch.from_numpy(indices)], self.labels[indices], self.classes, origin
-        )
+        part = copy(self)
+        part.images, part.labels = self.images[torch.from_numpy(indices)], self.labels[indices]
+        part.origin = None if self.origin is None else self.origin.subset(indices)
+        return part
 
 
 class EncodedSource(Source):
@@ -133,7 +149,8 @@ class FolderSource(EncodedSource):
         return self.files, np.arange(len(self)), np.zeros(len(self), np.int64)
 
     def subset(self, indices: NDArray[np.int64]) -> "FolderSource":
-        part = FolderSource(self.files[indices], self.labels[indices], self.classes)
+        part = copy(self)
+        part.files, part.labels = self.files[indices], self.labels[indices]
         part.sizes = None if self.sizes is None else self.sizes[indices]
         return part
 
@@ -175,7 +192,8 @@ class TarSource(EncodedSource):
         return str(label) if all(name.isdigit() for name in self.classes) else self.classes[label]
 
     def subset(self, indices: NDArray[np.int64]) -> "TarSource":
-        part = TarSource(self.shards, self.members[indices], self.extents[indices], self.labels[indices], self.classes)
+        part = copy(self)
+        part.members, part.extents, part.labels = self.members[indices], self.extents[indices], self.labels[indices]
         part.sizes = None if self.sizes is None else self.sizes[indices]
         return part
 

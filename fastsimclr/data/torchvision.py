@@ -22,7 +22,7 @@ from fastsimclr.data.augmentation import Augmentation
 from fastsimclr.data.images import decode
 from fastsimclr.data.loader import BatchRequest, CroppedBatch
 from fastsimclr.data.params import ViewParams, sample_batch_params
-from fastsimclr.data.sources import ArraySource, EncodedSource, Source
+from fastsimclr.data.sources import ArraySource, DecodedSource, EncodedSource, Source
 from fastsimclr.errors import UserError
 from fastsimclr.profiling import stage
 
@@ -159,9 +159,9 @@ class _Crops(Dataset[CroppedBatch | UserError]):
 
 
 def decoded(source: Source, index: int) -> Tensor:
-    """Return image `index` as (3, H, W) uint8."""
-    if isinstance(source, ArraySource):
-        return source.images[index].permute(2, 0, 1)
+    """Return image `index` as (C, H, W), in the format `source.pixels`."""
+    if isinstance(source, DecodedSource):
+        return source.image(index)
     assert isinstance(source, EncodedSource)
     return decode(source.read(index), source.name(index))
 
