@@ -59,11 +59,16 @@ def _import_module(name: str, folder: Path) -> ModuleType:
     except Exception as error:  # of the user's code
         if isinstance(error, ModuleNotFoundError) and error.name and f"{name}.".startswith(f"{error.name}."):
             raise UserError(f"got module {name}, which is not found in {folder} or among installed packages") from error
-        raise UserError(f"got module {name}, which fails to import: {describe_failure(error)}") from error
+        raise UserError(
+            f"got module {name}, which fails to import: {describe_failure(error)}{_where(error)}"
+        ) from error
 
 
 def describe_failure(error: Exception) -> str:
-    """Describe an exception of a user's code in one line: its type, message, and where it was raised."""
-    frames = traceback.extract_tb(error.__traceback__)
-    message = (str(error).splitlines() or [""])[0]
-    return f"{type(error).__name__}: {message} ({Path(frames[-1].filename).name}, line {frames[-1].lineno})"
+    """Describe an exception of a user's or a library's code in one line."""
+    return f"{type(error).__name__}: {(str(error).splitlines() or [''])[0]}"
+
+
+def _where(error: Exception) -> str:
+    last = traceback.extract_tb(error.__traceback__)[-1]
+    return f" ({Path(last.filename).name}, line {last.lineno})"

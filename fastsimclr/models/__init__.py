@@ -1,6 +1,7 @@
 """Encoders and the projection head."""
 
-from fastsimclr.models.registry import Backbone, as_encoder, build, encoder
+from fastsimclr.models.backbone import Backbone, as_encoder, count_features, import_module
+from fastsimclr.models.registry import build, encoder, encoder_names
 from fastsimclr.models.resnet import ENCODERS, STEMS, Encoder, resnet
 from fastsimclr.models.simclr import SimCLR, projector
 from fastsimclr.models.spec import USER_MODULE, EncoderSpec
@@ -16,7 +17,10 @@ __all__ = [
     "SimCLR",
     "as_encoder",
     "build",
+    "count_features",
     "encoder",
+    "encoder_names",
+    "import_module",
     "projector",
     "resnet",
     "synchronize_batch_norm",

@@ -1,33 +1,20 @@
-"""Encoders by name: ours, timm's and torchvision's; and any nn.Module as an encoder."""
+"""Encoders by name: ours, timm's and torchvision's."""
 
-import inspect
+import difflib
+import importlib.util
+import itertools
 from collections.abc import Callable
 from dataclasses import asdict
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 from fastsimclr.errors import UserError
+from fastsimclr.imports import describe_failure
+from fastsimclr.models.backbone import Backbone
 from fastsimclr.models.resnet import ENCODERS, Encoder, resnet
 from fastsimclr.models.spec import USER_MODULE, EncoderSpec
-
-
-class Backbone(nn.Module):
-    """Any image backbone as an encoder: images (N, C, H, W) to representations h (N, out_features).
-
-    module: returns features (N, F), or feature maps (N, F, h, w), which are averaged over h and w.
-    """
-
-    def __init__(self, module: nn.Module, spec: EncoderSpec) -> None:
-        super().__init__()
-        self.module, self.spec = module, spec
-        self.transform: Callable[[Any], Tensor] | None = None
-        self.out_features = _probe(self)
-
-    def forward(self, images: Tensor) -> Tensor:
-        h: Tensor = self.module(images)
-        return h.mean((2, 3)) if h.ndim == 4 else h
 
 
 def encoder(
@@ -41,7 +28,8 @@ def encoder(
     """Build an encoder: images (N, channels, H, W) to representations h (N, encoder.out_features).
 
     name: "resnet18", "resnet34", "resnet50", "resnet101" or "resnet152"; "timm/NAME" or "torchvision/NAME" for any
-        image backbone of timm or torchvision, without its classifier.
+        image backbone of timm or torchvision, without its classifier and with pooled features. `encoder_names` lists
+        all names.
     width: width multiplier of our ResNets, applied to the channels of every layer; a multiple of 1/64 (1, 2 or 4 in
         the paper).
     stem: first layers of our ResNets: "imagenet" (7x7 convolution of stride 2, max-pooling), "small" (3x3 convolution
@@ -49,27 +37,35 @@ def encoder(
     image_size: side of the images in pixels; used by stem "auto" and by encoders with position embeddings.
     channels: channels of the images.
 
-    encoder.spec holds these arguments. The weights are randomly initialized. With width 1 and stem "imagenet" the state
-    dict of our ResNets is torchvision's without `fc`.
-    Raises ValueError for an unknown name or stem or an invalid width.
+    encoder.spec holds these arguments. The weights are randomly initialized; nothing is downloaded. With width 1 and
+    stem "imagenet" the state dict of our ResNets is torchvision's without `fc`.
+    Raises ValueError for an unknown name or stem, an invalid width, or images that the encoder does not support.
     """
     library, _, model = name.partition("/")
-    if model and library in _LIBRARIES:
-        spec = EncoderSpec(name, image_size=image_size, channels=channels)
-        return Backbone(_LIBRARIES[library](model, image_size, channels), spec)
-    if name not in ENCODERS:
-        raise UserError(f"encoder: got {name!r}, expected {', '.join(ENCODERS)}, timm/NAME or torchvision/NAME")
-    return resnet(EncoderSpec(name, width, stem, image_size, channels))
-
-
-def as_encoder(module: nn.Module, *, image_size: int, channels: int) -> nn.Module:
-    """Return a user's module as an encoder. An encoder built by `encoder` is returned as it is.
-
-    Raises UserError unless it maps images (N, channels, image_size, image_size) to (N, F) or (N, F, h, w).
-    """
-    if isinstance(module, Encoder | Backbone):
-        return module
-    return Backbone(module, EncoderSpec(USER_MODULE, image_size=image_size, channels=channels))
+    if library not in _LIBRARIES or not model:
+        if name not in ENCODERS:
+            raise UserError(
+                f"encoder: got {name!r}, expected one of {', '.join(ENCODERS)}, timm/NAME or torchvision/NAME; "
+                f"the nearest are {_nearest(name, encoder_names())}"
+            )
+        return resnet(EncoderSpec(name, width, stem, image_size, channels))
+    if width != 1 or stem == "small":
+        raise UserError(
+            f"width, stem: got {width:g}, {stem} for {name}; expected 1, auto: only our ResNets have others"
+        )
+    names, build_module = _LIBRARIES[library]
+    if model.partition(".")[0] not in names():
+        raise UserError(
+            f"encoder: got {name!r}, which is no image classifier of {library}; "
+            f"the nearest are {_nearest(name, [f'{library}/{each}' for each in names()])}"
+        )
+    try:
+        module, fixed_size = build_module(model, image_size, channels)
+    except Exception as error:  # of a library, for a size or number of channels that the model does not support
+        size = f"{channels} x {image_size} x {image_size}"
+        raise UserError(f"encoder: got {name} for images of {size}, which fails: {describe_failure(error)}") from error
+    spec = EncoderSpec(name, image_size=image_size, channels=channels)
+    return Backbone(module, spec, fixed_size=fixed_size)
 
 
 def build(spec: EncoderSpec) -> Encoder | Backbone:
@@ -79,58 +75,88 @@ def build(spec: EncoderSpec) -> Encoder | Backbone:
     return encoder(**asdict(spec))
 
 
-def _timm(name: str, image_size: int, channels: int) -> nn.Module:
+def encoder_names() -> list[str]:
+    """Return every name that `encoder` builds: of ours, and of timm (if it is installed) and torchvision."""
+    libraries = {library: names for library, (names, _) in _LIBRARIES.items()}
+    if importlib.util.find_spec("timm") is None:
+        del libraries["timm"]
+    return [*ENCODERS, *(f"{library}/{name}" for library, names in libraries.items() for name in names())]
+
+
+def _nearest(name: str, names: list[str]) -> str:
+    """Return the three names nearest to `name`, which may lack its library."""
+    by_model = {full.rpartition("/")[2]: full for full in reversed(names)}
+    model = name.rpartition("/")[2]
+    completed = [each for each in reversed(by_model) if model and each.startswith(model)][:3]
+    return ", ".join(by_model[each] for each in completed or difflib.get_close_matches(model, by_model, 3, cutoff=0))
+
+
+def _timm_names() -> list[str]:
     try:
         import timm
     except ImportError as error:
-        raise UserError(f"encoder: got timm/{name}, but timm is not installed; pip install timm") from error
+        raise UserError("encoder: got timm/NAME, but timm is not installed: pip install timm") from error
+    return timm.list_models()
+
+
+def _timm(name: str, image_size: int, channels: int) -> tuple[nn.Module, bool]:
+    """Return a model of timm without its classifier, and whether its weights depend on the size of the images."""
+    import timm
+
     try:
-        try:
-            return timm.create_model(name, num_classes=0, in_chans=channels, img_size=image_size)
-        except TypeError:  # an encoder for images of any size
-            return timm.create_model(name, num_classes=0, in_chans=channels)
-    except RuntimeError as error:
-        raise UserError(f"encoder: got timm/{name} ({error}), expected a name of timm.list_models()") from error
+        return timm.create_model(name, num_classes=0, in_chans=channels, img_size=image_size), True
+    except TypeError as error:
+        if "img_size" not in str(error):
+            raise
+        return timm.create_model(name, num_classes=0, in_chans=channels), False
 
 
-def _torchvision(name: str, image_size: int, channels: int) -> nn.Module:
+def _torchvision_names() -> list[str]:
     from torchvision import models
 
-    try:
-        builder = models.get_model_builder(name)
-    except ValueError as error:
-        raise UserError(f"encoder: got torchvision/{name} ({error}), expected a name of its list_models()") from error
-    options = {"image_size": image_size} if "image_size" in inspect.signature(builder).parameters else {}
-    model = builder(weights=None, **options)
-    for path in ("fc", "classifier", "head", "heads.head"):
-        parent, _, last = path.rpartition(".")
-        owner = getattr(model, parent, None) if parent else model
-        if owner is not None and hasattr(owner, last):
-            setattr(owner, last, nn.Identity())
-    return model
+    return models.list_models(module=models)  # without detection, segmentation, video, optical flow and quantization
 
 
-_LIBRARIES: dict[str, Callable[[str, int, int], nn.Module]] = {"timm": _timm, "torchvision": _torchvision}
+def _torchvision(name: str, image_size: int, channels: int) -> tuple[nn.Module, bool]:
+    """Return a model of torchvision without its classifier, and whether its weights depend on the size of the images.
+
+    Kept are the layers of a classifier before its first linear one: pooling, normalization, flattening.
+    """
+    from torchvision import models
+
+    options: dict[str, Any] = {}
+    if name.startswith("vit_"):
+        options = {"image_size": image_size}
+    elif name.startswith("maxvit_"):
+        options = {"input_size": (image_size, image_size)}
+    elif name in ("googlenet", "inception_v3"):
+        options = {"aux_logits": False, "init_weights": True}
+    model = models.get_model(name, weights=None, **options)
+    if isinstance(model, models.SqueezeNet):  # its classifier is a convolution, and its features are maps
+        model.classifier = nn.AdaptiveAvgPool2d(1)
+    elif isinstance(model, models.AlexNet | models.VGG):  # whose pooling leaves 6x6 or 7x7 positions
+        model.avgpool, model.classifier = nn.AdaptiveAvgPool2d(1), nn.Identity()
+    else:
+        (head,) = (each for each in ("fc", "classifier", "head", "heads") if hasattr(model, each))
+        setattr(model, head, nn.Sequential(*itertools.takewhile(_is_kept, getattr(model, head).children())))
+    if channels != 3:
+        _set_channels(model, channels)
+    return model, "image_size" in options or "input_size" in options
 
 
-def _probe(backbone: Backbone) -> int:
-    """Return the number of features, from a forward pass of two images. Raises UserError for another output."""
-    spec, module = backbone.spec, backbone.module
-    reference = next(module.parameters(), torch.empty(0))
-    images = torch.zeros(2, spec.channels, spec.image_size, spec.image_size, device=reference.device)
-    training = module.training
-    module.eval()
-    try:
-        with torch.no_grad(), torch.random.fork_rng(devices=[]):
-            h = backbone(images.to(reference.dtype))
-    except RuntimeError as error:
-        raise UserError(
-            f"encoder: got {spec.name}, which fails on images {tuple(images.shape)} "
-            f"({str(error).splitlines()[0]}); expected (N, F) or (N, F, h, w)"
-        ) from error
-    finally:
-        module.train(training)
-    if not isinstance(h, Tensor) or h.ndim != 2 or len(h) != 2:
-        got = tuple(h.shape) if isinstance(h, Tensor) else type(h).__name__
-        raise UserError(f"encoder: got {spec.name} with output {got}, expected (2, F) or (2, F, h, w) for 2 images")
-    return h.shape[1]
+def _is_kept(layer: nn.Module) -> bool:
+    return not isinstance(layer, nn.Linear | nn.Dropout)
+
+
+def _set_channels(model: nn.Module, channels: int) -> None:
+    """Give the first convolution `channels` input channels, with weights of the same standard deviation."""
+    conv = next(each for each in model.modules() if isinstance(each, nn.Conv2d))
+    weight = torch.randn(conv.out_channels, channels, *conv.kernel_size) * conv.weight.detach().std()
+    conv.in_channels, conv.weight = channels, nn.Parameter(weight)
+
+
+_LIBRARIES: dict[str, tuple[Callable[[], list[str]], Callable[[str, int, int], tuple[nn.Module, bool]]]] = {
+    "timm": (_timm_names, _timm),
+    "torchvision": (_torchvision_names, _torchvision),
+}
+"""The names of a library's image classifiers, and the function that builds one without its classifier."""

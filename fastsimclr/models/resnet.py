@@ -34,7 +34,6 @@ class Encoder(ResNet):
         block, layers = _BLOCKS[spec.name]
         nn.Module.__init__(self)  # ResNet's __init__ fixes the widths: build the same layers here, `width` times wider
         self.spec = spec
-        self.name, self.width, self.stem = spec.name, width, stem
         self.transform: Callable[[Any], Tensor] | None = None
         features = round(64 * width)  # of the first stage
         self._norm_layer = nn.BatchNorm2d
