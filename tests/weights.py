@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from fastsimclr import SimCLR, projector
 from fastsimclr.config import parse, to_yaml
-from fastsimclr.models import Encoder
+from fastsimclr.models import Backbone, Encoder
 from fastsimclr.run_folder import RunFolder
 
 M = TypeVar("M", bound=nn.Module)
@@ -44,14 +44,15 @@ def outputs(module: nn.Module, side: int = 64) -> Tensor:
     return h.flatten(1)
 
 
-def save_run(folder: Path, encoder: Encoder, *options: str) -> Path:
+def save_run(folder: Path, encoder: Encoder | Backbone, *options: str) -> Path:
     """Write a run folder with a checkpoint as train writes it at step 7; return it. `options` are options of train."""
-    model = {"encoder": encoder.name, "width": encoder.width, "stem": encoder.stem}
+    spec = encoder.spec
+    model = {"encoder": spec.name, "width": spec.width, "stem": spec.stem}
     config = parse(["--data.train=photos", *(f"--model.{name}={value}" for name, value in model.items()), *options])
     state = {
         "step": 7,
         "batch_size": 256,
-        "architecture": {"encoder": asdict(encoder.spec)},
+        "architecture": {"encoder": asdict(spec)},
         "model": SimCLR(encoder, projector(encoder.out_features, hidden=8, out=8)).state_dict(),
         "config": to_yaml(config),
     }

@@ -1,5 +1,5 @@
 """Load encoders from files: checkpoints of a run, exports, and other projects' checkpoints."""
 
-from fastsimclr.pretrained.load import TIMM_FILES, Pretrained, import_weights, load_encoder, open_pretrained
+from fastsimclr.pretrained.load import Pretrained, import_weights, load_encoder, load_state, open_pretrained
 
-__all__ = ["TIMM_FILES", "Pretrained", "import_weights", "load_encoder", "open_pretrained"]
+__all__ = ["Pretrained", "import_weights", "load_encoder", "load_state", "open_pretrained"]

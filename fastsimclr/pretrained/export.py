@@ -20,7 +20,8 @@ from fastsimclr.data.augmentation import Augmentation
 from fastsimclr.data.transform import Transform
 from fastsimclr.errors import UserError
 from fastsimclr.models import Encoder
-from fastsimclr.pretrained.load import TIMM_FILES, Pretrained, open_pretrained
+from fastsimclr.pretrained.files import FOLDER_FILES, FORMAT
+from fastsimclr.pretrained.load import Pretrained, open_pretrained
 from fastsimclr.run_folder import RunFolder, check_new, rename_atomically
 
 OPSET = 18  # ONNX opset, from 2022
@@ -54,12 +55,12 @@ def export(options: argparse.Namespace) -> str:
     except OSError as error:
         raise UserError(f"--output: got {output}, which cannot be written ({error.strerror or error})") from error
     encoder, augmentation = pretrained.encoder, pretrained.augmentation
-    width = f" of width {encoder.width}" if encoder.width != 1 else ""
+    width = f" of width {encoder.spec.width}" if encoder.spec.width != 1 else ""
     images = "prepare images as in training; the checkpoint does not record how"
     if augmentation is not None:
         images = f"prepare an image (3, H, W) uint8 by\n{Transform.from_augmentation(augmentation).code()}"
     return (
-        f"{output}: {encoder.name}{width} of {source} ({pretrained.origin}) for {options.format}, "
+        f"{output}: {encoder.spec.name}{width} of {source} ({pretrained.origin}) for {options.format}, "
         f"{size / 2**20:.1f} MiB; load it with `{hint}`; {images}"
     )
 
@@ -82,41 +83,47 @@ def _put(partial: Path, output: Path) -> None:
 def write_torchvision(pretrained: Pretrained, file: Path, output: Path) -> str:
     """Write a state dict for torchvision's ResNet without fc. The returned code also replaces the stem, if small."""
     encoder = pretrained.encoder
-    if encoder.width != 1:
+    if encoder.spec.width != 1:
         raise UserError(
-            f"--format: got torchvision for an encoder of width {encoder.width}, which torchvision does not have; "
+            f"--format: got torchvision for an encoder of width {encoder.spec.width}, which torchvision does not have; "
             "expected safetensors or onnx"
         )
     _refuse_unusual_stem(encoder, "torchvision")
     torch.save(_tensors(encoder), file)
-    small = f"model.conv1 = {_conv1(encoder)}; model.maxpool = torch.nn.Identity(); " if encoder.stem == "small" else ""
+    small = (
+        f"model.conv1 = {_conv1(encoder)}; model.maxpool = torch.nn.Identity(); "
+        if encoder.spec.stem == "small"
+        else ""
+    )
     return (
-        f"model = torchvision.models.{encoder.name}(); model.fc = torch.nn.Identity(); {small}"
+        f"model = torchvision.models.{encoder.spec.name}(); model.fc = torch.nn.Identity(); {small}"
         f"model.load_state_dict(torch.load({str(output)!r}, weights_only=True))"
     )
 
 
 def write_safetensors(pretrained: Pretrained, file: Path, output: Path) -> str:
-    """Write tensors by torchvision's names; the header holds the architecture and the augmentation for load_encoder."""
+    """Write a folder for load_encoder: the tensors, how the encoder is built, and the preparation of its images."""
     encoder = pretrained.encoder
-    header = _about(pretrained) | {
-        "format": "fastsimclr",
-        "stem_padding": str(encoder.conv1.padding[0]),
-        "stem_relu": str(isinstance(encoder.relu, nn.ReLU)).lower(),
-    }
+    config = {"format": FORMAT, "encoder": asdict(encoder.spec), "origin": pretrained.origin}
+    if isinstance(encoder, Encoder):
+        config |= {"stem_padding": encoder.conv1.padding[0], "stem_relu": isinstance(encoder.relu, nn.ReLU)}
     if pretrained.augmentation is not None:
-        header["augmentation"] = json.dumps(asdict(pretrained.augmentation))
+        config["augmentation"] = asdict(pretrained.augmentation)
     if pretrained.config is not None:
-        header["config"] = json.dumps(pretrained.config)
-    save_file(_tensors(encoder), file, header)
+        config["config"] = pretrained.config
+    _write_folder(file, config, _tensors(encoder))
     return f"encoder = fastsimclr.load_encoder({str(output)!r})"
 
 
 def write_timm(pretrained: Pretrained, file: Path, output: Path) -> str:
     """Write a folder with the files that timm itself would write for the model."""
     encoder, augmentation = pretrained.encoder, pretrained.augmentation
-    if encoder.width != 1 or encoder.stem != "imagenet":
-        what = f"the small stem of {encoder.name}" if encoder.width == 1 else f"an encoder of width {encoder.width}"
+    if encoder.spec.width != 1 or encoder.spec.stem != "imagenet":
+        what = (
+            f"the small stem of {encoder.spec.name}"
+            if encoder.spec.width == 1
+            else f"an encoder of width {encoder.spec.width}"
+        )
         raise UserError(f"--format: got timm for {what}, which timm does not have; expected safetensors or onnx")
     _refuse_unusual_stem(encoder, "timm")
     prepared: dict[str, Any] = {}
@@ -125,7 +132,7 @@ def write_timm(pretrained: Pretrained, file: Path, output: Path) -> str:
         prepared = {"input_size": [3, side, side], "interpolation": augmentation.interpolation, "crop_pct": fraction}
         prepared |= {"crop_mode": "center", "mean": list(augmentation.mean), "std": list(augmentation.std)}
     config = {
-        "architecture": encoder.name,
+        "architecture": encoder.spec.name,
         "num_classes": 0,
         "num_features": encoder.out_features,
         "global_pool": "avg",
@@ -139,10 +146,7 @@ def write_timm(pretrained: Pretrained, file: Path, output: Path) -> str:
             **prepared,
         },
     }
-    config_file, weights_file = (file / name for name in TIMM_FILES)
-    file.mkdir()
-    config_file.write_text(json.dumps(config, indent=2) + "\n")
-    save_file(_tensors(encoder), weights_file, {"format": "pt"})
+    _write_folder(file, config, _tensors(encoder))
     return f"model = timm.create_model({f'local-dir:{output}'!r}, pretrained=True, num_classes=0)"
 
 
@@ -161,7 +165,7 @@ def write_onnx(pretrained: Pretrained, file: Path, output: Path) -> str:
             f"--format: got onnx, but {error.name} is not installed; pip install 'fastsimclr[onnx]'"
         ) from error
     encoder, augmentation = pretrained.encoder, pretrained.augmentation
-    side = augmentation.image_size if augmentation is not None else DEFAULT_IMAGE_SIZE[encoder.stem]
+    side = augmentation.image_size if augmentation is not None else DEFAULT_IMAGE_SIZE[encoder.spec.stem]
     with warnings.catch_warnings(), contextlib.redirect_stdout(io.StringIO()):
         warnings.simplefilter("ignore")  # from inside the exporter
         program = torch.onnx.export(
@@ -215,7 +219,7 @@ class Format(NamedTuple):
 
 FORMATS = {
     "torchvision": Format(write_torchvision, (".pt", ".pth")),
-    "safetensors": Format(write_safetensors, (".safetensors",)),
+    "safetensors": Format(write_safetensors, ()),
     "onnx": Format(write_onnx, (".onnx",)),
     "timm": Format(write_timm, ()),
 }
@@ -224,13 +228,20 @@ FORMATS = {
 # Helpers of the formats
 
 
+def _write_folder(folder: Path, config: dict[str, Any], tensors: dict[str, Tensor]) -> None:
+    config_file, weights_file = (folder / name for name in FOLDER_FILES)
+    folder.mkdir()
+    config_file.write_text(json.dumps(config, indent=2) + "\n")
+    save_file(tensors, weights_file, {"format": "pt"})
+
+
 def _tensors(encoder: Encoder) -> dict[str, Tensor]:
     return {name: value.detach().clone().contiguous() for name, value in encoder.state_dict().items()}
 
 
 def _about(pretrained: Pretrained) -> dict[str, str]:
     encoder = pretrained.encoder
-    architecture = {"encoder": encoder.name, "width": str(encoder.width), "stem": encoder.stem}
+    architecture = {"encoder": encoder.spec.name, "width": str(encoder.spec.width), "stem": encoder.spec.stem}
     return architecture | {"origin": pretrained.origin}
 
 

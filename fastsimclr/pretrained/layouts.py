@@ -1,19 +1,19 @@
-"""Checkpoint layouts: how each project names a ResNet's tensors, and which of them belong to the encoder.
+"""Checkpoint layouts: how each project names an encoder's tensors, and which of the tensors belong to the encoder.
 
-A layout is recognized by names and shapes alone, and converted to torchvision's names. The caller adds the file's name
-to errors.
+The layout of a ResNet is recognized by names and shapes alone, and converted to torchvision's names. The tensors of any
+other encoder are found by their names. The caller adds the file's name to errors.
 """
 
 import re
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, replace
-from typing import Any, NamedTuple
+from typing import Any
 
 from torch import Tensor
 
 from fastsimclr.data.augmentation import Augmentation
 from fastsimclr.errors import UserError
-from fastsimclr.models import ENCODERS, Encoder
+from fastsimclr.models import ENCODERS, EncoderSpec
 
 State = dict[str, Tensor]
 
@@ -23,7 +23,7 @@ GOOGLE_AUGMENTATION = Augmentation(mean=(0.0, 0.0, 0.0), std=(1.0, 1.0, 1.0))
 
 @dataclass(frozen=True)
 class Weights:
-    """An encoder's tensors by torchvision's names, and properties of the encoder that no tensor holds."""
+    """An encoder's tensors by their names in its library, and properties of the encoder that no tensor holds."""
 
     state: State
     origin: str
@@ -36,11 +36,11 @@ class Weights:
 
 
 def find_weights(contents: Any) -> Weights:
-    """Find the encoder's tensors in a loaded checkpoint, trying all known containers and layouts.
+    """Find a ResNet's tensors in a loaded checkpoint, trying all known containers and layouts.
 
     Raises UserError if there are none.
     """
-    state = _unwrapped(contents)
+    state = find_tensors(contents)
     if "net.0.0.weight" in state and any(name.startswith("net.1.blocks.0.") for name in state):
         return _simclr_v2(state)
     prefix = _prefix(state)
@@ -60,8 +60,11 @@ _CONTAINERS = (
 _WRAPPERS = ("module", "_orig_mod")  # of DistributedDataParallel and torch.compile
 
 
-def _unwrapped(contents: Any) -> State:
-    """Return the tensors of the first container that holds any, without the names of wrappers."""
+def find_tensors(contents: Any) -> State:
+    """Return the tensors of the first container that holds any, without the names of wrappers.
+
+    Raises UserError if there are none.
+    """
     for path in _CONTAINERS:
         found = contents
         for key in path:
@@ -81,7 +84,7 @@ def _unwrapped(contents: Any) -> State:
 
 _PREFERRED = ("", "backbone.", "encoder.", "encoder_q.", "base_encoder.")  # others are momentum copies
 _FIRST_BLOCK = re.compile(r"(|.*\.)(?:layer1|(\d+))\.0\.conv1\.weight")
-_HEADS = ("fc", "head", "linear", "classifier", "projector", "projection_head", "predictor")
+_HEADS = ("fc", "head", "heads", "head_dist", "linear", "classifier", "projector", "projection_head", "predictor")
 
 
 def _prefix(state: State) -> str:
@@ -94,7 +97,8 @@ def _prefix(state: State) -> str:
             found[match[1]] = None
     if not found:
         raise UserError(
-            f"got tensors named {_some(state)}, expected a ResNet's: conv1.weight, layer1.0.conv1.weight, …"
+            f"got tensors named {_some(state)}, expected a ResNet's (conv1.weight, layer1.0.conv1.weight, …), or the "
+            "name of their encoder, such as timm/vit_tiny_patch16_224"
         )
     if len(found) == 1:
         return next(iter(found))
@@ -216,14 +220,6 @@ def _simclr_v2(state: State) -> Weights:
 # The architecture
 
 
-class Architecture(NamedTuple):
-    """The arguments that build an Encoder."""
-
-    name: str
-    width: float
-    stem: str
-
-
 _BLOCKS: dict[tuple[bool, tuple[int, ...]], str] = {
     (False, (2, 2, 2, 2)): "resnet18",
     (False, (3, 4, 6, 3)): "resnet34",
@@ -233,16 +229,16 @@ _BLOCKS: dict[tuple[bool, tuple[int, ...]], str] = {
 }
 
 
-def architecture_of(state: State) -> Architecture:
-    """Determine the architecture from the shapes of an encoder's tensors. Raises UserError if it is not supported."""
+def architecture_of(state: State) -> EncoderSpec:
+    """Determine the architecture of a ResNet from its shapes. Raises UserError if it is not supported."""
     conv1, conv2 = (state.get(name) for name in ("conv1.weight", "layer1.0.conv2.weight"))
     if conv1 is None or conv1.ndim != 4 or conv2 is None or conv2.ndim != 4:
         raise UserError(f"got tensors named {_some(state)}, expected a ResNet's conv1.weight and layer1.0.conv2.weight")
     features, channels, side, _ = conv1.shape
-    if channels != 3 or side not in (3, 7) or features % 64 or not features:
+    if side not in (3, 7) or features % 64 or not features:
         raise UserError(
             f"got a ResNet whose first convolution is {side}x{side}, from {channels} to {features} channels; expected "
-            "7x7 or 3x3, from 3 to a multiple of 64 channels"
+            "7x7 or 3x3, to a multiple of 64 channels"
         )
     width, bottlenecks = features // 64, "layer1.0.conv3.weight" in state
     if conv2.shape[1] != conv2.shape[0]:
@@ -260,24 +256,35 @@ def architecture_of(state: State) -> Architecture:
     if name is None:
         kind = "bottlenecks" if bottlenecks else "basic blocks"
         raise UserError(f"got a ResNet of {layers} {kind}, expected {', '.join(ENCODERS)}")
-    return Architecture(name, width, "small" if side == 3 else "imagenet")
+    stem, image_size = ("small", 32) if side == 3 else ("imagenet", 224)
+    return EncoderSpec(name, width, stem, image_size, channels)
 
 
-def check_fits(state: State, model: Encoder) -> None:
-    """Raise UserError, naming the first difference, unless the names and shapes are exactly the encoder's.
+def select(state: State, expected: Mapping[str, Tensor], what: str) -> State:
+    """Return the tensors with the expected names, which may have a prefix. The tensors of heads are left out.
 
-    num_batches_tracked may be missing, as in files from before PyTorch 0.4.1.
+    Raises UserError, naming the first difference, unless the names are exactly the expected ones. num_batches_tracked
+    may be missing, as in files from before PyTorch 0.4.1.
+    what: the encoder, for the message.
     """
-    expected = model.state_dict()
-    missing = [name for name in expected if name not in state and not name.endswith(".num_batches_tracked")]
-    unexpected = [name for name in state if name not in expected]
-    what = f"of a {model.name} of width {model.width}"
+    first = next(iter(expected), "")
+    prefixes = [name.removesuffix(first) for name in state if name == first or name.endswith(f".{first}")]
+    prefix = min(prefixes, key=lambda p: _PREFERRED.index(p) if p in _PREFERRED else len(_PREFERRED), default="")
+    found = {name.removeprefix(prefix): value for name, value in state.items() if name.startswith(prefix)}
+    found = {name: value for name, value in found.items() if name in expected or name.split(".")[0] not in _HEADS}
+    missing = [name for name in expected if name not in found and not name.endswith(".num_batches_tracked")]
+    unexpected = [name for name in found if name not in expected]
     if missing or unexpected:
-        found = f"without {_some(missing)}" if missing else f"with unexpected {_some(unexpected)}"
-        raise UserError(f"got tensors {found}, expected those {what}")
-    for name, wanted in expected.items():
-        if name in state and state[name].shape != wanted.shape:
-            raise UserError(f"got {name} of shape {tuple(state[name].shape)}, expected {tuple(wanted.shape)} {what}")
+        difference = f"without {_some(missing)}" if missing else f"with unexpected {_some(unexpected)}"
+        raise UserError(f"got tensors {difference}, expected those of {what}")
+    return found
+
+
+def check_shapes(state: State, expected: Mapping[str, Tensor], what: str) -> None:
+    """Raise UserError, naming the first difference, unless all shapes are the expected ones."""
+    for name, value in expected.items():
+        if name in state and state[name].shape != value.shape:
+            raise UserError(f"got {name} of shape {tuple(state[name].shape)}, expected {tuple(value.shape)} of {what}")
 
 
 def _stem_side(state: State) -> int | None:

@@ -355,7 +355,7 @@ def test_imported_encoder_computes_the_same_as_the_saved_module(project: str, tm
     torch.save(saved.contents, tmp_path / "theirs.pth")
     opened = open_pretrained(tmp_path / "theirs.pth")
     imported = opened.encoder
-    assert (imported.name, imported.width, imported.stem) == saved.architecture
+    assert (imported.spec.name, imported.spec.width, imported.spec.stem) == saved.architecture
     assert (opened.origin, opened.augmentation, opened.config) == (saved.origin, saved.augmentation, None)
     # Not bit-identical: Separius' pooling is a mean, and memory layouts differ.
     torch.testing.assert_close(outputs(imported), outputs(saved.module), rtol=1e-5, atol=1e-5)
@@ -377,7 +377,8 @@ def test_lightly_modules_have_the_names_of_these_copies(tmp_path: Path) -> None:
 def test_architecture_from_shapes(name: str, width: int, small: bool) -> None:
     expected = (name, width, "small" if small else "imagenet")
     with torch.device("meta"):
-        assert architecture_of(encoder(*expected).state_dict()) == expected
+        spec = architecture_of(encoder(*expected).state_dict())
+        assert (spec.name, spec.width, spec.stem, spec.channels) == (*expected, 3)
 
 
 def test_google_recipe_is_only_used_for_the_converters_file() -> None:
@@ -421,7 +422,7 @@ def numbered(model: nn.Module, without: tuple[str, ...]) -> State:
         (timm_state("resnet50d"), ["conv1.0.weight", "conv1.weight"]),
         (timm_state("seresnet50"), ["layer1.0.se.fc1.weight", "resnet50"]),
         (timm_state("resnet50_gn"), ["without bn1.running_mean", "resnet50"]),
-        (lambda: with_tensor("conv1.weight", torch.zeros(64, 1, 7, 7)), ["7x7, from 1 to 64 channels", "from 3"]),
+        (lambda: with_tensor("conv1.weight", torch.zeros(64, 3, 5, 5)), ["5x5, from 3 to 64 channels", "7x7 or 3x3"]),
         (lambda: with_tensor("conv1.weight", torch.zeros(96, 3, 7, 7)), ["to 96", "a multiple of 64"]),
         (lambda: with_tensor("conv1.weight", torch.zeros(0, 3, 7, 7)), ["to 0"]),
         (lambda: with_tensor("conv1.weight", torch.zeros(())), ["conv1.weight"]),
@@ -429,7 +430,7 @@ def numbered(model: nn.Module, without: tuple[str, ...]) -> State:
         (lambda: with_tensor("bn1.bias", torch.zeros(32)), ["bn1.bias of shape (32,)", "expected (64,)"]),
         (
             lambda: with_tensor("layer1.0.extra", torch.zeros(1)),
-            ["with unexpected layer1.0.extra", "resnet18 of width 1"],
+            ["with unexpected layer1.0.extra", "those of resnet18"],
         ),
         (lambda: without("layer3.1.bn2.running_var"), ["without layer3.1.bn2.running_var", "resnet18"]),
         (lambda: prefixed("a.", resnet()) | prefixed("b.", resnet()), ["2 ResNets, under a., b.", "alone"]),
