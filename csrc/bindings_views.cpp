@@ -30,7 +30,7 @@ void define_sample_params(py::module_& module) {
       [](uint32_t seed, uint32_t epoch, uint32_t view, int64_t count, Address index, Address sizes,
          double center_fraction, const Range& scale, const Range& ratio, const Range& log_ratio,
          const Factors& factors_low, const Factors& factors_high, const Range& sigma,
-         const std::array<double, 5>& probabilities, Address out) {
+         const std::array<double, 8>& probabilities, const Range& gain, int channels, Address out) {
         SampleParams p;
         p.seed = seed;
         p.epoch = epoch;
@@ -46,11 +46,13 @@ void define_sample_params(py::module_& module) {
         p.factors_high = factors_high;
         p.sigma = sigma;
         p.probabilities = probabilities;
+        p.gain = gain;
+        p.channels = channels;
         p.out = pointer<ViewParams>(out);
         sample_params(p);
       },
       py::kw_only(), "seed"_a, "epoch"_a, "view"_a, "count"_a, "index"_a, "sizes"_a, "center_fraction"_a, "scale"_a,
-      "ratio"_a, "log_ratio"_a, "factors_low"_a, "factors_high"_a, "sigma"_a, "probabilities"_a, "out"_a,
+      "ratio"_a, "log_ratio"_a, "factors_low"_a, "factors_high"_a, "sigma"_a, "probabilities"_a, "gain"_a, "channels"_a, "out"_a,
       py::call_guard<py::gil_scoped_release>());
 }
 

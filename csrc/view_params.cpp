@@ -9,7 +9,8 @@ namespace fastsimclr {
 namespace {
 
 constexpr uint32_t kChoices = 0, kFactors = 1, kOthers = 2, kAttempts = 3;  // counter blocks, four numbers each
-constexpr uint32_t kCropAttempts = 10;                                      // as in torchvision's RandomResizedCrop
+constexpr uint32_t kOrientation = 16, kDrop = 17, kGains = 18;  // likewise; four of kGains
+constexpr uint32_t kCropAttempts = 10;                          // as in torchvision's RandomResizedCrop
 
 // Four numbers in [0, 1), multiples of 2^-24.
 std::array<double, 4> uniform(const SampleParams& p, int64_t index, uint32_t block) {
@@ -58,6 +59,30 @@ void center_box(const SampleParams& p, int64_t height, int64_t width, ViewParams
   set_box(view_params, (height - side) / 2, (width - side) / 2, side, side);
 }
 
+// Sets what few recipes use: its numbers are drawn only for those.
+void set_options(const SampleParams& p, int64_t index, ViewParams& view_params) {
+  const double vertical_flip_prob = p.probabilities[5], rotate_prob = p.probabilities[6], drop_prob = p.probabilities[7];
+  view_params.vertical_flip = false;
+  view_params.quarter_turns = 0;
+  view_params.dropped = 0;
+  std::fill(view_params.gain, view_params.gain + kMaxChannels, 1.0f);
+  if (vertical_flip_prob > 0 || rotate_prob > 0) {
+    const auto u = uniform(p, index, kOrientation);
+    view_params.vertical_flip = u[0] < vertical_flip_prob;
+    if (u[1] < rotate_prob) view_params.quarter_turns = uint8_t(1 + int(u[2] * 3));
+  }
+  if (drop_prob > 0) {
+    const auto u = uniform(p, index, kDrop);
+    if (u[0] < drop_prob) view_params.dropped = uint16_t(1 + int(u[1] * p.channels));
+  }
+  if (p.gain[0] < p.gain[1]) {
+    for (int channel = 0; channel < kMaxChannels; channel++) {
+      const auto u = uniform(p, index, kGains + uint32_t(channel / 4));
+      view_params.gain[channel] = float(between(p.gain, u[size_t(channel % 4)]));
+    }
+  }
+}
+
 std::array<uint8_t, 4> permutation(int number) {  // number: 0 … 23, in lexicographic order
   std::array<uint8_t, 4> order;
   std::iota(order.begin(), order.end(), uint8_t(0));
@@ -87,6 +112,7 @@ void sample_params(const SampleParams& p) {
     std::copy(order.begin(), order.end(), view_params.order);
     for (size_t k = 0; k < 4; k++)
       view_params.factors[k] = float(between({p.factors_low[k], p.factors_high[k]}, factors[k]));
+    set_options(p, index, view_params);
   }
 }
 

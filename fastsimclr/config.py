@@ -12,6 +12,7 @@ from jsonargparse import ArgumentParser, Namespace, set_parsing_settings
 
 from fastsimclr.data.augmentation import Augmentation
 from fastsimclr.data.backends import Backend
+from fastsimclr.data.pixel_options import PixelOptions
 from fastsimclr.errors import UserError
 from fastsimclr.presets import preset_file, preset_names
 
@@ -22,7 +23,7 @@ FLAGS = ("--compile", "--force", "--profile")
 
 
 @dataclass(frozen=True)
-class DataConfig(Augmentation):
+class DataConfig(PixelOptions, Augmentation):
     """Training and validation data, data loading and the augmentation."""
 
     train: str | None = None
@@ -44,7 +45,8 @@ class DataConfig(Augmentation):
     run's folder; if there are more, the run stops with an error."""
 
     def __post_init__(self) -> None:
-        super().__post_init__()
+        Augmentation.__post_init__(self)
+        PixelOptions.__post_init__(self)
         self._expect("max_bad", 0 <= self.max_bad <= 1, "a fraction from 0 to 1")
 
     def augmentation(self) -> Augmentation:

@@ -8,12 +8,13 @@ Runs alone or under torchrun. The protocols that train report the accuracy after
 
 import sys
 from collections.abc import Sequence
-from dataclasses import fields
+from dataclasses import asdict, fields
 from typing import TYPE_CHECKING, Any
 
 from fastsimclr.cli import exit_code
 from fastsimclr.config import parse_as
 from fastsimclr.data.augmentation import Augmentation
+from fastsimclr.data.pixel_options import PixelOptions
 from fastsimclr.errors import UserError
 from fastsimclr.evaluation.config import PROTOCOLS, EvaluationConfig, SupervisedConfig
 
@@ -74,6 +75,9 @@ def configure(arguments: Sequence[str]) -> tuple[EvaluationConfig, "Pretrained |
     defaults: dict[str, Any] = {}
     if pretrained.augmentation is not None:
         defaults = {f"data.{f.name}": getattr(pretrained.augmentation, f.name) for f in fields(Augmentation)}
+    if pretrained.config is not None:
+        pixels = PixelOptions.from_config(pretrained.config["data"])
+        defaults |= {f"data.{name}": value for name, value in asdict(pixels).items()}
     if pretrained.config is not None and config.data.train is None:
         defaults |= {f"data.{name}": pretrained.config["data"].get(name) for name in ("train", "val")}
     config = parse_as(kind, options, f"evaluate {protocol}", about, defaults=defaults)

@@ -2,20 +2,31 @@
 
 from dataclasses import dataclass, fields, replace
 from functools import cached_property
-from typing import Any
+from typing import Any, Literal
 
 from fastsimclr.presets import preset_file
 
 INTERPOLATIONS = ("bilinear", "bicubic")
 CROPS = ("random", "center")
+PROBABILITIES = (
+    "flip_prob",
+    "vertical_flip_prob",
+    "rotate90_prob",
+    "jitter_prob",
+    "grayscale_prob",
+    "blur_prob",
+    "solarize_prob",
+    "channel_drop_prob",
+)
 
 
 @dataclass(frozen=True)
 class Augmentation:
     """Augmentation recipe of the views of an image. The defaults are SimCLR's for ImageNet (arXiv 2002.05709, app. A).
 
-    A view is cropped, resized to (image_size, image_size) and flipped; then, in this order: color jitter, grayscale,
-    blur, solarize, normalize. Raises ValueError for an option out of range, naming the option.
+    A view is cropped, resized to (image_size, image_size), flipped and rotated; then, in this order: color jitter,
+    gain, grayscale, blur, solarize, normalize, channel drop. Saturation, hue and grayscale need RGB images. Raises
+    ValueError for an option out of range, naming the option.
     """
 
     image_size: int = 224
@@ -32,6 +43,10 @@ class Augmentation:
     """Interpolation of the resize: bilinear or bicubic, always antialiased."""
     flip_prob: float = 0.5
     """Probability of a horizontal flip."""
+    vertical_flip_prob: float = 0.0
+    """Probability of a vertical flip, for images without an up, as of microscopes and satellites."""
+    rotate90_prob: float = 0.0
+    """Probability of a rotation by one, two or three quarter turns (0.75: all four orientations are equally likely)."""
     jitter_prob: float = 0.8
     """Probability of color jitter: brightness, contrast, saturation and hue, in random order."""
     brightness: float = 0.8
@@ -42,6 +57,8 @@ class Augmentation:
     """Saturation jitter s: the factor is sampled from U(max(0, 1 - s), 1 + s)."""
     hue: float = 0.2
     """Hue jitter h: the hue shift is sampled from U(-h, h), as a fraction of the color circle; 0 to 0.5."""
+    gain: float = 0.0
+    """Gain g: each channel is multiplied by its own factor from U(max(0, 1 - g), 1 + g)."""
     grayscale_prob: float = 0.2
     """Probability of converting the view to grayscale."""
     blur_prob: float = 0.5
@@ -52,10 +69,13 @@ class Augmentation:
     """Size of the blur kernel, as a fraction of image_size; rounded to an odd number of pixels."""
     solarize_prob: float = 0.0
     """Probability of solarize, which inverts levels of 128 and above (used by BYOL, arXiv 2006.07733)."""
-    mean: tuple[float, float, float] = (0.485, 0.456, 0.406)
-    """Mean of the red, green and blue channels in [0, 1], subtracted from the view."""
-    std: tuple[float, float, float] = (0.229, 0.224, 0.225)
-    """Standard deviation of the channels in [0, 1], by which the view is divided."""
+    channel_drop_prob: float = 0.0
+    """Probability of dropping a channel, chosen at random: it becomes its mean, which is 0 after normalization."""
+    mean: tuple[float, ...] | Literal["auto"] = (0.485, 0.456, 0.406)
+    """Mean of each channel in [0, 1], subtracted from the view; by default ImageNet's for red, green and blue. auto:
+    measured on up to 1,000 images, as by default for images that do not have three channels."""
+    std: tuple[float, ...] | Literal["auto"] = (0.229, 0.224, 0.225)
+    """Standard deviation of each channel in [0, 1], by which the view is divided; auto as for the mean."""
     num_views: int = 2
     """Number of views per image."""
     per_view: tuple[dict[str, Any], ...] = ()
@@ -63,9 +83,9 @@ class Augmentation:
     {"blur_prob": 0.1, "solarize_prob": 0.2}). Empty: all views use the same options."""
 
     def __post_init__(self) -> None:
-        for name in ("flip_prob", "jitter_prob", "grayscale_prob", "blur_prob", "solarize_prob"):
+        for name in PROBABILITIES:
             self._expect(name, 0 <= getattr(self, name) <= 1, "a probability")
-        for name in ("brightness", "contrast", "saturation"):
+        for name in ("brightness", "contrast", "saturation", "gain"):
             self._expect(name, getattr(self, name) >= 0, "at least 0")
         for name in ("ratio", "blur_sigma", "scale"):
             low, high = getattr(self, name)
@@ -76,7 +96,10 @@ class Augmentation:
         self._expect("num_views", self.num_views >= 1, "at least 1")
         self._expect("center_fraction", 0 < self.center_fraction <= 1, "above 0, at most 1")
         self._expect("blur_kernel", 0 < self.blur_kernel <= 1, "above 0, at most 1")
-        self._expect("std", min(self.std) > 0, "positive")
+        if self.std != "auto":
+            self._expect("std", min(self.std, default=0) > 0, "positive numbers, one per channel, or auto")
+        if "auto" not in (self.mean, self.std):
+            self._expect("mean", len(self.mean) == len(self.std), f"as many numbers as in std, {len(self.std)}")
         self._expect("interpolation", self.interpolation in INTERPOLATIONS, f"one of {', '.join(INTERPOLATIONS)}")
         self._expect("crop", self.crop in CROPS, f"one of {', '.join(CROPS)}")
         expected = f"one dict for each of {self.num_views} views, or none"
@@ -86,7 +109,8 @@ class Augmentation:
             self._expect("per_view", set(overrides) <= set(defaults), f"options of a view: {', '.join(defaults)}")
             for name, value in overrides.items():
                 expected = f"a value for {name} such as {defaults[name]}"
-                self._expect("per_view", _same_type(value, defaults[name]), expected)
+                allowed = _is_numbers(value) if name in ("mean", "std") else _same_type(value, defaults[name])
+                self._expect("per_view", allowed, expected)
         if self.per_view:
             _ = self.recipes  # runs the checks of each view's options
 
@@ -105,13 +129,61 @@ class Augmentation:
 
     def for_evaluation(self) -> "Augmentation":
         """Return the recipe for evaluation: one view, a center crop, no other augmentation."""
-        return replace(self.without_color(), crop="center", flip_prob=0.0)
+        return replace(self.without_color(), crop="center", flip_prob=0.0, vertical_flip_prob=0.0, rotate90_prob=0.0)
 
     def without_color(self) -> "Augmentation":
         """Return the recipe for training a classifier: one view with these crops and flips only (SimCLR, app. B.6)."""
         return replace(
-            self, num_views=1, per_view=(), jitter_prob=0.0, grayscale_prob=0.0, blur_prob=0.0, solarize_prob=0.0
+            self,
+            num_views=1,
+            per_view=(),
+            jitter_prob=0.0,
+            gain=0.0,
+            grayscale_prob=0.0,
+            blur_prob=0.0,
+            solarize_prob=0.0,
+            channel_drop_prob=0.0,
         )
+
+    @property
+    def statistics(self) -> tuple[tuple[float, ...], tuple[float, ...]]:
+        """`mean` and `std`, neither of which may be "auto" (`with_statistics` of data/statistics.py measures them)."""
+        if self.mean == "auto" or self.std == "auto":
+            raise ValueError("mean: got auto, expected numbers: measure it with fastsimclr.data.statistics")
+        return self.mean, self.std
+
+    @property
+    def channels(self) -> int:
+        """The number of channels of the views, that of `mean`."""
+        return len(self.statistics[0])
+
+    def without_rgb(self) -> "Augmentation":
+        """Return the recipe without saturation, hue and grayscale, for images that are not RGB."""
+        off: dict[str, Any] = {"saturation": 0.0, "hue": 0.0, "grayscale_prob": 0.0}
+        per_view = tuple({name: value for name, value in view.items() if name not in off} for view in self.per_view)
+        return replace(self, per_view=per_view, **off)
+
+    def check_channels(self, channels: int) -> None:
+        """Raise ValueError unless the recipe is for images of this number of channels.
+
+        A `mean` or `std` of "auto" fits any number; so do the defaults, which are then measured.
+        """
+        of_images = "1 channel" if channels == 1 else f"{channels} channels"
+        for recipe in self.recipes:
+            is_default = (recipe.mean, recipe.std) == (Augmentation.mean, Augmentation.std)
+            for name in ("mean", "std"):
+                value = getattr(recipe, name)
+                if not (value == "auto" or is_default or len(value) == channels):
+                    raise ValueError(
+                        f"{name}: got {len(value)} numbers for images of {of_images}, expected {channels}, or auto"
+                    )
+            for name in ("saturation", "hue", "grayscale_prob"):
+                applies = getattr(recipe, name) > 0 and (name == "grayscale_prob" or recipe.jitter_prob > 0)
+                if channels != 3 and applies:
+                    raise ValueError(
+                        f"{name}: got {getattr(recipe, name):g} for images of {of_images}, but it is for RGB; expected "
+                        "--data.hue 0 --data.saturation 0 --data.grayscale_prob 0 (Augmentation.without_rgb())"
+                    )
 
     @staticmethod
     def preset(name: str) -> "Augmentation":
@@ -147,6 +219,11 @@ class Augmentation:
 def _to_tuple(value: Any) -> Any:
     """Convert a list, as YAML has it, to a tuple."""
     return tuple(value) if isinstance(value, list) else value
+
+
+def _is_numbers(value: Any) -> bool:
+    """Return whether a value read from YAML is a list or tuple of numbers."""
+    return isinstance(value, list | tuple) and all(_same_type(item, 0.0) for item in value)
 
 
 def _same_type(value: Any, default: Any) -> bool:

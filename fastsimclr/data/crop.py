@@ -1,9 +1,9 @@
 """Crop, antialiased resize and flip of a batch of decoded images of one size.
 
-The filters are torchvision's for uint8 tensors (a triangle, or Keys' cubic with a = -0.5; widened when shrinking,
-renormalized at the border of the crop), rounded to integer levels after the columns and again after the rows. The
-compiled extension implements it (csrc/crop.*). The PyTorch implementation replaces it if it is not available, and tests
-compare against it.
+The filters are torchvision's (a triangle, or Keys' cubic with a = -0.5; widened when shrinking, renormalized at the
+border of the crop). 8-bit RGB is rounded to integer levels after the columns and again after the rows; other images
+become floats from 0 to 1. The compiled extension implements it (csrc/crop.*). The PyTorch implementation replaces it if
+it is not available, and tests compare against it.
 """
 
 import numpy as np
@@ -14,6 +14,7 @@ from torch import Tensor
 from fastsimclr.data import native
 from fastsimclr.data.augmentation import Augmentation
 from fastsimclr.data.params import ViewParams
+from fastsimclr.data.pixels import RGB8, PixelFormat
 
 _MAX_HEIGHT = 1000  # pixels: largest images whose crops fit in the kernel's shared memory
 
@@ -24,15 +25,19 @@ def crop(
     params: ViewParams,
     recipe: Augmentation,
     implementation: native.Implementation = "auto",
+    *,
+    pixels: PixelFormat = RGB8,
 ) -> Tensor:
-    """Crop images[index[i]] to the box params[i], resize and flip; return (B, S, S, 3) uint8, S = recipe.image_size.
+    """Crop images[index[i]] to the box params[i], resize and flip; return (B, S, S, C), S = recipe.image_size.
 
-    images: (N, H, W, 3) uint8; the result is on its device. index, params: (B,).
+    images: (N, H, W, C) of the format `pixels`; the result is on its device, uint8 for 8-bit RGB, otherwise float32 in
+        [0, 1]. index, params: (B,).
     """
     device = images.device
     implementation = native.choose(implementation, device)
-    if implementation == "pytorch" or (device.type == "cuda" and images.shape[1] > _MAX_HEIGHT):
-        return crop_in_pytorch(images, index, params, recipe)
+    on_gpu = implementation == "emulated" or device.type == "cuda"
+    if implementation == "pytorch" or pixels != RGB8 or (on_gpu and images.shape[1] > _MAX_HEIGHT):
+        return crop_in_pytorch(images, index, params, recipe, pixels)
     out = torch.empty((len(index), recipe.image_size, recipe.image_size, 3), dtype=torch.uint8, device=device)
     params_on_device = native.on_device(params.view(np.uint8), device)
     index_on_device = native.on_device(index, device)
@@ -47,23 +52,27 @@ def crop(
         "bicubic": recipe.interpolation == "bicubic",
         "out": out.data_ptr(),
     }
-    if implementation == "emulated" or device.type == "cuda":
+    if on_gpu:
         native.launch("crop", device, **arguments)
     else:
         native.call("crop", **arguments, threads=torch.get_num_threads())
     return out
 
 
-def crop_in_pytorch(images: Tensor, index: NDArray[np.int64], params: ViewParams, recipe: Augmentation) -> Tensor:
+def crop_in_pytorch(
+    images: Tensor, index: NDArray[np.int64], params: ViewParams, recipe: Augmentation, pixels: PixelFormat = RGB8
+) -> Tensor:
     """Compute `crop` as a product Y X W^T with resampling weights of the rows (Y) and the columns (W)."""
     device = images.device
-    batch = images[torch.from_numpy(index).to(device)].permute(0, 3, 1, 2).float()  # (B, 3, h, w)
+    batch = images[torch.from_numpy(index).to(device)].permute(0, 3, 1, 2).float()  # (B, C, h, w)
     height, width = batch.shape[2:]
     box = torch.from_numpy(params["box"].astype(np.int64)).to(device)
     rows = _weights(recipe, box[:, 0], box[:, 2], height)[:, None]  # (B, 1, S, h)
     columns = _weights(recipe, box[:, 1], box[:, 3], width)
     flip = torch.from_numpy(params["flip"].copy()).to(device)
     columns = torch.where(flip[:, None, None], columns.flip(1), columns)[:, None]  # (B, 1, S, w)
+    if pixels != RGB8:
+        return pixels.to_unit_(rows @ (batch @ columns.mT)).permute(0, 2, 3, 1).contiguous()
     wide = (batch @ columns.mT).add_(0.5).floor_().clamp_(0, 255)
     view = (rows @ wide).add_(0.5).floor_().clamp_(0, 255)
     return view.to(torch.uint8).permute(0, 2, 3, 1).contiguous()

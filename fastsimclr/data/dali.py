@@ -18,7 +18,9 @@ from fastsimclr.data.augmentation import Augmentation
 from fastsimclr.data.images import as_ppm, decode, is_web_format, upright_size
 from fastsimclr.data.loader import BatchRequest, CroppedBatch
 from fastsimclr.data.params import VIEW_PARAMS, ViewParams, sample_batch_params
-from fastsimclr.data.sources import ArraySource, EncodedSource, Source
+from fastsimclr.data.pixels import RGB8
+from fastsimclr.data.sources import EncodedSource, Source
+from fastsimclr.data.torchvision import decoded
 from fastsimclr.errors import UserError
 
 _INTERPOLATION = {"bilinear": types.INTERP_LINEAR, "bicubic": types.INTERP_CUBIC}
@@ -37,6 +39,7 @@ class DaliBackend:
         self, source: Source, augmentation: Augmentation, device: torch.device, batch_size: int, threads: int
     ) -> None:
         self.source, self.augmentation, self.device = source, augmentation, device
+        self._decodes = isinstance(source, EncodedSource) and source.pixels == RGB8  # DALI decodes only 8-bit RGB
         self._readers = ThreadPoolExecutor(max_workers=max(2, threads), thread_name_prefix="fastsimclr-read")
         self._requests: Iterator[BatchRequest] = iter(())
         self._read_queue: deque[tuple[BatchRequest, list[Future[NDArray[np.uint8]]]]] = deque()
@@ -86,8 +89,8 @@ class DaliBackend:
         self._pipeline = None
 
     def _read(self, index: int) -> NDArray[np.uint8]:
-        if isinstance(self.source, ArraySource):
-            return self.source.images[index].numpy()
+        if not self._decodes:
+            return np.ascontiguousarray(decoded(self.source, int(index)).permute(1, 2, 0).numpy())
         assert isinstance(self.source, EncodedSource)
         data = self.source.read(index)
         # Formats that DALI does not decode, or decodes differently, are passed as PPM, i.e. raw pixels.
@@ -120,7 +123,7 @@ class DaliBackend:
 
     def _sizes(self, request: BatchRequest, images: list[NDArray[np.uint8]]) -> NDArray[np.int64]:
         """Return (B, 2): height and width of the upright images."""
-        if isinstance(self.source, ArraySource):
+        if not self._decodes:
             return np.array([image.shape[:2] for image in images])
         assert isinstance(self.source, EncodedSource)
         if self.source.sizes is not None:
@@ -147,7 +150,10 @@ class DaliBackend:
                 self._raise_if_bad(request)
             raise  # not due to an image
         _, params = self._in_pipeline.popleft()
-        return CroppedBatch(tuple(torch.from_dlpack(output.as_tensor()) for output in outputs), params)
+        crops = tuple(torch.from_dlpack(output.as_tensor()) for output in outputs)
+        pixels = self.source.pixels
+        # In place: the crops are DALI's buffers, which are kept until they have been read.
+        return CroppedBatch(crops if pixels == RGB8 else tuple(map(pixels.to_unit_, crops)), params)
 
     def _raise_if_bad(self, request: BatchRequest) -> None:
         """Raise UserError for the first image that `decode` rejects, as DALI does not report which one failed."""
@@ -171,7 +177,7 @@ class DaliBackend:
         """Define the pipeline; returns its outputs, one (H, W, C) per view."""
         on_gpu = self.device.type == "cuda"
         images, *inputs = fn.external_source(self._next_inputs, num_outputs=1 + sum(map(len, self._names)))
-        if isinstance(self.source, EncodedSource):
+        if self._decodes:
             decoder = "mixed" if on_gpu else "cpu"
             images = fn.decoders.image(images, device=decoder, output_type=types.RGB, jpeg_fancy_upsampling=True)
         elif on_gpu:
@@ -194,5 +200,6 @@ class DaliBackend:
             roi_end=inputs["end"],
             antialias=True,
             interp_type=_INTERPOLATION[recipe.interpolation],
+            **({} if self.source.pixels == RGB8 else {"dtype": types.FLOAT}),
         )
         return fn.flip(view, device=device, horizontal=inputs["flip"])

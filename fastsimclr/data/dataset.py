@@ -9,12 +9,16 @@ import torch
 
 from fastsimclr.data.augmentation import Augmentation
 from fastsimclr.data.backends import BACKENDS, choose_backend
+from fastsimclr.data.detect import detect_pixels
 from fastsimclr.data.loader import CropBackend, LoaderConfig, ViewLoader
 from fastsimclr.data.memory import MemoryBackend, decode_all
+from fastsimclr.data.pixel_options import PixelOptions
+from fastsimclr.data.pixels import count_channels
 from fastsimclr.data.sampler import Sampler
 from fastsimclr.data.scan import SKIPPED_FILE, BadImages, write_skipped_images
 from fastsimclr.data.scan import scan as scan_images  # `scan` is the module
 from fastsimclr.data.sources import BUILT_IN, ArraySource, EncodedSource, Source, open_source
+from fastsimclr.data.statistics import with_statistics
 from fastsimclr.distributed import World, run_on_all_ranks
 from fastsimclr.errors import UserError
 
@@ -40,6 +44,7 @@ def open_dataset(
     max_bad: float = 0.01,
     cache: Path | None = None,
     skipped_to: Path | None = None,
+    pixels: PixelOptions | None = None,
     select: Callable[[Source, Source | None], Pair] = lambda train, val: (train, val),
     option: str = "--data.max_bad",
 ) -> Dataset:
@@ -48,24 +53,33 @@ def open_dataset(
     select: called with both sources before the scan; checks them, and may return subsets.
     Raises UserError on all ranks if data is missing, unreadable or rejected by `select`.
     """
-    pair = open_pair(train, val, world)
+    pair = open_pair(train, val, world, pixels)
     pair = run_on_all_ranks(lambda: select(*pair), world)
     return check_pair(
         pair, world=world, backend=backend, max_bad=max_bad, cache=cache, skipped_to=skipped_to, option=option
     )
 
 
-def open_pair(train: Any, val: Any, world: World) -> Pair:
+def open_pair(train: Any, val: Any, world: World, pixels: PixelOptions | None = None) -> Pair:
     """Open the training and validation images without decoding them. Raises UserError on all ranks if one fails.
 
     train, val: as for `open_source`. If `val` is None, a built-in dataset uses its own validation images.
+    pixels: what the images must be. Both must have the same format.
     """
 
     def open_both() -> Pair:
         held_out = None
         if val is not None or is_built_in(train):
             held_out = open_source(train if val is None else val, split="val")
-        return open_source(train), held_out
+        opened = open_source(train)
+        detect_pixels(opened, pixels or PixelOptions())
+        if held_out is not None:
+            detect_pixels(held_out, pixels or PixelOptions())
+            if held_out.pixels != opened.pixels:
+                raise UserError(
+                    f"--data.val: got images of {held_out.pixels}, expected {opened.pixels}, as in --data.train"
+                )
+        return opened, held_out
 
     return run_on_all_ranks(open_both, world)
 
@@ -136,6 +150,7 @@ def open_views(
     augmentation: Augmentation,
     batch_size: int,
     *,
+    pixels: PixelOptions | None = None,
     max_bad: float | None = None,
     cache: str | Path | None = None,
     device: str | torch.device = "cpu",
@@ -152,6 +167,8 @@ def open_views(
     augmentation: recipe of the views.
     batch_size: global batch size, images per batch over all ranks; each rank gets its share. The last batch may be
         smaller.
+    pixels: what image files are decoded to; 8-bit RGB by default. `augmentation.mean` and `std` must have one number
+        per channel or be "auto".
     max_bad: if given, decode every image first and skip those that fail; raise UserError if they are more than this
         fraction. None: no scan; an image that does not decode raises UserError when it is reached.
     cache: folder in which the results of the scan are kept for the next one.
@@ -160,19 +177,34 @@ def open_views(
     options: fields of `fastsimclr.data.loader.LoaderConfig`: backend ("auto", "dali", "torchvision" or "memory"), seed,
         shuffle, drop_last, min_local_batch, workers, dtype.
 
-    Yields Batch(views: tuple of (B, 3, H, W) channels-last, index: (B,), label: (B,), position), B on this rank.
+    Yields Batch(views: tuple of (B, C, H, W) channels-last, index: (B,), label: (B,), position), B on this rank.
     Raises UserError (a ValueError) for missing or unreadable data and for invalid options.
     """
     world = World(rank, world_size, torch.device(device))
     config = LoaderConfig(batch_size=batch_size, world=world, **options)
     source = open_source(path)
+    detect_pixels(source, pixels or PixelOptions())
     if max_bad is not None and isinstance(source, EncodedSource):
         source = scan_images(source, max_bad=max_bad, cache=cache).source
+    check_augmentation(augmentation, source)
+    augmentation, _ = with_statistics(augmentation, source)
     return open_loader(source, augmentation, config)
 
 
+def check_augmentation(augmentation: Augmentation, source: Source) -> None:
+    """Raise UserError unless the augmentation is for images of the source's channels."""
+    try:
+        augmentation.check_channels(source.pixels.channels)
+    except ValueError as error:
+        raise UserError(f"--data.{error}") from error
+
+
 def open_loader(source: Source, augmentation: Augmentation, config: LoaderConfig) -> ViewLoader:
-    """Open a loader of augmented batches from `source`."""
+    """Open a loader of augmented batches from `source`. The augmentation's mean and std must be known."""
+    if augmentation.channels != source.pixels.channels:
+        raise UserError(
+            f"data: got images of {source.pixels}, expected {count_channels(augmentation.channels)}, the length of mean"
+        )
     source, backend = prepare(source, config.backend, config.world.device)
     sampler = Sampler(
         len(source),

@@ -11,6 +11,7 @@ from torch import Tensor
 
 from fastsimclr.data import native
 from fastsimclr.data.augmentation import Augmentation
+from fastsimclr.data.orientation import orient
 from fastsimclr.data.params import ViewParams
 from fastsimclr.data.photometric import photometric
 from fastsimclr.data.sampler import Sampler
@@ -23,7 +24,7 @@ class Batch(NamedTuple):
     """This rank's part of a batch, B images, on the loader's device."""
 
     views: tuple[Tensor, ...]
-    """One tensor (B, 3, H, W) per view, normalized, channels-last, of the loader's dtype."""
+    """One tensor (B, C, H, W) per view, normalized, channels-last, of the loader's dtype."""
     index: Tensor  # type: ignore[assignment]  # shadows tuple.index
     """(B,) int64: indices of the images in the source."""
     label: Tensor
@@ -79,10 +80,10 @@ class BatchRequest(NamedTuple):
 
 
 class CroppedBatch(NamedTuple):
-    """A batch after crop, resize and flip, on the loader's device."""
+    """A batch after crop, resize and horizontal flip, on the loader's device."""
 
     crops: tuple[Tensor, ...]
-    """One tensor (B, S, S, 3) uint8 per view, S its image_size."""
+    """One tensor (B, S, S, C) per view, S its image_size: uint8 for 8-bit RGB, otherwise float32 in [0, 1]."""
     params: list[ViewParams]
     """One array (B,) per view: the sampled parameters, of which the photometric ones are still to be applied."""
 
@@ -188,7 +189,7 @@ class ViewLoader:
     def _finish(self, index: NDArray[np.int64], cropped: CroppedBatch) -> Batch:
         with stage("views"):
             views = tuple(
-                photometric(crops, params, recipe, self.dtype)
+                photometric(orient(crops, params), params, recipe, self.dtype)
                 for crops, params, recipe in zip(cropped.crops, cropped.params, self.augmentation.recipes, strict=True)
             )
         return Batch(

@@ -25,14 +25,14 @@ def fits_in_memory(source: EncodedSource) -> bool:
     sizes = source.sizes
     if sizes is None or not (sizes == sizes[0]).all():
         return False
-    return sizes[0].max() <= _MAX_SIDE and 3 * int(sizes[0].prod()) * len(sizes) <= _MAX_BYTES
+    return sizes[0].max() <= _MAX_SIDE and source.pixels.image_bytes(*sizes[0]) * len(sizes) <= _MAX_BYTES
 
 
 def decode_all(source: EncodedSource) -> ArraySource:
     """Decode all images with all CPU cores. Raises UserError if they differ in size or if one does not decode."""
 
     def decode_one(index: int) -> torch.Tensor:
-        return decode(source.read(index), source.name(index)).permute(1, 2, 0)
+        return decode(source.read(index), source.name(index), source.pixels).permute(1, 2, 0)
 
     first = decode_one(0)
     images = first.new_empty(len(source), *first.shape)
@@ -60,8 +60,8 @@ class MemoryBackend:
     """Crop backend for images kept in one tensor on the device."""
 
     def __init__(self, source: ArraySource, augmentation: Augmentation, device: torch.device) -> None:
-        self.augmentation = augmentation
-        self.images = source.images.to(device)  # (N, h, w, 3) uint8
+        self.augmentation, self.pixels = augmentation, source.pixels
+        self.images = source.images.to(device)  # (N, h, w, C)
 
     def crops(self, requests: Iterator[BatchRequest]) -> Generator[CroppedBatch, None, None]:
         for request in requests:
@@ -69,7 +69,10 @@ class MemoryBackend:
                 sizes = np.tile(self.images.shape[1:3], (len(request.index), 1))
                 params = sample_batch_params(self.augmentation, *request, sizes)
                 views = zip(params, self.augmentation.recipes, strict=True)
-                crops = tuple(crop(self.images, request.index, view_params, recipe) for view_params, recipe in views)
+                crops = tuple(
+                    crop(self.images, request.index, view_params, recipe, pixels=self.pixels)
+                    for view_params, recipe in views
+                )
             yield CroppedBatch(crops, params)
 
     def device_bytes(self) -> int:

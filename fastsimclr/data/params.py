@@ -17,9 +17,11 @@ from numpy.typing import NDArray
 
 from fastsimclr.data import native
 from fastsimclr.data.augmentation import Augmentation
+from fastsimclr.data.pixels import MAX_CHANNELS
 
 CROP_ATTEMPTS = 10  # as torchvision's RandomResizedCrop
 _CHOICES, _FACTORS, _OTHERS, _ATTEMPTS = 0, 1, 2, 3  # counter blocks of four numbers; from _ATTEMPTS one per attempt
+_ORIENTATION, _DROP, _GAINS = 16, 17, 18  # likewise; drawn only for recipes with these operations; four of _GAINS
 _CPU = torch.device("cpu")
 _WORD = 0xFFFFFFFF
 _EPOCH_ORDER = 1 << 20  # in place of the view's number: the order of the images
@@ -34,11 +36,15 @@ VIEW_PARAMS = np.dtype(
         ("box", np.int32, 4),  # top, left, height, width of the crop, in pixels of the image
         ("factors", np.float32, 4),  # brightness, contrast, saturation; hue shift
         ("sigma", np.float32),  # of the blur, in pixels of the view; 0 for no blur
+        ("gain", np.float32, MAX_CHANNELS),  # factor of each channel; 1 for no gain
         ("order", np.uint8, 4),  # of the jitter: 0 brightness, 1 contrast, 2 saturation, 3 hue
         ("flip", np.bool_),
         ("jitter", np.bool_),
         ("grayscale", np.bool_),
         ("solarize", np.bool_),
+        ("vertical_flip", np.bool_),
+        ("quarter_turns", np.uint8),  # counterclockwise, after the flips
+        ("dropped", np.uint16),  # the channel that is dropped, from 1; 0 for none
     ]
 )
 ViewParams = NDArray[np.void]  # (B,) of VIEW_PARAMS
@@ -95,7 +101,12 @@ def _ranges(recipe: Augmentation) -> dict[str, Any]:
             recipe.grayscale_prob,
             recipe.blur_prob,
             recipe.solarize_prob,
+            recipe.vertical_flip_prob,
+            recipe.rotate90_prob,
+            recipe.channel_drop_prob,
         ],
+        "gain": _gain_range(recipe),
+        "channels": recipe.channels,
     }
 
 
@@ -122,7 +133,24 @@ def sample_params_in_numpy(
     out["grayscale"] = grayscale < recipe.grayscale_prob
     out["sigma"] = np.where(blur < recipe.blur_prob, sigma_low + (sigma_high - sigma_low) * sigma, 0.0)
     out["solarize"] = solarize < recipe.solarize_prob
+    out["vertical_flip"], out["quarter_turns"], out["dropped"], out["gain"] = False, 0, 0, 1
+    if recipe.vertical_flip_prob > 0 or recipe.rotate90_prob > 0:
+        vertical_flip, rotate, turns = _uniform(seed, epoch, index, view, [_ORIENTATION])[:, 0, :3].T
+        out["vertical_flip"] = vertical_flip < recipe.vertical_flip_prob
+        out["quarter_turns"] = np.where(rotate < recipe.rotate90_prob, 1 + (turns * 3).astype(np.int64), 0)
+    if recipe.channel_drop_prob > 0:
+        drop, channel = _uniform(seed, epoch, index, view, [_DROP])[:, 0, :2].T
+        out["dropped"] = np.where(drop < recipe.channel_drop_prob, 1 + (channel * recipe.channels).astype(np.int64), 0)
+    if recipe.gain > 0:
+        least, most = _gain_range(recipe)
+        gains = _uniform(seed, epoch, index, view, range(_GAINS, _GAINS + MAX_CHANNELS // 4))
+        out["gain"] = least + (most - least) * gains.reshape(len(index), MAX_CHANNELS)
     return out
+
+
+def _gain_range(recipe: Augmentation) -> tuple[float, float]:
+    """Return the lowest and the highest gain."""
+    return max(0.0, 1 - recipe.gain), 1 + recipe.gain
 
 
 def _factor_ranges(recipe: Augmentation) -> tuple[NDArray[np.float64], NDArray[np.float64]]:

@@ -1,14 +1,18 @@
-"""Photometric augmentation of a batch: color jitter, grayscale, blur, solarize and normalize.
+"""Photometric augmentation of a batch: color jitter, gain, grayscale, blur, solarize, normalize and channel drop.
 
-The operations are torchvision's for uint8 tensors (transforms.v2.functional), clamped and truncated to integer levels
-after every operation like those, but on a batch in which every image has its own factors and order.
+The operations are torchvision's (transforms.v2.functional), but on a batch in which every image has its own factors and
+order. On 8-bit RGB they are those for uint8 tensors, clamped and truncated to integer levels after every operation. On
+floats from 0 to 1 they are only clamped, and the images may have any number of channels: contrast is about the mean
+luma of RGB, and about the mean of all channels otherwise.
 
-The compiled extension implements it on CPUs and GPUs (csrc/photometric.*). The PyTorch implementation replaces it if it
-is not available, and tests compare against it.
+The compiled extension implements it for 8-bit RGB (csrc/photometric.*). The PyTorch implementation computes the rest,
+and tests compare against it.
 """
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from functools import partial
 
 import numpy as np
 import torch
@@ -20,8 +24,26 @@ from fastsimclr.data.augmentation import Augmentation
 from fastsimclr.data.params import ViewParams
 
 _LUMA_WEIGHTS = (0.2989, 0.587, 0.114)  # ITU-R 601-2 luma, rounded as in torchvision
+_NEUTRAL = {2: 1.0, 3: 0.0}  # factors of saturation and hue that change nothing
 _CHUNK = 16  # images at a time on a CPU: a few MB of floats, which fit in the cache
 _COMPILED = (torch.float32, torch.bfloat16, torch.float16)
+
+
+@dataclass(frozen=True)
+class _Scale:
+    """The values of an image: integer levels from 0 to 255, or floats from 0 to 1."""
+
+    peak: float
+    is_integer: bool
+
+    def clamp(self, x: Tensor) -> Tensor:
+        return self.truncate(x.clamp_(0, self.peak))
+
+    def truncate(self, x: Tensor) -> Tensor:
+        return x.floor_() if self.is_integer else x
+
+
+_LEVELS, _UNIT = _Scale(255, True), _Scale(1, False)
 
 
 def photometric(
@@ -31,22 +53,26 @@ def photometric(
     dtype: torch.dtype = torch.float32,
     implementation: native.Implementation = "auto",
 ) -> Tensor:
-    """Apply the photometric augmentation to crops (B, H, W, 3) uint8; return views (B, 3, H, W) in `dtype`.
+    """Apply the photometric augmentation to crops (B, H, W, C); return views (B, C, H, W) in `dtype`.
 
     The views are normalized and channels-last, on the device of the crops.
+    crops: RGB uint8, or float32 in [0, 1] with any number of channels.
     params: (B,), the sampled parameters of the view. recipe: the recipe of the view, from `Augmentation.recipes`.
     """
+    if crops.dtype == torch.uint8 and (recipe.gain > 0 or recipe.channel_drop_prob > 0):
+        crops = crops.float() / 255
     device, (images, height, width) = crops.device, crops.shape[:3]
     implementation = native.choose(implementation, device)
     max_sigma = float(params["sigma"].max(initial=0))
     on_gpu = implementation == "emulated" or (implementation == "compiled" and device.type == "cuda")
-    if on_gpu and min(blur_window(recipe) // 2, math.ceil(4 * max_sigma)) > native.constant("MAX_BLUR_RADIUS"):
-        implementation = "pytorch"  # the blur is too wide for the kernel's shared memory
+    radius = min(blur_window(recipe) // 2, math.ceil(4 * max_sigma))
+    if crops.dtype != torch.uint8 or (on_gpu and radius > native.constant("MAX_BLUR_RADIUS")):
+        implementation = "pytorch"  # the kernel has no floats, and the blur must fit in its shared memory
     if implementation == "pytorch" or dtype not in _COMPILED:
         return photometric_in_pytorch(crops, params, recipe, dtype)
     crops = crops.contiguous()
     params_on_device = native.on_device(params.view(np.uint8), device)
-    out = _empty(images, height, width, dtype, device)
+    out = _empty(crops.shape, dtype, device)
     arguments = {
         "crops": crops.data_ptr(),
         "view_params": params_on_device.data_ptr(),
@@ -54,8 +80,8 @@ def photometric(
         "height": height,
         "width": width,
         "blur_taps": blur_window(recipe),
-        "scale": [1 / (255 * std) for std in recipe.std],
-        "shift": [-mean / std for mean, std in zip(recipe.mean, recipe.std, strict=True)],
+        "scale": [1 / (255 * std) for std in recipe.statistics[1]],
+        "shift": [-mean / std for mean, std in zip(*recipe.statistics, strict=True)],
         "dtype": native.pixel_type(dtype, implementation),
         "out": out.data_ptr(),
     }
@@ -67,45 +93,52 @@ def photometric(
     return out
 
 
-def _empty(images: int, height: int, width: int, dtype: torch.dtype, device: torch.device) -> Tensor:
-    """Allocate views (images, 3, height, width), channels-last."""
+def _empty(shape: Sequence[int], dtype: torch.dtype, device: torch.device) -> Tensor:
+    """Allocate channels-last views of crops of this shape (images, height, width, channels)."""
     if device.type == "cpu":
         # Allocated by NumPy with malloc. PyTorch uses posix_memalign, which in glibc before 2.38 rarely reuses freed
         # blocks: with batches of 37 MB, of which two are in use, the process held seven.
-        out = torch.from_numpy(np.empty((images, height, width, 3), f"i{dtype.itemsize}")).view(dtype)
+        out = torch.from_numpy(np.empty(shape, f"i{dtype.itemsize}")).view(dtype)
     else:
-        out = torch.empty((images, height, width, 3), dtype=dtype, device=device)
+        out = torch.empty(*shape, dtype=dtype, device=device)
     return out.permute(0, 3, 1, 2)
 
 
 def photometric_in_pytorch(crops: Tensor, params: ViewParams, recipe: Augmentation, dtype: torch.dtype) -> Tensor:
     """Compute `photometric` with PyTorch operations, on any device."""
-    images, height, width = crops.shape[:3]
-    out = _empty(images, height, width, dtype, crops.device)
-    mean = torch.tensor(recipe.mean, device=crops.device).view(3, 1, 1) * 255
-    std = torch.tensor(recipe.std, device=crops.device).view(3, 1, 1) * 255
+    scale = _LEVELS if crops.dtype == torch.uint8 else _UNIT
+    out = _empty(crops.shape, dtype, crops.device)
+    mean, std = (torch.tensor(n, device=crops.device).view(-1, 1, 1) * scale.peak for n in recipe.statistics)
     chunk = _CHUNK if crops.device.type == "cpu" else len(crops)
     for first in range(0, len(crops), max(1, chunk)):
         part = slice(first, first + chunk)
-        x = crops[part].permute(0, 3, 1, 2).to(torch.float32, memory_format=torch.contiguous_format)
-        x = _color(x, params[part], recipe)
+        x = crops[part].permute(0, 3, 1, 2).to(torch.float32, memory_format=torch.contiguous_format, copy=True)
+        x = _color(x, params[part], recipe, scale)
         out[part] = x.sub_(mean).div_(std)
+    dropped = np.flatnonzero(params["dropped"])
+    if len(dropped):
+        channels = params["dropped"][dropped].astype(np.int64) - 1
+        out[native.on_device(dropped, out.device), native.on_device(channels, out.device)] = 0
     return out
 
 
-def _color(x: Tensor, params: ViewParams, recipe: Augmentation) -> Tensor:
-    """Apply all but normalize to x (B, 3, H, W), float32 with integer levels 0 to 255, contiguous; may modify x."""
+def _color(x: Tensor, params: ViewParams, recipe: Augmentation, scale: _Scale) -> Tensor:
+    """Apply all but normalize and channel drop to x (B, C, H, W), float32 of this scale, contiguous; may modify x."""
     for step in range(4):
         for change, apply in enumerate((_brightness, _contrast, _saturation, _hue)):
-            selected = params["jitter"] & (params["order"][:, step] == change)
             factor = params["factors"][:, change]
-            if change == 3:
-                selected = selected & (factor != 0)
-            _apply_to(x, selected, apply, factor)
+            selected = params["jitter"] & (params["order"][:, step] == change)
+            if change in _NEUTRAL:  # for RGB only: neutral in recipes for other images
+                selected = selected & (factor != _NEUTRAL[change])
+            _apply_to(x, selected, partial(apply, scale=scale), factor)
     sigma, window = params["sigma"], blur_window(recipe)
-    _apply_to(x, params["grayscale"], lambda part, _: _luma(part).floor_().expand_as(part), sigma)
-    _apply_to(x, sigma > 0, lambda part, sigma: _blur(part, sigma, window), sigma)
-    _apply_to(x, params["solarize"], lambda part, _: torch.where(part >= 128, 255 - part, part), sigma)
+    if recipe.gain > 0:
+        gain = torch.from_numpy(params["gain"][:, : x.shape[1], None, None].copy()).to(x.device)
+        x = scale.clamp(x.mul_(gain))
+    _apply_to(x, params["grayscale"], lambda part, _: scale.truncate(_luma(part)).expand_as(part), sigma)
+    _apply_to(x, sigma > 0, lambda part, sigma: _blur(part, sigma, window, scale), sigma)
+    middle = scale.peak / 2 + scale.is_integer / 2  # 128 or 0.5
+    _apply_to(x, params["solarize"], lambda part, _: torch.where(part >= middle, scale.peak - part, part), sigma)
     return x
 
 
@@ -130,26 +163,23 @@ def _luma(x: Tensor) -> Tensor:
     return (r * _LUMA_WEIGHTS[0]).add_(g, alpha=_LUMA_WEIGHTS[1]).add_(b, alpha=_LUMA_WEIGHTS[2]).unsqueeze(1)
 
 
-def _levels(x: Tensor) -> Tensor:
-    return x.clamp_(0, 255).floor_()
+def _brightness(x: Tensor, factor: Tensor, scale: _Scale) -> Tensor:
+    return scale.clamp(x * factor)
 
 
-def _brightness(x: Tensor, factor: Tensor) -> Tensor:
-    return _levels(x * factor)
+def _contrast(x: Tensor, factor: Tensor, scale: _Scale) -> Tensor:
+    gray = scale.truncate(_luma(x)) if x.shape[1] == 3 else x
+    mean = gray.mean((1, 2, 3), keepdim=True)
+    return scale.clamp(torch.addcmul(mean * (1 - factor), x, factor))
 
 
-def _contrast(x: Tensor, factor: Tensor) -> Tensor:
-    mean = _luma(x).floor_().mean((1, 2, 3), keepdim=True)
-    return _levels(torch.addcmul(mean * (1 - factor), x, factor))
+def _saturation(x: Tensor, factor: Tensor, scale: _Scale) -> Tensor:
+    return scale.clamp(torch.addcmul(scale.truncate(_luma(x)) * (1 - factor), x, factor))
 
 
-def _saturation(x: Tensor, factor: Tensor) -> Tensor:
-    return _levels(torch.addcmul(_luma(x).floor_() * (1 - factor), x, factor))
-
-
-def _hue(x: Tensor, hue_shift: Tensor) -> Tensor:
+def _hue(x: Tensor, hue_shift: Tensor, scale: _Scale) -> Tensor:
     """Shift the hue in HSV by `hue_shift` (B, 1, 1, 1), as a fraction of the color circle."""
-    x = x / 255
+    x = x / scale.peak
     value, low = x.amax(1, keepdim=True), x.amin(1, keepdim=True)
     spread = value - low
     safe = torch.where(spread == 0, 1.0, spread)
@@ -162,6 +192,8 @@ def _hue(x: Tensor, hue_shift: Tensor) -> Tensor:
     n = torch.tensor([5.0, 3.0, 1.0], device=x.device).view(1, 3, 1, 1)
     k = (n + sixths).remainder_(6)
     rgb = value - spread * torch.minimum(k, 4 - k).clamp_(0, 1)
+    if not scale.is_integer:
+        return rgb
     return rgb.mul_(255 + 1 - 1e-3).floor_()  # torchvision's conversion from float to uint8
 
 
@@ -170,7 +202,7 @@ def blur_window(recipe: Augmentation) -> int:
     return max(3, int(recipe.image_size * recipe.blur_kernel) // 2 * 2 + 1)
 
 
-def _blur(x: Tensor, sigma: Tensor, taps: int) -> Tensor:
+def _blur(x: Tensor, sigma: Tensor, taps: int, scale: _Scale) -> Tensor:
     """Apply a separable Gaussian blur, with reflection at the borders. sigma: (B, 1, 1, 1) in pixels."""
     b, c, h, w = x.shape
     taps = min(taps, 2 * min(h, w) - 1)  # reflection padding must be smaller than the image
@@ -180,4 +212,5 @@ def _blur(x: Tensor, sigma: Tensor, taps: int) -> Tensor:
     planes = F.pad(x, (taps // 2,) * 4, mode="reflect").view(1, b * c, h + taps - 1, w + taps - 1)
     planes = F.conv2d(planes, kernel.view(b * c, 1, taps, 1), groups=b * c)
     planes = F.conv2d(planes, kernel.view(b * c, 1, 1, taps), groups=b * c)
-    return planes.view(b, c, h, w).round_()
+    planes = planes.view(b, c, h, w)
+    return planes.round_() if scale.is_integer else planes

@@ -21,6 +21,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from fastsimclr.data.images import decode
+from fastsimclr.data.pixels import RGB8
 from fastsimclr.data.sources import EncodedSource
 from fastsimclr.distributed import SINGLE_PROCESS, World, broadcast_object, gather_objects
 from fastsimclr.errors import UserError
@@ -35,8 +36,9 @@ _SAVE_EVERY_S = 60.0
 _PROGRESS_AFTER_S = 2.0
 _STAT_THREADS = 16  # stat is bound by latency on network storage, not by the CPU
 
-# Cache entry of an image. place: hash of the file's absolute path and the image's offset in it. bytes, mtime_ns: size
-# and modification time of the file. height, width: of the upright image; 0 if it does not decode.
+# Cache entry of an image. place: hash of the file's absolute path, the image's offset in it and the format to which it
+# is decoded. bytes, mtime_ns: size and modification time of the file. height, width: of the upright image; 0 if it does
+# not decode.
 _ENTRY = np.dtype([("place", "<u8"), ("bytes", "<i8"), ("mtime_ns", "<i8"), ("height", "<i4"), ("width", "<i4")])
 _UNCACHED = -1  # value of bytes: the result is not cached, as it may not be due to the file's content
 
@@ -217,7 +219,7 @@ def _check_image(source: EncodedSource, index: int) -> _ImageCheck:
     try:
         data = source.read(index)
         is_read = True
-        _, height, width = decode(data, source.name(index)).shape
+        _, height, width = decode(data, source.name(index), source.pixels).shape
     except UserError as error:
         reason, _, _ = str(error).removeprefix(f"{source.name(index)}: ").partition("; expected")
         no_memory = isinstance(error.__cause__, MemoryError) or "alloc" in str(error.__cause__)
@@ -312,7 +314,10 @@ def _stat(source: EncodedSource) -> NDArray[np.void]:
     rows = np.zeros(len(source), _ENTRY)
     rows["bytes"], rows["mtime_ns"] = stats[file_index].T
     absolute = [os.fsencode(os.path.abspath(file)) for file in files]
-    places = (b"%s\0%d" % (absolute[n], o) for n, o in zip(file_index.tolist(), offset.tolist(), strict=True))
+    decoded_as = b"" if source.pixels == RGB8 else b"\0" + repr(source.pixels).encode()
+    places = (
+        b"%s\0%d%s" % (absolute[n], o, decoded_as) for n, o in zip(file_index.tolist(), offset.tolist(), strict=True)
+    )
     rows["place"] = np.frombuffer(b"".join(hashlib.blake2b(p, digest_size=8).digest() for p in places), "<u8")
     return rows
 

@@ -16,7 +16,7 @@ from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from copy import copy
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import numpy as np
 import torch
@@ -28,6 +28,7 @@ from fastsimclr.data.images import EXTENSIONS
 from fastsimclr.data.pixels import RGB8, PixelFormat, default_format
 from fastsimclr.errors import UserError
 
+Files = TypeVar("Files", bound="EncodedSource")
 BUILT_IN = ("digits", "cifar10", "stl10")
 NO_LABEL = -1
 _OBJECT = "object:"
@@ -233,6 +234,7 @@ def describe(data: Any) -> str:
 
 def _open_folder(folder: Path) -> FolderSource:
     flat = sorted(entry.path for entry in os.scandir(folder) if entry.is_file() and _is_image(entry.name))
+    flat = [flat[n] for n in _images_of(flat)]
     if flat:
         return FolderSource(flat, np.full(len(flat), NO_LABEL), ())
     files: list[str] = []
@@ -254,7 +256,7 @@ def _open_folder(folder: Path) -> FolderSource:
             f"{folder}: got a folder with no images in it or its subfolders, expected files ending in "
             f"{' '.join(EXTENSIONS)}"
         )
-    return FolderSource(files, np.array(labels), classes)
+    return _selected(FolderSource(files, np.array(labels), classes), files)
 
 
 def _open_tars(shards: list[str]) -> TarSource:
@@ -271,11 +273,11 @@ def _open_tars(shards: list[str]) -> TarSource:
     if not members:
         raise UserError(f"{shards[0]}: got no images in {len(shards)} shards, expected members such as 0001.jpg")
     if not all(class_names):
-        return TarSource(shards, members, np.array(extents), np.full(len(members), NO_LABEL), ())
+        return _selected(TarSource(shards, members, np.array(extents), np.full(len(members), NO_LABEL), ()), members)
     numeric = all(name.isascii() and name.isdigit() for name in class_names)
     classes = sorted(set(class_names), key=int if numeric else None)
     labels = np.array([int(name) for name in class_names] if numeric else np.searchsorted(classes, class_names))
-    return TarSource(shards, members, np.array(extents), labels, classes)
+    return _selected(TarSource(shards, members, np.array(extents), labels, classes), members)
 
 
 def _scan_tar(shard: str) -> tuple[list[tuple[str, int, int]], dict[str, str]]:
@@ -332,6 +334,17 @@ def _stem(member: str) -> str:
     """Return WebDataset's sample key: the name up to the first dot after the last slash."""
     folder, slash, file = member.rpartition("/")
     return folder + slash + file.split(".", 1)[0]
+
+
+def _images_of(names: Sequence[str]) -> list[int]:
+    """Return the positions of the images. Beside other images, .npy files hold something else, such as features."""
+    others = [n for n, name in enumerate(names) if not name.lower().endswith(".npy")]
+    return others or list(range(len(names)))
+
+
+def _selected(source: Files, names: Sequence[str]) -> Files:
+    kept = _images_of(names)
+    return source if len(kept) == len(names) else source.subset(np.array(kept))  # type: ignore[return-value]
 
 
 def _is_image(name: str) -> bool:

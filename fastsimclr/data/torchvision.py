@@ -22,13 +22,14 @@ from fastsimclr.data.augmentation import Augmentation
 from fastsimclr.data.images import decode
 from fastsimclr.data.loader import BatchRequest, CroppedBatch
 from fastsimclr.data.params import ViewParams, sample_batch_params
+from fastsimclr.data.pixels import RGB8, PixelFormat
 from fastsimclr.data.sources import ArraySource, DecodedSource, EncodedSource, Source
 from fastsimclr.errors import UserError
 from fastsimclr.profiling import stage
 
 
 class TorchvisionBackend:
-    """Crop backend that decodes each image once with torchvision.io and crops its views with transforms.v2 on uint8."""
+    """Crop backend that decodes each image once with torchvision.io and crops its views with transforms.v2."""
 
     def __init__(self, source: Source, augmentation: Augmentation, device: torch.device, workers: int) -> None:
         self.device = device
@@ -153,29 +154,39 @@ class _Crops(Dataset[CroppedBatch | UserError]):
             )
             for view, recipe in enumerate(recipes):
                 params[view].append(image_params[view])
-                crops[view].append(crop(image, recipe, image_params[view]))
+                crops[view].append(crop(image, recipe, image_params[view], self.source.pixels))
         # In a worker, default_collate stacks into shared memory.
         return CroppedBatch(tuple(map(default_collate, crops)), [np.concatenate(view_params) for view_params in params])
 
 
 def decoded(source: Source, index: int) -> Tensor:
-    """Return image `index` as (C, H, W), in the format `source.pixels`."""
+    """Return image `index` as (C, H, W), in the format `source.pixels`. Raises UserError if it has another."""
     if isinstance(source, DecodedSource):
-        return source.image(index)
+        image = source.image(index)
+        source.pixels.check(image, source.name(index))
+        return image
     assert isinstance(source, EncodedSource)
-    return decode(source.read(index), source.name(index))
+    return decode(source.read(index), source.name(index), source.pixels)
 
 
-def crop(image: Tensor, recipe: Augmentation, params: ViewParams) -> Tensor:
-    """Crop, resize and flip an image (3, h, w) uint8 to (S, S, 3) uint8. params: (1,), of this view."""
-    # Like v2.functional.resized_crop, but the resize gets contiguous channels-last memory: it is then a third faster,
-    # and its result needs no copy.
-    cropped = TF.crop(image, *params["box"][0].tolist())[None].contiguous(memory_format=torch.channels_last)
+def crop(image: Tensor, recipe: Augmentation, params: ViewParams, pixels: PixelFormat = RGB8) -> Tensor:
+    """Crop, resize and flip an image (C, h, w) of the format `pixels` to (S, S, C). params: (1,), of this view.
+
+    The result is uint8 for 8-bit RGB, otherwise float32 in [0, 1].
+    """
+    cropped = TF.crop(image, *params["box"][0].tolist())[None]
+    if pixels == RGB8:
+        # Like v2.functional.resized_crop, but the resize gets contiguous channels-last memory: it is then a third
+        # faster, and its result needs no copy.
+        cropped = cropped.contiguous(memory_format=torch.channels_last)
+    else:
+        cropped = cropped.to(torch.float32, memory_format=torch.contiguous_format)
     size = [recipe.image_size, recipe.image_size]
     view = TF.resize(cropped, size, InterpolationMode(recipe.interpolation), antialias=True)
     if params["flip"][0]:
         view = TF.horizontal_flip(view)
-    return view[0].permute(1, 2, 0).contiguous()
+    view = view[0].permute(1, 2, 0).contiguous()
+    return view if pixels == RGB8 else pixels.to_unit_(view)
 
 
 def _no_collate(batch: CroppedBatch | UserError) -> CroppedBatch | UserError:

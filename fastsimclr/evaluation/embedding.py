@@ -21,6 +21,7 @@ from fastsimclr.data.augmentation import Augmentation
 from fastsimclr.data.dataset import is_built_in, open_dataset
 from fastsimclr.data.loader import LoaderConfig
 from fastsimclr.data.params import epoch_order
+from fastsimclr.data.pixel_options import PixelOptions
 from fastsimclr.data.scan import SKIPPED_FILE
 from fastsimclr.data.sources import NO_LABEL
 from fastsimclr.distributed import World, run_on_all_ranks
@@ -131,6 +132,7 @@ def _open(options: argparse.Namespace, world: World) -> Embedding:
         max_bad=options.max_bad,
         cache=scan_cache(options.checkpoint, output),
         skipped_to=output,
+        pixels=PixelOptions.from_config((pretrained.config or {}).get("data", {})),
         select=select,
         option="--max_bad",
     )

@@ -59,7 +59,14 @@ def open_labeled(data: DataConfig, labels: float | str, seed: int, cache: Path |
         return train if kept is None else train.subset(kept), val
 
     found = open_dataset(
-        data.train, data.val, world=world, backend=data.backend, max_bad=data.max_bad, cache=cache, select=select
+        data.train,
+        data.val,
+        world=world,
+        backend=data.backend,
+        max_bad=data.max_bad,
+        cache=cache,
+        pixels=data.pixel_options(),
+        select=select,
     )
     return LabeledData(found.train, found.val, found.train.classes, found.skipped or [], available)
 

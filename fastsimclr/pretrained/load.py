@@ -9,6 +9,8 @@ import torch
 from torch import Tensor, nn
 
 from fastsimclr.data.augmentation import Augmentation
+from fastsimclr.data.pixel_options import PixelOptions
+from fastsimclr.data.pixels import format_of
 from fastsimclr.data.transform import Transform
 from fastsimclr.errors import UserError
 from fastsimclr.models import ENCODERS, USER_MODULE, Backbone, Encoder, EncoderSpec, as_encoder, build
@@ -86,7 +88,9 @@ def open_pretrained(path: str | Path, name: str | None = None, *, encoder: nn.Mo
     if not saved.weights.stem_relu:
         model.relu = nn.Identity()  # type: ignore[assignment]
     augmentation = saved.weights.augmentation
-    model.transform = Transform.from_augmentation(augmentation) if augmentation is not None else None
+    if augmentation is not None:
+        pixels = format_of(PixelOptions.from_config((saved.config or {}).get("data", {})))
+        model.transform = Transform.from_augmentation(augmentation, pixels)
     return Pretrained(model.float().cpu().eval(), augmentation, saved.weights.origin, saved.config)
 
 

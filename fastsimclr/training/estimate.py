@@ -43,7 +43,7 @@ def estimate_step(
         return tensor
 
     with torch.random.fork_rng(devices=[]):
-        views = [torch.rand(images, 3, size, size, dtype=precision.view_dtype) for size in sizes]
+        views = [torch.rand(images, augmentation.channels, size, size, dtype=precision.view_dtype) for size in sizes]
         with torch.autograd.graph.saved_tensors_hooks(record, lambda tensor: tensor):
             step.backward(views, images)  # not timed: the first call allocates memory and compiles kernels
         started = time.perf_counter()

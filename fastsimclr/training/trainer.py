@@ -4,6 +4,7 @@ import json
 import re
 import time
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -15,9 +16,11 @@ from torch.nn.parallel import DistributedDataParallel
 from fastsimclr import distributed
 from fastsimclr.config import Config, to_yaml
 from fastsimclr.data import Batch
-from fastsimclr.data.dataset import Dataset, Pair, check_pair, open_loader, open_pair
+from fastsimclr.data.dataset import Dataset, Pair, check_augmentation, check_pair, open_loader, open_pair
 from fastsimclr.data.loader import LoaderConfig
+from fastsimclr.data.pixels import RGB8, dtype_name
 from fastsimclr.data.scan import ScanStopped
+from fastsimclr.data.statistics import with_statistics
 from fastsimclr.distributed import World, run_on_all_ranks
 from fastsimclr.environment import commit, examine
 from fastsimclr.errors import UserError
@@ -62,6 +65,8 @@ class Trainer:
         self.metrics = Metrics()
         self.trace: Trace | None = None
         self.untrained_knn: float | None = None
+        self.statistics: str | None = None
+        """The measured mean and std, if they were measured."""
 
         sources = self._open_sources(train, val)
         # Before the images are checked, which may take long: errors in these options are reported at once.
@@ -72,6 +77,7 @@ class Trainer:
         self.precision, self.scaler = learner.precision, learner.scaler
         self.loss, self.loss_backend = learner.loss, learner.loss_backend
         self.data = self._check_images(sources, stop)
+        self._set_pixels()
         self.measures_knn = config.knn_every > 0 and self.data.train.has_labels
         self.loader_config = LoaderConfig(
             batch_size=config.batch_size,
@@ -223,10 +229,11 @@ class Trainer:
         config, world = self.config, self.world
         train = config.data.train if train is None else train
         val = config.data.val if val is None else val
-        sources = open_pair(train, val, world)
+        sources = open_pair(train, val, world, config.data.pixel_options())
 
         def check() -> None:
             opened, held_out = sources
+            check_augmentation(config.data.augmentation(), opened)
             if val is None or held_out is None:
                 return
             if not (opened.has_labels and held_out.has_labels):
@@ -253,6 +260,16 @@ class Trainer:
             self._print(f"stopped while checking images; rerun with --output {self.folder} to resume")
             raise
 
+    def _set_pixels(self) -> None:
+        """Set the options that depend on the images: a measured mean and std, and their format if not 8-bit RGB."""
+        pixels = self.data.train.pixels
+        self.augmentation, self.statistics = with_statistics(self.augmentation, self.data.train, self.world)
+        options: dict[str, Any] = {"mean": self.augmentation.mean, "std": self.augmentation.std}
+        if pixels != RGB8:
+            options["pixels"], options["channels"] = dtype_name(pixels.dtype), pixels.channels
+            options["value_range"] = pixels.value_range
+        self.config = replace(self.config, data=replace(self.config.data, **options))
+
     def _build_stepper(self) -> Step:
         config, device = self.config, self.world.device
         model: Any = torch.compile(self.model) if config.compile else self.model
@@ -265,6 +282,7 @@ class Trainer:
         """Print the choices made, open the run's files, and measure the untrained encoder."""
         config, progress = self.config, self.progress
         lines = summary.describe_data(config, self.data, self.loader, self.folder)
+        lines += [self.statistics] if self.statistics else []
         lines += summary.describe_model(config, self.model, self.precision, self.loss_backend, self.world)
         lines += [summary.describe_schedule(config, self.schedule), f"output: {self.folder}"]
         self._print(*lines)

@@ -23,6 +23,7 @@ from PIL import Image
 from ranks import RankError, run_ranks
 
 from fastsimclr.data.images import decode
+from fastsimclr.data.pixels import PixelFormat
 from fastsimclr.data.scan import CACHE_FILE, BadImages, Scan, ScanStopped, scan
 from fastsimclr.distributed import World
 from fastsimclr.errors import UserError
@@ -44,9 +45,9 @@ def decoded(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[str]]:
     """File names of the images that scans decode; clear() it between scans."""
     calls: list[str] = []
 
-    def recorded(data: NDArray[np.uint8], name: str) -> torch.Tensor:
+    def recorded(data: NDArray[np.uint8], name: str, pixels: PixelFormat) -> torch.Tensor:
         calls.append(re.split("/|: ", name)[-1])
-        return decode(data, name)
+        return decode(data, name, pixels)
 
     monkeypatch.setattr(scan_module, "decode", recorded)
     return calls
@@ -306,7 +307,7 @@ def test_unreadable_files_are_bad_but_not_cached(tmp_path: Path) -> None:
 
 
 def test_out_of_memory_while_decoding_is_not_cached(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    def fails(data: NDArray[np.uint8], name: str) -> torch.Tensor:
+    def fails(data: NDArray[np.uint8], name: str, pixels: PixelFormat) -> torch.Tensor:
         cause = (
             MemoryError() if name.endswith("000.jpg") else RuntimeError("DefaultCPUAllocator: can't allocate memory")
         )
@@ -360,11 +361,11 @@ def test_interrupted_scan_keeps_its_results(tmp_path: Path, monkeypatch: pytest.
     folder = photo_folder(tmp_path / "photos", 30)
     monkeypatch.setattr(scan_module, "_ROUND_S", 0.02)
 
-    def slow(data: NDArray[np.uint8], name: str) -> torch.Tensor:
+    def slow(data: NDArray[np.uint8], name: str, pixels: PixelFormat) -> torch.Tensor:
         time.sleep(0.005)
         if name.endswith("c/029.jpg"):
             raise MemoryError
-        return decode(data, name)
+        return decode(data, name, pixels)
 
     monkeypatch.setattr(scan_module, "decode", slow)
     with pytest.raises(MemoryError):
@@ -379,11 +380,11 @@ def test_long_scan_saves_its_results_periodically(tmp_path: Path, monkeypatch: p
     monkeypatch.setattr(scan_module, "_SAVE_EVERY_S", 0.0)
     entries = []
 
-    def decode_and_read_cache(data: NDArray[np.uint8], name: str) -> torch.Tensor:
+    def decode_and_read_cache(data: NDArray[np.uint8], name: str, pixels: PixelFormat) -> torch.Tensor:
         time.sleep(0.005)
         with np.load(tmp_path / CACHE_FILE) as saved:  # written atomically: readable at any time
             entries.append(len(saved["entries"]))
-        return decode(data, name)
+        return decode(data, name, pixels)
 
     monkeypatch.setattr(scan_module, "decode", decode_and_read_cache)
     scan(open_encoded(folder), cache=tmp_path)
@@ -417,9 +418,9 @@ def scan_on_a_rank(rank: int, folder: str, run: str) -> dict[str, Any]:
     """Scan on one of two ranks; return the results and the images that this rank decoded."""
     decoded: list[str] = []
 
-    def recorded(data: NDArray[np.uint8], name: str) -> torch.Tensor:
+    def recorded(data: NDArray[np.uint8], name: str, pixels: PixelFormat) -> torch.Tensor:
         decoded.append(name)
-        return decode(data, name)
+        return decode(data, name, pixels)
 
     scan_module.__dict__["decode"] = recorded  # this process runs only this test
     world = World(rank, 2, torch.device("cpu"))
@@ -446,7 +447,7 @@ def scan_on_a_rank(rank: int, folder: str, run: str) -> dict[str, Any]:
 
 
 def fail_on_rank_1(rank: int, folder: str) -> None:
-    def fail(data: NDArray[np.uint8], name: str) -> torch.Tensor:
+    def fail(data: NDArray[np.uint8], name: str, pixels: PixelFormat) -> torch.Tensor:
         raise RuntimeError(f"an internal error on rank {rank}")
 
     if rank == 1:

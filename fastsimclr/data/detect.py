@@ -1,0 +1,62 @@
+"""The pixel format of a source: what its images are, and what the options state about them."""
+
+from dataclasses import replace
+
+from fastsimclr.data.images import decode_raw
+from fastsimclr.data.pixel_options import PixelOptions
+from fastsimclr.data.pixels import (
+    DTYPES,
+    MAX_CHANNELS,
+    RGB8,
+    PixelFormat,
+    count_channels,
+    default_format,
+    dtype_name,
+)
+from fastsimclr.data.raw import is_npy
+from fastsimclr.data.sources import ArraySource, EncodedSource, Source
+from fastsimclr.errors import UserError
+
+_MAX_TRIED = 100  # images at the start of a source that may be bad
+
+
+def detect_pixels(source: Source, options: PixelOptions) -> None:
+    """Set `source.pixels`. Raises UserError if it contradicts the options, or if values in memory are out of range.
+
+    Image files are 8-bit RGB, unless the options ask for another format, or they are .npy arrays: then they have the
+    format of the first one that decodes.
+    """
+    named, found = "", source.pixels
+    if isinstance(source, EncodedSource):
+        named, found = _of_files(source, options)
+    if options.pixels is not None and DTYPES[options.pixels] != found.dtype:
+        got = dtype_name(found.dtype)
+        raise UserError(f"--data.pixels: got {options.pixels}, but the images are {got}{named}; expected {got}")
+    if options.channels is not None and options.channels != found.channels:
+        raise UserError(
+            f"--data.channels: got {options.channels}, but the images have {count_channels(found.channels)}{named}; "
+            f"expected {found.channels}"
+        )
+    if not 1 <= found.channels <= MAX_CHANNELS:
+        raise UserError(f"data: got images of {found.channels} channels, expected 1 to {MAX_CHANNELS}, last in arrays")
+    source.pixels = replace(found, value_range=options.value_range) if options.value_range else found
+    if isinstance(source, ArraySource) and source.origin is None:
+        for index in range(len(source)):
+            source.pixels.check(source.image(index), source.name(index))
+
+
+def _of_files(source: EncodedSource, options: PixelOptions) -> tuple[str, PixelFormat]:
+    """Return the format of image files, and a note that names the file that has it."""
+    as_rgb8 = options.pixels in (None, "uint8") and options.channels in (None, 3)
+    error: UserError | None = None
+    for index in range(min(len(source), _MAX_TRIED)):
+        try:
+            data = source.read(index)
+            if as_rgb8 and not is_npy(data) and (options.pixels is None or options.channels is not None):
+                return "", RGB8
+            image = decode_raw(data, source.name(index))
+            return f" ({source.name(index)})", default_format(image.shape[0], image.dtype)
+        except UserError as bad:  # the scan reports it
+            error = error or bad
+    assert error is not None  # a source has images
+    raise error
