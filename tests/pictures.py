@@ -11,7 +11,8 @@ import numpy as np
 from numpy.typing import NDArray
 from PIL import Image
 
-from fastsimclr.data.sources import EncodedSource, open_source
+from fastsimclr.data import open_source
+from fastsimclr.data.sources import EncodedSource
 
 ORIENTATIONS = range(2, 9)  # EXIF orientation tags; 1 is upright
 SHARED_DATA = Path(__file__).resolve().parents[2] / "shared" / "data"  # optional real data sets next to the repository

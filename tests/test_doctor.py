@@ -15,7 +15,7 @@ from PIL import Image
 import fastsimclr
 from fastsimclr import data, loss
 from fastsimclr._extension import describe_build
-from fastsimclr.data.sources import open_source
+from fastsimclr.data import open_source
 from fastsimclr.precision import choose_precision
 
 pytestmark = pytest.mark.slow

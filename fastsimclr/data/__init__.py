@@ -8,7 +8,8 @@ if TYPE_CHECKING:
     from fastsimclr.data.backends import choose_backend
     from fastsimclr.data.dataset import open_views
     from fastsimclr.data.loader import Batch, ViewLoader
-    from fastsimclr.data.sources import Source, open_source
+    from fastsimclr.data.opening import open_source
+    from fastsimclr.data.sources import Source
 
 __all__ = ["Batch", "Source", "ViewLoader", "choose_backend", "open_source", "open_views"]
 
@@ -18,6 +19,7 @@ __getattr__ = export(
         "fastsimclr.data.backends": ["choose_backend"],
         "fastsimclr.data.dataset": ["open_views"],
         "fastsimclr.data.loader": ["Batch", "ViewLoader"],
-        "fastsimclr.data.sources": ["Source", "open_source"],
+        "fastsimclr.data.opening": ["open_source"],
+        "fastsimclr.data.sources": ["Source"],
     },
 )

@@ -12,12 +12,13 @@ from fastsimclr.data.backends import BACKENDS, choose_backend
 from fastsimclr.data.detect import detect_pixels
 from fastsimclr.data.loader import CropBackend, LoaderConfig, ViewLoader
 from fastsimclr.data.memory import MemoryBackend, decode_all
+from fastsimclr.data.opening import BUILT_IN, open_source
 from fastsimclr.data.pixel_options import PixelOptions
 from fastsimclr.data.pixels import count_channels
 from fastsimclr.data.sampler import Sampler
 from fastsimclr.data.scan import SKIPPED_FILE, BadImages, write_skipped_images
 from fastsimclr.data.scan import scan as scan_images  # `scan` is the module
-from fastsimclr.data.sources import BUILT_IN, ArraySource, EncodedSource, Source, open_source
+from fastsimclr.data.sources import ArraySource, EncodedSource, Source
 from fastsimclr.data.statistics import with_statistics
 from fastsimclr.distributed import World, run_on_all_ranks
 from fastsimclr.errors import UserError

@@ -1,20 +1,12 @@
 """The torchvision backend: decode and crop in the workers of a DataLoader."""
 
 import os
-import signal
-import sys
-import threading
-import weakref
 from collections.abc import Generator, Iterator
-from contextlib import contextmanager, nullcontext
-from multiprocessing import forkserver, get_context, parent_process, resource_tracker
-from multiprocessing.context import BaseContext
-from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor
-from torch.utils.data import DataLoader, Dataset, default_collate
+from torch.utils.data import Dataset, default_collate
 from torchvision.transforms import InterpolationMode
 from torchvision.transforms.v2 import functional as TF
 
@@ -24,6 +16,7 @@ from fastsimclr.data.loader import BatchRequest, CroppedBatch
 from fastsimclr.data.params import ViewParams, sample_batch_params
 from fastsimclr.data.pixels import RGB8, PixelFormat
 from fastsimclr.data.sources import ArraySource, DecodedSource, EncodedSource, Source
+from fastsimclr.data.workers import WorkerLoader
 from fastsimclr.errors import UserError
 from fastsimclr.profiling import stage
 
@@ -33,21 +26,10 @@ class TorchvisionBackend:
 
     def __init__(self, source: Source, augmentation: Augmentation, device: torch.device, workers: int) -> None:
         self.device = device
-        self._needs_main_module = type(source).__module__ == "__main__"  # where workers then find the class
         self._requests: Iterator[BatchRequest] = iter(())
-        self._loader: DataLoader[CroppedBatch | UserError] = DataLoader(
-            _Crops(source, augmentation),
-            sampler=self,  # type: ignore[arg-type]  # an iterable of requests
-            batch_size=None,  # a request is loaded as a whole batch
-            collate_fn=_no_collate,  # type: ignore[arg-type]  # the stub expects a list of items
-            num_workers=workers,
-            persistent_workers=workers > 0,
-            pin_memory=device.type == "cuda",
-            multiprocessing_context=_forkserver() if workers else None,
-            worker_init_fn=_exit_with_parent,
+        self._loader: WorkerLoader[CroppedBatch | UserError] = WorkerLoader(
+            _Crops(source, augmentation), self, workers, pin_memory=device.type == "cuda"
         )
-        # Also at exit, before multiprocessing's own handler, which sends SIGTERM to the workers and waits for them.
-        self._stop_workers = weakref.finalize(self, _stop_workers, self._loader)
 
     def __iter__(self) -> Iterator[BatchRequest]:
         """Yield the requests, as the sampler of the DataLoader."""
@@ -55,9 +37,7 @@ class TorchvisionBackend:
 
     def crops(self, requests: Iterator[BatchRequest]) -> Generator[CroppedBatch, None, None]:
         self._requests = requests
-        with nullcontext() if self._needs_main_module else _without_main_module():  # the workers are started here
-            batches = iter(self._loader)
-        for batch in batches:
+        for batch in self._loader:
             if isinstance(batch, UserError):
                 raise batch
             if self.device.type == "cpu":
@@ -71,64 +51,7 @@ class TorchvisionBackend:
         return 0
 
     def close(self) -> None:
-        self._stop_workers()
-
-
-_SIGNALS = (signal.SIGINT, signal.SIGTERM)
-"""Signals that a terminal or a scheduler sends to the whole process group. Workers ignore them, as the parent needs
-batches until it has stopped."""
-
-
-def _forkserver() -> BaseContext:
-    """Start a forkserver that has only imported this module, and return its context.
-
-    Forks of this process would copy locks held by threads of torch and DALI. Spawned workers take 370 MiB each and
-    seconds for their imports; those of a forkserver share them.
-    """
-    context = get_context("forkserver")
-    context.set_forkserver_preload([__name__])
-    resource_tracker.ensure_running()  # first, as it unblocks the signals
-    before = signal.pthread_sigmask(signal.SIG_BLOCK, _SIGNALS)  # inherited by the forkserver
-    try:
-        forkserver.ensure_running()
-    finally:
-        signal.pthread_sigmask(signal.SIG_SETMASK, before)
-    return context
-
-
-@contextmanager
-def _without_main_module() -> Iterator[None]:
-    """Keep multiprocessing from importing the main script again in each worker.
-
-    A script without `if __name__ == "__main__":` would otherwise open its loader again in every worker, and fail there.
-    """
-    main: Any = sys.modules["__main__"]
-    file, spec = getattr(main, "__file__", None), main.__spec__
-    main.__file__ = main.__spec__ = None
-    try:
-        yield
-    finally:
-        main.__file__, main.__spec__ = file, spec
-
-
-def _exit_with_parent(_: int) -> None:
-    for number in _SIGNALS:
-        signal.signal(number, signal.SIG_IGN)
-
-    def exit_with_parent() -> None:
-        """Wait for the parent: DataLoader's own watchdog watches the forkserver, which lives as long as its workers."""
-        parent = parent_process()
-        assert parent is not None
-        parent.join()
-        os._exit(1)
-
-    threading.Thread(target=exit_with_parent, daemon=True).start()
-
-
-def _stop_workers(loader: "DataLoader[CroppedBatch | UserError]") -> None:
-    iterator, loader._iterator = loader._iterator, None
-    if iterator is not None and hasattr(iterator, "_shutdown_workers"):
-        iterator._shutdown_workers()
+        self._loader.close()
 
 
 class _Crops(Dataset[CroppedBatch | UserError]):
@@ -187,10 +110,6 @@ def crop(image: Tensor, recipe: Augmentation, params: ViewParams, pixels: PixelF
         view = TF.horizontal_flip(view)
     view = view[0].permute(1, 2, 0).contiguous()
     return view if pixels == RGB8 else pixels.to_unit_(view)
-
-
-def _no_collate(batch: CroppedBatch | UserError) -> CroppedBatch | UserError:
-    return batch
 
 
 def default_workers(source: Source, device: torch.device) -> int:

@@ -438,12 +438,11 @@ def test_workers_load_a_source_whose_class_is_defined_in_the_script(photos: str,
         "from fastsimclr.data import open_source\n"
         "from fastsimclr.data.sources import FolderSource\n"
         "class Mine(FolderSource): pass\n"
-        "if __name__ == '__main__':\n"
-        f"    source = open_source({photos!r})\n"
-        "    source.__class__ = Mine\n"
-        "    loader = open_views(source, Augmentation(image_size=24), 5, backend='torchvision', workers=1)\n"
-        "    print(len(next(iter(loader)).index))\n"
-        "    loader.close()\n"
+        f"source = open_source({photos!r})\n"
+        "source.__class__ = Mine\n"
+        "loader = open_views(source, Augmentation(image_size=24), 5, backend='torchvision', workers=1)\n"
+        "print(len(next(iter(loader)).index))\n"  # without `if __name__ == '__main__'`
+        "loader.close()\n"
     )
     done = subprocess.run([sys.executable, script], capture_output=True, text=True, timeout=120)
     assert (done.returncode, done.stdout) == (0, "5\n"), done.stderr

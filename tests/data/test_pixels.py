@@ -16,12 +16,13 @@ from fastsimclr import Augmentation
 from fastsimclr.data import Batch, Source, open_views
 from fastsimclr.data.detect import detect_pixels
 from fastsimclr.data.images import decode, decode_raw
+from fastsimclr.data.opening import open_source
 from fastsimclr.data.orientation import orient
 from fastsimclr.data.params import VIEW_PARAMS, sample_params, sample_params_in_numpy
 from fastsimclr.data.pixel_options import PixelOptions
 from fastsimclr.data.pixels import RGB8, PixelFormat, default_format
 from fastsimclr.data.scan import BadImages, scan
-from fastsimclr.data.sources import ArraySource, EncodedSource, open_source
+from fastsimclr.data.sources import ArraySource, EncodedSource
 from fastsimclr.data.statistics import with_statistics
 from fastsimclr.errors import UserError
 

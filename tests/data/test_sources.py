@@ -11,7 +11,8 @@ import pytest
 from pictures import SHARED_DATA, jpeg, names, open_encoded, photo, write, write_tar
 from torchvision.datasets import STL10
 
-from fastsimclr.data.sources import ArraySource, open_source
+from fastsimclr.data import open_source
+from fastsimclr.data.sources import ArraySource
 from fastsimclr.errors import UserError
 
 SMALL = jpeg(photo(8, 8))

@@ -1,0 +1,207 @@
+"""Open images: files, tar shards, built-in datasets, and objects of the user's own.
+
+a folder of class folders    train/daisy/1.jpg               label: index of the class folder in sorted order
+a flat folder of images      photos/1.jpg                    no labels
+tar shards                   'train-{000..127}.tar', '*.tar' label: NAME.cls beside NAME.jpg, else NAME's folder
+digits                       scikit-learn's 1,797 handwritten digits, 80 % of each class for training
+cifar10[:ROOT]               CIFAR-10 through torchvision, from ROOT or downloaded to it
+stl10[:ROOT]                 STL-10 likewise; most of its 105,000 training images are unlabeled
+"""
+
+import glob
+import os
+import re
+import tarfile
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any, TypeVar
+
+import numpy as np
+import torch
+from PIL import Image
+
+from fastsimclr.data.images import EXTENSIONS
+from fastsimclr.data.sources import NO_LABEL, ArraySource, FolderSource, Source, TarSource
+from fastsimclr.errors import UserError
+
+Files = TypeVar("Files", FolderSource, TarSource)
+BUILT_IN = ("digits", "cifar10", "stl10")
+_EXPECTED = "a folder of images, tar shards, digits, cifar10[:ROOT] or stl10[:ROOT]"
+
+
+def open_source(data: Any, *, split: str = "train") -> Source:
+    """Open images. Raises UserError if they do not exist or have another form.
+
+    data: a path in any of the forms above, or a Source. split: "train" or "val", for built-in datasets only.
+    """
+    assert split in ("train", "val"), split
+    if isinstance(data, Source):
+        return data
+    path = os.fspath(data)
+    kind, _, root = path.partition(":")
+    if path == "digits":
+        return _digits(split)
+    if kind in ("cifar10", "stl10"):
+        return _from_torchvision(kind, os.path.expanduser(root) or "data", split)
+    folder = Path(path).expanduser()
+    if not folder.is_dir():
+        if path.endswith(".tar") or any(c in path for c in "{*?["):
+            return _open_tars(_expand(path))
+        got = "a file" if folder.exists() else "nothing at that path"
+        raise UserError(f"{path}: got {got}, expected {_EXPECTED}")
+    return _open_folder(folder)
+
+
+def _open_folder(folder: Path) -> FolderSource:
+    flat = sorted(entry.path for entry in os.scandir(folder) if entry.is_file() and _is_image(entry.name))
+    flat = [flat[n] for n in _images_of(flat)]
+    if flat:
+        return FolderSource(flat, np.full(len(flat), NO_LABEL), ())
+    files: list[str] = []
+    labels: list[int] = []
+    classes: list[str] = []
+    for class_folder in sorted(entry.path for entry in os.scandir(folder) if entry.is_dir()):
+        images = sorted(
+            os.path.join(parent, file)
+            for parent, _, names in os.walk(class_folder, followlinks=True)
+            for file in names
+            if _is_image(file)
+        )
+        if images:
+            files += images
+            labels += [len(classes)] * len(images)
+            classes.append(os.path.basename(class_folder))
+    if not files:
+        raise UserError(
+            f"{folder}: got a folder with no images in it or its subfolders, expected files ending in "
+            f"{' '.join(EXTENSIONS)}"
+        )
+    return _selected(FolderSource(files, np.array(labels), classes), files)
+
+
+def _open_tars(shards: list[str]) -> TarSource:
+    members: list[str] = []
+    extents: list[tuple[int, int, int]] = []
+    class_names: list[str] = []  # of each image: the text of NAME.cls, or its folder
+    for shard_index, shard in enumerate(shards):
+        found, texts = _scan_tar(shard)
+        for member, offset, size in found:
+            stem = _stem(member)
+            members.append(member)
+            extents.append((shard_index, offset, size))
+            class_names.append(texts.get(stem, os.path.basename(os.path.dirname(stem))))
+    if not members:
+        raise UserError(f"{shards[0]}: got no images in {len(shards)} shards, expected members such as 0001.jpg")
+    if not all(class_names):
+        return _selected(TarSource(shards, members, np.array(extents), np.full(len(members), NO_LABEL), ()), members)
+    numeric = all(name.isascii() and name.isdigit() for name in class_names)
+    classes = sorted(set(class_names), key=int if numeric else None)
+    labels = np.array([int(name) for name in class_names] if numeric else np.searchsorted(classes, class_names))
+    return _selected(TarSource(shards, members, np.array(extents), labels, classes), members)
+
+
+def _scan_tar(shard: str) -> tuple[list[tuple[str, int, int]], dict[str, str]]:
+    """Return the image members of a tar as (name, offset, size), and the text of its NAME.cls members by NAME."""
+    images: list[tuple[str, int, int]] = []
+    texts: dict[str, str] = {}
+    try:
+        with tarfile.open(shard, mode="r:") as tar:
+            end = 0
+            for member in tar:
+                end = member.offset_data + -(-member.size // tarfile.BLOCKSIZE) * tarfile.BLOCKSIZE
+                if not member.isfile():
+                    continue
+                if _is_image(member.name):
+                    images.append((member.name, member.offset_data, member.size))
+                elif member.name.endswith(".cls"):
+                    content = tar.extractfile(member)
+                    assert content is not None  # it is a regular file
+                    texts[_stem(member.name)] = content.read().decode().strip()
+        with open(shard, "rb") as file:  # tarfile treats a damaged or missing header as the end
+            file.seek(end)
+            if file.read(tarfile.BLOCKSIZE) != bytes(tarfile.BLOCKSIZE):
+                raise tarfile.ReadError(f"neither a header nor the end marker at byte {end}")
+    except FileNotFoundError as error:
+        raise UserError(f"{shard}: got no such file, expected a tar shard") from error
+    except (OSError, tarfile.TarError, UnicodeDecodeError) as error:
+        raise UserError(
+            f"{shard}: got a truncated or damaged tar ({error}), expected a complete, uncompressed one: "
+            "download or write it again"
+        ) from error
+    return images, texts
+
+
+def _expand(pattern: str) -> list[str]:
+    """Return the files that match a pattern with brace ranges ({000..127}) and globs (* ? [])."""
+    brace = re.search(r"\{(\d+)\.\.(\d+)\}", pattern)
+    if brace:
+        first, last = brace.groups()
+        if int(first) > int(last):
+            raise UserError(f"{pattern}: got a range from {first} down to {last}, expected {{{last}..{first}}}")
+        width = len(first) if first.startswith("0") else 0
+        numbers = [f"{n:0{width}d}" for n in range(int(first), int(last) + 1)]
+        return [file for n in numbers for file in _expand(pattern[: brace.start()] + n + pattern[brace.end() :])]
+    pattern = os.path.expanduser(pattern)
+    if not any(c in pattern for c in "*?["):
+        return [pattern]
+    found = sorted(glob.glob(pattern))
+    if not found:
+        raise UserError(f"{pattern}: got no file that matches, expected tar shards")
+    return found
+
+
+def _stem(member: str) -> str:
+    """Return WebDataset's sample key: the name up to the first dot after the last slash."""
+    folder, slash, file = member.rpartition("/")
+    return folder + slash + file.split(".", 1)[0]
+
+
+def _images_of(names: Sequence[str]) -> list[int]:
+    """Return the positions of the images. Beside other images, .npy files hold something else, such as features."""
+    others = [n for n, name in enumerate(names) if not name.lower().endswith(".npy")]
+    return others or list(range(len(names)))
+
+
+def _selected(source: Files, names: Sequence[str]) -> Files:
+    kept = _images_of(names)
+    return source if len(kept) == len(names) else source.subset(np.array(kept))  # type: ignore[return-value]
+
+
+def _is_image(name: str) -> bool:
+    return name.lower().endswith(EXTENSIONS) and not os.path.basename(name).startswith(".")
+
+
+def _digits(split: str) -> ArraySource:
+    """Open 8x8 handwritten digits, resized to 32x32 RGB. Every fifth image of each class is held out for "val"."""
+    from sklearn.datasets import load_digits  # lazy: the import takes a second
+
+    data = load_digits()
+    labels = data.target.astype(np.int64)
+    held_out = np.zeros(len(labels), dtype=bool)
+    for label in range(10):
+        held_out[np.flatnonzero(labels == label)[::5]] = True
+    resized = [
+        np.asarray(Image.fromarray(digit).resize((32, 32), Image.Resampling.BICUBIC))
+        for digit in np.rint(data.images * (255 / 16)).astype(np.uint8)
+    ]
+    selected = held_out if split == "val" else ~held_out
+    images = torch.from_numpy(np.stack(resized)[selected])[..., None].repeat(1, 1, 1, 3)
+    return ArraySource("digits", images, labels[selected], [str(d) for d in range(10)])
+
+
+def _from_torchvision(name: str, root: str, split: str) -> ArraySource:
+    from torchvision.datasets import CIFAR10, STL10  # lazy: the import is slow
+
+    try:  # downloads only missing files
+        if name == "cifar10":
+            cifar = CIFAR10(root, train=split == "train", download=True)
+            return ArraySource(name, torch.from_numpy(cifar.data), np.array(cifar.targets), cifar.classes)
+        stl = STL10(root, split="train+unlabeled" if split == "train" else "test", download=True)
+    except Exception as error:  # network and disk errors of many kinds
+        title, folder = ("CIFAR-10", "cifar-10-batches-py") if name == "cifar10" else ("STL-10", "stl10_binary")
+        raise UserError(
+            f"{name}:{root}: got no {title} in that folder and could not download it ({str(error).splitlines()[0]}); "
+            f"expected {folder} in it"
+        ) from error
+    images = torch.from_numpy(stl.data).permute(0, 2, 3, 1).contiguous()
+    return ArraySource(name, images, stl.labels.astype(np.int64), stl.classes)

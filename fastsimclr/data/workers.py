@@ -1,0 +1,161 @@
+"""Worker processes: a DataLoader whose workers neither fork this process nor import its main module."""
+
+import io
+import os
+import signal
+import sys
+import threading
+import weakref
+from collections import ChainMap
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
+from multiprocessing import forkserver, get_context, parent_process, resource_tracker
+from multiprocessing.context import BaseContext
+from multiprocessing.reduction import ForkingPickler
+from pickle import PicklingError
+from typing import Any, Generic, TypeVar
+
+import cloudpickle
+import numpy as np
+from numpy.typing import NDArray
+from torch.utils.data import DataLoader, Dataset
+
+from fastsimclr.errors import UserError
+
+Item = TypeVar("Item")
+
+
+class WorkerLoader(Generic[Item]):
+    """Iterable of the items of `dataset` at the keys that `keys` yields, in that order, read ahead by the workers.
+
+    workers: number of worker processes, kept between iterations; 0 reads in this process. They receive the dataset by
+    value, also what the main module or a notebook defines; tensors are shared, and memory-mapped arrays are mapped
+    again. Iterating raises UserError if the dataset cannot be sent to them.
+    """
+
+    def __init__(self, dataset: "Dataset[Item]", keys: Iterable[Any], workers: int, *, pin_memory: bool) -> None:
+        self._loader: DataLoader[Item] = DataLoader(
+            _ByValue(dataset) if workers else dataset,
+            sampler=keys,
+            batch_size=None,
+            collate_fn=_no_collate,  # type: ignore[arg-type]  # the stub expects a list of items
+            num_workers=workers,
+            persistent_workers=workers > 0,
+            pin_memory=pin_memory,
+            multiprocessing_context=_forkserver() if workers else None,
+            worker_init_fn=_exit_with_parent,
+        )
+        # Also at exit, before multiprocessing's own handler, which sends SIGTERM to the workers and waits for them.
+        self.close = weakref.finalize(self, _stop_workers, self._loader)
+
+    def __iter__(self) -> Iterator[Item]:
+        with _without_main_module():  # the workers are started here
+            return iter(self._loader)
+
+
+def _no_collate(item: Item) -> Item:
+    return item
+
+
+class _ByValue(Dataset[Item]):
+    """Dataset that is unpickled as `dataset`."""
+
+    def __init__(self, dataset: "Dataset[Item]") -> None:
+        self._dataset = dataset
+
+    def __getitem__(self, key: Any) -> Item:
+        return self._dataset[key]
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        file = io.BytesIO()
+        try:
+            _Pickler(file).dump(self._dataset)
+        except (TypeError, ValueError, AttributeError, PicklingError) as error:
+            reason = (str(error).splitlines() or [""])[0]
+            raise UserError(
+                f"data: got images that cannot be sent to worker processes ({type(error).__name__}: {reason}); open "
+                "files in __getitem__ instead of __init__, or set workers to 0"
+            ) from error
+        return cloudpickle.loads, (file.getvalue(),)
+
+
+class _Pickler(cloudpickle.Pickler):
+    """Pickles what the main module defines by value, tensors as handles to shared memory, and np.memmap as its file."""
+
+    def __init__(self, file: io.BytesIO) -> None:
+        super().__init__(file)
+        shared = ForkingPickler(io.BytesIO()).dispatch_table  # multiprocessing's own, to which torch adds
+        self.dispatch_table = ChainMap({np.memmap: _reduce_memmap}, super().dispatch_table, shared)
+
+
+def _reduce_memmap(array: "np.memmap[Any, Any]") -> tuple[Any, ...]:
+    whole = array
+    while isinstance(whole.base, np.memmap):
+        whole = whole.base
+    if whole.filename is None:
+        raise TypeError("memory-mapped array without the name of its file")
+    start = array.__array_interface__["data"][0] - whole.__array_interface__["data"][0]
+    return _map_again, (whole.filename, whole.offset + start, array.dtype, array.shape, array.strides)
+
+
+def _map_again(
+    file: str, offset: int, dtype: "np.dtype[Any]", shape: tuple[int, ...], strides: tuple[int, ...]
+) -> NDArray[Any]:
+    return np.ndarray(shape, dtype, np.memmap(file, np.uint8, "r"), offset, strides)
+
+
+_SIGNALS = (signal.SIGINT, signal.SIGTERM)
+"""Signals that a terminal or a scheduler sends to the whole process group. Workers ignore them, as the parent needs
+batches until it has stopped."""
+
+
+def _forkserver() -> BaseContext:
+    """Start a forkserver that has only imported the torchvision backend, and return its context.
+
+    Forks of this process would copy locks held by threads of torch and DALI. Spawned workers take 370 MiB each and
+    seconds for their imports; those of a forkserver share them.
+    """
+    context = get_context("forkserver")
+    context.set_forkserver_preload(["fastsimclr.data.torchvision"])
+    resource_tracker.ensure_running()  # first, as it unblocks the signals
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, _SIGNALS)  # inherited by the forkserver
+    try:
+        forkserver.ensure_running()
+    finally:
+        signal.pthread_sigmask(signal.SIG_SETMASK, before)
+    return context
+
+
+@contextmanager
+def _without_main_module() -> Iterator[None]:
+    """Keep multiprocessing from importing the main script again in each worker.
+
+    A script without `if __name__ == "__main__":` would otherwise open its loader again in every worker, and fail there.
+    """
+    main: Any = sys.modules["__main__"]
+    file, spec = getattr(main, "__file__", None), main.__spec__
+    main.__file__ = main.__spec__ = None
+    try:
+        yield
+    finally:
+        main.__file__, main.__spec__ = file, spec
+
+
+def _exit_with_parent(_: int) -> None:
+    for number in _SIGNALS:
+        signal.signal(number, signal.SIG_IGN)
+
+    def exit_with_parent() -> None:
+        """Wait for the parent: DataLoader's own watchdog watches the forkserver, which lives as long as its workers."""
+        parent = parent_process()
+        assert parent is not None
+        parent.join()
+        os._exit(1)
+
+    threading.Thread(target=exit_with_parent, daemon=True).start()
+
+
+def _stop_workers(loader: "DataLoader[Any]") -> None:
+    iterator, loader._iterator = loader._iterator, None
+    if iterator is not None and hasattr(iterator, "_shutdown_workers"):
+        iterator._shutdown_workers()
