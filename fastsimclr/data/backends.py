@@ -15,12 +15,12 @@ BACKENDS: tuple[str, ...] = get_args(Backend)
 def choose_backend(source: "Source", device: "torch.device") -> tuple[str, str]:
     """Return the backend that "auto" selects for `source` and `device`, and the reason."""
     from fastsimclr.data.memory import fits_in_memory
-    from fastsimclr.data.sources import ArraySource, EncodedSource
+    from fastsimclr.data.sources import ArraySource, DecodedSource
 
-    if isinstance(source, ArraySource):
-        return "memory", "the images are small and decoded"
-    if isinstance(source, EncodedSource) and fits_in_memory(source):
-        return "memory", "the images are small and of one size"
+    if fits_in_memory(source):
+        return "memory", f"the images are small and {'decoded' if isinstance(source, ArraySource) else 'of one size'}"
+    if isinstance(source, DecodedSource):
+        return "torchvision", "the images come decoded, and are not small or not in memory"
     if device.type != "cuda":
         return "torchvision", "it decodes as fast as DALI on a CPU"
     # For a submodule of a package that is not installed, find_spec raises instead of returning None.

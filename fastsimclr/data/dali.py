@@ -40,7 +40,8 @@ class DaliBackend:
     ) -> None:
         self.source, self.augmentation, self.device = source, augmentation, device
         self._decodes = isinstance(source, EncodedSource) and source.pixels == RGB8  # DALI decodes only 8-bit RGB
-        self._readers = ThreadPoolExecutor(max_workers=max(2, threads), thread_name_prefix="fastsimclr-read")
+        readers = max(2, threads) if source.thread_safe else 1
+        self._readers = ThreadPoolExecutor(readers, thread_name_prefix="fastsimclr-read")
         self._requests: Iterator[BatchRequest] = iter(())
         self._read_queue: deque[tuple[BatchRequest, list[Future[NDArray[np.uint8]]]]] = deque()
         # Batches that the pipeline has taken but not returned.

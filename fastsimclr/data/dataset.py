@@ -12,13 +12,20 @@ from fastsimclr.data.backends import BACKENDS, choose_backend
 from fastsimclr.data.detect import detect_pixels
 from fastsimclr.data.loader import CropBackend, LoaderConfig, ViewLoader
 from fastsimclr.data.memory import MemoryBackend, decode_all
-from fastsimclr.data.opening import BUILT_IN, open_source
+from fastsimclr.data.opening import BUILT_IN, open_unread
 from fastsimclr.data.pixel_options import PixelOptions
 from fastsimclr.data.pixels import count_channels
 from fastsimclr.data.sampler import Sampler
-from fastsimclr.data.scan import SKIPPED_FILE, BadImages, write_skipped_images
+from fastsimclr.data.scan import (
+    SKIPPED_FILE,
+    BadImages,
+    check_same_images,
+    needs_scan,
+    read_labels,
+    write_skipped_images,
+)
 from fastsimclr.data.scan import scan as scan_images  # `scan` is the module
-from fastsimclr.data.sources import ArraySource, EncodedSource, Source
+from fastsimclr.data.sources import ArraySource, Source
 from fastsimclr.data.statistics import with_statistics
 from fastsimclr.distributed import World, run_on_all_ranks
 from fastsimclr.errors import UserError
@@ -48,21 +55,31 @@ def open_dataset(
     pixels: PixelOptions | None = None,
     select: Callable[[Source, Source | None], Pair] = lambda train, val: (train, val),
     option: str = "--data.max_bad",
+    workers: int | None = None,
 ) -> Dataset:
     """Open, check and prepare the training and validation images: `open_pair`, `select`, then `check_pair`.
 
     select: called with both sources before the scan; checks them, and may return subsets.
     Raises UserError on all ranks if data is missing, unreadable or rejected by `select`.
     """
-    pair = open_pair(train, val, world, pixels)
+    pair = open_pair(train, val, world, pixels, workers)
     pair = run_on_all_ranks(lambda: select(*pair), world)
     return check_pair(
-        pair, world=world, backend=backend, max_bad=max_bad, cache=cache, skipped_to=skipped_to, option=option
+        pair,
+        world=world,
+        backend=backend,
+        max_bad=max_bad,
+        cache=cache,
+        skipped_to=skipped_to,
+        option=option,
+        workers=workers,
     )
 
 
-def open_pair(train: Any, val: Any, world: World, pixels: PixelOptions | None = None) -> Pair:
-    """Open the training and validation images without decoding them. Raises UserError on all ranks if one fails.
+def open_pair(
+    train: Any, val: Any, world: World, pixels: PixelOptions | None = None, workers: int | None = None
+) -> Pair:
+    """Open the training and validation images without decoding files. Raises UserError on all ranks if one fails.
 
     train, val: as for `open_source`. If `val` is None, a built-in dataset uses its own validation images.
     pixels: what the images must be. Both must have the same format.
@@ -71,8 +88,8 @@ def open_pair(train: Any, val: Any, world: World, pixels: PixelOptions | None = 
     def open_both() -> Pair:
         held_out = None
         if val is not None or is_built_in(train):
-            held_out = open_source(train if val is None else val, split="val")
-        opened = open_source(train)
+            held_out = open_unread(train if val is None else val, "val")
+        opened = open_unread(train, "train")
         detect_pixels(opened, pixels or PixelOptions())
         if held_out is not None:
             detect_pixels(held_out, pixels or PixelOptions())
@@ -82,7 +99,11 @@ def open_pair(train: Any, val: Any, world: World, pixels: PixelOptions | None = 
                 )
         return opened, held_out
 
-    return run_on_all_ranks(open_both, world)
+    pair = run_on_all_ranks(open_both, world)
+    for source in pair:
+        if source is not None:
+            read_labels(source, world, workers)
+    return pair
 
 
 def check_pair(
@@ -95,6 +116,7 @@ def check_pair(
     skipped_to: Path | None = None,
     stop: Callable[[], bool] = lambda: False,
     option: str = "--data.max_bad",
+    workers: int | None = None,
 ) -> Dataset:
     """Scan the images for bad ones and prepare them for the backend. All ranks share the work and fail together.
 
@@ -103,14 +125,15 @@ def check_pair(
     cache: folder for the results of the scan. skipped_to: folder for the list of skipped images.
     stop: called during the scan; once it returns True on any rank, all ranks raise ScanStopped.
     option: name of `max_bad` in error messages.
+    workers: processes per rank that read the items of a Dataset; None picks by the number of CPU cores.
     Raises UserError on all ranks if too many images are bad.
     """
     skipped: list[str] | None = None
     checked: list[Source | None] = []
     for source in pair:
-        if isinstance(source, EncodedSource):
+        if source is not None and needs_scan(source):
             try:
-                scanned = scan_images(source, max_bad=max_bad, cache=cache, world=world, stop=stop)
+                scanned = scan_images(source, max_bad=max_bad, cache=cache, world=world, stop=stop, workers=workers)
             except BadImages as error:
                 list_file = ""
                 if skipped_to is not None:
@@ -120,6 +143,8 @@ def check_pair(
                 raise UserError(f"{option}{str(error).removeprefix('max_bad')}{list_file}") from error
             source = scanned.source
             skipped = list(dict.fromkeys([*(skipped or []), *scanned.bad]))  # `val` may be `train`
+        elif source is not None:
+            check_same_images(source, world)
         checked.append(source)
     if skipped is not None and skipped_to is not None and world.is_rank_zero:
         write_skipped_images(skipped_to, skipped)
@@ -141,13 +166,13 @@ def prepare(source: Source, backend: str, device: torch.device) -> tuple[Source,
         raise UserError(f"backend: got {backend!r}, expected one of {', '.join(BACKENDS)}")
     if backend == "auto":
         backend, _ = choose_backend(source, device)
-    if backend == "memory" and isinstance(source, EncodedSource):
+    if backend == "memory" and not isinstance(source, ArraySource):
         source = decode_all(source)
     return source, backend
 
 
 def open_views(
-    path: str | Source,
+    data: Any,
     augmentation: Augmentation,
     batch_size: int,
     *,
@@ -159,12 +184,18 @@ def open_views(
     world_size: int = 1,
     **options: Any,
 ) -> ViewLoader:
-    """Open a loader of augmented batches of the images at `path`.
+    """Open a loader of augmented batches of images.
 
     It is an iterable of `Batch`, one epoch per iteration, with len(), set_epoch(), state_dict() and load_state_dict().
 
-    path: folder of class folders, flat folder of images, tar shards ("train-{000..127}.tar", "*.tar"), "digits",
-        "cifar10[:ROOT]", "stl10[:ROOT]", or a Source.
+    data: a path: folder of class folders, flat folder of images, tar shards ("train-{000..127}.tar", "*.tar"),
+        "digits", "cifar10[:ROOT]", "stl10[:ROOT]", "array.npy" (memory-mapped; labels in array.labels.npy), or an
+        object of your own code: "mydata.py:make_dataset" or "package.module:object".
+        Or an object: a list of image files; a Dataset with __len__ and __getitem__, of images, (image, label, ...)
+        tuples or dicts; a Hugging Face dataset; an array or tensor (N, H, W, C) or (N, H, W) of uint8, uint16 or
+        float32 (from 0 to 1), which may be an np.memmap; a pair of such an array and labels (N,); or a Source.
+        Images of a Dataset are PIL images, NumPy arrays (H, W, C) or tensors (C, H, W); labels are integers or names.
+        An item must depend only on its index. If only the items have the labels, all are read first.
     augmentation: recipe of the views.
     batch_size: global batch size, images per batch over all ranks; each rank gets its share. The last batch may be
         smaller.
@@ -183,10 +214,11 @@ def open_views(
     """
     world = World(rank, world_size, torch.device(device))
     config = LoaderConfig(batch_size=batch_size, world=world, **options)
-    source = open_source(path)
+    source = open_unread(data, "train")
     detect_pixels(source, pixels or PixelOptions())
-    if max_bad is not None and isinstance(source, EncodedSource):
-        source = scan_images(source, max_bad=max_bad, cache=cache).source
+    read_labels(source, workers=config.workers)
+    if needs_scan(source) and (max_bad is not None or isinstance(source, ArraySource)):
+        source = scan_images(source, max_bad=max_bad or 0, cache=cache, workers=config.workers).source
     check_augmentation(augmentation, source)
     augmentation, _ = with_statistics(augmentation, source)
     return open_loader(source, augmentation, config)

@@ -14,14 +14,14 @@ from fastsimclr.data.pixels import (
     dtype_name,
 )
 from fastsimclr.data.raw import is_npy
-from fastsimclr.data.sources import ArraySource, EncodedSource, Source
+from fastsimclr.data.sources import EncodedSource, Source
 from fastsimclr.errors import UserError
 
 _MAX_TRIED = 100  # images at the start of a source that may be bad
 
 
 def detect_pixels(source: Source, options: PixelOptions) -> None:
-    """Set `source.pixels`. Raises UserError if it contradicts the options, or if values in memory are out of range.
+    """Set `source.pixels`. Raises UserError if it contradicts the options.
 
     Image files are 8-bit RGB, unless the options ask for another format, or they are .npy arrays: then they have the
     format of the first one that decodes.
@@ -40,9 +40,6 @@ def detect_pixels(source: Source, options: PixelOptions) -> None:
     if not 1 <= found.channels <= MAX_CHANNELS:
         raise UserError(f"data: got images of {found.channels} channels, expected 1 to {MAX_CHANNELS}, last in arrays")
     source.pixels = replace(found, value_range=options.value_range) if options.value_range else found
-    if isinstance(source, ArraySource) and source.origin is None:
-        for index in range(len(source)):
-            source.pixels.check(source.image(index), source.name(index))
 
 
 def _of_files(source: EncodedSource, options: PixelOptions) -> tuple[str, PixelFormat]:

@@ -9,10 +9,10 @@ import torch
 
 from fastsimclr.data.augmentation import Augmentation
 from fastsimclr.data.crop import crop
-from fastsimclr.data.images import decode
 from fastsimclr.data.loader import BatchRequest, CroppedBatch
 from fastsimclr.data.params import sample_batch_params
-from fastsimclr.data.sources import ArraySource, EncodedSource
+from fastsimclr.data.sources import ArraySource, Source
+from fastsimclr.data.torchvision import decoded
 from fastsimclr.errors import UserError
 from fastsimclr.profiling import stage
 
@@ -20,19 +20,21 @@ _MAX_SIDE = 96  # pixels (STL-10's): for larger images crops are cheap compared 
 _MAX_BYTES = 4 << 30
 
 
-def fits_in_memory(source: EncodedSource) -> bool:
-    """Return whether to keep the images decoded. False without a scan, as their sizes are then unknown."""
+def fits_in_memory(source: Source) -> bool:
+    """Return whether to keep the images decoded. False if their sizes are unknown, as without a scan."""
+    if isinstance(source, ArraySource):
+        return max(source.images.shape[1:3]) <= _MAX_SIDE and source.images.nbytes <= _MAX_BYTES
     sizes = source.sizes
     if sizes is None or not (sizes == sizes[0]).all():
         return False
     return sizes[0].max() <= _MAX_SIDE and source.pixels.image_bytes(*sizes[0]) * len(sizes) <= _MAX_BYTES
 
 
-def decode_all(source: EncodedSource) -> ArraySource:
-    """Decode all images with all CPU cores. Raises UserError if they differ in size or if one does not decode."""
+def decode_all(source: Source) -> ArraySource:
+    """Decode all images. Raises UserError if they differ in size or one does not decode."""
 
     def decode_one(index: int) -> torch.Tensor:
-        return decode(source.read(index), source.name(index), source.pixels).permute(1, 2, 0)
+        return decoded(source, index).permute(1, 2, 0)
 
     first = decode_one(0)
     images = first.new_empty(len(source), *first.shape)
@@ -46,7 +48,8 @@ def decode_all(source: EncodedSource) -> ArraySource:
             )
         images[index] = image
 
-    with ThreadPoolExecutor(len(os.sched_getaffinity(0)), thread_name_prefix="fastsimclr-decode") as threads:
+    cores = len(os.sched_getaffinity(0)) if source.thread_safe else 1
+    with ThreadPoolExecutor(cores, thread_name_prefix="fastsimclr-decode") as threads:
         try:
             for _ in threads.map(store, range(len(source))):
                 pass

@@ -6,50 +6,118 @@ tar shards                   'train-{000..127}.tar', '*.tar' label: NAME.cls bes
 digits                       scikit-learn's 1,797 handwritten digits, 80 % of each class for training
 cifar10[:ROOT]               CIFAR-10 through torchvision, from ROOT or downloaded to it
 stl10[:ROOT]                 STL-10 likewise; most of its 105,000 training images are unlabeled
+array.npy                    (N, H, W, C) or (N, H, W), memory-mapped; labels: (N,) in array.labels.npy, if that exists
+mydata.py:make_dataset       an object of the user's code, or what it returns when called; also package.module:object
+
+Objects: a Dataset with __len__ and __getitem__, a Hugging Face dataset, an array (N, H, W, C), a pair (images, labels)
+of arrays, a list of image files, or a Source.
 """
 
 import glob
 import os
 import re
 import tarfile
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, TypeVar
 
 import numpy as np
 import torch
 from PIL import Image
+from torch.utils.data import IterableDataset
 
+from fastsimclr.data.arrays import is_array, open_array, open_array_file
+from fastsimclr.data.datasets import DatasetSource, is_hugging_face, open_hugging_face
 from fastsimclr.data.images import EXTENSIONS
+from fastsimclr.data.scan import read_labels
 from fastsimclr.data.sources import NO_LABEL, ArraySource, FolderSource, Source, TarSource
 from fastsimclr.errors import UserError
+from fastsimclr.imports import describe_failure, import_object, is_object_reference
 
 Files = TypeVar("Files", FolderSource, TarSource)
 BUILT_IN = ("digits", "cifar10", "stl10")
-_EXPECTED = "a folder of images, tar shards, digits, cifar10[:ROOT] or stl10[:ROOT]"
+_OBJECT = "object:"
+_EXPECTED = "a folder of images, tar shards, digits, cifar10[:ROOT], stl10[:ROOT], array.npy or mydata.py:object"
 
 
 def open_source(data: Any, *, split: str = "train") -> Source:
     """Open images. Raises UserError if they do not exist or have another form.
 
-    data: a path in any of the forms above, or a Source. split: "train" or "val", for built-in datasets only.
+    data: a path in any of the forms above, or an object. split: "train" or "val", for built-in datasets only.
+    If the labels of a Dataset can only be known by reading all of its items, they are all read.
     """
+    source = open_unread(data, split)
+    read_labels(source)
+    return source
+
+
+def open_unread(data: Any, split: str) -> Source:
+    """Open images like `open_source`, but leave labels unread that need all items of a Dataset: see `read_labels`."""
     assert split in ("train", "val"), split
     if isinstance(data, Source):
         return data
+    if not isinstance(data, str | os.PathLike):
+        return _open_object(data)
     path = os.fspath(data)
+    if path.startswith(_OBJECT):
+        raise UserError(
+            f"{path.removeprefix(_OBJECT)}: got the name of an object that a Python program passed to pretrain(), "
+            f"expected {_EXPECTED}: pass the images again, or --data.train on the command line"
+        )
     kind, _, root = path.partition(":")
     if path == "digits":
         return _digits(split)
     if kind in ("cifar10", "stl10"):
         return _from_torchvision(kind, os.path.expanduser(root) or "data", split)
+    if is_object_reference(path):
+        return open_unread(_call(import_object(path), path), split)
     folder = Path(path).expanduser()
+    if folder.is_file() and folder.suffix == ".npy":
+        return open_array_file(str(folder))
     if not folder.is_dir():
         if path.endswith(".tar") or any(c in path for c in "{*?["):
             return _open_tars(_expand(path))
         got = "a file" if folder.exists() else "nothing at that path"
         raise UserError(f"{path}: got {got}, expected {_EXPECTED}")
     return _open_folder(folder)
+
+
+def describe(data: Any) -> str:
+    """Return the path of images, or for an object a name that `open_source` does not open, for the record of a run."""
+    return os.fspath(data) if isinstance(data, str | os.PathLike) else f"{_OBJECT}{type(data).__name__}"
+
+
+def _call(imported: Any, reference: str) -> Any:
+    """Return the data of an imported object: what a function without arguments returns, or an instance of a class."""
+    if not callable(imported) or (hasattr(imported, "__getitem__") and not isinstance(imported, type)):
+        return imported
+    try:
+        return imported()
+    except Exception as error:  # of the user's code
+        raise UserError(
+            f"{reference}: got an object that fails when called without arguments: {describe_failure(error)}"
+        ) from error
+
+
+def _open_object(data: Any) -> Source:
+    if is_array(data):
+        return open_array(data)
+    if isinstance(data, list | tuple) and data:
+        if all(isinstance(file, str | os.PathLike) for file in data):
+            return FolderSource(list(map(os.fspath, data)), np.full(len(data), NO_LABEL), ())
+        if len(data) == 2 and is_array(data[0]) and data[0].ndim >= 3 and np.ndim(data[1]) == 1:
+            return open_array(*data)
+    kind = type(data)
+    if isinstance(data, IterableDataset) or not (hasattr(kind, "__getitem__") and hasattr(kind, "__len__")):
+        raise UserError(
+            f"data: got {kind.__name__}, which does not return an image by its index; expected a map-style Dataset "
+            "with __len__ and __getitem__: add them, or write the images to tar shards"
+        )
+    if is_hugging_face(data):
+        return open_hugging_face(data)
+    if isinstance(data, Mapping):
+        raise UserError(f"data: got {kind.__name__}, expected a Dataset, an array or a pair (images, labels)")
+    return DatasetSource(data)
 
 
 def _open_folder(folder: Path) -> FolderSource:

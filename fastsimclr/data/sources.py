@@ -3,6 +3,7 @@
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from copy import copy
+from typing import TYPE_CHECKING, ClassVar
 
 import numpy as np
 import torch
@@ -12,18 +13,28 @@ from torch import Tensor
 from fastsimclr.data.pixels import RGB8, PixelFormat, default_format
 from fastsimclr.errors import UserError
 
+if TYPE_CHECKING:
+    from typing_extensions import Self  # typing's from Python 3.11
+
 NO_LABEL = -1
+
+
+class WrongForm(UserError):
+    """An image or a label of a form that the source cannot have, whatever the number of images that may be bad."""
 
 
 class Source(ABC):
     """Images with labels.
 
     labels: (N,) int64, -1 for unlabeled images. classes: names of the classes. pixels: format of the decoded images.
+    sizes: (N, 2), height and width of each upright image; None if not scanned (fastsimclr/data/scan.py).
     """
 
     labels: NDArray[np.int64]
     classes: Sequence[str]
     pixels: PixelFormat = RGB8
+    sizes: NDArray[np.int64] | None = None
+    thread_safe: ClassVar[bool] = True  # whether threads may read images at the same time
 
     def __len__(self) -> int:
         return len(self.labels)
@@ -37,12 +48,19 @@ class Source(ABC):
         """Return the name of image `index` for messages: its file, or its shard and member."""
 
     def class_name(self, label: int) -> str:
-        """Return the name of the class with this label."""
-        return self.classes[label]
+        """Return the name of the class. A numeric class is named by its label, as numbers may have gaps."""
+        return str(label) if all(name.isdigit() for name in self.classes) else self.classes[label]
 
     @abstractmethod
-    def subset(self, indices: NDArray[np.int64]) -> "Source":
+    def subset(self, indices: NDArray[np.int64]) -> "Self":
         """Return a source of the images `indices` (K,), in that order. It has the same classes, even unused ones."""
+
+    def _part(self, indices: NDArray[np.int64]) -> "Self":
+        """Return a copy with the labels and sizes of the images `indices` (K,), to which `subset` adds the images."""
+        part = copy(self)
+        part.labels = self.labels[indices]
+        part.sizes = None if self.sizes is None else self.sizes[indices]
+        return part
 
 
 class DecodedSource(Source):
@@ -51,9 +69,6 @@ class DecodedSource(Source):
     @abstractmethod
     def image(self, index: int) -> Tensor:
         """Return image `index` as (C, H, W), in the format `pixels`. Raises UserError if it cannot be used."""
-
-    @abstractmethod
-    def subset(self, indices: NDArray[np.int64]) -> "DecodedSource": ...
 
 
 class ArraySource(DecodedSource):
@@ -65,9 +80,9 @@ class ArraySource(DecodedSource):
         images: Tensor,
         labels: NDArray[np.int64],
         classes: Sequence[str],
-        origin: "EncodedSource | None" = None,
+        origin: Source | None = None,
     ) -> None:
-        """origin: source of the files from which the images were decoded."""
+        """origin: source from which the images were decoded."""
         self.title, self.images, self.labels, self.classes, self.origin = title, images, labels, classes, origin
         self.pixels = default_format(images.shape[3], images.dtype) if origin is None else origin.pixels
 
@@ -80,18 +95,15 @@ class ArraySource(DecodedSource):
     def class_name(self, label: int) -> str:
         return super().class_name(label) if self.origin is None else self.origin.class_name(label)
 
-    def subset(self, indices: NDArray[np.int64]) -> "ArraySource":
-        part = copy(self)
-        part.images, part.labels = self.images[torch.from_numpy(indices)], self.labels[indices]
+    def subset(self, indices: NDArray[np.int64]) -> "Self":
+        part = self._part(indices)
+        part.images = self.images[torch.from_numpy(indices)]
         part.origin = None if self.origin is None else self.origin.subset(indices)
         return part
 
 
 class EncodedSource(Source):
     """Encoded images on disk, of any size."""
-
-    sizes: NDArray[np.int64] | None = None
-    """(N, 2): height and width of each upright image; None if not scanned (fastsimclr/data/scan.py)."""
 
     @abstractmethod
     def read(self, index: int) -> NDArray[np.uint8]:
@@ -100,9 +112,6 @@ class EncodedSource(Source):
     @abstractmethod
     def locations(self) -> tuple[Sequence[str] | NDArray[np.str_], NDArray[np.int64], NDArray[np.int64]]:
         """Return the files, and for each image (N,) the index of its file and its byte offset in it."""
-
-    @abstractmethod
-    def subset(self, indices: NDArray[np.int64]) -> "EncodedSource": ...
 
 
 class FolderSource(EncodedSource):
@@ -129,10 +138,12 @@ class FolderSource(EncodedSource):
     def locations(self) -> tuple[NDArray[np.str_], NDArray[np.int64], NDArray[np.int64]]:
         return self.files, np.arange(len(self)), np.zeros(len(self), np.int64)
 
-    def subset(self, indices: NDArray[np.int64]) -> "FolderSource":
-        part = copy(self)
-        part.files, part.labels = self.files[indices], self.labels[indices]
-        part.sizes = None if self.sizes is None else self.sizes[indices]
+    def class_name(self, label: int) -> str:
+        return self.classes[label]
+
+    def subset(self, indices: NDArray[np.int64]) -> "Self":
+        part = self._part(indices)
+        part.files = self.files[indices]
         return part
 
 
@@ -168,12 +179,7 @@ class TarSource(EncodedSource):
     def locations(self) -> tuple[Sequence[str], NDArray[np.int64], NDArray[np.int64]]:
         return self.shards, self.extents[:, 0], self.extents[:, 1]
 
-    def class_name(self, label: int) -> str:
-        """Return the name of the class. A numeric class is named by its label, as numbers may have gaps."""
-        return str(label) if all(name.isdigit() for name in self.classes) else self.classes[label]
-
-    def subset(self, indices: NDArray[np.int64]) -> "TarSource":
-        part = copy(self)
-        part.members, part.extents, part.labels = self.members[indices], self.extents[indices], self.labels[indices]
-        part.sizes = None if self.sizes is None else self.sizes[indices]
+    def subset(self, indices: NDArray[np.int64]) -> "Self":
+        part = self._part(indices)
+        part.members, part.extents = self.members[indices], self.extents[indices]
         return part

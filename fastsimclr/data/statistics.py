@@ -55,7 +55,8 @@ def measure(source: Source, world: World = SINGLE_PROCESS) -> tuple[tuple[float,
         return torch.stack([pixels.mean(1), pixels.square().mean(1)]).numpy()
 
     def measure_own() -> NDArray[np.float64]:
-        with ThreadPoolExecutor(len(os.sched_getaffinity(0)), thread_name_prefix="fastsimclr-measure") as threads:
+        cores = len(os.sched_getaffinity(0)) if source.thread_safe else 1
+        with ThreadPoolExecutor(cores, thread_name_prefix="fastsimclr-measure") as threads:
             return np.array(list(threads.map(moments, own.tolist())))
 
     parts = gather_objects(run_on_all_ranks(measure_own, world), world)

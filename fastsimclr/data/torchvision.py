@@ -10,6 +10,7 @@ from torch.utils.data import Dataset, default_collate
 from torchvision.transforms import InterpolationMode
 from torchvision.transforms.v2 import functional as TF
 
+from fastsimclr.data.arrays import MappedSource
 from fastsimclr.data.augmentation import Augmentation
 from fastsimclr.data.images import decode
 from fastsimclr.data.loader import BatchRequest, CroppedBatch
@@ -113,8 +114,8 @@ def crop(image: Tensor, recipe: Augmentation, params: ViewParams, pixels: PixelF
 
 
 def default_workers(source: Source, device: torch.device) -> int:
-    """Return the default number of workers: 0 for decoded images, 1 on a CPU, else the rank's cores - 1, 1 to 16."""
-    if isinstance(source, ArraySource):
+    """Return the default number of workers: 0 for arrays, 1 on a CPU, else the rank's cores - 1, 1 to 16."""
+    if isinstance(source, ArraySource | MappedSource):
         return 0
     if device.type == "cpu":
         return 1

@@ -83,9 +83,10 @@ class _Pickler(cloudpickle.Pickler):
     """Pickles what the main module defines by value, tensors as handles to shared memory, and np.memmap as its file."""
 
     def __init__(self, file: io.BytesIO) -> None:
-        super().__init__(file)
         shared = ForkingPickler(io.BytesIO()).dispatch_table  # multiprocessing's own, to which torch adds
+        # Before __init__, which reads it.
         self.dispatch_table = ChainMap({np.memmap: _reduce_memmap}, super().dispatch_table, shared)
+        super().__init__(file)
 
 
 def _reduce_memmap(array: "np.memmap[Any, Any]") -> tuple[Any, ...]:

@@ -16,8 +16,8 @@ from torch import nn
 from fastsimclr import distributed
 from fastsimclr.config import Config, DataConfig, from_options
 from fastsimclr.data.augmentation import Augmentation
-from fastsimclr.data.scan import ScanStopped
-from fastsimclr.data.sources import describe
+from fastsimclr.data.checks import ScanStopped
+from fastsimclr.data.opening import describe
 from fastsimclr.errors import UserError
 from fastsimclr.malloc import keep_freed_memory
 from fastsimclr.pretrained import load_encoder

@@ -16,10 +16,10 @@ from torch.nn.parallel import DistributedDataParallel
 from fastsimclr import distributed
 from fastsimclr.config import Config, to_yaml
 from fastsimclr.data import Batch
+from fastsimclr.data.checks import ScanStopped
 from fastsimclr.data.dataset import Dataset, Pair, check_augmentation, check_pair, open_loader, open_pair
 from fastsimclr.data.loader import LoaderConfig
 from fastsimclr.data.pixels import RGB8, dtype_name
-from fastsimclr.data.scan import ScanStopped
 from fastsimclr.data.statistics import with_statistics
 from fastsimclr.distributed import World, run_on_all_ranks
 from fastsimclr.environment import commit, examine
@@ -229,7 +229,7 @@ class Trainer:
         config, world = self.config, self.world
         train = config.data.train if train is None else train
         val = config.data.val if val is None else val
-        sources = open_pair(train, val, world, config.data.pixel_options())
+        sources = open_pair(train, val, world, config.data.pixel_options(), config.data.workers)
 
         def check() -> None:
             opened, held_out = sources
@@ -255,6 +255,7 @@ class Trainer:
                 cache=self.folder.path,
                 skipped_to=self.folder.path,
                 stop=lambda: stop.received != 0,
+                workers=self.config.data.workers,
             )
         except ScanStopped:
             self._print(f"stopped while checking images; rerun with --output {self.folder} to resume")

@@ -22,9 +22,11 @@ from pictures import broken, encode, jpeg, kinds, names, open_encoded, photo, ph
 from PIL import Image
 from ranks import RankError, run_ranks
 
+from fastsimclr.data import checks
+from fastsimclr.data.checks import ScanStopped
 from fastsimclr.data.images import decode
 from fastsimclr.data.pixels import PixelFormat
-from fastsimclr.data.scan import CACHE_FILE, BadImages, Scan, ScanStopped, scan
+from fastsimclr.data.scan import CACHE_FILE, BadImages, Scan, scan
 from fastsimclr.distributed import World
 from fastsimclr.errors import UserError
 
@@ -49,7 +51,7 @@ def decoded(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[str]]:
         calls.append(re.split("/|: ", name)[-1])
         return decode(data, name, pixels)
 
-    monkeypatch.setattr(scan_module, "decode", recorded)
+    monkeypatch.setattr(checks, "decode", recorded)
     return calls
 
 
@@ -315,7 +317,7 @@ def test_out_of_memory_while_decoding_is_not_cached(tmp_path: Path, monkeypatch:
 
     folder = photo_folder(tmp_path / "photos", 6)
     with monkeypatch.context() as patch:
-        patch.setattr(scan_module, "decode", fails)
+        patch.setattr(checks, "decode", fails)
         with pytest.raises(BadImages, match="expected at least one that can"):
             scan(open_encoded(folder), max_bad=1, cache=tmp_path)
     assert scan(open_encoded(folder), max_bad=0, cache=tmp_path).checked == 6
@@ -359,7 +361,7 @@ def test_stopped_scan_keeps_its_results(tmp_path: Path, decoded: list[str]) -> N
 
 def test_interrupted_scan_keeps_its_results(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     folder = photo_folder(tmp_path / "photos", 30)
-    monkeypatch.setattr(scan_module, "_ROUND_S", 0.02)
+    monkeypatch.setattr(checks, "_ROUND_S", 0.02)
 
     def slow(data: NDArray[np.uint8], name: str, pixels: PixelFormat) -> torch.Tensor:
         time.sleep(0.005)
@@ -367,16 +369,16 @@ def test_interrupted_scan_keeps_its_results(tmp_path: Path, monkeypatch: pytest.
             raise MemoryError
         return decode(data, name, pixels)
 
-    monkeypatch.setattr(scan_module, "decode", slow)
+    monkeypatch.setattr(checks, "decode", slow)
     with pytest.raises(MemoryError):
         scan(open_encoded(folder), cache=tmp_path)
-    monkeypatch.setattr(scan_module, "decode", decode)
+    monkeypatch.setattr(checks, "decode", decode)
     assert 1 <= scan(open_encoded(folder), cache=tmp_path).checked < 30
 
 
 def test_long_scan_saves_its_results_periodically(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     folder = photo_folder(tmp_path / "photos", 30)
-    monkeypatch.setattr(scan_module, "_ROUND_S", 0.02)
+    monkeypatch.setattr(checks, "_ROUND_S", 0.02)
     monkeypatch.setattr(scan_module, "_SAVE_EVERY_S", 0.0)
     entries = []
 
@@ -386,7 +388,7 @@ def test_long_scan_saves_its_results_periodically(tmp_path: Path, monkeypatch: p
             entries.append(len(saved["entries"]))
         return decode(data, name, pixels)
 
-    monkeypatch.setattr(scan_module, "decode", decode_and_read_cache)
+    monkeypatch.setattr(checks, "decode", decode_and_read_cache)
     scan(open_encoded(folder), cache=tmp_path)
     assert entries[0] == 0
     assert 0 < entries[-1] < 30
@@ -398,7 +400,7 @@ def test_progress_is_shown_for_slow_scans_on_a_terminal(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, terminal: bool, slow: bool
 ) -> None:
     folder = photo_folder(tmp_path / "photos", 6)
-    monkeypatch.setattr(scan_module, "_PROGRESS_AFTER_S", 0.0 if slow else 60.0)
+    monkeypatch.setattr(checks, "_PROGRESS_AFTER_S", 0.0 if slow else 60.0)
     read_end, write_end = pty.openpty() if terminal else os.pipe()
     if terminal:
         fcntl.ioctl(write_end, termios.TIOCSWINSZ, struct.pack("4H", 24, 100, 0, 0))
