@@ -2,9 +2,14 @@
 
 from dataclasses import dataclass, fields, replace
 from functools import cached_property
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 from fastsimclr.presets import preset_file
+
+if TYPE_CHECKING:
+    import torch
+
+    from fastsimclr.data.view_module import ViewModule
 
 INTERPOLATIONS = ("bilinear", "bicubic")
 CROPS = ("random", "center")
@@ -184,6 +189,19 @@ class Augmentation:
                         f"{name}: got {getattr(recipe, name):g} for images of {of_images}, but it is for RGB; expected "
                         "--data.hue 0 --data.saturation 0 --data.grayscale_prob 0 (Augmentation.without_rgb())"
                     )
+
+    def as_module(self, *, seed: int = 0, rank: int | None = None, dtype: "torch.dtype | None" = None) -> "ViewModule":
+        """Return a module that augments batches of tensors, for any training loop: images (B, 3, H, W) -> views.
+
+        seed: seed of the random parameters.
+        rank: rank that they are sampled for; None: that of torch.distributed, or 0.
+        dtype: float dtype of the views; None: torch.float32.
+        """
+        import torch
+
+        from fastsimclr.data.view_module import ViewModule  # not above: it imports this module
+
+        return ViewModule(self, seed=seed, rank=rank, dtype=dtype or torch.float32)
 
     @staticmethod
     def preset(name: str) -> "Augmentation":

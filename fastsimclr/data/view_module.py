@@ -1,0 +1,110 @@
+"""The views of batches that are already tensors, as a module: `Augmentation.as_module`."""
+
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+import torch
+import torch.distributed as dist
+from numpy.typing import NDArray
+from torch import Tensor, nn
+
+from fastsimclr.data.augmentation import Augmentation
+from fastsimclr.data.crop import crop
+from fastsimclr.data.params import sample_batch_params
+from fastsimclr.data.photometric import photometric
+from fastsimclr.errors import UserError
+
+_RANK_STRIDE = 1 << 40  # images per rank: by default, rank r numbers its images from r * 2^40
+
+
+class ViewModule(nn.Module):
+    """Augmented views of batches of images, on the device of the images; created by `Augmentation.as_module`.
+
+    The views of an image depend on the seed, the epoch and the image's index only, as with `open_views`. Without an
+    explicit index, the module numbers the images in the order they arrive, and each rank has its own numbers, so no two
+    images get the same random parameters. The number of images seen so far is part of `state_dict()`: a resumed run
+    continues with the parameters that an uninterrupted one would have sampled. In the workers of a DataLoader, which
+    all have their own copy of this number, pass an index.
+
+    The module has no parameters and no gradient, and ignores autocast. `torch.compile` runs it outside of the graph.
+    """
+
+    def __init__(
+        self, augmentation: Augmentation, *, seed: int = 0, rank: int | None = None, dtype: torch.dtype = torch.float32
+    ) -> None:
+        """The arguments of `Augmentation.as_module`."""
+        super().__init__()
+        if not dtype.is_floating_point:
+            raise UserError(f"dtype: got {dtype}, expected a float dtype such as torch.float32 or torch.bfloat16")
+        self.augmentation, self.seed, self.rank, self.dtype = augmentation, seed, rank, dtype
+        self._images_seen = 0  # on this rank, without an explicit index
+
+    @torch.compiler.disable
+    def forward(
+        self, images: Tensor, *, index: Tensor | NDArray[np.int64] | Sequence[int] | None = None, epoch: int = 0
+    ) -> tuple[Tensor, ...]:
+        """Return the views of a batch: `num_views` tensors (B, 3, S, S), normalized and channels-last, S = image_size.
+
+        images: (B, 3, H, W), uint8, or float in [0, 1], which is rounded to levels of 1/255.
+        index, epoch: numbers of the images (B,), on the CPU, and the epoch, to get the views of `open_views` with the
+            same seed. By default the images are numbered in the order they arrive, and the epoch is 0.
+
+        Raises UserError if the images or the index have another shape, dtype or range. The range of floats is checked
+        on the CPU only, as on a GPU the check would have to wait for them.
+        """
+        _check(images)
+        batch = len(images)
+        if index is None:
+            first = self._rank() * _RANK_STRIDE + self._images_seen
+            numbers = np.arange(first, first + batch)
+            self._images_seen += batch
+        else:
+            numbers = np.asarray(index, dtype=np.int64)
+            if numbers.shape != (batch,):
+                raise UserError(f"index: got shape {numbers.shape}, expected ({batch},), one number per image")
+        with torch.no_grad(), torch.autocast(images.device.type, enabled=False):
+            pixels = _levels(images).permute(0, 2, 3, 1).contiguous()  # (B, H, W, 3)
+            sizes = np.tile(pixels.shape[1:3], (batch, 1))
+            params = sample_batch_params(self.augmentation, self.seed, epoch, numbers, sizes)
+            return tuple(
+                photometric(crop(pixels, np.arange(batch), view_params, recipe), view_params, recipe, self.dtype)
+                for view_params, recipe in zip(params, self.augmentation.recipes, strict=True)
+            )
+
+    def _rank(self) -> int:
+        if self.rank is not None:
+            return self.rank
+        return dist.get_rank() if dist.is_available() and dist.is_initialized() else 0
+
+    def get_extra_state(self) -> Tensor:
+        """Return the number of images seen on this rank, for `state_dict`. It is no buffer, which DDP would copy from
+        rank 0 to all ranks."""
+        return torch.tensor(self._images_seen)
+
+    def set_extra_state(self, state: Any) -> None:
+        """Continue after the number of images of `get_extra_state`."""
+        self._images_seen = int(state)
+
+    def extra_repr(self) -> str:
+        size, views = self.augmentation.image_size, self.augmentation.num_views
+        return f"image_size={size}, num_views={views}, seed={self.seed}, dtype={self.dtype}"
+
+
+def _check(images: Tensor) -> None:
+    if images.ndim != 4 or images.shape[1] != 3 or 0 in images.shape:
+        raise UserError(f"images: got shape {tuple(images.shape)}, expected (B, 3, H, W) with at least one pixel")
+    if images.dtype != torch.uint8 and not images.dtype.is_floating_point:
+        raise UserError(f"images: got {images.dtype}, expected uint8, or float in [0, 1]")
+    if images.dtype != torch.uint8 and images.device.type == "cpu":
+        low, high = images.aminmax()
+        if not (low >= 0 and high <= 1):  # also for NaN
+            raise UserError(
+                f"images: got floats from {low:.3g} to {high:.3g}, expected [0, 1]: divide levels by 255, and leave "
+                "normalization to this module"
+            )
+
+
+def _levels(images: Tensor) -> Tensor:
+    """Convert floats in [0, 1] to uint8 levels."""
+    return images if images.dtype == torch.uint8 else (images.float() * 255).round_().to(torch.uint8)
