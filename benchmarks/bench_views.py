@@ -23,6 +23,7 @@ import numpy as np
 import pytest
 import torch
 from torch import Tensor
+from torchvision.transforms.v2.functional import resize
 
 from benchmarks import view_peers as peers
 from benchmarks.dali_colors import DaliColors
@@ -41,6 +42,7 @@ from benchmarks.view_contenders import (
     dali_crop_and_flip,
     dali_grid,
     our_crops,
+    our_module,
     our_views,
     pixel_difference,
 )
@@ -51,7 +53,7 @@ from fastsimclr.data.dali import DaliBackend
 from fastsimclr.data.images import decode
 from fastsimclr.data.params import sample_batch_params
 from fastsimclr.data.photometric import photometric
-from fastsimclr.data.sources import EncodedSource
+from fastsimclr.data.sources import ArraySource, EncodedSource
 from fastsimclr.data.torchvision import TorchvisionBackend
 from fastsimclr.data.torchvision import crop as crop_with_torchvision
 
@@ -177,6 +179,7 @@ def test_small_images(suite: Suite, photos: Images) -> None:
     kornia = f"RandomResizedCrop on whole batches, without antialiasing; {ONE_ORDER}"
     contenders = {
         "fastsimclr, memory": our_views("memory"),
+        "fastsimclr, as_module": our_module(),
         "torchvision on Pillow": Contender(in_workers(peers.open_pillow, peers.views_on_pillow), slow=True),
         "lightly SimCLRTransform": replace(LIGHTLY, slow=True),
         "Kornia on batches": Contender(peers.Kornia, requires="kornia", slow=True, note=kornia),
@@ -184,6 +187,23 @@ def test_small_images(suite: Suite, photos: Images) -> None:
     task = "two augmented views of small images, 32x32"
     setting = Setting(Augmentation.preset("cifar10"), 64 if SMALL else 500, WORKERS)
     compare(suite, contenders, setting, Images(whole, once, compared, origin), 32, torch.float32, readme_task=task)
+
+
+@pytest.mark.benchmark(group="two augmented views of batches of tensors")
+def test_batches(suite: Suite, photos: Images) -> None:
+    """Batches (B, 3, 224, 224) uint8 of resized photos, without decoding."""
+    torch.set_num_threads(CORES)  # neither has workers
+    size = AUGMENTATION.image_size
+    decoded = [decode(np.fromfile(file, dtype=np.uint8), file) for file in photos.once.files]
+    resized = torch.stack([resize(image, [size, size], antialias=True) for image in decoded]).permute(0, 2, 3, 1)
+    whole = ArraySource("resized photos", resized.contiguous(), np.full(len(resized), -1), ())
+    kornia = f"RandomResizedCrop on whole batches, without antialiasing; {ONE_ORDER}"
+    contenders = {
+        "fastsimclr, as_module": our_module(),
+        "Kornia on batches": Contender(peers.Kornia, requires="kornia", note=kornia),
+    }
+    data = Images(whole, whole, whole.subset(np.arange(COMPARED)), photos.origin)
+    compare(suite, contenders, SETTING, data, size, torch.float32)
 
 
 @pytest.mark.benchmark(group="stages of augmenting photos")

@@ -23,12 +23,13 @@ from torch import Tensor
 
 from benchmarks.memory import settle_heap, tree_peak_mib, trimmed_mib
 from benchmarks.suite import CORES, DEVICE, ON_GPU, SMALL, Check, Suite, error_line
-from benchmarks.view_peers import GRID, Contender, Loader, Photos, Setting
+from benchmarks.view_peers import GRID, Contender, Loader, Photos, Setting, batches_of
 from fastsimclr import Augmentation
 from fastsimclr.data import open_source, open_views
 from fastsimclr.data.dali import DaliBackend
 from fastsimclr.data.loader import BatchRequest, CropBackend
 from fastsimclr.data.sampler import Sampler
+from fastsimclr.data.sources import ArraySource
 from fastsimclr.data.torchvision import TorchvisionBackend
 
 PIXELS_BOUND = 1.5  # as between two of fastsimclr's loaders in tests/data/test_loaders.py
@@ -190,6 +191,18 @@ class OurViews:
         self._loader.close()
 
 
+class OurModule:
+    """`Augmentation.as_module` on the batches (B, 3, h, w) uint8 that Kornia also gets."""
+
+    def __init__(self, images: ArraySource, setting: Setting) -> None:
+        self._images, self._setting = images.images.permute(0, 3, 1, 2).contiguous(), setting
+        self._module = setting.augmentation.as_module()
+
+    def __iter__(self) -> Iterator[tuple[Tensor, ...]]:
+        for index in batches_of(len(self._images), self._setting):
+            yield self._module(self._images[index].to(DEVICE))
+
+
 class OurCrops:
     """The first half of fastsimclr's loaders: read, decode, crop, resize, flip; with `DaliColors`, also the colors."""
 
@@ -216,6 +229,10 @@ class OurCrops:
 
 def our_views(backend: str) -> Contender:
     return Contender(functools.partial(OurViews, backend=backend), same_params=True)
+
+
+def our_module() -> Contender:
+    return Contender(OurModule, same_params=True)
 
 
 def our_crops(crop_backend: type[CropBackend], **more: Any) -> Contender:

@@ -258,7 +258,13 @@ def lightly_transform(augmentation: Augmentation) -> Any:
     )
 
 
-# Kornia
+# Batches of tensors
+
+
+def batches_of(count: int, setting: Setting) -> Iterator[Tensor]:
+    """Yield the indices of each batch of `count` images."""
+    order = torch.randperm(count) if setting.shuffle else torch.arange(count)
+    yield from order.split(setting.batch_size)
 
 
 class Kornia:
@@ -304,9 +310,7 @@ class Kornia:
         if self._images is None:
             yield from self._crops
             return
-        count = len(self._images)
-        order = torch.randperm(count) if self._setting.shuffle else torch.arange(count)
-        for index in order.split(self._setting.batch_size):
+        for index in batches_of(len(self._images), self._setting):
             yield (self._images[index],) * 2
 
     @torch.no_grad()
