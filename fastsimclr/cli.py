@@ -10,7 +10,7 @@ import sys
 from collections.abc import Callable, Sequence
 from typing import Any
 
-from fastsimclr.errors import UserError
+from fastsimclr.errors import OtherRankError, UserError
 from fastsimclr.version import __version__
 
 COMMANDS = {
@@ -60,9 +60,9 @@ class Parser(argparse.ArgumentParser):
 
 
 def exit_code(command: str, work: Callable[[], object]) -> int:
-    """Run `work` and return the exit code of fastsimclr.`command`: 0, or 2 after a UserError.
+    """Run `work` and return the exit code of fastsimclr.`command`: 0, 2 after a UserError, 1 after OtherRankError.
 
-    Rank 0 prints the error. Other exceptions are internal errors and propagate.
+    Rank 0 prints the UserError. Other exceptions are internal errors and propagate.
     """
     try:
         work()
@@ -70,6 +70,8 @@ def exit_code(command: str, work: Callable[[], object]) -> int:
         if os.environ.get("RANK", "0") == "0":
             print(f"fastsimclr.{command}: error: {' '.join(str(error).split())}", file=sys.stderr)
         return 2
+    except OtherRankError:  # that rank prints it
+        return 1
     return 0
 
 

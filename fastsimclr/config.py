@@ -18,6 +18,7 @@ from fastsimclr.presets import preset_file, preset_names
 
 Options = TypeVar("Options")
 
+LOGGERS = ("tensorboard", "wandb", "mlflow")
 DEMONSTRATION = "digits"  # preset of a run without --data.train
 FLAGS = ("--compile", "--force", "--profile")
 
@@ -151,13 +152,21 @@ class Config:
     checkpoint."""
     checkpoint_every: float = 1.0
     """Epochs between checkpoints (0.1: ten per epoch). One is also written at the end and on SIGTERM and SIGINT."""
+    keep_every: int | None = None
+    """Keep the checkpoint of every N-th epoch as checkpoints/epoch-0010.pt; null keeps only the last one."""
+    keep_best: Literal["knn"] | None = None
+    """Keep the checkpoint with the highest kNN accuracy as checkpoints/best.pt: knn, or null for none. It is compared
+    when it is measured; see knn_every."""
+    log: str | None = "tensorboard"
+    """Loggers of the metrics, besides metrics.jsonl: tensorboard, wandb, mlflow, several separated by commas, or null.
+    pip install 'fastsimclr[wandb,mlflow]' installs the last two."""
     knn_every: int = 10
     """Epochs between measurements of kNN accuracy, if there are labels. It is also measured at the end. 0: never."""
     knn_k: int = 20
     """Number of neighbors that vote in kNN, weighted by exp(cosine / 0.07)."""
 
     def __post_init__(self) -> None:
-        for name in ("batch_size", "micro_batch_size", "epochs", "max_steps", "knn_k"):
+        for name in ("batch_size", "micro_batch_size", "epochs", "max_steps", "keep_every", "knn_k"):
             value = getattr(self, name)
             if value is not None and value < 1:
                 raise UserError(f"--{name}: got {value}, expected at least 1")
@@ -166,6 +175,15 @@ class Config:
                 raise UserError(f"--{name}: got {value}, expected a number above 0")
         if self.optim.lr != "auto" and not self.optim.lr > 0:
             raise UserError(f"--optim.lr: got {self.optim.lr}, expected a number above 0, or auto")
+        if self.keep_best is not None and self.knn_every == 0:
+            raise UserError("--keep_best: got knn with knn_every 0; expected knn_every of at least 1")
+        if unknown := set(self.loggers) - set(LOGGERS):
+            raise UserError(f"--log: got {self.log} with {sorted(unknown)[0]!r}, expected {', '.join(LOGGERS)} or none")
+
+    @property
+    def loggers(self) -> list[str]:
+        """The names of the loggers."""
+        return [] if self.log is None else list(dict.fromkeys(name.strip() for name in self.log.split(",")))
 
 
 class _Parser(ArgumentParser):

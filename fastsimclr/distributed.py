@@ -10,7 +10,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from fastsimclr.errors import UserError
+from fastsimclr.errors import OtherRankError, UserError
 from fastsimclr.profiling import stage
 
 # torch 2.14 renamed all_gather_into_tensor, and warns about the old name on every rank.
@@ -229,11 +229,19 @@ def gather_objects(value: Any, world: World) -> list[Any]:
     return values
 
 
-def raise_on_all_ranks(failure: str | None, world: World) -> None:
-    """Raise UserError on all ranks if `failure` is not None on any, with the message of the lowest failed rank."""
-    failures = [f for f in gather_objects(failure, world) if f is not None]
-    if failures:
-        raise UserError(failures[0])
+def raise_on_all_ranks(failure: Exception | None, world: World) -> None:
+    """Raise on all ranks if `failure` is not None on any: the lowest failed rank raises its own.
+
+    The others raise UserError with the same message if it is a UserError, otherwise OtherRankError.
+    """
+    own = None if failure is None else (isinstance(failure, UserError), type(failure).__name__, str(failure))
+    failures = [(rank, *each) for rank, each in enumerate(gather_objects(own, world)) if each is not None]
+    if not failures:
+        return
+    rank, is_user_error, name, message = failures[0]
+    if failure is not None and rank == world.rank:
+        raise failure
+    raise UserError(message) if is_user_error else OtherRankError(f"rank {rank} raised {name}: {message}")
 
 
 def run_on_all_ranks(function: Callable[[], Result], world: World) -> Result:
@@ -246,6 +254,6 @@ def run_on_all_ranks(function: Callable[[], Result], world: World) -> Result:
     try:
         result = function()
     except UserError as error:
-        failure = str(error)
+        failure = error
     raise_on_all_ranks(failure, world)
     return cast(Result, result)

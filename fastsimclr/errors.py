@@ -1,5 +1,9 @@
-"""The exception for user errors."""
+"""The exceptions of fastsimclr."""
 
 
 class UserError(ValueError):
     """A user error, described in one line: what was got, what was expected, what to do. Commands exit with code 2."""
+
+
+class OtherRankError(RuntimeError):
+    """An internal error of another rank, which reports it with its traceback. Commands exit with code 1."""

@@ -3,6 +3,7 @@
 import contextlib
 import os
 import pickle
+import shutil
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -22,6 +23,7 @@ class RunFolder:
     def __init__(self, path: str | Path) -> None:
         self.path = Path(path)
         self.checkpoint = self.path / "checkpoints" / "last.pt"
+        self.best_checkpoint = self.checkpoint.with_name("best.pt")
         self.config = self.path / "config.yaml"
         self.environment = self.path / "environment.json"
         self.metrics = self.path / "metrics.jsonl"
@@ -38,9 +40,17 @@ class RunFolder:
     def __str__(self) -> str:
         return str(self.path)
 
+    def epoch_checkpoint(self, epoch: int) -> Path:
+        """Return the path of the checkpoint that --keep_every keeps after `epoch` epochs."""
+        return self.checkpoint.with_name(f"epoch-{epoch:04d}.pt")
+
+    def logger_id(self, logger: str) -> Path:
+        """Return the path of the file with this run's id at a logger: wandb or mlflow."""
+        return self.path / f"{logger}_id.txt"
+
     @classmethod
     def of(cls, checkpoint: str | Path | None) -> "RunFolder | None":
-        """Return the run of a --checkpoint (RUN or RUN/checkpoints/last.pt); None for any other file."""
+        """Return the run of a --checkpoint (RUN or RUN/checkpoints/*.pt); None for any other file."""
         if checkpoint is None:
             return None
         path = Path(checkpoint)
@@ -59,6 +69,18 @@ class RunFolder:
         """Replace the checkpoint atomically. state: tensors, numbers, strings and containers of them."""
         with replace_atomically(self.checkpoint) as partial, open(partial, "wb") as file:
             torch.save(state | {"format": FORMAT}, file)
+
+    def keep(self, checkpoint: Path, kept: Path) -> None:
+        """Keep a checkpoint as the file `kept`: a hard link, or a copy where the file system has no links.
+
+        Replaces `kept` atomically. Raises OSError if that fails.
+        """
+        with replace_atomically(kept) as partial:
+            partial.unlink(missing_ok=True)  # from an interrupted process
+            try:
+                os.link(checkpoint, partial)
+            except OSError:
+                shutil.copyfile(checkpoint, partial)
 
 
 def load_checkpoint(path: Path) -> dict[str, Any]:

@@ -121,6 +121,9 @@ def test_no_import_cycle(level: str) -> None:
         ("fastsimclr._emulated", {"fastsimclr._extension"}),
         ("nvidia.dali", {"fastsimclr.data.dali"}),
         ("jinja2", {"fastsimclr.reporting.page"}),
+        ("torch.utils.tensorboard", {"fastsimclr.training.loggers"}),
+        ("wandb", {"fastsimclr.training.loggers"}),
+        ("mlflow", {"fastsimclr.training.loggers"}),
         ("matplotlib", {"fastsimclr.reporting.charts", "fastsimclr.reporting.contact_sheet"}),
     ],
 )

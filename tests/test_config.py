@@ -46,6 +46,8 @@ def test_options_after_config_override_it_and_the_dump_round_trips(tmp_path: Pat
         ("--optim.lr=fast", ["--optim.lr: got fast", "float or 'auto'"]),
         ("--optim.lr=0", ["--optim.lr: got 0", "above 0"]),
         ("--batch_size=0", ["--batch_size: got 0", "at least 1"]),
+        ("--keep_every=0", ["--keep_every: got 0", "at least 1"]),
+        ("--log=tensorboard,comet", ["--log: got tensorboard,comet", "'comet'", "tensorboard, wandb, mlflow or none"]),
         ("--data.scale=[1,0.5]", ["--data.scale", "low <= high"]),
         ("--data.hue=0.7", ["--data.hue: got 0.7", "0.5"]),
         ("--lr=1", ["--lr", "--help"]),

@@ -1,4 +1,4 @@
-"""Check the metrics of a run; write them to metrics.jsonl and TensorBoard, and show them."""
+"""Check the metrics of a run, write them to metrics.jsonl, and show them."""
 
 import json
 import math
@@ -21,11 +21,15 @@ FIRST_STEP_SECONDS = 5.0
 
 
 class Metrics:
-    """The metrics of each step. Every rank checks them; rank zero writes them."""
+    """The metrics of each step. Every rank checks them; rank zero writes them.
 
-    def __init__(self) -> None:
+    on_step: called on every rank with the record of each step when it is complete.
+    """
+
+    def __init__(self, on_step: Callable[[dict[str, Any]], None]) -> None:
         self.last: dict[str, Any] = {}
         """The record of the latest completed step."""
+        self._on_step = on_step
         self._lagged = LaggedRecord()
         self._log: RunLog | None = None
 
@@ -78,20 +82,16 @@ class Metrics:
         self.last = record
         if self._log is not None:
             self._log.step(record)
+        self._on_step(record)
 
 
 class RunLog:
-    """Writes records to metrics.jsonl and TensorBoard, and shows the progress."""
+    """Writes records to metrics.jsonl, and shows the progress."""
 
     def __init__(self, run: RunFolder, *, first_step: int, total_steps: int, epochs: int) -> None:
-        from torch.utils.tensorboard import (
-            SummaryWriter,  # here, because its import takes a second that other ranks can save
-        )
-
         self._path = run.metrics
         self._drop_lines_after(first_step)
         self._file = open(self._path, "a", buffering=1)  # noqa: SIM115 - stays open during the run
-        self._board = SummaryWriter(str(run.tensorboard), purge_step=first_step + 1)
         self._bar = tqdm(
             total=total_steps,
             initial=first_step,
@@ -128,7 +128,6 @@ class RunLog:
         self._first_step_done.set()
         self._bar.close()
         self._file.close()
-        self._board.close()
 
     def _print(self, record: dict[str, Any]) -> None:
         place = f"epoch {record['epoch'] + 1}/{self._epochs}, step {record['step']}/{self._total_steps}"
@@ -156,10 +155,6 @@ class RunLog:
 
     def write(self, record: dict[str, Any]) -> None:
         self._file.write(json.dumps(record) + "\n")
-        stages = {f"stages_ms/{name}": ms for name, ms in record.get("stages_ms", {}).items()}
-        for name, value in (record | stages).items():
-            if name != "step" and isinstance(value, int | float):
-                self._board.add_scalar(name, value, record["step"])
 
     def _drop_lines_after(self, step: int) -> None:
         """Drop the records of steps that a resumed run will repeat, and a last line that was cut off."""

@@ -22,6 +22,7 @@ from fastsimclr.errors import UserError
 from fastsimclr.malloc import keep_freed_memory
 from fastsimclr.pretrained import load_encoder
 from fastsimclr.run_folder import RunFolder
+from fastsimclr.training.callbacks import Callback
 from fastsimclr.training.rank_sync import StopSignal
 from fastsimclr.training.trainer import Trainer
 
@@ -75,6 +76,7 @@ def pretrain(
     augmentation: Augmentation | None = None,
     val: Any = None,
     output: str | Path | None = None,
+    callbacks: Sequence[Callback] = (),
     **options: Any,
 ) -> Run:
     """Pre-train an encoder with SimCLR, and return the run. The same as `fastsimclr train`, with the same files.
@@ -87,6 +89,7 @@ def pretrain(
     val: labeled images to measure kNN accuracy on, in the same forms as `data`.
     output: folder of the run. The same call with the same folder resumes an interrupted run. None creates a new folder
         runs/DATA-ENCODER-TIME.
+    callbacks: called during the run, in order; see `fastsimclr.training.callbacks`.
     options: options of `fastsimclr train` by name, those of its data section, too: batch_size=256, epochs=100,
         image_size=96, workers=4. The other sections are dicts: optim={"name": "sgd"}, loss={"temperature": 0.2}.
 
@@ -99,7 +102,7 @@ def pretrain(
     command = ["fastsimclr.pretrain"]
     # Not at the end of the run: torchrun's store still has the addresses of this process group, so a second one fails.
     atexit.register(distributed.stop)
-    trainer = train(config, command, train=_object(data), val=_object(val), encoder=module)
+    trainer = train(config, command, train=_object(data), val=_object(val), encoder=module, callbacks=callbacks)
     if trainer is None or trainer.sync.stop_signal:
         interrupted = trainer is None or trainer.sync.stop_signal == signal.SIGINT
         raise KeyboardInterrupt if interrupted else SystemExit(0)
@@ -107,7 +110,7 @@ def pretrain(
 
 
 def train(config: Config, command: Sequence[str], **objects: Any) -> Trainer | None:
-    """Run a Trainer to its last step, or until a stop signal. Return it, or None if it stopped while checking images.
+    """Run a Trainer to its last step, or until it is stopped. Return it, or None if it stopped while checking images.
 
     command: the command line, for the record. objects: arguments of Trainer.
     """

@@ -47,15 +47,22 @@ class RankSync:
     def __init__(self, world: World, stop: StopSignal) -> None:
         self.stop_signal = 0
         """The stop signal that any rank has received, or 0; the same on all ranks."""
+        self.is_stopped = False
+        """Whether a stop signal or a call of `stop` on any rank ends the run early; the same on all ranks."""
         self.local_batch_sizes = [0]
         """Images of the current batch on each rank."""
         self.data_wait = 0.0
         """Seconds that this rank waited for the current batch."""
         self._world, self._stop = world, stop
-        self._failure: str | None = None
+        self._stop_requested = False
+        self._failure: UserError | None = None
+
+    def stop(self) -> None:
+        """End the run on all ranks before the next step."""
+        self._stop_requested = True
 
     def batches(self, loader: ViewLoader, progress: Progress) -> Iterator[Batch]:
-        """Yield the batches of all epochs, until the last step of the run or until a rank receives a stop signal.
+        """Yield the batches of all epochs, until the last step of the run or until a rank is to stop.
 
         Raises UserError on all ranks if one of them cannot read its part, so that no rank waits in a collective.
         """
@@ -65,7 +72,7 @@ class RankSync:
                 while not progress.is_done:
                     batch = self._next(batches)
                     self._exchange(0 if batch is None else len(batch.index))
-                    if self.stop_signal:
+                    if self.is_stopped:
                         return
                     if batch is None:  # resumed past the end of an epoch, which other options have made shorter
                         progress.position = loader.state_dict()
@@ -81,20 +88,21 @@ class RankSync:
             with stage("data_wait"):
                 return next(batches, None)
         except UserError as error:
-            self._failure = str(error)
+            self._failure = error
             return None
         finally:
             self.data_wait = time.perf_counter() - started
 
     def _exchange(self, local_batch_size: int) -> None:
-        """Exchange batch size, stop signal and failure with all ranks through the CPU, without waiting for the GPU."""
-        own = torch.tensor([local_batch_size, self._stop.received, self._failure is not None])
+        """Exchange batch size, stops and failure with all ranks through the CPU, without waiting for the GPU."""
+        own = torch.tensor([local_batch_size, self._stop.received, self._stop_requested, self._failure is not None])
         all_ranks = own[None]
         if self._world.world_size > 1:
             with stage("rank_wait"):
-                all_ranks = own.new_empty(self._world.world_size, 3)
+                all_ranks = own.new_empty(self._world.world_size, len(own))
                 all_gather(all_ranks, own[None])
-        self.local_batch_sizes, stops, failures = all_ranks.T.tolist()
+        self.local_batch_sizes, signals, requests, failures = all_ranks.T.tolist()
         if any(failures):
             raise_on_all_ranks(self._failure, self._world)
-        self.stop_signal = max(stops)
+        self.stop_signal = max(signals)
+        self.is_stopped = any(signals) or any(requests)

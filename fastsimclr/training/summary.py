@@ -79,7 +79,8 @@ def describe_estimate(config: Config, estimate: Estimate, steps: int) -> list[st
 
 
 def describe_stop(stop_signal: int, step: int, folder: RunFolder) -> str:
-    return f"stopped by {signal.Signals(stop_signal).name} at step {step}; rerun with --output {folder} to resume"
+    by = signal.Signals(stop_signal).name if stop_signal else "a callback"
+    return f"stopped by {by} at step {step}; rerun with --output {folder} to resume"
 
 
 def describe_result(
@@ -90,10 +91,11 @@ def describe_result(
     if knn is not None:
         where = f"{len(data.val)} held-out images" if data.val is not None else "the training images, leave-one-out"
         lines.append(f"kNN accuracy on {where}: {knn:.1%} trained, {untrained_knn:.1%} untrained")
+    has_tensorboard = folder.tensorboard.is_dir()
     return [
         *lines,
-        f"files: {folder}: checkpoints/last.pt, metrics.jsonl, config.yaml, tensorboard/",
-        f"next: fastsimclr report {folder}, or tensorboard --logdir {folder.tensorboard}",
+        f"files: {folder}: checkpoints/last.pt, metrics.jsonl, config.yaml" + ", tensorboard/" * has_tensorboard,
+        f"next: fastsimclr report {folder}" + f", or tensorboard --logdir {folder.tensorboard}" * has_tensorboard,
     ]
 
 

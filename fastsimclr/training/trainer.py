@@ -31,7 +31,9 @@ from fastsimclr.profiling import StageClock, Trace, stage
 from fastsimclr.run_folder import RunFolder, load_checkpoint, write_text
 from fastsimclr.training import summary
 from fastsimclr.training.build import architecture, build_learner, check_architecture
+from fastsimclr.training.callbacks import Callback, Callbacks, KeepCheckpoints
 from fastsimclr.training.estimate import Estimate, estimate_step
+from fastsimclr.training.loggers import make_loggers
 from fastsimclr.training.metrics import Metrics
 from fastsimclr.training.progress import Progress
 from fastsimclr.training.rank_sync import RankSync, StopSignal
@@ -51,10 +53,12 @@ class Trainer:
         encoder: nn.Module | None = None,
         command: Sequence[str] = (),
         stop: StopSignal | None = None,
+        callbacks: Sequence[Callback] = (),
     ) -> None:
         """train, val: images to use instead of those at config.data's paths, as for `open_source`.
         encoder: the encoder to train instead of the one that config.model names.
-        command: the command line, for the record. stop: its signals end the run.
+        command: the command line, for the record. stop: its signals end the run. callbacks: called during the run, in
+        order, on all ranks.
         """
         stop = stop or StopSignal()  # never received
         self.config, self.world = config, world
@@ -62,11 +66,16 @@ class Trainer:
         self.folder = RunFolder(distributed.broadcast_object(config.output or _new_folder(config), world))
         self.sync = RankSync(world, stop)
         self.clock = StageClock(world.device)
-        self.metrics = Metrics()
+        keep = KeepCheckpoints(config.keep_every, config.keep_best)
+        loggers = run_on_all_ranks(lambda: make_loggers(config, world), world)
+        self.callbacks = Callbacks(self, [keep, *loggers, *callbacks])
+        self.metrics = Metrics(self.callbacks.on_step)
         self.trace: Trace | None = None
         self.untrained_knn: float | None = None
         self.statistics: str | None = None
         """The measured mean and std, if they were measured."""
+        self.trained_knn: float | None = None
+        self._checkpoint_requested = False
 
         sources = self._open_sources(train, val)
         # Before the images are checked, which may take long: errors in these options are reported at once.
@@ -103,7 +112,7 @@ class Trainer:
         self.stepper = self._build_stepper()
 
     def train(self) -> None:
-        """Train to the last step, or until a rank receives a stop signal."""
+        """Train to the last step, or until a signal or a callback stops the run."""
         if self.progress.is_done:
             steps = f"{self.progress.step} of {self.progress.last_step} steps"
             self._print(f"{self.folder.checkpoint} has finished {steps}: nothing to do")
@@ -117,16 +126,16 @@ class Trainer:
                     measured = self.train_step(batch)
                     self.progress.advance(batch)
                     self._log(batch, lr, measured)
+                    if batch.ends_epoch or self.progress.is_done:
+                        self.end_epoch(batch.epoch + 1)
                     if self.checkpoint_due():
                         self.save()
-                    if batch.ends_epoch:
-                        self.end_epoch(batch.epoch + 1)
-            if self.sync.stop_signal:
+            if self.sync.is_stopped:
                 self.save()
-            knn = self.evaluate_knn() if self.measures_knn and self.progress.is_done else None
+            self.callbacks.raise_failure()
         finally:
             self.close()
-        self._print(*self._result(knn))
+        self._print(*self._result())
 
     def train_step(self, batch: Batch) -> dict[str, Tensor]:
         """Update the weights with one batch. Returns the loss over all ranks and, for fp16, the gradient scale.
@@ -154,10 +163,13 @@ class Trainer:
         return measured
 
     def end_epoch(self, epochs_done: int) -> None:
-        """Log the epoch, and measure kNN accuracy if due. After the last step, `train` does it."""
+        """Log the epoch, and measure kNN accuracy if due. Also called after the last step of the run."""
         self.metrics.end_epoch()
-        if self.measures_knn and epochs_done % self.config.knn_every == 0 and not self.progress.is_done:
-            self.evaluate_knn()
+        record = self.metrics.last
+        if self.measures_knn and (epochs_done % self.config.knn_every == 0 or self.progress.is_done):
+            self.trained_knn = self.evaluate_knn()
+            record = record | {"knn_accuracy": self.trained_knn}
+        self.callbacks.on_epoch(record)
         self.clock.restart()
 
     def evaluate_knn(self) -> float:
@@ -174,8 +186,16 @@ class Trainer:
         self.metrics.event({"step": self.progress.step, "epoch": self.progress.epoch, "knn_accuracy": accuracy})
         return accuracy
 
+    def stop(self) -> None:
+        """End the run on all ranks before the next step, with a checkpoint. One rank's call is enough."""
+        self.sync.stop()
+
+    def request_checkpoint(self) -> None:
+        """Save a checkpoint after the current step even if none is due. All ranks must call it."""
+        self._checkpoint_requested = True
+
     def checkpoint_due(self) -> bool:
-        return self.progress.step % self.checkpoint_steps == 0 or self.progress.is_done
+        return self._checkpoint_requested or self.progress.step % self.checkpoint_steps == 0 or self.progress.is_done
 
     def save(self) -> None:
         """Replace the checkpoint. A step whose loss is not finite is never saved."""
@@ -190,10 +210,13 @@ class Trainer:
                     "optimizer": self.optimizer.state_dict(),
                     "grad_scaler": self.scaler.state_dict(),
                     "data": self.progress.position,
+                    "callbacks": self.callbacks.state_dict(),
                     "untrained_knn": self.untrained_knn,
                     "config": to_yaml(self.config),
                 }
             )
+        self._checkpoint_requested = False
+        self.callbacks.on_checkpoint(self.folder.checkpoint)
         self.clock.restart()
 
     def resume(self) -> None:
@@ -216,14 +239,16 @@ class Trainer:
         self.loader.load_state_dict(state["data"])
         self.progress.step, self.progress.position = state["step"], state["data"]
         self.untrained_knn = state["untrained_knn"]
+        self.callbacks.load_state_dict(state.get("callbacks", []))
         self._print(f"resumed from {file} at step {self.progress.step}")
 
     def close(self) -> None:
-        """Close the files and stop the loader's workers."""
+        """Close the files, stop the loader's workers and end the callbacks."""
         if self.trace is not None:
             self.trace.close()
         self.metrics.close()
         self.loader.close()
+        self.callbacks.on_end()
 
     def _open_sources(self, train: Any, val: Any) -> Pair:
         config, world = self.config, self.world
@@ -303,6 +328,8 @@ class Trainer:
             self.untrained_knn = self.evaluate_knn()
         if config.profile and self.world.is_rank_zero:
             self.trace = Trace(self.folder.trace, self.world.device)
+        self.callbacks.on_start()
+        self.callbacks.raise_failure()
         self.metrics.show_first_step(estimate.step_seconds if estimate else None)
         self.clock.restart()
 
@@ -323,11 +350,11 @@ class Trainer:
             self.trace.end_step()
             self.clock.restart()  # writing the trace is not part of a step
 
-    def _result(self, knn: float | None) -> list[str]:
-        """The lines to print at the end. knn: accuracy of the trained encoder, if measured."""
-        if self.sync.stop_signal:
+    def _result(self) -> list[str]:
+        """The lines to print at the end."""
+        if self.sync.is_stopped:
             return [summary.describe_stop(self.sync.stop_signal, self.progress.step, self.folder)]
-        lines = summary.describe_result(self.metrics.last, self.data, knn, self.untrained_knn, self.folder)
+        lines = summary.describe_result(self.metrics.last, self.data, self.trained_knn, self.untrained_knn, self.folder)
         return lines if self.trace is None else [*lines, summary.describe_trace(self.trace)]
 
     def _environment(self) -> dict[str, Any]:
