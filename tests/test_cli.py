@@ -14,7 +14,8 @@ from fastsimclr.cli import COMMANDS, main
 
 ROOT = Path(__file__).resolve().parents[1]
 HELP = [[name, "--help"] for name in COMMANDS] + [["evaluate", "knn", "--help"]]
-OPTIONAL = ["matplotlib", "sklearn", "tensorboard", "torch.utils.tensorboard", "nvidia.dali", "jsonargparse"]
+OPTIONAL = ["matplotlib", "sklearn", "nvidia.dali", "jsonargparse"]
+OPTIONAL += ["tensorboard", "torch.utils.tensorboard", "wandb", "mlflow"]
 
 
 def modules_after(source: str) -> set[str]:
