@@ -29,7 +29,9 @@ class DataConfig(PixelOptions, Augmentation):
 
     train: str | None = None
     """Training images: a folder of class folders, a flat folder of images, tar shards ('train-{000..127}.tar',
-    '*.tar'), digits, cifar10[:ROOT] or stl10[:ROOT]. If not given, the built-in demonstration runs (preset digits)."""
+    '*.tar'), digits, cifar10[:ROOT], stl10[:ROOT], array.npy of (N, H, W, C), or mydata.py:NAME or package.module:NAME,
+    a Dataset or array of your own code or a function that returns one. If not given, the built-in demonstration runs
+    (preset digits)."""
     val: str | None = None
     """Labeled images to measure kNN accuracy on, in the same forms. If not given, built-in datasets use their held-out
     images; other labeled data uses the training images, each excluded from its own neighbors."""

@@ -25,7 +25,7 @@ from fastsimclr.data.scan import (
     write_skipped_images,
 )
 from fastsimclr.data.scan import scan as scan_images  # `scan` is the module
-from fastsimclr.data.sources import ArraySource, Source
+from fastsimclr.data.sources import ArraySource, EncodedSource, Source
 from fastsimclr.data.statistics import with_statistics
 from fastsimclr.distributed import World, run_on_all_ranks
 from fastsimclr.errors import UserError
@@ -101,7 +101,8 @@ def open_pair(
 
     pair = run_on_all_ranks(open_both, world)
     for source in pair:
-        if source is not None:
+        if source is not None and not isinstance(source, EncodedSource):  # files are compared by their scan
+            check_same_images(source, world)
             read_labels(source, world, workers)
     return pair
 
@@ -143,8 +144,6 @@ def check_pair(
                 raise UserError(f"{option}{str(error).removeprefix('max_bad')}{list_file}") from error
             source = scanned.source
             skipped = list(dict.fromkeys([*(skipped or []), *scanned.bad]))  # `val` may be `train`
-        elif source is not None:
-            check_same_images(source, world)
         checked.append(source)
     if skipped is not None and skipped_to is not None and world.is_rank_zero:
         write_skipped_images(skipped_to, skipped)

@@ -11,7 +11,7 @@ from PIL import Image
 from torch import Tensor
 from torch.utils.data import Subset
 
-from fastsimclr.data.images import _to_rgb
+from fastsimclr.data.images import to_rgb
 from fastsimclr.data.labels import Label, as_label, encode_labels
 from fastsimclr.data.pixels import RGB8, PixelFormat, default_format
 from fastsimclr.data.sources import NO_LABEL, DecodedSource, WrongForm
@@ -118,22 +118,22 @@ class DatasetSource(DecodedSource):
         name = self.name(index)
         if self._reader is None:
             # A copy keeps the files that a Dataset opens at first use out of `dataset`, which workers receive.
-            self._reader = copy(self.dataset)
+            try:
+                self._reader = copy(self.dataset)
+            except Exception:  # not possible for objects of some libraries, such as h5py
+                self._reader = self.dataset
         try:
             image, label = self._split(self._reader[int(self.rows[index])], name)
+            label = as_label(label, name)
             if isinstance(image, Image.Image):
-                return (
-                    _Form("a PIL image", RGB8),
-                    torch.from_numpy(_to_rgb(image)).permute(2, 0, 1),
-                    as_label(label, name),
-                )
+                return _Form("a PIL image", RGB8), torch.from_numpy(to_rgb(image)).permute(2, 0, 1), label
         except UserError:
             raise
         except Exception as error:  # of the user's code
             raise UserError(f"{name}: {describe_failure(error)}") from error
         tensor = _to_tensor(image, name)
         kind = "a tensor" if isinstance(image, Tensor) else "a NumPy array"
-        return _Form(kind, default_format(tensor.shape[0], tensor.dtype)), tensor, as_label(label, name)
+        return _Form(kind, default_format(tensor.shape[0], tensor.dtype)), tensor, label
 
     def _split(self, item: Any, name: str) -> tuple[Any, Any]:
         """Return the image and the label of an item; None for no label."""

@@ -67,7 +67,7 @@ def _to_rgb8(data: NDArray[np.uint8]) -> Tensor:
             raise ValueError(f"pixels of {str(image.dtype)[6:]}, {image.shape[0]} channels, expected uint8, 3 channels")
         return image
     with Image.open(io.BytesIO(data.tobytes())) as opened:
-        return torch.from_numpy(_to_rgb(opened)).permute(2, 0, 1)
+        return torch.from_numpy(to_rgb(opened)).permute(2, 0, 1)
 
 
 def _as_it_is(data: NDArray[np.uint8]) -> Tensor:
@@ -123,7 +123,8 @@ def _reason(error: Exception) -> str:
     return re.sub(r"^.*\.cpp:\d+,? *", "", (str(error) or type(error).__name__).splitlines()[0])[:120]
 
 
-def _to_rgb(opened: Image.Image) -> NDArray[np.uint8]:
+def to_rgb(opened: Image.Image) -> NDArray[np.uint8]:
+    """Return an image as upright 8-bit RGB (H, W, 3); 16 bits are reduced to 8."""
     image = ImageOps.exif_transpose(opened)
     if image.mode.startswith("I"):  # 16 bits in I or I;16: Pillow's conversion would clip
         gray = (np.asarray(image).astype(np.int64) >> 8).clip(0, 255).astype(np.uint8)

@@ -133,11 +133,10 @@ def write_skipped_images(folder: Path, bad: Sequence[str]) -> Path:
 def read_labels(source: Source, world: World = SINGLE_PROCESS, workers: int | None = None) -> None:
     """Read all items of a Dataset whose labels are unread, and set its labels. Items that fail have none.
 
-    All ranks share the work. Raises WrongForm on all ranks like `scan`.
+    All ranks, which must have the same images, share the work. Raises WrongForm on all ranks like `scan`.
     """
     if not (isinstance(source, DatasetSource) and source.labels_unread):
         return
-    check_same_images(source, world)
     checks = open_checks(source, np.arange(len(source))[world.rank :: world.world_size], workers)
     results = sorted(result for of_round in check_all(checks, len(source), world) for result in of_round)
     source.sizes = np.array([(result.height, result.width) for result in results])

@@ -192,19 +192,19 @@ def test_resumed_epoch_and_ranks_are_those_of_a_single_rank() -> None:
         assert torch.equal(batch.views[0], torch.cat([part.views[0] for part in parts]))
 
 
-def per_rank(rank: int, items: int, changed: int) -> tuple[list[int], list[str] | None] | str:
-    """Open a Dataset of 12 items; `items` and `changed` (the label of item 2) are those of rank 1."""
+def per_rank(rank: int, difference: str) -> tuple[list[int], list[str] | None] | str:
+    """Open a Dataset of 12 items, or one with this difference on rank 1; return its labels and the skipped images."""
 
     def make(index: int) -> Any:
         if index == 5:
             raise OSError("gone")
-        if index == 8 and items < 0:
-            return PIXELS[index].astype(np.float32)  # rank 0 or 1 reads it, both must fail
-        return Image.fromarray(PIXELS[index]), changed if index == 2 and rank else int(LABELS[index])
+        if index == 8 and difference == "form":
+            return PIXELS[index], 0
+        return pair(index)
 
-    listed = LABELS.copy()
-    listed[2] = changed if rank else listed[2]
-    own = Items(make, items if rank and items > 0 else 12, targets=listed) if changed != 2 else Items(make)
+    own = Items(make, 10 if rank and difference == "length" else 12)
+    if difference == "labels":
+        own.targets = LABELS[::-1] if rank else LABELS  # type: ignore[attr-defined]
     try:
         data = open_dataset(own, None, world=World(rank, 2, torch.device("cpu")), max_bad=0.2)
     except UserError as raised:
@@ -212,19 +212,19 @@ def per_rank(rank: int, items: int, changed: int) -> tuple[list[int], list[str] 
     return data.train.labels.tolist(), data.skipped
 
 
+def all_ranks(rank: int) -> list[tuple[list[int], list[str] | None] | str]:
+    return [per_rank(rank, difference) for difference in ("", "length", "labels", "form")]
+
+
 @pytest.mark.slow
 def test_ranks_share_the_scan_and_fail_together() -> None:
-    kept = LABELS[np.arange(12) != 5].tolist()
-    assert run_ranks(2, per_rank, 12, 2) == [(kept, ["Items[5]: OSError: gone"])] * 2
-    lengths = run_ranks(2, per_rank, 10, 2)
-    assert lengths[0] == lengths[1]
-    assert "got 10 images on rank 1 and 12 on rank 0" in lengths[0]
-    labels = run_ranks(2, per_rank, 12, 1)
-    assert labels[0] == labels[1]
-    assert "expected the same names and labels on all ranks" in labels[0]
-    forms = run_ranks(2, per_rank, -1, 2)
-    assert forms[0] == forms[1]
-    assert "Items[8]: got a NumPy array" in forms[0]
+    first, second = run_ranks(2, all_ranks)
+    assert first == second
+    same_items, length, labels, form = first
+    assert same_items == (LABELS[np.arange(12) != 5].tolist(), ["Items[5]: OSError: gone"])
+    assert "got 10 images on rank 1 and 12 on rank 0" in length
+    assert "expected the same names and labels on all ranks" in labels
+    assert "Items[8]: got a NumPy array" in form
 
 
 # Errors of Datasets, before the first step
@@ -364,6 +364,14 @@ def test_files_opened_at_first_use_are_not_sent_to_workers(tmp_path: Path) -> No
     for reader in (source, received):
         assert isinstance(reader, DatasetSource)
         reader._reader.file.close()
+
+
+def test_a_dataset_that_cannot_be_copied_is_read_as_it_is() -> None:
+    class Handle(Items):
+        def __reduce__(self) -> Any:
+            raise TypeError("objects of this library cannot be pickled")
+
+    assert open_source(Handle(pair)).labels.tolist() == LABELS.tolist()
 
 
 # Arrays
