@@ -66,7 +66,8 @@ def _import_module(name: str, folder: Path) -> ModuleType:
 
 def describe_failure(error: Exception) -> str:
     """Describe an exception of a user's or a library's code in one line."""
-    return f"{type(error).__name__}: {(str(error).splitlines() or [''])[0]}"
+    kind, message = type(error).__name__, str(error).strip()
+    return f"{kind}: {message.splitlines()[0]}" if message else kind
 
 
 def _where(error: Exception) -> str:

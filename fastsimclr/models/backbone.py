@@ -1,6 +1,7 @@
 """Any nn.Module as an encoder, after a check of its output."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -69,20 +70,14 @@ def count_features(encoder: Encoder | Backbone, image_size: int, channels: int) 
     contain operations without shapes there, runs where it is.
     Raises UserError if the pass fails, or for another output.
     """
-    name, images = encoder.spec.name, torch.zeros(2, channels, image_size, image_size)
-    what = f"{name} on images of {channels} x {image_size} x {image_size}"
-    training = {module: module.training for module in encoder.modules()}
-    encoder.eval()
+    what = f"{encoder.spec.name} on images of {channels} x {image_size} x {image_size}"
     try:
-        with torch.no_grad():
-            h = _on_device(encoder, images) if name == USER_MODULE else _on_meta(encoder, images)
+        with torch.no_grad(), _in_eval_mode(encoder):
+            h = _represent(encoder, {}, torch.zeros(2, channels, image_size, image_size))
     except Exception as error:  # of the user's code, or for a size that the encoder does not support
         raise UserError(
             f"encoder: got {what}, which fails: {describe_failure(error)}; expected an output (N, F) or (N, F, h, w)"
         ) from error
-    finally:
-        for module, flag in training.items():
-            module.training = flag
     if not isinstance(h, Tensor) or h.ndim != 2 or len(h) != 2 or not h.is_floating_point():
         got = f"shape {tuple(h.shape)} and {h.dtype}" if isinstance(h, Tensor) else f"type {type(h).__name__}"
         raise UserError(
@@ -91,15 +86,37 @@ def count_features(encoder: Encoder | Backbone, image_size: int, channels: int) 
     return h.shape[1]
 
 
-def _on_device(encoder: nn.Module, images: Tensor) -> Any:
+def unused_parameters(encoder: Encoder | Backbone) -> list[str]:
+    """Return the names of the parameters that require a gradient and get none from the representations."""
+    spec = encoder.spec
+    parameters = {name: parameter for name, parameter in encoder.named_parameters() if parameter.requires_grad}
+    if spec.name != USER_MODULE:
+        parameters = {name: parameter.detach().to("meta").requires_grad_() for name, parameter in parameters.items()}
+    with _in_eval_mode(encoder):
+        h = _represent(encoder, parameters, torch.zeros(2, spec.channels, spec.image_size, spec.image_size))
+    if not h.requires_grad:
+        return list(parameters)
+    gradients = torch.autograd.grad(h.sum(), list(parameters.values()), allow_unused=True)
+    return [name for name, gradient in zip(parameters, gradients, strict=True) if gradient is None]
+
+
+@contextmanager
+def _in_eval_mode(encoder: nn.Module) -> Iterator[None]:
+    training = {module: module.training for module in encoder.modules()}
+    encoder.eval()
+    try:
+        yield
+    finally:
+        for module, flag in training.items():
+            module.training = flag
+
+
+def _represent(encoder: Encoder | Backbone, parameters: dict[str, Tensor], images: Tensor) -> Tensor:
+    """Return the representations, computed on the meta device for an encoder that is built by name."""
     weight = next(encoder.parameters(), images)
-    gpus = [weight.device] if weight.device.type == "cuda" else []
-    with torch.random.fork_rng(gpus):
-        return encoder(images.to(weight.device, weight.dtype))
-
-
-def _on_meta(encoder: nn.Module, images: Tensor) -> Any:
-    tensors = [*encoder.named_parameters(), *encoder.named_buffers()]
-    state = {name: tensor.to("meta", torch.float32) if tensor.is_floating_point() else tensor.to("meta")
-             for name, tensor in tensors}  # fmt: skip
-    return torch.func.functional_call(encoder, state, images.to("meta"))
+    if encoder.spec.name == USER_MODULE:
+        with torch.random.fork_rng([weight.device] if weight.device.type == "cuda" else []):
+            h: Tensor = encoder(images.to(weight.device, weight.dtype))
+            return h
+    state = {name: tensor.to("meta") for name, tensor in [*encoder.named_parameters(), *encoder.named_buffers()]}
+    return torch.func.functional_call(encoder, state | parameters, images.to("meta", weight.dtype))

@@ -46,7 +46,7 @@ def encoder(
         if name not in ENCODERS:
             raise UserError(
                 f"encoder: got {name!r}, expected one of {', '.join(ENCODERS)}, timm/NAME or torchvision/NAME; "
-                f"the nearest are {_nearest(name, encoder_names())}"
+                f"the nearest are {nearest_encoders(name)}"
             )
         return resnet(EncoderSpec(name, width, stem, image_size, channels))
     if width != 1 or stem == "small":
@@ -57,7 +57,7 @@ def encoder(
     if model.partition(".")[0] not in names():
         raise UserError(
             f"encoder: got {name!r}, which is no image classifier of {library}; "
-            f"the nearest are {_nearest(name, [f'{library}/{each}' for each in names()])}"
+            f"the nearest are {nearest_encoders(name, library)}"
         )
     try:
         module, fixed_size = build_module(model, image_size, channels)
@@ -83,8 +83,9 @@ def encoder_names() -> list[str]:
     return [*ENCODERS, *(f"{library}/{name}" for library, names in libraries.items() for name in names())]
 
 
-def _nearest(name: str, names: list[str]) -> str:
-    """Return the three names nearest to `name`, which may lack its library."""
+def nearest_encoders(name: str, library: str = "") -> str:
+    """Return the three names nearest to `name`, which may lack its library; of one library, or of all."""
+    names = [f"{library}/{each}" for each in _LIBRARIES[library][0]()] if library else encoder_names()
     by_model = {full.rpartition("/")[2]: full for full in reversed(names)}
     model = name.rpartition("/")[2]
     completed = [each for each in reversed(by_model) if model and each.startswith(model)][:3]
