@@ -52,16 +52,21 @@ class Step:
         """Loss and gradients of the whole batch, with the activations of one part in memory at a time.
 
         GradCache (Gao et al., arXiv 2101.06983): project without a graph, compute dz, then project each part again and
-        backpropagate its dz.
+        backpropagate its dz. Both passes of a part have the same random state, and so the same dropout masks.
         """
         pieces = list(zip(*(view.tensor_split(parts) for view in views), strict=True))
+        device = views[0].device
+        states, projected = [], []
         with torch.no_grad():
-            projected = [self._project(piece) for piece in pieces]
+            for piece in pieces:
+                states.append(_random_state(device))
+                projected.append(self._project(piece))
         loss, dz = self._loss([torch.cat(z_parts) for z_parts in zip(*projected, strict=True)])
         gradients = zip(*(dz_view.tensor_split(parts) for dz_view in dz), strict=True)
-        for number, (piece, gradient) in enumerate(zip(pieces, gradients, strict=True), start=1):
+        for number, (piece, gradient, state) in enumerate(zip(pieces, gradients, states, strict=True), start=1):
             is_last = number == parts  # DDP averages the gradients in the last backward pass only
             defers = not is_last and isinstance(self.model, DistributedDataParallel)
+            _set_random_state(state, device)
             with self.model.no_sync() if defers else nullcontext():
                 z = self._project(piece)
                 with stage("backward"):
@@ -92,3 +97,15 @@ class Step:
             loss = torch.stack([self.loss(a, b) for a, b in itertools.combinations(z, 2)]).mean()
             loss.backward()
             return loss.detach(), [z_view.grad for z_view in z if z_view.grad is not None]
+
+
+def _random_state(device: torch.device) -> tuple[Tensor, Tensor | None]:
+    """Return the states of PyTorch's generators of the CPU and of `device`, if it is a GPU."""
+    return torch.get_rng_state(), torch.cuda.get_rng_state(device) if device.type == "cuda" else None
+
+
+def _set_random_state(state: tuple[Tensor, Tensor | None], device: torch.device) -> None:
+    cpu, gpu = state
+    torch.set_rng_state(cpu)
+    if gpu is not None:
+        torch.cuda.set_rng_state(gpu, device)
