@@ -63,7 +63,8 @@ class ModelConfig:
 
     encoder: str = "resnet50"
     """Encoder: resnet18, resnet34, resnet50, resnet101 or resnet152; timm/NAME or torchvision/NAME for any image
-    backbone of timm or torchvision."""
+    backbone of timm or torchvision, listed by `fastsimclr doctor --encoders`; or FILE.py:NAME or PACKAGE.MODULE:NAME
+    for an nn.Module of your own, its class or a function that returns it."""
     width: float = 1
     """Width multiplier: multiplies the number of channels of every layer. A multiple of 1/64, such as 0.5 or 2."""
     stem: Literal["auto", "imagenet", "small"] = "auto"
@@ -101,17 +102,20 @@ class LossConfig:
 class OptimConfig:
     """The optimizer and the learning-rate schedule."""
 
-    name: Literal["lars", "sgd", "adamw"] = "lars"
-    """Optimizer: lars (as in the paper), sgd or adamw."""
+    name: Literal["auto", "lars", "sgd", "adamw"] = "auto"
+    """Optimizer: lars (as in the paper), sgd or adamw. auto: adamw for encoders with layer normalization or attention
+    or without batch normalization (ViT, ConvNeXt), otherwise lars."""
     lr: float | Literal["auto"] = "auto"
     """Peak learning rate; auto scales it with the batch size as set by lr_rule."""
-    lr_rule: Literal["linear", "sqrt"] = "sqrt"
+    lr_rule: Literal["auto", "linear", "sqrt"] = "auto"
     """Scaling of the learning rate with the batch size. For lars: linear is 0.3 * batch_size / 256 and sqrt is 0.075 *
-    sqrt(batch_size). Both are equal at 4096; sqrt is better below 1024."""
+    sqrt(batch_size). Both are equal at 4096; sqrt is better below 1024. auto: for adamw on the encoders named above,
+    linear, which is MoCo v3's 1.5e-4 * batch_size / 256; otherwise sqrt."""
     momentum: float = 0.9
     """Momentum; beta1 for adamw."""
-    weight_decay: float = 1e-6
-    """Weight decay; not applied to batch normalization parameters and biases."""
+    weight_decay: float | Literal["auto"] = "auto"
+    """Weight decay; not applied to normalization parameters, biases, scales, position embeddings and class tokens.
+    auto: 0.1 for adamw on the encoders named above, as in MoCo v3; otherwise 1e-6, as in SimCLR."""
     warmup_epochs: float = 10.0
     """Epochs of linear warm-up, limited to a tenth of all epochs."""
     clip_grad: float | None = None
@@ -177,6 +181,8 @@ class Config:
                 raise UserError(f"--{name}: got {value}, expected a number above 0")
         if self.optim.lr != "auto" and not self.optim.lr > 0:
             raise UserError(f"--optim.lr: got {self.optim.lr}, expected a number above 0, or auto")
+        if self.optim.weight_decay != "auto" and not self.optim.weight_decay >= 0:
+            raise UserError(f"--optim.weight_decay: got {self.optim.weight_decay}, expected a number from 0, or auto")
         if self.keep_best is not None and self.knn_every == 0:
             raise UserError("--keep_best: got knn with knn_every 0; expected knn_every of at least 1")
         if unknown := set(self.loggers) - set(LOGGERS):

@@ -21,7 +21,7 @@ def test_defaults_match_the_paper() -> None:
     config = parse(["--data.train=photos"])
     assert config == Config(data=type(config.data)(train="photos"))
     assert config.data.augmentation() == Augmentation()
-    assert (config.model.encoder, config.optim.name, config.loss.temperature) == ("resnet50", "lars", 0.1)
+    assert (config.model.encoder, config.optim.name, config.loss.temperature) == ("resnet50", "auto", 0.1)
 
 
 @pytest.mark.parametrize("file", sorted(CONFIGS.glob("*.yaml")), ids=lambda file: file.stem)

@@ -14,6 +14,9 @@ _PUBLISHED_LR: dict[str, tuple[float, int]] = {
     # leftthomas/SimCLR (CIFAR-10, ResNet-50): Adam with weight decay 1e-6, thus close to AdamW; 1e-3 at B=512.
     "adamw": (1e-3, 512),
 }
+# MoCo v3 (arXiv 2104.02057), section 4.1: AdamW for ViTs, 1.5e-4 · B / 256 = 2.4e-3 at B=4096. ConvNeXt V2 (arXiv
+# 2301.00808) pre-trains with the same rate.
+_PUBLISHED_TRANSFORMER_LR = (2.4e-3, 4096)
 
 
 def learning_rate(step: int, *, peak: float, warmup_steps: int, total_steps: int) -> float:
@@ -42,12 +45,13 @@ def learning_rate(step: int, *, peak: float, warmup_steps: int, total_steps: int
     return peak * 0.5 * (1 + math.cos(math.pi * progress))
 
 
-def resolve_lr(rule: str, batch_size: int, optimizer: str) -> float:
+def resolve_lr(rule: str, batch_size: int, optimizer: str, *, transformer: bool = False) -> float:
     """Return the peak learning rate for a global batch of B images by "linear" or "sqrt" scaling (SimCLR, app. B.1).
 
     "linear" is proportional to the batch size, "sqrt" to its square root; both equal the published rate at its batch
     size. lars: .3 · B / 256 or .075 · √B (better below B=1024); sgd: .3 · B / 256 or .6 · √(B / 512); adamw:
     1e-3 · B / 512 or 1e-3 · √(B / 512).
+    transformer: for adamw, use the rate of MoCo v3 for ViTs, 1.5e-4 · B / 256 or 2.4e-3 · √(B / 4096).
     Raises ValueError for an unknown rule or optimizer or a batch size below 1.
     """
     if optimizer not in _PUBLISHED_LR:
@@ -55,6 +59,8 @@ def resolve_lr(rule: str, batch_size: int, optimizer: str) -> float:
     if batch_size < 1:
         raise ValueError(f"batch_size is {batch_size}, expected the number of images per step, at least 1")
     lr, published_batch_size = _PUBLISHED_LR[optimizer]
+    if transformer and optimizer == "adamw":
+        lr, published_batch_size = _PUBLISHED_TRANSFORMER_LR
     if rule == "linear":
         return lr * batch_size / published_batch_size
     if rule == "sqrt":

@@ -5,17 +5,29 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 from torch.amp import GradScaler
 from torch.optim.optimizer import Optimizer
 
-from fastsimclr.config import Config
+from fastsimclr.config import Config, ModelConfig
 from fastsimclr.data.augmentation import Augmentation
 from fastsimclr.distributed import World
 from fastsimclr.errors import UserError
+from fastsimclr.imports import is_object_reference
 from fastsimclr.loss import BackendError, NTXentLoss, choose_backend
-from fastsimclr.models import SimCLR, as_encoder, encoder, projector, synchronize_batch_norm
-from fastsimclr.optim import build_optimizer, resolve_lr
+from fastsimclr.models import (
+    Backbone,
+    Encoder,
+    SimCLR,
+    as_encoder,
+    count_features,
+    encoder,
+    import_module,
+    projector,
+    synchronize_batch_norm,
+    unused_parameters,
+)
+from fastsimclr.optim import Recipe, build_optimizer, choose_optimizer, choose_recipe, excluded_from_decay
 from fastsimclr.precision import Precision, choose_precision
 
 
@@ -27,7 +39,7 @@ class Learner:
     model: nn.Module
     """A SimCLR module; with several ranks its batch norm may be synchronized."""
     optimizer: Optimizer
-    peak_lr: float
+    recipe: Recipe
     loss: NTXentLoss
     loss_backend: str
     """Backend of the loss, and the reason for choosing it."""
@@ -57,35 +69,63 @@ def build_learner(config: Config, world: World, *, channels: int = 3, module: nn
     )
 
     torch.manual_seed(config.seed)
-    size = augmentation.image_size
-    chosen: Any
-    if module is not None:
-        chosen = as_encoder(module, image_size=size, channels=channels)
-    else:
-        name, width, stem = config.model.encoder, config.model.width, config.model.stem
-        chosen = encoder(name, width, stem, image_size=size, channels=channels)
+    chosen = _build_encoder(config.model, augmentation, channels, module)
     head = projector(chosen.out_features, config.model.hidden, config.model.out, config.model.layers)
     model: nn.Module = SimCLR(chosen, head)
     model.to(world.device, precision.dtype, memory_format=torch.channels_last)  # type: ignore[call-overload]
-    if world.world_size > 1 and config.model.sync_bn:
-        model = synchronize_batch_norm(model, world.device)
+    if world.world_size > 1:
+        _check_gradients(chosen)
+        if config.model.sync_bn:
+            model = synchronize_batch_norm(model, world.device)
 
     optim = config.optim
-    peak_lr = resolve_lr(optim.lr_rule, config.batch_size, optim.name) if optim.lr == "auto" else optim.lr
-    optimizer = build_optimizer(optim.name, model.parameters(), peak_lr, optim.momentum, optim.weight_decay)
+    recipe = choose_recipe(chosen, optim.name, optim.lr, optim.lr_rule, optim.weight_decay, config.batch_size)
+    exclude = excluded_from_decay(model).__contains__
+    optimizer = build_optimizer(
+        recipe.optimizer, model.parameters(), recipe.lr, optim.momentum, recipe.weight_decay, exclude=exclude
+    )
     scaler = precision.grad_scaler(world.device)
-    return Learner(augmentation, model, optimizer, peak_lr, loss, f"{backend} ({why})", precision, scaler)
+    return Learner(augmentation, model, optimizer, recipe, loss, f"{backend} ({why})", precision, scaler)
+
+
+def _build_encoder(
+    config: ModelConfig, augmentation: Augmentation, channels: int, module: nn.Module | None
+) -> Encoder | Backbone:
+    """Build the encoder, or check the user's module. All views must have a size that it supports."""
+    size = augmentation.image_size
+    if module is None and is_object_reference(config.encoder):
+        module = import_module(config.encoder)
+    if module is not None:
+        chosen = as_encoder(module, image_size=size, channels=channels)
+    else:
+        chosen = encoder(config.encoder, config.width, config.stem, image_size=size, channels=channels)
+    for other in {recipe.image_size for recipe in augmentation.recipes} - {size}:
+        count_features(chosen, other, channels)
+    return chosen
+
+
+def _check_gradients(encoder: Encoder | Backbone) -> None:
+    """Raise UserError if a parameter gets no gradient: DistributedDataParallel would wait for it."""
+    if names := unused_parameters(encoder):
+        raise UserError(
+            f"encoder: got {encoder.spec.name} with {len(names)} parameters that its output does not depend on "
+            f"({', '.join(names[:3])}); expected none with several ranks: give them requires_grad=False"
+        )
 
 
 def architecture(config: Config, model: nn.Module) -> dict[str, Any]:
     """The options that must be the same when a run resumes from a checkpoint."""
-    return {
-        "encoder": asdict(model.encoder.spec),  # type: ignore[union-attr,arg-type]
+    encoder: Any = model.encoder
+    built: dict[str, Any] = {
+        "encoder": asdict(encoder.spec),
         "hidden": config.model.hidden,
         "out": config.model.out,
         "layers": config.model.layers,
-        "optimizer": config.optim.name,
+        "optimizer": choose_optimizer(config.optim.name, encoder)[0],
     }
+    if isinstance(encoder, Backbone) and encoder.fixed_size:
+        built["image_size"] = encoder.spec.image_size
+    return built
 
 
 def check_architecture(file: Path, saved: dict[str, Any], expected: dict[str, Any]) -> None:
@@ -103,8 +143,24 @@ def check_architecture(file: Path, saved: dict[str, Any], expected: dict[str, An
         )
 
 
+def check_weights(file: Path, saved: dict[str, Tensor], model: nn.Module) -> None:
+    """Raise UserError, naming the first differences, unless the weights have the names and shapes of the model's."""
+    got = {name: tuple(tensor.shape) for name, tensor in saved.items()}
+    expected = {name: tuple(tensor.shape) for name, tensor in model.state_dict().items()}
+    differences = [
+        f"{name} {got.get(name, 'missing')} instead of {expected.get(name, 'none')}"
+        for name in got | expected
+        if got.get(name) != expected.get(name)
+    ]
+    if differences:
+        raise UserError(
+            f"{file}: got weights of another encoder ({len(differences)} differ: {', '.join(differences[:3])}); "
+            "expected those of this run's: pass the same module, or use another --output or --resume never"
+        )
+
+
 def _options(architecture: dict[str, Any]) -> dict[str, Any]:
-    """Return the options by name. The image size may change in a run, unless weights depend on it."""
+    """Return the options by name. The image size is one if weights depend on it; else it may change in a run."""
     built = architecture["encoder"]
     rest = {name: value for name, value in architecture.items() if name != "encoder"}
     return {"encoder": built["name"], **{name: built[name] for name in ("width", "stem", "channels")}, **rest}

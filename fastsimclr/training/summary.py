@@ -13,7 +13,8 @@ from fastsimclr.data import ViewLoader, choose_backend
 from fastsimclr.data.dataset import Dataset
 from fastsimclr.data.scan import SKIPPED_FILE
 from fastsimclr.distributed import World
-from fastsimclr.optim import LRSchedule
+from fastsimclr.models import USER_MODULE, Backbone, Encoder
+from fastsimclr.optim import LRSchedule, Recipe
 from fastsimclr.precision import Precision
 from fastsimclr.profiling import FIRST_TRACED, Trace
 from fastsimclr.progress_bar import duration
@@ -39,18 +40,30 @@ def describe_model(
     """The model, the device and the loss."""
     parameters = sum(p.numel() for p in model.parameters())
     return [
-        f"model: {config.model.encoder} x{config.model.width:g}, {parameters / 1e6:.1f} M parameters with projector",
+        f"model: {describe_encoder(config.model.encoder, model.encoder)}, "  # type: ignore[arg-type]
+        f"{parameters / 1e6:.1f} M parameters with projector",
         f"device: {world.world_size} x {world.device.type}, {precision.why}",
         f"loss: NT-Xent, temperature {config.loss.temperature}, backend {loss_backend}",
         describe_build(),
     ]
 
 
-def describe_schedule(config: Config, schedule: LRSchedule) -> str:
-    lr = f"lr {schedule.peak:.4g}"
-    if config.optim.lr == "auto":
-        lr += f" (auto: {config.optim.lr_rule} rule at batch {config.batch_size})"
-    return f"optimizer: {config.optim.name}, {lr}, {schedule.warmup_steps} warm-up steps of {schedule.total_steps}"
+def describe_encoder(name: str, encoder: Encoder | Backbone) -> str:
+    """The encoder as it was built."""
+    spec = encoder.spec
+    images = f"{spec.channels} x {spec.image_size} x {spec.image_size}"
+    if isinstance(encoder, Encoder):
+        built = f"{spec.name} x{spec.width:g}, {spec.stem} stem"
+    elif spec.name == USER_MODULE:
+        built = f"{type(encoder.module).__name__} ({name})"
+    else:
+        built = spec.name
+    return f"{built}, images {images}, {encoder.out_features} features"
+
+
+def describe_schedule(recipe: Recipe, schedule: LRSchedule) -> str:
+    """The optimizer and its hyperparameters, with the reasons for those that are automatic."""
+    return f"optimizer: {recipe}; {schedule.warmup_steps} warm-up steps of {schedule.total_steps}"
 
 
 def describe_estimate(config: Config, estimate: Estimate, steps: int) -> list[str]:

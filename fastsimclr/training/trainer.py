@@ -8,6 +8,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
@@ -30,7 +31,7 @@ from fastsimclr.optim import LRSchedule
 from fastsimclr.profiling import StageClock, Trace, stage
 from fastsimclr.run_folder import RunFolder, load_checkpoint, write_text
 from fastsimclr.training import summary
-from fastsimclr.training.build import architecture, build_learner, check_architecture
+from fastsimclr.training.build import architecture, build_learner, check_architecture, check_weights
 from fastsimclr.training.callbacks import Callback, Callbacks, KeepCheckpoints
 from fastsimclr.training.estimate import Estimate, estimate_step
 from fastsimclr.training.loggers import make_loggers
@@ -83,7 +84,7 @@ class Trainer:
             lambda: build_learner(config, world, channels=sources[0].pixels.channels, module=encoder), world
         )
         self.augmentation, self.model, self.optimizer = learner.augmentation, learner.model, learner.optimizer
-        self.precision, self.scaler = learner.precision, learner.scaler
+        self.precision, self.scaler, self.recipe = learner.precision, learner.scaler, learner.recipe
         self.loss, self.loss_backend = learner.loss, learner.loss_backend
         self.data = self._check_images(sources, stop)
         self._set_pixels()
@@ -104,7 +105,7 @@ class Trainer:
         steps_per_epoch = len(self.loader)
         self.checkpoint_steps = max(1, round(config.checkpoint_every * steps_per_epoch))
         self.schedule = LRSchedule.over_epochs(
-            learner.peak_lr, config.epochs, steps_per_epoch, config.optim.warmup_epochs
+            learner.recipe.lr, config.epochs, steps_per_epoch, config.optim.warmup_epochs
         )
         last_step = min(self.schedule.total_steps, config.max_steps or self.schedule.total_steps)
         self.progress = Progress(self.loader.state_dict(), last_step)
@@ -144,6 +145,9 @@ class Trainer:
         All ranks skip it together, because DDP has averaged the gradients. The learning rate schedule and the data
         advance all the same.
         """
+        # Dropout masks are a function of the seed, the step and the rank, so that a resumed run has the same.
+        masks = np.random.SeedSequence((self.config.seed % 2**64, self.progress.step, self.world.rank))
+        torch.manual_seed(int(masks.generate_state(1)[0]))
         loss = self.stepper.backward(batch.views, max(self.sync.local_batch_sizes))
         measured = {"loss": loss}
         if self.scaler.is_enabled():
@@ -232,6 +236,7 @@ class Trainer:
                 f"--batch_size: got {self.config.batch_size}, but {file} is from a run with {state['batch_size']}; "
                 "expected the same, because the schedule counts steps: use that, or --resume never"
             )
+        check_weights(file, state["model"], self.model)
         self.model.load_state_dict(state["model"])
         self.optimizer.load_state_dict(state["optimizer"])
         if state.get("grad_scaler"):  # empty if the checkpoint's precision needs no scale; this run's then starts new
@@ -310,7 +315,7 @@ class Trainer:
         lines = summary.describe_data(config, self.data, self.loader, self.folder)
         lines += [self.statistics] if self.statistics else []
         lines += summary.describe_model(config, self.model, self.precision, self.loss_backend, self.world)
-        lines += [summary.describe_schedule(config, self.schedule), f"output: {self.folder}"]
+        lines += [summary.describe_schedule(self.recipe, self.schedule), f"output: {self.folder}"]
         self._print(*lines)
         estimate = self._estimate_step()
         if estimate is not None:
@@ -377,4 +382,5 @@ class Trainer:
 
 def _new_folder(config: Config) -> str:
     data = re.sub(r"[^\w-]+", "-", Path(config.data.train or "").name.removesuffix(".tar")).strip("-")
-    return f"runs/{data}-{config.model.encoder}-{time.strftime('%Y%m%d-%H%M%S')}"
+    encoder = re.sub(r"[^\w-]+", "-", config.model.encoder).strip("-")
+    return f"runs/{data}-{encoder}-{time.strftime('%Y%m%d-%H%M%S')}"
