@@ -38,7 +38,7 @@ def list_encoders(pattern: str) -> list[str]:
             f"--encoders: got {pattern!r}, which matches no encoder; expected a pattern such as '*vit*'; "
             f"the nearest are {nearest_encoders(pattern.strip('*'))}"
         )
-    return [*names, f"{len(names)} encoders"]
+    return [*names, f"{len(names)} encoder{'s' if len(names) > 1 else ''}"]
 
 
 def _options(arguments: Sequence[str] | None) -> argparse.Namespace:

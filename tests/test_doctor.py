@@ -16,6 +16,7 @@ import fastsimclr
 from fastsimclr import data, loss
 from fastsimclr._extension import describe_build
 from fastsimclr.data import open_source
+from fastsimclr.doctor import main
 from fastsimclr.precision import choose_precision
 
 pytestmark = pytest.mark.slow
@@ -86,3 +87,11 @@ def test_doctor_reports_the_gpu_and_how_to_use_it(found: dict[str, Any]) -> None
     assert hidden["gpus"] == []
     if hidden["driver"]:
         assert "PyTorch can't use the GPU" in hidden["to_be_faster"][0]
+
+
+def test_encoders_are_listed_by_pattern(capsys: pytest.CaptureFixture[str]) -> None:
+    lines = doctor("--encoders", "*vit_b_1*").splitlines()
+    assert lines == ["torchvision/vit_b_16", "1 encoder"]
+    assert main(["--encoders", "*resnet19*"]) == 2
+    assert "got '*resnet19*', which matches no encoder" in (error := capsys.readouterr().err)
+    assert "the nearest are resnet18, " in error
