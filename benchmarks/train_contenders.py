@@ -17,11 +17,10 @@ from torch.amp import GradScaler
 from benchmarks.nt_xent_contenders import dense
 from benchmarks.suite import CORES, DEVICE
 from benchmarks.view_peers import EachImage, Loader, Setting, lightly_transform, open_loader, open_pillow
-from fastsimclr import Augmentation
+from fastsimclr import Augmentation, SimCLR, encoder, projector
 from fastsimclr.data import ViewLoader, open_views
 from fastsimclr.data.sources import ArraySource
 from fastsimclr.loss import NTXentLoss
-from fastsimclr.models import SimCLR, encoder, projector
 from fastsimclr.models.cpu_conv import SmallMapConv2d
 from fastsimclr.optim import build_optimizer
 from fastsimclr.precision import choose_precision

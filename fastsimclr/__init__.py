@@ -11,9 +11,9 @@ if TYPE_CHECKING:
     from fastsimclr.data.loader import Batch
     from fastsimclr.errors import UserError
     from fastsimclr.loss import NTXentLoss, nt_xent
-    from fastsimclr.models import SimCLR, encoder, projector
+    from fastsimclr.models import SimCLR, projector
     from fastsimclr.optim import LARS
-    from fastsimclr.pretrained import import_weights, load_encoder
+    from fastsimclr.pretrained import encoder, import_weights, load_encoder
     from fastsimclr.training.pretrain import pretrain
 
 __all__ = [
@@ -41,9 +41,9 @@ __getattr__ = export(
         "fastsimclr.data.loader": ["Batch"],
         "fastsimclr.errors": ["UserError"],
         "fastsimclr.loss": ["NTXentLoss", "nt_xent"],
-        "fastsimclr.models": ["SimCLR", "encoder", "projector"],
+        "fastsimclr.models": ["SimCLR", "projector"],
         "fastsimclr.optim": ["LARS"],
-        "fastsimclr.pretrained": ["import_weights", "load_encoder"],
+        "fastsimclr.pretrained": ["encoder", "import_weights", "load_encoder"],
         "fastsimclr.training.pretrain": ["pretrain"],
     },
 )

@@ -76,6 +76,14 @@ class ModelConfig:
     """Output features of the projection head."""
     layers: int = 2
     """Number of linear layers in the projection head: 2 or 3."""
+    weights: str | None = None
+    """Weights to start the encoder from: imagenet (published by torchvision or timm), or a file or run that
+    fastsimclr.load_encoder reads. null: random. A resumed run takes its weights from the checkpoint."""
+    freeze: str | None = None
+    """Modules or parameters of the encoder that do not train, separated by commas, such as conv1,bn1,layer1. Their
+    batch normalization uses its running statistics."""
+    freeze_epochs: int = 0
+    """Number of epochs, at the start, in which the whole encoder is frozen and only the projection head trains."""
     sync_bn: bool = True
     """Synchronize batch normalization statistics across ranks."""
 
@@ -179,6 +187,8 @@ class Config:
         for name, value in (("checkpoint_every", self.checkpoint_every), ("loss.temperature", self.loss.temperature)):
             if not value > 0:
                 raise UserError(f"--{name}: got {value}, expected a number above 0")
+        if not 0 <= self.model.freeze_epochs < self.epochs:
+            raise UserError(f"--model.freeze_epochs: got {self.model.freeze_epochs}, expected 0 to --epochs minus 1")
         if self.optim.lr != "auto" and not self.optim.lr > 0:
             raise UserError(f"--optim.lr: got {self.optim.lr}, expected a number above 0, or auto")
         if self.optim.weight_decay != "auto" and not self.optim.weight_decay >= 0:

@@ -17,7 +17,7 @@ import torch
 from fake_cuda import GPU, fake_cuda, real
 from torch import Tensor
 
-from fastsimclr import _extension, nt_xent
+from fastsimclr import _extension, encoder, nt_xent
 from fastsimclr.config import parse
 from fastsimclr.data import open_source, open_views
 from fastsimclr.data.augmentation import Augmentation
@@ -28,7 +28,7 @@ from fastsimclr.evaluation import linear
 from fastsimclr.evaluation.classifier import Classifier, Schedule, train_classifier
 from fastsimclr.evaluation.knn import knn_accuracy, knn_ranking, measure
 from fastsimclr.loss import fused, tiled
-from fastsimclr.models import Encoder, encoder
+from fastsimclr.models import Encoder
 from fastsimclr.precision import choose_precision
 from fastsimclr.training.build import architecture
 from fastsimclr.training.trainer import Trainer
@@ -74,7 +74,7 @@ def open_training(folder: Path, *more: str) -> Trainer:
     options = ["--data.train=digits", "--data.image_size=16", "--model.encoder=resnet18", "--model.hidden=32"]
     options += ["--model.out=16", "--batch_size=8", "--optim.clip_grad=1.0", f"--output={folder}", *more]
     with pytest.MonkeyPatch.context() as patch:
-        for name in ("trainer.open_dataset", "build.encoder", "build.projector"):
+        for name in ("trainer.open_dataset", "build.build", "build.projector"):
             full_name = f"fastsimclr.training.{name}"
             patch.setattr(full_name, with_real_tensors(resolve_name(full_name)))
         return Trainer(parse(options), WORLD)

@@ -44,7 +44,7 @@ def embed_batches(
     )
     loader = open_loader(source, augmentation.for_evaluation(), config)
     dtype = next(encoder.parameters()).dtype
-    was_training = encoder.training
+    training = {module: module.training for module in encoder.modules()}  # frozen parts are in eval mode
     encoder.eval()
     bar = progress_bar(len(source), title, "image", visible=config.world.is_rank_zero)
     try:
@@ -57,7 +57,8 @@ def embed_batches(
     finally:
         bar.close()
         loader.close()
-        encoder.train(was_training)
+        for module, mode in training.items():
+            module.training = mode
 
 
 def embed(

@@ -1,7 +1,7 @@
 """Encoders and the projection head."""
 
 from fastsimclr.models.backbone import Backbone, as_encoder, count_features, import_module, unused_parameters
-from fastsimclr.models.registry import build, encoder, encoder_names, nearest_encoders
+from fastsimclr.models.registry import build, encoder_names, nearest_encoders
 from fastsimclr.models.resnet import ENCODERS, STEMS, Encoder, resnet
 from fastsimclr.models.simclr import SimCLR, projector
 from fastsimclr.models.spec import USER_MODULE, EncoderSpec
@@ -18,7 +18,6 @@ __all__ = [
     "as_encoder",
     "build",
     "count_features",
-    "encoder",
     "encoder_names",
     "import_module",
     "nearest_encoders",

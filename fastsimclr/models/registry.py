@@ -4,7 +4,6 @@ import difflib
 import importlib.util
 import itertools
 from collections.abc import Callable
-from dataclasses import asdict
 from typing import Any
 
 import torch
@@ -17,30 +16,15 @@ from fastsimclr.models.resnet import ENCODERS, Encoder, resnet
 from fastsimclr.models.spec import USER_MODULE, EncoderSpec
 
 
-def encoder(
-    name: str,
-    width: float = 1,
-    stem: str = "auto",
-    *,
-    image_size: int = 224,
-    channels: int = 3,
-) -> Encoder | Backbone:
-    """Build an encoder: images (N, channels, H, W) to representations h (N, encoder.out_features).
+def build(spec: EncoderSpec) -> Encoder | Backbone:
+    """Build the encoder of a spec, whose stem may be "auto", with random weights. Downloads nothing.
 
-    name: "resnet18", "resnet34", "resnet50", "resnet101" or "resnet152"; "timm/NAME" or "torchvision/NAME" for any
-        image backbone of timm or torchvision, without its classifier and with pooled features. `encoder_names` lists
-        all names.
-    width: width multiplier of our ResNets, applied to the channels of every layer; a multiple of 1/64 (1, 2 or 4 in
-        the paper).
-    stem: first layers of our ResNets: "imagenet" (7x7 convolution of stride 2, max-pooling), "small" (3x3 convolution
-        of stride 1, no pooling; for CIFAR), or "auto": "small" for images of up to 64 pixels, otherwise "imagenet".
-    image_size: side of the images in pixels; used by stem "auto" and by encoders with position embeddings.
-    channels: channels of the images.
-
-    encoder.spec holds these arguments. The weights are randomly initialized; nothing is downloaded. With width 1 and
-    stem "imagenet" the state dict of our ResNets is torchvision's without `fc`.
-    Raises ValueError for an unknown name or stem, an invalid width, or images that the encoder does not support.
+    Raises UserError for an unknown name or stem, an invalid width, images that the encoder does not support, and a
+    user's module.
     """
+    name, image_size, channels = spec.name, spec.image_size, spec.channels
+    if name == USER_MODULE:
+        raise UserError("encoder: got weights of a module of your own, expected encoder=MODULE to load them into")
     library, _, model = name.partition("/")
     if library not in _LIBRARIES or not model:
         if name not in ENCODERS:
@@ -48,10 +32,10 @@ def encoder(
                 f"encoder: got {name!r}, expected one of {', '.join(ENCODERS)}, timm/NAME or torchvision/NAME; "
                 f"the nearest are {nearest_encoders(name)}"
             )
-        return resnet(EncoderSpec(name, width, stem, image_size, channels))
-    if width != 1 or stem == "small":
+        return resnet(spec)
+    if spec.width != 1 or spec.stem == "small":
         raise UserError(
-            f"width, stem: got {width:g}, {stem} for {name}; expected 1, auto: only our ResNets have others"
+            f"width, stem: got {spec.width:g}, {spec.stem} for {name}; expected 1, auto: only our ResNets have others"
         )
     names, build_module = _LIBRARIES[library]
     if model.partition(".")[0] not in names():
@@ -68,15 +52,8 @@ def encoder(
     return Backbone(module, spec, fixed_size=fixed_size)
 
 
-def build(spec: EncoderSpec) -> Encoder | Backbone:
-    """Build the encoder of a spec. Raises UserError if only the user can build it."""
-    if spec.name == USER_MODULE:
-        raise UserError("encoder: got weights of a module of your own, expected encoder=MODULE to load them into")
-    return encoder(**asdict(spec))
-
-
 def encoder_names() -> list[str]:
-    """Return every name that `encoder` builds: of ours, and of timm (if it is installed) and torchvision."""
+    """Return the name of every encoder: of ours, and of timm (if it is installed) and torchvision."""
     libraries = {library: names for library, (names, _) in _LIBRARIES.items()}
     if importlib.util.find_spec("timm") is None:
         del libraries["timm"]
@@ -102,14 +79,20 @@ def _timm_names() -> list[str]:
 
 def _timm(name: str, image_size: int, channels: int) -> tuple[nn.Module, bool]:
     """Return a model of timm without its classifier, and whether its weights depend on the size of the images."""
+    return create_timm(name, image_size, num_classes=0, in_chans=channels)
+
+
+def create_timm(name: str, image_size: int, **options: Any) -> tuple[nn.Module, bool]:
+    """Create a model of timm, with more options of `timm.create_model`, and return whether its weights depend on the
+    size of the images."""
     import timm
 
     try:
-        return timm.create_model(name, num_classes=0, in_chans=channels, img_size=image_size), True
+        return timm.create_model(name, img_size=image_size, **options), True
     except TypeError as error:
         if "img_size" not in str(error):
             raise
-        return timm.create_model(name, num_classes=0, in_chans=channels), False
+        return timm.create_model(name, **options), False
 
 
 def _torchvision_names() -> list[str]:

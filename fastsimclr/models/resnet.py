@@ -26,7 +26,7 @@ SMALL_IMAGE = 64  # pixels: largest image size for which stem "auto" is "small"
 class Encoder(ResNet):
     """ResNet without a classifier: images (N, 3, H, W) to representations h (N, out_features).
 
-    spec: its architecture; `encoder(**asdict(spec))` builds the same one.
+    spec: its architecture; `build(spec)` builds the same one.
     """
 
     def __init__(self, spec: EncoderSpec) -> None:

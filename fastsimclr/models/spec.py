@@ -8,7 +8,7 @@ USER_MODULE = "module"
 
 @dataclass(frozen=True)
 class EncoderSpec:
-    """The arguments with which `fastsimclr.encoder` builds an encoder."""
+    """How an encoder is built: arguments of `fastsimclr.encoder`."""
 
     name: str
     """A ResNet of ours ("resnet50"), "timm/NAME", "torchvision/NAME", or "module" for a user's module."""

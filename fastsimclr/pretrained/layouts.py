@@ -267,17 +267,22 @@ def select(state: State, expected: Mapping[str, Tensor], what: str) -> State:
     may be missing, as in files from before PyTorch 0.4.1.
     what: the encoder, for the message.
     """
-    first = next(iter(expected), "")
-    prefixes = [name.removesuffix(first) for name in state if name == first or name.endswith(f".{first}")]
-    prefix = min(prefixes, key=lambda p: _PREFERRED.index(p) if p in _PREFERRED else len(_PREFERRED), default="")
-    found = {name.removeprefix(prefix): value for name, value in state.items() if name.startswith(prefix)}
-    found = {name: value for name, value in found.items() if name in expected or name.split(".")[0] not in _HEADS}
+    found = without_prefix(state, expected)
     missing = [name for name in expected if name not in found and not name.endswith(".num_batches_tracked")]
     unexpected = [name for name in found if name not in expected]
     if missing or unexpected:
         difference = f"without {_some(missing)}" if missing else f"with unexpected {_some(unexpected)}"
         raise UserError(f"got tensors {difference}, expected those of {what}")
     return found
+
+
+def without_prefix(state: State, expected: Mapping[str, Tensor]) -> State:
+    """Return the tensors below the prefix of the first expected name, without those of heads."""
+    first = next(iter(expected), "")
+    prefixes = [name.removesuffix(first) for name in state if name == first or name.endswith(f".{first}")]
+    prefix = min(prefixes, key=lambda p: _PREFERRED.index(p) if p in _PREFERRED else len(_PREFERRED), default="")
+    found = {name.removeprefix(prefix): value for name, value in state.items() if name.startswith(prefix)}
+    return {name: value for name, value in found.items() if name in expected or name.split(".")[0] not in _HEADS}
 
 
 def check_shapes(state: State, expected: Mapping[str, Tensor], what: str) -> None:

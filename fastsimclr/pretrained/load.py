@@ -1,6 +1,5 @@
 """Load an encoder from a checkpoint of any supported project."""
 
-from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -95,29 +94,18 @@ def open_pretrained(path: str | Path, name: str | None = None, *, encoder: nn.Mo
 
 
 def load_state(path: str | Path, spec: EncoderSpec) -> tuple[dict[str, Tensor], str]:
-    """Return the tensors of a file by the names of the state dict of `build(spec)`, and the file's origin.
+    """Return the tensors of a file, by their names in the encoder's library, and the file's origin.
 
-    path: as for `load_encoder`.
-    A first layer for other channels and position embeddings for another image size are returned as they are.
-    Raises UserError for another architecture, naming the first difference.
+    path: as for `load_encoder`. The width, stem, channels and image size may differ from the spec's, and of other
+    encoders than our ResNets also the names, which may have a prefix. Raises UserError for another encoder.
     """
     saved = _read(path, None if spec.name in ENCODERS else spec.name)
-    got, weights = saved.spec, saved.weights
-    if (got.name, got.width, got.stem) != (spec.name, spec.width, spec.stem):
-        raise UserError(f"{path}: got weights of {describe(got)}, expected those of {describe(spec)}")
+    if saved.spec.name != spec.name:
+        raise UserError(f"{path}: got weights of {describe(saved.spec)}, expected those of {describe(spec)}")
+    weights = saved.weights
     if weights.stem_padding is not None or not weights.stem_relu:
         raise UserError(f"{path}: got an unusual stem of {weights.origin}, expected the stem of {describe(spec)}")
-    if spec.name == USER_MODULE:
-        return {f"module.{name}": value for name, value in weights.state.items()}, weights.origin
-    try:
-        model = _build(spec)
-        expected, state = network(model).state_dict(), _matching(saved, model)
-        adaptable = set(_adaptable(state, expected, spec.channels))
-        check_shapes({n: v for n, v in state.items() if n not in adaptable}, expected, describe(spec))
-    except UserError as error:
-        raise UserError(f"{path}: {error}") from error
-    prefix = "" if spec.name in ENCODERS else "module."
-    return {f"{prefix}{name}": value for name, value in state.items()}, weights.origin
+    return weights.state, weights.origin
 
 
 def network(encoder: nn.Module) -> nn.Module:
@@ -161,15 +149,3 @@ def _build(spec: EncoderSpec, module: nn.Module | None = None) -> Encoder | Back
 def _matching(saved: Saved, encoder: nn.Module) -> dict[str, Tensor]:
     """The tensors of the encoder among those of the file. Raises UserError for other names."""
     return select(saved.weights.state, network(encoder).state_dict(), describe(saved.spec))
-
-
-_POSITIONS = ("pos_embed", "relative_position", "rel_pos")  # in the names of position embeddings
-
-
-def _adaptable(state: Mapping[str, Tensor], expected: Mapping[str, Tensor], channels: int) -> Iterator[str]:
-    """The names of tensors whose shapes depend on the channels or the size of the images."""
-    for name, value in state.items():
-        shape, wanted = value.shape, expected[name].shape
-        first = len(shape) == 4 and wanted[1] == channels and (shape[0], *shape[2:]) == (wanted[0], *wanted[2:])
-        if first or any(word in name for word in _POSITIONS):
-            yield name

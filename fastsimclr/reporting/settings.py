@@ -9,7 +9,7 @@ from typing import Any
 import torch
 
 from fastsimclr.config import Config, parse
-from fastsimclr.models import SimCLR, encoder, projector
+from fastsimclr.models import EncoderSpec, SimCLR, build, projector
 from fastsimclr.reporting.run_record import Run, flattened
 
 OUTPUT = "output"
@@ -69,7 +69,7 @@ def parameters(run: Run) -> tuple[str, str]:
         config = parse([f"--config={run.folder.config}"])
         model = config.model
         with torch.device("meta"):  # allocates no memory
-            body = encoder(model.encoder, model.width, model.stem, image_size=config.data.image_size)
+            body = build(EncoderSpec(model.encoder, model.width, model.stem, config.data.image_size))
             head = projector(body.out_features, model.hidden, model.out, model.layers)
     except ValueError:  # another version's options
         return "", ""

@@ -18,10 +18,11 @@ from fastsimclr.loss import BackendError, NTXentLoss, choose_backend
 from fastsimclr.models import (
     Backbone,
     Encoder,
+    EncoderSpec,
     SimCLR,
     as_encoder,
+    build,
     count_features,
-    encoder,
     import_module,
     projector,
     synchronize_batch_norm,
@@ -29,6 +30,8 @@ from fastsimclr.models import (
 )
 from fastsimclr.optim import Recipe, build_optimizer, choose_optimizer, choose_recipe, excluded_from_decay
 from fastsimclr.precision import Precision, choose_precision
+from fastsimclr.pretrained import initialize
+from fastsimclr.training.freeze import Freezing
 
 
 @dataclass(frozen=True)
@@ -38,6 +41,9 @@ class Learner:
     augmentation: Augmentation
     model: nn.Module
     """A SimCLR module; with several ranks its batch norm may be synchronized."""
+    weights: list[str]
+    """Lines that describe the pretrained weights."""
+    freezing: Freezing
     optimizer: Optimizer
     recipe: Recipe
     loss: NTXentLoss
@@ -47,10 +53,18 @@ class Learner:
     scaler: GradScaler
 
 
-def build_learner(config: Config, world: World, *, channels: int = 3, module: nn.Module | None = None) -> Learner:
+def build_learner(
+    config: Config,
+    world: World,
+    *,
+    channels: int = 3,
+    module: nn.Module | None = None,
+    weights: str | None = None,
+) -> Learner:
     """Build the learner. Raises UserError for options that contradict each other or do not fit this machine.
 
     channels: channels of the images. module: the encoder, instead of the one that config.model names.
+    weights: pretrained weights to start the encoder from.
     """
     augmentation = config.data.augmentation()
     if augmentation.num_views < 2:
@@ -70,6 +84,7 @@ def build_learner(config: Config, world: World, *, channels: int = 3, module: nn
 
     torch.manual_seed(config.seed)
     chosen = _build_encoder(config.model, augmentation, channels, module)
+    loaded = initialize(chosen, weights) if weights is not None else []
     head = projector(chosen.out_features, config.model.hidden, config.model.out, config.model.layers)
     model: nn.Module = SimCLR(chosen, head)
     model.to(world.device, precision.dtype, memory_format=torch.channels_last)  # type: ignore[call-overload]
@@ -77,6 +92,7 @@ def build_learner(config: Config, world: World, *, channels: int = 3, module: nn
         _check_gradients(chosen)
         if config.model.sync_bn:
             model = synchronize_batch_norm(model, world.device)
+    freezing = Freezing(model, config.model.freeze or "", config.model.freeze_epochs)
 
     optim = config.optim
     recipe = choose_recipe(chosen, optim.name, optim.lr, optim.lr_rule, optim.weight_decay, config.batch_size)
@@ -85,7 +101,8 @@ def build_learner(config: Config, world: World, *, channels: int = 3, module: nn
         recipe.optimizer, model.parameters(), recipe.lr, optim.momentum, recipe.weight_decay, exclude=exclude
     )
     scaler = precision.grad_scaler(world.device)
-    return Learner(augmentation, model, optimizer, recipe, loss, f"{backend} ({why})", precision, scaler)
+    why = f"{backend} ({why})"
+    return Learner(augmentation, model, loaded, freezing, optimizer, recipe, loss, why, precision, scaler)
 
 
 def _build_encoder(
@@ -98,7 +115,7 @@ def _build_encoder(
     if module is not None:
         chosen = as_encoder(module, image_size=size, channels=channels)
     else:
-        chosen = encoder(config.encoder, config.width, config.stem, image_size=size, channels=channels)
+        chosen = build(EncoderSpec(config.encoder, config.width, config.stem, size, channels))
     for other in {recipe.image_size for recipe in augmentation.recipes} - {size}:
         count_features(chosen, other, channels)
     return chosen

@@ -20,6 +20,7 @@ from fastsimclr.profiling import FIRST_TRACED, Trace
 from fastsimclr.progress_bar import duration
 from fastsimclr.run_folder import RunFolder
 from fastsimclr.training.estimate import Estimate
+from fastsimclr.training.freeze import Freezing
 
 
 def describe_data(config: Config, data: Dataset, loader: ViewLoader, folder: RunFolder) -> list[str]:
@@ -35,13 +36,16 @@ def describe_data(config: Config, data: Dataset, loader: ViewLoader, folder: Run
 
 
 def describe_model(
-    config: Config, model: nn.Module, precision: Precision, loss_backend: str, world: World
+    config: Config, model: nn.Module, freezing: Freezing, precision: Precision, loss_backend: str, world: World
 ) -> list[str]:
     """The model, the device and the loss."""
     parameters = sum(p.numel() for p in model.parameters())
+    size = f"{parameters / 1e6:.1f} M parameters with projector"
+    if str(freezing):
+        trainable = sum(p.numel() for p in model.parameters() if p.requires_grad)
+        size += f", of which {trainable:,} train (frozen: {freezing})"
     return [
-        f"model: {describe_encoder(config.model.encoder, model.encoder)}, "  # type: ignore[arg-type]
-        f"{parameters / 1e6:.1f} M parameters with projector",
+        f"model: {describe_encoder(config.model.encoder, model.encoder)}, {size}",  # type: ignore[arg-type]
         f"device: {world.world_size} x {world.device.type}, {precision.why}",
         f"loss: NT-Xent, temperature {config.loss.temperature}, backend {loss_backend}",
         describe_build(),

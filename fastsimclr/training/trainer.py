@@ -5,6 +5,7 @@ import re
 import time
 from collections.abc import Sequence
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -80,12 +81,17 @@ class Trainer:
 
         sources = self._open_sources(train, val)
         # Before the images are checked, which may take long: errors in these options are reported at once.
+        channels = sources[0].pixels.channels
+        file = distributed.broadcast_object(self._file_to_resume(), world)
+        # DistributedDataParallel copies the weights of rank zero to the others.
+        weights = config.model.weights if world.is_rank_zero and file is None else None
         learner = run_on_all_ranks(
-            lambda: build_learner(config, world, channels=sources[0].pixels.channels, module=encoder), world
+            lambda: build_learner(config, world, channels=channels, module=encoder, weights=weights), world
         )
         self.augmentation, self.model, self.optimizer = learner.augmentation, learner.model, learner.optimizer
         self.precision, self.scaler, self.recipe = learner.precision, learner.scaler, learner.recipe
         self.loss, self.loss_backend = learner.loss, learner.loss_backend
+        self.freezing, self._weights = learner.freezing, learner.weights
         self.data = self._check_images(sources, stop)
         self._set_pixels()
         self.measures_knn = config.knn_every > 0 and self.data.train.has_labels
@@ -109,7 +115,9 @@ class Trainer:
         )
         last_step = min(self.schedule.total_steps, config.max_steps or self.schedule.total_steps)
         self.progress = Progress(self.loader.state_dict(), last_step)
-        run_on_all_ranks(self.resume, world)
+        if file is not None:
+            run_on_all_ranks(partial(self.resume, file), world)
+        self.freezing.start_epoch(self.progress.epoch)
         self.stepper = self._build_stepper()
 
     def train(self) -> None:
@@ -123,6 +131,8 @@ class Trainer:
             self._start()
             with self.clock.running():
                 for batch in self.sync.batches(self.loader, self.progress):
+                    if self.freezing.start_epoch(batch.epoch):
+                        self.stepper = self._build_stepper()
                     lr = self.schedule.apply(self.optimizer, self.progress.step)
                     measured = self.train_step(batch)
                     self.progress.advance(batch)
@@ -223,12 +233,8 @@ class Trainer:
         self.callbacks.on_checkpoint(self.folder.checkpoint)
         self.clock.restart()
 
-    def resume(self) -> None:
-        """Load the checkpoint that --resume selects, if it exists."""
-        wanted = self.config.resume
-        file = self.folder.checkpoint if wanted == "auto" else Path(wanted)
-        if wanted == "never" or (wanted == "auto" and not file.exists()):
-            return
+    def resume(self, file: Path) -> None:
+        """Load a checkpoint."""
         state = load_checkpoint(file)
         check_architecture(file, state["architecture"], architecture(self.config, self.model))
         if state["batch_size"] != self.config.batch_size:
@@ -275,6 +281,12 @@ class Trainer:
         run_on_all_ranks(check, world)
         return sources
 
+    def _file_to_resume(self) -> Path | None:
+        """The checkpoint that --resume selects; None to start with the first step."""
+        wanted = self.config.resume
+        file = self.folder.checkpoint if wanted == "auto" else Path(wanted)
+        return None if wanted == "never" or (wanted == "auto" and not file.exists()) else file
+
     def _check_images(self, sources: Pair, stop: StopSignal) -> Dataset:
         try:
             return check_pair(
@@ -314,7 +326,10 @@ class Trainer:
         config, progress = self.config, self.progress
         lines = summary.describe_data(config, self.data, self.loader, self.folder)
         lines += [self.statistics] if self.statistics else []
-        lines += summary.describe_model(config, self.model, self.precision, self.loss_backend, self.world)
+        lines += summary.describe_model(
+            config, self.model, self.freezing, self.precision, self.loss_backend, self.world
+        )
+        lines += self._weights
         lines += [summary.describe_schedule(self.recipe, self.schedule), f"output: {self.folder}"]
         self._print(*lines)
         estimate = self._estimate_step()

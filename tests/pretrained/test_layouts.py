@@ -16,9 +16,8 @@ from torch import Tensor, nn
 from torchvision.models.resnet import BasicBlock, Bottleneck, ResNet
 from weights import outputs, randomize_norms
 
-from fastsimclr import UserError, import_weights
+from fastsimclr import UserError, encoder, import_weights
 from fastsimclr.data.augmentation import Augmentation
-from fastsimclr.models import encoder
 from fastsimclr.pretrained import open_pretrained
 from fastsimclr.pretrained.layouts import GOOGLE_AUGMENTATION, architecture_of, find_weights
 
