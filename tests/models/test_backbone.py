@@ -8,8 +8,9 @@ import pytest
 import torch
 from torch import Tensor, nn
 
+from fastsimclr import encoder
 from fastsimclr.errors import UserError
-from fastsimclr.models import as_encoder, encoder, import_module, unused_parameters
+from fastsimclr.models import as_encoder, import_module, unused_parameters
 
 
 class Returns(nn.Module):

@@ -9,8 +9,9 @@ import torch
 import torchvision
 from torch import nn
 
+from fastsimclr import encoder
 from fastsimclr.errors import UserError
-from fastsimclr.models import EncoderSpec, build, encoder, encoder_names
+from fastsimclr.models import EncoderSpec, build, encoder_names
 
 # timm's test models have the layers of their family, in small.
 SMALL = [

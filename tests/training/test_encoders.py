@@ -9,10 +9,11 @@ from ranks import run_ranks
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
+from fastsimclr import encoder
 from fastsimclr.config import Config, parse
 from fastsimclr.distributed import SINGLE_PROCESS, World
 from fastsimclr.errors import UserError
-from fastsimclr.models import encoder, synchronize_batch_norm
+from fastsimclr.models import synchronize_batch_norm
 from fastsimclr.optim import LARS
 from fastsimclr.run_folder import load_checkpoint
 from fastsimclr.train import main
