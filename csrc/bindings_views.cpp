@@ -1,6 +1,8 @@
 // Bindings of the view operations: view_params.h, crop.h, photometric.h.
 #include <algorithm>
 #include <array>
+#include <stdexcept>
+#include <vector>
 
 #include "bindings.h"
 #include "crop.h"
@@ -52,8 +54,8 @@ void define_sample_params(py::module_& module) {
         sample_params(p);
       },
       py::kw_only(), "seed"_a, "epoch"_a, "view"_a, "count"_a, "index"_a, "sizes"_a, "center_fraction"_a, "scale"_a,
-      "ratio"_a, "log_ratio"_a, "factors_low"_a, "factors_high"_a, "sigma"_a, "probabilities"_a, "gain"_a, "channels"_a, "out"_a,
-      py::call_guard<py::gil_scoped_release>());
+      "ratio"_a, "log_ratio"_a, "factors_low"_a, "factors_high"_a, "sigma"_a, "probabilities"_a, "gain"_a, "channels"_a,
+      "out"_a, py::call_guard<py::gil_scoped_release>());
 }
 
 #endif
@@ -74,18 +76,21 @@ CropParams crop_params(Address images, int height, int width, Address index, Add
   return p;
 }
 
-using PerChannel = std::array<float, 3>;
+using PerChannel = std::vector<float>;
 
 PhotometricParams photometric_params(Address crops, Address view_params, int64_t images, int height, int width,
                                      int blur_taps, const PerChannel& scale, const PerChannel& shift, PixelType dtype,
                                      Address out) {
   PhotometricParams p;
-  p.crops = pointer<const uint8_t>(crops);
+  p.crops = pointer<const void>(crops);
   p.view_params = pointer<const ViewParams>(view_params);
   p.images = images;
   p.height = height;
   p.width = width;
   p.blur_taps = blur_taps;
+  if (scale.empty() || scale.size() > kMaxChannels || scale.size() != shift.size())
+    throw std::invalid_argument("scale and shift: expected one number per channel, at most 16");
+  p.channels = int(scale.size());
   std::copy(scale.begin(), scale.end(), p.scale);
   std::copy(shift.begin(), shift.end(), p.shift);
   p.dtype = dtype;
@@ -106,16 +111,37 @@ void define_views_on_cpu(py::module_& module) {
       },
       py::kw_only(), "images"_a, "height"_a, "width"_a, "index"_a, "view_params"_a, "num_views"_a, "size"_a,
       "bicubic"_a, "out"_a, "threads"_a, release);
+  py::enum_<ValueType>(module, "ValueType", py::module_local())
+      .value("uint8", ValueType::kUint8)
+      .value("uint16", ValueType::kUint16)
+      .value("float32", ValueType::kFloat32);
+  module.def(
+      "crop_to_floats",
+      [](Address images, int height, int width, Address index, Address view_params, int64_t num_views, int size,
+         bool bicubic, Address out, ValueType type, int channels, const std::array<float, 2>& value_range,
+         int threads) {
+        FloatCropParams p;
+        static_cast<CropParams&>(p) = crop_params(0, height, width, index, view_params, num_views, size, bicubic, 0);
+        p.values = pointer<const void>(images);
+        p.type = type;
+        p.channels = channels;
+        p.low = value_range[0];
+        p.high = value_range[1];
+        p.float_out = pointer<float>(out);
+        crop_to_floats_on_cpu(p, threads);
+      },
+      py::kw_only(), "images"_a, "height"_a, "width"_a, "index"_a, "view_params"_a, "num_views"_a, "size"_a,
+      "bicubic"_a, "out"_a, "type"_a, "channels"_a, "value_range"_a, "threads"_a, release);
   module.def(
       "photometric",
       [](Address crops, Address view_params, int64_t images, int height, int width, int blur_taps,
-         const PerChannel& scale, const PerChannel& shift, PixelType dtype, Address out, int threads) {
+         const PerChannel& scale, const PerChannel& shift, PixelType dtype, Address out, bool is_float, int threads) {
         photometric_on_cpu(
             photometric_params(crops, view_params, images, height, width, blur_taps, scale, shift, dtype, out),
-            threads);
+            is_float, threads);
       },
       py::kw_only(), "crops"_a, "view_params"_a, "images"_a, "height"_a, "width"_a, "blur_taps"_a, "scale"_a, "shift"_a,
-      "dtype"_a, "out"_a, "threads"_a, release);
+      "dtype"_a, "out"_a, "is_float"_a, "threads"_a, release);
 }
 
 #endif

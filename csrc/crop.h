@@ -1,6 +1,7 @@
 // Crop, antialiased resize and flip of decoded images of one size in memory. The filters are torchvision's: a triangle,
 // or Keys' cubic with a = -0.5, scaled to the size of an output pixel when downsampling, and renormalized at the border
-// of the crop. Values are rounded to uint8 after the horizontal and after the vertical pass.
+// of the crop. 8-bit RGB is rounded to uint8 after the horizontal and after the vertical pass; other images become
+// floats from 0 to 1.
 #pragma once
 
 #ifdef FASTSIMCLR_EMULATION
@@ -64,6 +65,19 @@ FASTSIMCLR_PIXEL uint8_t rounded_level(float x) {
 
 // On the CPU. All arrays are in host memory.
 void crop_on_cpu(const CropParams& params, int threads);
+
+enum class ValueType { kUint8, kUint16, kFloat32 };
+
+// Images that are not 8-bit RGB.
+struct FloatCropParams : CropParams {
+  const void* values = nullptr;  // (any number, height, width, channels) of `type`; in place of `images`
+  ValueType type = ValueType::kFloat32;
+  int channels = 1;
+  float low = 0, high = 1;     // values that become 0 and 1
+  float* float_out = nullptr;  // (num_views, size, size, channels); in place of `out`
+};
+
+void crop_to_floats_on_cpu(const FloatCropParams& params, int threads);
 
 #if defined(FASTSIMCLR_CUDA) || defined(FASTSIMCLR_EMULATION) || defined(__CUDACC__)
 // On the GPU. Returns cudaErrorInvalidValue if the images are too high for shared memory: 1,000 pixels always fit.

@@ -16,20 +16,24 @@ namespace {
 
 constexpr int64_t kStrip = 2048;  // pixels
 
-// Scratch memory of a thread: three planes, and rows and kernel of a blur.
+// Scratch memory of a thread: the planes, and rows and kernel of a blur.
 struct Scratch {
   std::vector<float> planes, rows, kernel;
 };
 
-// A range of pixels in the three planes.
+// A range of pixels in the planes.
 struct Strip {
-  float *r, *g, *b;
+  float* first_plane;
+  int64_t stride;  // between planes
+  int channels;
   int64_t size;
+
+  FASTSIMCLR_INLINE float* plane(int channel) const { return first_plane + channel * stride; }
 };
 
 template <class F>
 FASTSIMCLR_INLINE void for_each_pixel(Strip strip, F op) {
-  float* __restrict__ r = strip.r, * __restrict__ g = strip.g, * __restrict__ b = strip.b;
+  float* __restrict__ r = strip.plane(0), * __restrict__ g = strip.plane(1), * __restrict__ b = strip.plane(2);
   for (int64_t i = 0; i < strip.size; i++) {
     const Pixel x = op(Pixel{r[i], g[i], b[i]});
     r[i] = x.r;
@@ -38,21 +42,65 @@ FASTSIMCLR_INLINE void for_each_pixel(Strip strip, F op) {
   }
 }
 
-// gray_term: only for contrast.
-FASTSIMCLR_INLINE void jitter(Strip strip, int op, float factor, float gray_term) {
-  if (op == kBrightness) for_each_pixel(strip, [=](Pixel x) FASTSIMCLR_LAMBDA { return brightness(x, factor); });
-  if (op == kContrast) for_each_pixel(strip, [=](Pixel x) FASTSIMCLR_LAMBDA { return blend(x, factor, gray_term); });
-  if (op == kSaturation) for_each_pixel(strip, [=](Pixel x) FASTSIMCLR_LAMBDA { return saturation(x, factor); });
-  if (op == kHue && factor != 0) {
-    const float hue_shift = hue_in_sixths(factor);
-    for_each_pixel(strip, [=](Pixel x) FASTSIMCLR_LAMBDA { return hue(x, hue_shift); });
+// op(value, channel)
+template <class F>
+FASTSIMCLR_INLINE void for_each_value(Strip strip, F op) {
+  for (int channel = 0; channel < strip.channels; channel++) {
+    float* __restrict__ plane = strip.plane(channel);
+    for (int64_t i = 0; i < strip.size; i++) plane[i] = op(plane[i], channel);
   }
 }
 
-FASTSIMCLR_INLINE int sum_of_luma(Strip strip) {  // at most kStrip pixels, so it does not overflow
-  int sum = 0;
-  for (int64_t i = 0; i < strip.size; i++) sum += int(luma({strip.r[i], strip.g[i], strip.b[i]}));
+// gray_term: only for contrast.
+template <class V>
+FASTSIMCLR_INLINE void jitter(Strip strip, int op, float factor, float gray_term) {
+  if (strip.channels != 3) {
+    const float term = op == kContrast ? gray_term : 0;
+    if (op == kBrightness || op == kContrast)
+      for_each_value(strip, [=](float x, int) FASTSIMCLR_LAMBDA { return level<V>(term + x * factor); });
+    return;
+  }
+  if (op == kBrightness) for_each_pixel(strip, [=](Pixel x) FASTSIMCLR_LAMBDA { return brightness<V>(x, factor); });
+  if (op == kContrast) for_each_pixel(strip, [=](Pixel x) FASTSIMCLR_LAMBDA { return blend<V>(x, factor, gray_term); });
+  if (op == kSaturation) for_each_pixel(strip, [=](Pixel x) FASTSIMCLR_LAMBDA { return saturation<V>(x, factor); });
+  if (op == kHue && factor != 0) {
+    const float hue_shift = hue_in_sixths(factor);
+    for_each_pixel(strip, [=](Pixel x) FASTSIMCLR_LAMBDA { return hue<V>(x, hue_shift); });
+  }
+}
+
+// Sums at(i) for i < size in as many floats as a vector has, which the compiler vectorizes.
+template <class At>
+FASTSIMCLR_INLINE double sum_of(int64_t size, At at) {
+  float lanes[kLanes] = {};
+  int64_t i = 0;
+  for (; i + kLanes <= size; i += kLanes)
+    for (int64_t lane = 0; lane < kLanes; lane++) lanes[lane] += at(i + lane);
+  double sum = 0;
+  for (; i < size; i++) sum += double(at(i));
+  for (const float lane : lanes) sum += double(lane);
   return sum;
+}
+
+// The sum of the gray levels whose mean is the gray of contrast: the luma of RGB, or all channels' mean.
+template <class V>
+FASTSIMCLR_INLINE double sum_of_gray(Strip strip) {
+  if (V::kIsInteger) {
+    int sum = 0;  // of at most kStrip pixels, so it does not overflow
+    const float *r = strip.plane(0), *g = strip.plane(1), *b = strip.plane(2);
+    for (int64_t i = 0; i < strip.size; i++) sum += int(luma({r[i], g[i], b[i]}));
+    return sum;
+  }
+  if (strip.channels == 3) {
+    const float *r = strip.plane(0), *g = strip.plane(1), *b = strip.plane(2);
+    return sum_of(strip.size, [=](int64_t i) FASTSIMCLR_LAMBDA { return luma<V>({r[i], g[i], b[i]}); });
+  }
+  double sum = 0;
+  for (int channel = 0; channel < strip.channels; channel++) {
+    const float* plane = strip.plane(channel);
+    sum += sum_of(strip.size, [=](int64_t i) FASTSIMCLR_LAMBDA { return plane[i]; });
+  }
+  return sum / strip.channels;
 }
 
 FASTSIMCLR_INLINE uint16_t to_bf16(float x) {  // rounds to nearest even; x is finite
@@ -63,24 +111,36 @@ FASTSIMCLR_INLINE uint16_t to_bf16(float x) {  // rounds to nearest even; x is f
 
 // Stores the strip normalized and interleaved, from pixel `first` on. cast: converts float to T.
 template <class T, class Cast>
-FASTSIMCLR_INLINE void store(const PhotometricParams& p, Strip strip, int64_t first, Cast cast) {
-  T* __restrict__ out = static_cast<T*>(p.out) + 3 * first;
-  for (int64_t i = 0; i < strip.size; i++) {
-    out[3 * i] = cast(strip.r[i] * p.scale[0] + p.shift[0]);
-    out[3 * i + 1] = cast(strip.g[i] * p.scale[1] + p.shift[1]);
-    out[3 * i + 2] = cast(strip.b[i] * p.scale[2] + p.shift[2]);
+FASTSIMCLR_INLINE void store(const PhotometricParams& p, Strip strip, int64_t first, int dropped, Cast cast) {
+  T* __restrict__ out = static_cast<T*>(p.out) + strip.channels * first;
+  if (strip.channels == 3 && dropped == 0) {
+    const float *r = strip.plane(0), *g = strip.plane(1), *b = strip.plane(2);
+    for (int64_t i = 0; i < strip.size; i++) {
+      out[3 * i] = cast(r[i] * p.scale[0] + p.shift[0]);
+      out[3 * i + 1] = cast(g[i] * p.scale[1] + p.shift[1]);
+      out[3 * i + 2] = cast(b[i] * p.scale[2] + p.shift[2]);
+    }
+    return;
+  }
+  for (int channel = 0; channel < strip.channels; channel++) {
+    const float* plane = strip.plane(channel);
+    const bool is_dropped = channel + 1 == dropped;
+    const float scale = is_dropped ? 0 : p.scale[channel], shift = is_dropped ? 0 : p.shift[channel];
+    for (int64_t i = 0; i < strip.size; i++) out[i * strip.channels + channel] = cast(plane[i] * scale + shift);
   }
 }
 
 // Solarizes, normalizes and stores a strip. first: its first pixel, counted over all images.
+template <class V>
 FASTSIMCLR_INLINE void finish(const PhotometricParams& p, const ViewParams& view_params, Strip strip, int64_t first) {
-  if (view_params.solarize)
-    for_each_pixel(strip, [](Pixel x) FASTSIMCLR_LAMBDA { return Pixel{solarize(x.r), solarize(x.g), solarize(x.b)}; });
-  if (p.dtype == PixelType::kFloat32) store<float>(p, strip, first, [](float v) FASTSIMCLR_LAMBDA { return v; });
+  const int dropped = V::kIsInteger ? 0 : view_params.dropped;
+  if (view_params.solarize) for_each_value(strip, [](float x, int) FASTSIMCLR_LAMBDA { return solarize<V>(x); });
+  if (p.dtype == PixelType::kFloat32)
+    store<float>(p, strip, first, dropped, [](float v) FASTSIMCLR_LAMBDA { return v; });
   if (p.dtype == PixelType::kBfloat16)
-    store<uint16_t>(p, strip, first, [](float v) FASTSIMCLR_LAMBDA { return to_bf16(v); });
+    store<uint16_t>(p, strip, first, dropped, [](float v) FASTSIMCLR_LAMBDA { return to_bf16(v); });
   if (p.dtype == PixelType::kFloat16)
-    store<_Float16>(p, strip, first, [](float v) FASTSIMCLR_LAMBDA { return _Float16(v); });
+    store<_Float16>(p, strip, first, dropped, [](float v) FASTSIMCLR_LAMBDA { return _Float16(v); });
 }
 
 // Computes the center and one side of the kernel. Omits weights beyond four standard deviations, 6e-5 in total.
@@ -126,16 +186,17 @@ FASTSIMCLR_INLINE void convolve_row(float* to, const float* kernel, int radius, 
 }
 
 // Separable Gaussian blur with reflected borders; each row is finished immediately.
-FASTSIMCLR_INLINE void blur_and_finish(const PhotometricParams& p, const ViewParams& view_params, int64_t image,
-                                       Scratch& scratch) {
+template <class V>
+FASTSIMCLR_INLINE void blur_and_finish(const PhotometricParams& p, const ViewParams& view_params, int channels,
+                                       int64_t image, Scratch& scratch) {
   const int height = p.height, width = p.width;
   const int radius = make_kernel(scratch.kernel, view_params.sigma, p.blur_taps, height, width);
   const float* kernel = scratch.kernel.data();
-  scratch.rows.resize(4 * size_t(width) + 2 * size_t(radius));
+  scratch.rows.resize(size_t(channels + 1) * size_t(width) + 2 * size_t(radius));
   float* middle = scratch.rows.data() + radius;  // a row with reflected ends
-  float* blurred = middle + width + radius;      // three rows
+  float* blurred = middle + width + radius;      // a row of each channel
   for (int y = 0; y < height; y++) {
-    for (int channel = 0; channel < 3; channel++) {
+    for (int channel = 0; channel < channels; channel++) {
       const float* plane = scratch.planes.data() + int64_t(channel) * height * width;
       convolve_row(middle, kernel, radius, width,
                    [=](int k) FASTSIMCLR_LAMBDA { return plane + int64_t(reflect(y + k, height)) * width; });
@@ -145,56 +206,87 @@ FASTSIMCLR_INLINE void blur_and_finish(const PhotometricParams& p, const ViewPar
       }
       float* row = blurred + channel * width;
       convolve_row(row, kernel, radius, width, [=](int k) FASTSIMCLR_LAMBDA { return middle + k; });
-      for (int x = 0; x < width; x++) row[x] = float(int(row[x] + 0.5f));
+      if (V::kIsInteger)
+        for (int x = 0; x < width; x++) row[x] = V::round(row[x]);
     }
-    finish(p, view_params, {blurred, blurred + width, blurred + 2 * width, width}, (image * height + y) * width);
+    finish<V>(p, view_params, {blurred, width, channels, width}, (image * height + y) * width);
   }
 }
 
-FASTSIMCLR_CLONES void one_image(const PhotometricParams& p, int64_t image, Scratch& scratch) {
-  const ViewParams& view_params = p.view_params[image];
-  const int64_t size = int64_t(p.height) * p.width;
-  float* planes = scratch.planes.data();
-  const auto strip_at = [=](int64_t first) {
-    return Strip{planes + first, planes + size + first, planes + 2 * size + first, std::min(kStrip, size - first)};
-  };
-  const int contrast_step =
-      int(std::find(view_params.order, view_params.order + 4, uint8_t(kContrast)) - view_params.order);
-  const float contrast = view_params.factors[kContrast];
-
-  int64_t total = 0;
-  for (int64_t first = 0; first < size; first += kStrip) {  // until contrast, which needs the mean luma of the view
-    const Strip strip = strip_at(first);
-    const uint8_t* __restrict__ crop = p.crops + 3 * (image * size + first);
-    float* __restrict__ r = strip.r, * __restrict__ g = strip.g, * __restrict__ b = strip.b;
+template <class V>
+FASTSIMCLR_INLINE void load(const PhotometricParams& p, Strip strip, int64_t first) {
+  const int channels = strip.channels;
+  const auto* __restrict__ crop = static_cast<const typename V::Crop*>(p.crops) + channels * first;
+  if (channels == 3) {
+    float* __restrict__ r = strip.plane(0), * __restrict__ g = strip.plane(1), * __restrict__ b = strip.plane(2);
     for (int64_t i = 0; i < strip.size; i++) {
       r[i] = crop[3 * i];
       g[i] = crop[3 * i + 1];
       b[i] = crop[3 * i + 2];
     }
+    return;
+  }
+  for (int channel = 0; channel < channels; channel++) {
+    float* __restrict__ plane = strip.plane(channel);
+    for (int64_t i = 0; i < strip.size; i++) plane[i] = crop[channels * i + channel];
+  }
+}
+
+template <class V>
+FASTSIMCLR_INLINE void apply(const PhotometricParams& p, int64_t image, Scratch& scratch) {
+  const ViewParams& view_params = p.view_params[image];
+  const int channels = V::kIsInteger ? 3 : p.channels;
+  const int64_t size = int64_t(p.height) * p.width;
+  float* planes = scratch.planes.data();
+  const auto strip_at = [=](int64_t first) FASTSIMCLR_LAMBDA {
+    return Strip{planes + first, size, channels, std::min(kStrip, size - first)};
+  };
+  const int contrast_step =
+      int(std::find(view_params.order, view_params.order + 4, uint8_t(kContrast)) - view_params.order);
+  const float contrast = view_params.factors[kContrast];
+
+  const bool has_gain = !V::kIsInteger && std::any_of(view_params.gain, view_params.gain + channels,
+                                                      [](float gain) FASTSIMCLR_LAMBDA { return gain != 1; });
+
+  double total = 0;
+  for (int64_t first = 0; first < size; first += kStrip) {  // until contrast, which needs the mean gray of the view
+    const Strip strip = strip_at(first);
+    load<V>(p, strip, image * size + first);
     if (!view_params.jitter) continue;
     for (int step = 0; step < contrast_step; step++)
-      jitter(strip, view_params.order[step], view_params.factors[view_params.order[step]], 0);
-    total += sum_of_luma(strip);
+      jitter<V>(strip, view_params.order[step], view_params.factors[view_params.order[step]], 0);
+    total += sum_of_gray<V>(strip);
   }
-  const float mean_term = float(double(total) / double(size)) * (1 - contrast);
+  const float mean_term = float(total / double(size)) * (1 - contrast);
   for (int64_t first = 0; first < size; first += kStrip) {  // contrast and the operations after it
     const Strip strip = strip_at(first);
     for (int step = contrast_step; view_params.jitter && step < 4; step++)
-      jitter(strip, view_params.order[step], view_params.factors[view_params.order[step]], mean_term);
-    if (view_params.grayscale) for_each_pixel(strip, [](Pixel x) FASTSIMCLR_LAMBDA { return grayscale(x); });
-    if (!(view_params.sigma > 0)) finish(p, view_params, strip, image * size + first);
+      jitter<V>(strip, view_params.order[step], view_params.factors[view_params.order[step]], mean_term);
+    if (has_gain)
+      for_each_value(strip, [&](float x, int c) FASTSIMCLR_LAMBDA { return level<V>(x * view_params.gain[c]); });
+    if (view_params.grayscale && channels == 3)
+      for_each_pixel(strip, [](Pixel x) FASTSIMCLR_LAMBDA { return grayscale<V>(x); });
+    if (!(view_params.sigma > 0)) finish<V>(p, view_params, strip, image * size + first);
   }
-  if (view_params.sigma > 0) blur_and_finish(p, view_params, image, scratch);
+  if (view_params.sigma > 0) blur_and_finish<V>(p, view_params, channels, image, scratch);
+}
+
+FASTSIMCLR_CLONES void apply_to_levels(const PhotometricParams& p, int64_t image, Scratch& scratch) {
+  apply<Levels>(p, image, scratch);
+}
+
+FASTSIMCLR_CLONES void apply_to_floats(const PhotometricParams& p, int64_t image, Scratch& scratch) {
+  apply<Unit>(p, image, scratch);
 }
 
 }  // namespace
 
-void photometric_on_cpu(const PhotometricParams& params, int threads) {
+void photometric_on_cpu(const PhotometricParams& params, bool is_float, int threads) {
   in_threads(threads, params.images, [&](auto next) {
     Scratch scratch;
-    scratch.planes.resize(3 * size_t(params.height) * size_t(params.width));
-    for (int64_t image; (image = next()) < params.images;) one_image(params, image, scratch);
+    scratch.planes.resize(size_t(params.channels) * size_t(params.height) * size_t(params.width));
+    for (int64_t image; (image = next()) < params.images;)
+      (is_float ? apply_to_floats : apply_to_levels)(params, image, scratch);
   });
 }
 

@@ -27,7 +27,7 @@ struct KernelParams {
 };
 
 __device__ __forceinline__ Pixel read_pixel(const PhotometricParams& p, int64_t image, int64_t pixel) {
-  const uint8_t* from = p.crops + 3 * (image * p.height * p.width + pixel);
+  const uint8_t* from = static_cast<const uint8_t*>(p.crops) + 3 * (image * p.height * p.width + pixel);
   return {float(from[0]), float(from[1]), float(from[2])};
 }
 

@@ -9,8 +9,8 @@ namespace fastsimclr {
 namespace {
 
 constexpr uint32_t kChoices = 0, kFactors = 1, kOthers = 2, kAttempts = 3;  // counter blocks, four numbers each
-constexpr uint32_t kOrientation = 16, kDrop = 17, kGains = 18;  // likewise; four of kGains
-constexpr uint32_t kCropAttempts = 10;                          // as in torchvision's RandomResizedCrop
+constexpr uint32_t kOrientation = 16, kDrop = 17, kGains = 18;              // likewise; four of kGains
+constexpr uint32_t kCropAttempts = 10;                                      // as in torchvision's RandomResizedCrop
 
 // Four numbers in [0, 1), multiples of 2^-24.
 std::array<double, 4> uniform(const SampleParams& p, int64_t index, uint32_t block) {
@@ -61,7 +61,8 @@ void center_box(const SampleParams& p, int64_t height, int64_t width, ViewParams
 
 // Sets what few recipes use: its numbers are drawn only for those.
 void set_options(const SampleParams& p, int64_t index, ViewParams& view_params) {
-  const double vertical_flip_prob = p.probabilities[5], rotate_prob = p.probabilities[6], drop_prob = p.probabilities[7];
+  const double vertical_flip_prob = p.probabilities[5], rotate_prob = p.probabilities[6],
+               drop_prob = p.probabilities[7];
   view_params.vertical_flip = false;
   view_params.quarter_turns = 0;
   view_params.dropped = 0;

@@ -60,6 +60,12 @@ def _options(arguments: Sequence[str] | None) -> tuple[argparse.Namespace, list[
     parser.add_argument("--epoch", type=int, default=0, metavar="N", help="epoch to show, from 0; default: 0")
     parser.add_argument("--seed", type=int, metavar="N", help="random seed; default: from --config, else 0")
     parser.add_argument("--unshuffled", action="store_true", help="show the dataset's first images instead")
+    parser.add_argument(
+        "--show_channels",
+        type=_channels,
+        metavar="R,G,B",
+        help="three channels to show as red, green and blue, from 0; default: the first three, or the first as gray",
+    )
     parser.add_argument("--output", default="preview.png", metavar="F.png", help="PNG file; default: preview.png")
     parser.add_argument("--force", action="store_true", help="overwrite the output")
     options, others = parser.parse_known_args(arguments)
@@ -74,6 +80,13 @@ def _options(arguments: Sequence[str] | None) -> tuple[argparse.Namespace, list[
     if Path(options.output).suffix.lower() != ".png":
         raise UserError(f"--output: got {options.output}, expected a file name that ends in .png")
     return options, others
+
+
+def _channels(text: str) -> tuple[int, ...]:
+    channels = tuple(int(number) for number in text.split(","))
+    if len(channels) != 3 or min(channels) < 0:
+        raise ValueError
+    return channels
 
 
 if __name__ == "__main__":

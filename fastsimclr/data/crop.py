@@ -2,9 +2,11 @@
 
 The filters are torchvision's (a triangle, or Keys' cubic with a = -0.5; widened when shrinking, renormalized at the
 border of the crop). 8-bit RGB is rounded to integer levels after the columns and again after the rows; other images
-become floats from 0 to 1. The compiled extension implements it (csrc/crop.*). The PyTorch implementation replaces it if
-it is not available, and tests compare against it.
+become floats from 0 to 1. The compiled extension implements it on CPUs, and for 8-bit RGB on GPUs (csrc/crop.*). The
+PyTorch implementation replaces it elsewhere, and tests compare against it.
 """
+
+from typing import Any
 
 import numpy as np
 import torch
@@ -36,26 +38,32 @@ def crop(
     device = images.device
     implementation = native.choose(implementation, device)
     on_gpu = implementation == "emulated" or device.type == "cuda"
-    if implementation == "pytorch" or pixels != RGB8 or (on_gpu and images.shape[1] > _MAX_HEIGHT):
+    if implementation == "pytorch" or (on_gpu and (pixels != RGB8 or images.shape[1] > _MAX_HEIGHT)):
         return crop_in_pytorch(images, index, params, recipe, pixels)
-    out = torch.empty((len(index), recipe.image_size, recipe.image_size, 3), dtype=torch.uint8, device=device)
+    images = images.contiguous()
+    size, dtype = recipe.image_size, torch.uint8 if pixels == RGB8 else torch.float32
+    out = torch.empty((len(index), size, size, pixels.channels), dtype=dtype, device=device)
     params_on_device = native.on_device(params.view(np.uint8), device)
     index_on_device = native.on_device(index, device)
-    arguments = {
-        "images": images.contiguous().data_ptr(),
+    arguments: dict[str, Any] = {
+        "images": images.data_ptr(),
         "height": images.shape[1],
         "width": images.shape[2],
         "index": index_on_device.data_ptr(),
         "view_params": params_on_device.data_ptr(),
         "num_views": len(index),
-        "size": recipe.image_size,
+        "size": size,
         "bicubic": recipe.interpolation == "bicubic",
         "out": out.data_ptr(),
     }
     if on_gpu:
         native.launch("crop", device, **arguments)
-    else:
+    elif pixels == RGB8:
         native.call("crop", **arguments, threads=torch.get_num_threads())
+    else:
+        arguments |= {"type": native.value_type(pixels.dtype), "channels": pixels.channels}
+        arguments |= {"value_range": pixels.value_range, "threads": torch.get_num_threads()}
+        native.call("crop_to_floats", **arguments)
     return out
 
 

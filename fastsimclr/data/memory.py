@@ -64,7 +64,7 @@ class MemoryBackend:
 
     def __init__(self, source: ArraySource, augmentation: Augmentation, device: torch.device) -> None:
         self.augmentation, self.pixels = augmentation, source.pixels
-        self.images = source.images.to(device)  # (N, h, w, C)
+        self.images = source.images.to(device).contiguous()  # (N, h, w, C)
 
     def crops(self, requests: Iterator[BatchRequest]) -> Generator[CroppedBatch, None, None]:
         for request in requests:

@@ -74,6 +74,12 @@ def pixel_type(dtype: torch.dtype, implementation: Implementation) -> Any:
     return getattr(module.PixelType, str(dtype).removeprefix("torch."))
 
 
+def value_type(dtype: torch.dtype) -> Any:
+    """Return the extension's enum value for pixels of `dtype`."""
+    module: Any = _extension.compiled
+    return getattr(module.ValueType, str(dtype).removeprefix("torch."))
+
+
 def on_device(array: NDArray[Any], device: torch.device) -> Tensor:
     """Copy an array, whose dtype PyTorch supports, to a tensor on `device` without synchronizing."""
     tensor = torch.from_numpy(np.ascontiguousarray(array))

@@ -5,8 +5,8 @@ order. On 8-bit RGB they are those for uint8 tensors, clamped and truncated to i
 floats from 0 to 1 they are only clamped, and the images may have any number of channels: contrast is about the mean
 luma of RGB, and about the mean of all channels otherwise.
 
-The compiled extension implements it for 8-bit RGB (csrc/photometric.*). The PyTorch implementation computes the rest,
-and tests compare against it.
+The compiled extension implements it on CPUs, and for 8-bit RGB on GPUs (csrc/photometric.*). The PyTorch implementation
+replaces it elsewhere, and tests compare against it.
 """
 
 import math
@@ -66,13 +66,15 @@ def photometric(
     max_sigma = float(params["sigma"].max(initial=0))
     on_gpu = implementation == "emulated" or (implementation == "compiled" and device.type == "cuda")
     radius = min(blur_window(recipe) // 2, math.ceil(4 * max_sigma))
-    if crops.dtype != torch.uint8 or (on_gpu and radius > native.constant("MAX_BLUR_RADIUS")):
+    is_float = crops.dtype != torch.uint8
+    if on_gpu and (is_float or radius > native.constant("MAX_BLUR_RADIUS")):
         implementation = "pytorch"  # the kernel has no floats, and the blur must fit in its shared memory
     if implementation == "pytorch" or dtype not in _COMPILED:
         return photometric_in_pytorch(crops, params, recipe, dtype)
     crops = crops.contiguous()
     params_on_device = native.on_device(params.view(np.uint8), device)
     out = _empty(crops.shape, dtype, device)
+    peak = (_UNIT if is_float else _LEVELS).peak
     arguments = {
         "crops": crops.data_ptr(),
         "view_params": params_on_device.data_ptr(),
@@ -80,7 +82,7 @@ def photometric(
         "height": height,
         "width": width,
         "blur_taps": blur_window(recipe),
-        "scale": [1 / (255 * std) for std in recipe.statistics[1]],
+        "scale": [1 / (peak * std) for std in recipe.statistics[1]],
         "shift": [-mean / std for mean, std in zip(*recipe.statistics, strict=True)],
         "dtype": native.pixel_type(dtype, implementation),
         "out": out.data_ptr(),
@@ -89,7 +91,7 @@ def photometric(
         parts = torch.empty(images, native.constant("LUMA_PARTS"), device=device)
         native.launch("photometric", device, **arguments, parts=parts.data_ptr(), max_sigma=max_sigma)
     else:
-        native.call("photometric", **arguments, threads=torch.get_num_threads())
+        native.call("photometric", **arguments, is_float=is_float, threads=torch.get_num_threads())
     return out
 
 

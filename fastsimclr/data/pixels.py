@@ -1,5 +1,6 @@
 """What the pixels of decoded images are."""
 
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
 import torch
@@ -38,6 +39,13 @@ class PixelFormat:
         """Do the same in place, for float32 values; interpolated ones may exceed the range."""
         low, high = self.value_range
         return values.sub_(low).mul_(1 / (high - low)).clamp_(0, 1)
+
+    def for_display(self, image: Tensor, shown: Sequence[int] = (0, 1, 2)) -> Tensor:
+        """Convert the channels `shown` of an image (C, H, W) of this format to (H, W, 3) uint8."""
+        channels_last = image.permute(1, 2, 0)
+        if self == RGB8 and tuple(shown) == (0, 1, 2):
+            return channels_last
+        return self.to_unit(channels_last[..., list(shown)]).mul_(255).round_().to(torch.uint8)
 
     def check(self, image: Tensor, name: str) -> None:
         """Raise UserError unless `image` (C, H, W) has this format, and values that are finite and in its range."""

@@ -56,10 +56,10 @@ def decode_tiff(data: NDArray[np.uint8]) -> Tensor:
 
 
 def to_image(array: NDArray[Any]) -> Tensor:
-    """Convert (H, W, C) to (C, H, W), contiguous, in the machine's byte order. Raises ValueError for other formats."""
+    """Copy (H, W, C) to (C, H, W), channels-last, in the machine's byte order. Raises ValueError for other formats."""
     if array.dtype.name not in DTYPES:
         raise ValueError(f"pixels of {array.dtype.name}, expected {', '.join(DTYPES)}")
     if not 1 <= array.shape[2] <= MAX_CHANNELS or array.size == 0:
         raise ValueError(f"(H, W, C) of {array.shape}, expected 1 to {MAX_CHANNELS} channels, last")
-    array = array.transpose(2, 0, 1).astype(array.dtype.newbyteorder("="))
-    return torch.from_numpy(np.ascontiguousarray(array))
+    array = np.array(array, array.dtype.newbyteorder("="), order="C")  # a copy: writable
+    return torch.from_numpy(array).permute(2, 0, 1)

@@ -125,7 +125,8 @@ def draw_gallery(
 
 def thumbnail(source: Source, index: int, augmentation: Augmentation) -> Pixels:
     """The center crop of an image that the encoder sees, resized to THUMB x THUMB."""
-    pixels = decoded(source, index).permute(1, 2, 0).numpy()
+    shown = (0, 1, 2) if source.pixels.channels >= 3 else (0, 0, 0)
+    pixels = source.pixels.for_display(decoded(source, index), shown).numpy()
     height, width = pixels.shape[:2]
     side = max(1, round(min(height, width) * augmentation.center_fraction))
     top, left = (height - side) // 2, (width - side) // 2

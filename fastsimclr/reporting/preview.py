@@ -2,6 +2,7 @@
 
 import argparse
 import re
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -13,9 +14,11 @@ from torch import Tensor
 from fastsimclr.config import parse
 from fastsimclr.data import Source, ViewLoader, choose_backend, open_source, open_views
 from fastsimclr.data.augmentation import Augmentation
+from fastsimclr.data.detect import detect_pixels
 from fastsimclr.data.params import sample_batch_params
 from fastsimclr.data.sources import NO_LABEL
 from fastsimclr.data.torchvision import decoded
+from fastsimclr.errors import UserError
 from fastsimclr.reporting.contact_sheet import Cell, Head, Pixels, draw_grid
 from fastsimclr.reporting.numbers import count
 from fastsimclr.run_folder import check_new, write_atomically
@@ -51,18 +54,22 @@ def write_preview(options: argparse.Namespace, others: list[str]) -> str:
     assert config.data.train is not None  # parse() sets it
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     source, augmentation = open_source(config.data.train), config.data.augmentation()
+    detect_pixels(source, config.data.pixel_options())
+    shown = _shown_channels(options.show_channels, source.pixels.channels)
     loader = open_views(
         source,
         augmentation,
         min(options.images, len(source)),
         backend=config.data.backend,
         device=device,
+        pixels=config.data.pixel_options(),
         seed=config.seed,
         shuffle=not options.unshuffled,
         workers=config.data.workers or 0,  # a worker would take longer to start than to load one batch
     )
     try:
-        rows = first_batch(loader, config.seed, options.epoch)
+        rows = first_batch(loader, config.seed, options.epoch, shown)
+        augmentation = loader.augmentation
     finally:
         loader.close()
     why = choose_backend(source, device)[1] if config.data.backend == "auto" else "as requested"
@@ -86,19 +93,22 @@ def write_preview(options: argparse.Namespace, others: list[str]) -> str:
 # Content of the sheet
 
 
-def first_batch(loader: ViewLoader, seed: int, epoch: int) -> list[Row]:
-    """Return the first batch of the epoch, with the original images and the sampled parameters."""
+def first_batch(loader: ViewLoader, seed: int, epoch: int, shown: Sequence[int] = (0, 1, 2)) -> list[Row]:
+    """Return the first batch of the epoch, with the original images and the sampled parameters.
+
+    shown: the channels that are shown as red, green and blue.
+    """
     source, augmentation = loader.source, loader.augmentation
     loader.set_epoch(epoch)
     batches = iter(loader)
     batch = next(batches)
     batches.close()  # type: ignore[attr-defined]  # a generator: stop the loader
     index = batch.index.cpu().numpy()
-    originals = [decoded(source, i).permute(1, 2, 0).numpy() for i in index]
+    originals = [source.pixels.for_display(decoded(source, i), shown).numpy() for i in index]
     sizes = np.array([original.shape[:2] for original in originals])
     params = sample_batch_params(augmentation, seed, epoch, index, sizes)
     views = [
-        [to_levels(view, of_view) for view in batch_of_view]
+        [to_levels(view, of_view, shown) for view in batch_of_view]
         for batch_of_view, of_view in zip(batch.views, augmentation.recipes, strict=True)
     ]
     return [
@@ -113,11 +123,19 @@ def first_batch(loader: ViewLoader, seed: int, epoch: int) -> list[Row]:
     ]
 
 
-def to_levels(view: Tensor, augmentation: Augmentation) -> Pixels:
-    """Convert a normalized view (3, S, S) to pixels (S, S, 3) uint8."""
-    scale, shift = torch.tensor(augmentation.std) * 255, torch.tensor(augmentation.mean) * 255
+def to_levels(view: Tensor, augmentation: Augmentation, shown: Sequence[int] = (0, 1, 2)) -> Pixels:
+    """Convert the channels `shown` of a normalized view (C, S, S) to pixels (S, S, 3) uint8."""
+    shift, scale = (torch.tensor(values) * 255 for values in augmentation.statistics)
     levels = view.to("cpu", torch.float32).permute(1, 2, 0) * scale + shift
-    return levels.round().clamp(0, 255).to(torch.uint8).numpy()
+    return levels[..., list(shown)].round().clamp(0, 255).to(torch.uint8).numpy()
+
+
+def _shown_channels(asked: tuple[int, ...] | None, channels: int) -> tuple[int, ...]:
+    if asked is None:
+        return (0, 1, 2) if channels >= 3 else (0, 0, 0)
+    if max(asked) >= channels:
+        raise UserError(f"--show_channels: got {max(asked)}, expected 0 to {channels - 1}")
+    return asked
 
 
 def describe_params(params: np.void, augmentation: Augmentation) -> list[list[str]]:
@@ -128,6 +146,8 @@ def describe_params(params: np.void, augmentation: Augmentation) -> list[list[st
     """
     top, left, height, width = params["box"].tolist()
     crop = [f"{width}×{height} at {left},{top}"] + ["flipped"] * bool(params["flip"])
+    crop += ["flipped vertically"] * bool(params["vertical_flip"])
+    crop += [f"rotated by {90 * int(params['quarter_turns'])}°"] if params["quarter_turns"] else []
     jitter = []
     if params["jitter"]:
         factors = params["factors"].tolist()
@@ -136,9 +156,12 @@ def describe_params(params: np.void, augmentation: Augmentation) -> list[list[st
         jitter = [names[kind].format(factors[kind]) for kind in params["order"] if strengths[kind] > 0]
     elif augmentation.jitter_prob > 0:
         jitter = ["no jitter"]
+    if augmentation.gain > 0:
+        jitter.append("gain " + " ".join(f"×{factor:.2f}" for factor in params["gain"][: augmentation.channels]))
     others = ["grayscale"] * bool(params["grayscale"])
     others += [f"blur σ {params['sigma']:.2g}"] if params["sigma"] > 0 else []
     others += ["solarized"] * bool(params["solarize"])
+    others += [f"channel {params['dropped'] - 1} dropped"] if params["dropped"] else []
     return [crop, jitter, others]
 
 
@@ -158,6 +181,8 @@ def describe_augmentation(augmentation: Augmentation) -> list[str]:
     ):
         p = getattr(augmentation, f"{name}_prob")
         phrases.append(f"{name} {p:.4g}{details}" if p > 0 else f"no {name}")
+    new = ("vertical_flip_prob", "rotate90_prob", "gain", "channel_drop_prob")
+    phrases += [f"{name} {getattr(augmentation, name):.4g}" for name in new if getattr(augmentation, name) > 0]
     return phrases
 
 

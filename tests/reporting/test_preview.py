@@ -281,3 +281,19 @@ def test_an_image_that_does_not_decode_is_named(
     assert main(["--data", str(folder), "--backend", backend, "--output", str(output)]) == 2
     assert "half.jpg" in capsys.readouterr().err
     assert not output.exists()
+
+
+def test_it_shows_three_channels_of_other_images(tmp_path: Path) -> None:
+    rng = np.random.default_rng(0)
+    (tmp_path / "data").mkdir()
+    for number in range(2):
+        np.save(tmp_path / f"data/{number}.npy", rng.integers(0, 65536, (40, 40, 5)).astype(np.uint16))
+    whole = Augmentation(image_size=40, center_fraction=1.0).for_evaluation()
+    loader = open_views(str(tmp_path / "data"), whole, 2, workers=0, shuffle=False)
+    rows = first_batch(loader, 0, 0, (4, 2, 0))
+    for number, row in enumerate(rows):
+        image = np.load(tmp_path / f"data/{number}.npy")[..., [4, 2, 0]]
+        np.testing.assert_array_equal(row.original, (image / 65535 * 255).round())
+        np.testing.assert_allclose(row.views[0].astype(int), row.original.astype(int), atol=1)
+    options = ["--data", str(tmp_path / "data"), "--output", str(tmp_path / "x.png"), "--show_channels", "0,1,5"]
+    assert main(options) == 2
