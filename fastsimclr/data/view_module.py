@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from fastsimclr.data.augmentation import Augmentation
 from fastsimclr.data.crop import crop
+from fastsimclr.data.orientation import orient
 from fastsimclr.data.params import sample_batch_params
 from fastsimclr.data.photometric import photometric
 from fastsimclr.errors import UserError
@@ -68,7 +69,12 @@ class ViewModule(nn.Module):
             sizes = np.tile(pixels.shape[1:3], (batch, 1))
             params = sample_batch_params(self.augmentation, self.seed, epoch, numbers, sizes)
             return tuple(
-                photometric(crop(pixels, np.arange(batch), view_params, recipe), view_params, recipe, self.dtype)
+                photometric(
+                    orient(crop(pixels, np.arange(batch), view_params, recipe), view_params),
+                    view_params,
+                    recipe,
+                    self.dtype,
+                )
                 for view_params, recipe in zip(params, self.augmentation.recipes, strict=True)
             )
 

@@ -2,6 +2,7 @@
 
 import io
 import threading
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -165,3 +166,11 @@ def test_views_on_a_gpu_are_those_of_the_cpu() -> None:
     for on_cpu, on_gpu in zip(MULTI_CROP.as_module()(batch), MULTI_CROP.as_module()(batch.cuda()), strict=True):
         assert on_gpu.is_cuda
         assert (on_cpu - on_gpu.cpu()).abs().mean() < 1.5 / 255 / 0.225  # one level and a half, as between backends
+
+
+def test_vertical_flips_and_quarter_turns() -> None:
+    images = torch.arange(4 * 3 * 8 * 8, dtype=torch.uint8).view(4, 3, 8, 8)
+    upright = Augmentation(image_size=8, num_views=1, center_fraction=1.0).for_evaluation()
+    turned = replace(upright, rotate90_prob=1.0)
+    for before, after in zip(upright.as_module()(images)[0], turned.as_module()(images)[0], strict=True):
+        assert any(torch.equal(torch.rot90(before, turns, (1, 2)), after) for turns in (1, 2, 3))
