@@ -23,6 +23,11 @@ COMMANDS = {
     "doctor": "show what is installed, what will be used, and why",
 }
 """Commands and their help. Command X is the module fastsimclr.X, imported only when the command runs."""
+ENCODER_HELP = (
+    "expected encoder, such as resnet50 or timm/NAME; for weights of a module of your own, the function that makes it, "
+    "such as mymodel.py:make_encoder"
+)
+"""Help of the option --encoder, beside --checkpoint."""
 
 
 def main(arguments: Sequence[str] | None = None) -> int:

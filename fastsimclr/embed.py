@@ -12,7 +12,7 @@ import argparse
 import sys
 from collections.abc import Sequence
 
-from fastsimclr.cli import Parser, exit_code
+from fastsimclr.cli import ENCODER_HELP, Parser, exit_code
 from fastsimclr.config import parse
 from fastsimclr.data.backends import BACKENDS
 from fastsimclr.errors import UserError
@@ -37,6 +37,7 @@ def run(options: argparse.Namespace) -> None:
 def _options(arguments: Sequence[str] | None) -> argparse.Namespace:
     parser = Parser(prog="python -m fastsimclr.embed", description=(__doc__ or "").split("\n")[0], allow_abbrev=False)
     parser.add_argument("--checkpoint", required=True, metavar="F", help="a run's folder, a checkpoint, or an export")
+    parser.add_argument("--encoder", metavar="NAME", help=ENCODER_HELP)
     parser.add_argument(
         "--data",
         metavar="PATH",

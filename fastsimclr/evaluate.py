@@ -61,17 +61,12 @@ def configure(arguments: Sequence[str]) -> tuple[EvaluationConfig, "Pretrained |
         if not isinstance(config, SupervisedConfig):
             raise UserError("--checkpoint: got none, expected a run's folder or a checkpoint")
         if config.encoder is None:
-            raise UserError("--encoder: got none, and no --checkpoint; expected an encoder name, such as resnet50")
+            raise UserError("--encoder: got none, and no --checkpoint; expected an encoder, such as resnet50")
         return config, None
 
-    from fastsimclr.pretrained import open_pretrained
+    from fastsimclr.pretrained import open_checkpoint
 
-    pretrained = open_pretrained(config.checkpoint)
-    if config.encoder not in (None, pretrained.encoder.name):
-        raise UserError(
-            f"--encoder: got {config.encoder}, but {config.checkpoint} holds a {pretrained.encoder.name}; "
-            f"expected {pretrained.encoder.name}, or another checkpoint"
-        )
+    pretrained = open_checkpoint(config.checkpoint, config.encoder)
     defaults: dict[str, Any] = {}
     if pretrained.augmentation is not None:
         defaults = {f"data.{f.name}": getattr(pretrained.augmentation, f.name) for f in fields(Augmentation)}

@@ -2,16 +2,17 @@
 
     python -m fastsimclr.export --checkpoint runs/photos --format onnx --output encoder.onnx
 
-torchvision: a state dict (.pt) of torchvision's ResNet. safetensors: any width and stem, with the preprocessing of the
-images. onnx: the graph, whose output in onnxruntime is checked against PyTorch's. timm: a folder in the layout of the
-Hugging Face hub. Exit codes are those of fastsimclr.train.
+torchvision: a state dict (.pt) of torchvision's model. safetensors: a folder for fastsimclr.load_encoder and the
+Hugging Face Hub, of any encoder: weights, how it is built, the preparation of its images, and a model card. onnx: the
+graph of any encoder, whose output in onnxruntime is checked against PyTorch's. timm: a folder for timm.create_model.
+Exit codes are those of fastsimclr.train.
 """
 
 import argparse
 import sys
 from collections.abc import Sequence
 
-from fastsimclr.cli import Parser, exit_code
+from fastsimclr.cli import ENCODER_HELP, Parser, exit_code
 
 FORMATS = ("torchvision", "safetensors", "onnx", "timm")
 
@@ -36,10 +37,13 @@ def _options(arguments: Sequence[str] | None) -> argparse.Namespace:
         "--format",
         required=True,
         choices=FORMATS,
-        help="torchvision: a state dict; safetensors: any width and stem, for fastsimclr.load_encoder; onnx; timm: a "
-        "folder for timm.create_model",
+        help="torchvision: a state dict; safetensors: a folder for fastsimclr.load_encoder and the Hugging Face Hub; "
+        "onnx; timm: a folder for timm.create_model",
     )
-    parser.add_argument("--output", required=True, metavar="F", help="the file to write; for timm, the folder")
+    parser.add_argument(
+        "--output", required=True, metavar="F", help="the file to write; for safetensors and timm, the folder"
+    )
+    parser.add_argument("--encoder", metavar="NAME", help=ENCODER_HELP)
     parser.add_argument("--force", action="store_true", help="overwrite the output")
     return parser.parse_args(arguments)
 

@@ -1,7 +1,8 @@
 """An encoder with a linear classifier on top, trained with labels: the classifier alone, or the whole network.
 
 The paper's protocols (appendices B.5 and B.6): random crops and flips only, SGD with Nesterov momentum, and one cosine
-schedule, updated every step. The classifier of the last epoch is the result.
+schedule, updated every step. Encoders that train like transformers have AdamW instead. The classifier of the last epoch
+is the result.
 """
 
 import math
@@ -19,20 +20,21 @@ from fastsimclr.data.augmentation import Augmentation
 from fastsimclr.data.dataset import open_loader
 from fastsimclr.data.loader import LoaderConfig
 from fastsimclr.errors import UserError
-from fastsimclr.models import Encoder, synchronize_batch_norm
-from fastsimclr.optim import LRSchedule, build_optimizer
+from fastsimclr.models import Backbone, Encoder, synchronize_batch_norm
+from fastsimclr.optim import LRSchedule, build_optimizer, excluded_from_decay
 from fastsimclr.precision import Precision, autocast_to
+from fastsimclr.pretrained import classifier_name, tensors
 from fastsimclr.progress_bar import progress_bar
 
 
 class Classifier(nn.Module):
-    """An encoder and a linear layer: images (N, 3, H, W) to logits (N, classes).
+    """An encoder and a linear layer: images (N, C, H, W) to logits (N, classes).
 
     frozen: keep the encoder in eval mode and without gradients, so that neither its parameters nor its BatchNorm
     statistics change.
     """
 
-    def __init__(self, encoder: Encoder, classes: int, *, frozen: bool) -> None:
+    def __init__(self, encoder: Encoder | Backbone, classes: int, *, frozen: bool) -> None:
         super().__init__()
         self.frozen = frozen
         self.encoder = encoder.requires_grad_(not frozen)
@@ -54,10 +56,14 @@ class Classifier(nn.Module):
             self.encoder.eval()
         return self
 
-    def torchvision_state(self) -> dict[str, Tensor]:
-        """A state dict for torchvision's ResNet of this name and number of classes."""
-        fc = {f"fc.{name}": value for name, value in self.fc.state_dict().items()}
-        return {name: value.cpu() for name, value in (self.encoder.state_dict() | fc).items()}
+    def library_state(self) -> dict[str, Tensor]:
+        """A state dict for the model of the encoder's library with this number of classes.
+
+        If the library's classifier is not one linear layer, as of a user's module or torchvision's MobileNetV3, the
+        classifier is named "fc".
+        """
+        name = classifier_name(self.encoder)
+        return tensors(self.encoder) | {f"{name}.{key}": value.cpu() for key, value in self.fc.state_dict().items()}
 
 
 @dataclass(frozen=True)
@@ -67,6 +73,8 @@ class Schedule:
     epochs: int
     lr: float
     batch_size: int
+    optimizer: str = "sgd"
+    """"sgd", with Nesterov momentum, or "adamw"."""
     weight_decay: float = 0.0
     momentum: float = 0.9
     warmup_epochs: float = 0.0
@@ -104,8 +112,15 @@ def train_classifier(
         dtype=precision.view_dtype,
     )
     loader = open_loader(source, augmentation.without_color(), config)
+    excluded = excluded_from_decay(classifier)
     optimizer = build_optimizer(
-        "sgd", classifier.parameters(), schedule.lr, schedule.momentum, schedule.weight_decay, nesterov=True
+        schedule.optimizer,
+        classifier.parameters(),
+        schedule.lr,
+        schedule.momentum,
+        schedule.weight_decay,
+        exclude=lambda parameter: parameter in excluded,
+        nesterov=schedule.optimizer == "sgd",
     )
     scaler = precision.grad_scaler(device)
     steps_per_epoch = len(loader)

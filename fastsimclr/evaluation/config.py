@@ -16,7 +16,8 @@ class EvaluationConfig(ABC):
     """A run's folder or checkpoint, an export, or another project's checkpoint. Its training data
     and augmentation are the defaults of the --data options."""
     encoder: str | None = None
-    """Expected architecture of the checkpoint, such as resnet50; null accepts any."""
+    """Expected encoder of the checkpoint, such as resnet50 or timm/NAME; null accepts any. For weights of a module of
+    your own: the function that makes it, such as mymodel.py:make_encoder."""
     data: DataConfig = field(default_factory=DataConfig)
     """Labeled images. Of the augmentation, only crops and flips are used."""
     batch_size: int = 256
@@ -97,14 +98,15 @@ class LinearConfig(_WithLabels):
 
 @dataclass(frozen=True)
 class FinetuneConfig(_WithLabels):
-    """Fine-tune the whole encoder with labels (arXiv 2002.05709, appendix B.5)."""
+    """Fine-tune the whole encoder with labels (arXiv 2002.05709, appendix B.5). Transformers and ConvNeXt train with
+    AdamW, as in DeiT (arXiv 2012.12877): lr 5e-4 batch_size / 512, weight decay 0.05."""
 
     epochs: int | Literal["auto"] = "auto"
     """Number of epochs; auto: 60 with at most 2 % of the labels, else 30."""
     lr: float | Literal["auto"] = "auto"
-    """Peak learning rate; auto: 0.05 batch_size / 256."""
-    weight_decay: float = 0.0
-    """Weight decay; batch normalization and biases are excluded."""
+    """Peak learning rate; auto: 0.05 batch_size / 256, or DeiT's for transformers and ConvNeXt."""
+    weight_decay: float | Literal["auto"] = "auto"
+    """Weight decay; norms, biases and position embeddings are excluded. auto: 0, or DeiT's."""
 
     def name(self) -> str:
         return "finetune" + self._suffix()
@@ -113,7 +115,8 @@ class FinetuneConfig(_WithLabels):
 @dataclass(frozen=True)
 class SupervisedConfig(_WithLabels):
     """Train the same encoder from scratch with labels: the paper's supervised baseline. Only the architecture of
-    --checkpoint is used; --encoder, --width and --stem specify it without a checkpoint."""
+    --checkpoint is used; --encoder, --width and --stem specify it without a checkpoint. Transformers and ConvNeXt train
+    with AdamW, as in DeiT (arXiv 2012.12877): lr 5e-4 batch_size / 512, weight decay 0.05."""
 
     width: float = 1
     """Without --checkpoint: width multiplier of all layers."""
@@ -122,9 +125,9 @@ class SupervisedConfig(_WithLabels):
     epochs: int = 90
     """Number of epochs."""
     lr: float | Literal["auto"] = "auto"
-    """Peak learning rate; auto: 0.1 batch_size / 256."""
-    weight_decay: float = 1e-4
-    """Weight decay; batch normalization and biases are excluded."""
+    """Peak learning rate; auto: 0.1 batch_size / 256, or DeiT's for transformers and ConvNeXt."""
+    weight_decay: float | Literal["auto"] = "auto"
+    """Weight decay; norms, biases and position embeddings are excluded. auto: 1e-4, or DeiT's."""
     warmup_epochs: float = 5.0
     """Epochs of linear warm-up, at most a tenth of all epochs."""
 

@@ -6,7 +6,7 @@ import json
 import sys
 import time
 from collections.abc import Iterator
-from dataclasses import dataclass, replace
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -30,10 +30,10 @@ from fastsimclr.errors import UserError
 from fastsimclr.evaluation import neighbors
 from fastsimclr.evaluation.config import FEATURE_FORMATS, PREPROCESSING
 from fastsimclr.evaluation.feature_file import FeatureFile, expect_one_disk
-from fastsimclr.evaluation.features import embed_batches
+from fastsimclr.evaluation.features import check_images, embed_batches
 from fastsimclr.malloc import keep_freed_memory
 from fastsimclr.precision import Precision, choose_precision
-from fastsimclr.pretrained import Pretrained, open_pretrained
+from fastsimclr.pretrained import Pretrained, describe, open_checkpoint
 from fastsimclr.reporting import embedding_pictures
 from fastsimclr.run_folder import GALLERY, MAP, RunFolder, check_new, scan_cache, write_atomically
 
@@ -104,7 +104,7 @@ def _open(options: argparse.Namespace, world: World) -> Embedding:
         output = Path(options.output) if options.output else RunFolder.for_results(options.checkpoint).embed
         for kind in FEATURE_FORMATS:
             check_new(output / f"features.{kind}", options.force)
-        pretrained = open_pretrained(options.checkpoint)
+        pretrained = open_checkpoint(options.checkpoint, options.encoder)
         data = options.data or (pretrained.config or {}).get("data", {}).get("train")
         if data is None:
             raise UserError(
@@ -136,9 +136,11 @@ def _open(options: argparse.Namespace, world: World) -> Embedding:
         select=select,
         option="--max_bad",
     )
+    augmentation = replace((pretrained.augmentation or Augmentation()).for_evaluation(), **options.preprocessing)
+    check_images(pretrained.encoder, images.train, augmentation)
     return Embedding(
         pretrained=pretrained,
-        augmentation=replace((pretrained.augmentation or Augmentation()).for_evaluation(), **options.preprocessing),
+        augmentation=augmentation,
         data=data,
         source=images.train,
         available=available,
@@ -178,7 +180,7 @@ def _record(embedding: Embedding, options: argparse.Namespace, world: World, sec
     return {
         "checkpoint": str(options.checkpoint),
         "origin": embedding.pretrained.origin,
-        "encoder": {"name": model.name, "width": model.width, "stem": model.stem},
+        "encoder": asdict(model.spec),
         "data": embedding.data,
         "split": "val" if is_built_in(embedding.data) else None,
         "images": images,
@@ -220,7 +222,7 @@ def _draw(embedding: Embedding, options: argparse.Namespace, features: NDArray[n
     if len(features) < MIN_IMAGES:
         return [f"no pictures of only {len(features)} images"] if embedding.method != "none" or options.gallery else []
     model = embedding.pretrained.encoder
-    by = f"encoder: {model.name} ×{model.width:g} ({model.out_features:,} features), {embedding.pretrained.origin}"
+    by = f"encoder: {describe(model.spec)} ({model.out_features:,} features), {embedding.pretrained.origin}"
     made = [_draw_map(embedding, options, features, by)] if embedding.method != "none" else []
     if options.gallery:
         queries = neighbors.choose_queries(embedding.source.labels, options.gallery, options.seed)

@@ -12,8 +12,18 @@ from fastsimclr.data.augmentation import Augmentation
 from fastsimclr.data.dataset import open_loader
 from fastsimclr.data.loader import LoaderConfig
 from fastsimclr.distributed import all_gather_rows, gather_sizes
+from fastsimclr.errors import UserError
+from fastsimclr.models import Backbone, Encoder, count_features
 from fastsimclr.precision import autocast_to
 from fastsimclr.progress_bar import progress_bar
+
+
+def check_images(encoder: Encoder | Backbone, source: Source, augmentation: Augmentation) -> None:
+    """Raise UserError unless the encoder accepts the images of the source at the size of the augmentation."""
+    expected, channels = encoder.spec.channels, source.pixels.channels
+    if channels != expected:
+        raise UserError(f"--data: got images of {channels} channels, expected {expected}, as in the encoder's training")
+    count_features(encoder, augmentation.image_size, channels)
 
 
 def embed_batches(

@@ -2,6 +2,7 @@
 
 import json
 import time
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
@@ -24,11 +25,13 @@ from fastsimclr.evaluation.config import (
     LinearConfig,
     SupervisedConfig,
 )
-from fastsimclr.evaluation.features import embed
+from fastsimclr.evaluation.features import check_images, embed
 from fastsimclr.evaluation.knn import knn_ranking
 from fastsimclr.evaluation.labeled import hold_out, open_labeled
 from fastsimclr.evaluation.scores import rank_classes, score
-from fastsimclr.models import Encoder, EncoderSpec, resnet
+from fastsimclr.imports import is_object_reference
+from fastsimclr.models import Backbone, Encoder, EncoderSpec, as_encoder, build, import_module
+from fastsimclr.optim import is_transformer
 from fastsimclr.precision import choose_precision
 from fastsimclr.pretrained import Pretrained
 from fastsimclr.run_folder import RunFolder, check_new, scan_cache, write_atomically
@@ -36,6 +39,8 @@ from fastsimclr.run_folder import RunFolder, check_new, scan_cache, write_atomic
 HELD_OUT = 0.2  # fraction of the training images on which lbfgs selects its regularization
 FEW_LABELS = 0.02  # the paper fine-tunes for 60 epochs on 1 % of the labels, for 30 on 10 %
 LR_AT_256 = {LinearConfig: 0.1, FinetuneConfig: 0.05, SupervisedConfig: 0.1}
+WEIGHT_DECAY = {LinearConfig: 0.0, FinetuneConfig: 0.0, SupervisedConfig: 1e-4}
+TRANSFORMER_LR_AT_512, TRANSFORMER_WEIGHT_DECAY = 5e-4, 0.05  # DeiT (arXiv 2012.12877), table 9
 
 
 class Evaluation:
@@ -167,23 +172,45 @@ class Evaluation:
         epochs = config.epochs
         if epochs == "auto":
             epochs = 60 if len(self.data.train) <= FEW_LABELS * self.data.available_images else 30
-        lr = LR_AT_256[type(config)] * batch_size / 256 if config.lr == "auto" else config.lr
-        warmup = config.warmup_epochs if isinstance(config, SupervisedConfig) else 0.0
-        return Schedule(epochs, lr, batch_size, config.weight_decay, warmup_epochs=warmup)
+        optimizer, lr, weight_decay = "sgd", LR_AT_256[type(config)] * batch_size / 256, WEIGHT_DECAY[type(config)]
+        if not isinstance(config, LinearConfig) and is_transformer(self.model)[0]:
+            optimizer, lr, weight_decay = "adamw", TRANSFORMER_LR_AT_512 * batch_size / 512, TRANSFORMER_WEIGHT_DECAY
+        return Schedule(
+            epochs,
+            lr if config.lr == "auto" else config.lr,
+            batch_size,
+            optimizer,
+            weight_decay if config.weight_decay == "auto" else config.weight_decay,
+            warmup_epochs=config.warmup_epochs if isinstance(config, SupervisedConfig) else 0.0,
+        )
 
-    def _encoder(self) -> Encoder:
+    def _encoder(self) -> Encoder | Backbone:
         """The checkpoint's encoder; for `supervised`, a new encoder of the same architecture."""
         config = self.config
-        if not isinstance(config, SupervisedConfig):
+        if isinstance(config, SupervisedConfig):
+            model = self._new_encoder(config)
+        else:
             assert self.pretrained is not None
             model = self.pretrained.encoder
-        elif self.pretrained is not None:
-            given = self.pretrained.encoder
-            model = resnet(given.spec)
-        else:
-            assert config.encoder is not None
-            model = resnet(EncoderSpec(config.encoder, config.width, config.stem, self.augmentation.image_size))
+        check_images(model, self.data.train, self.augmentation)
         return model.to(self.world.device, self.precision.dtype, memory_format=torch.channels_last)  # type: ignore[call-overload,no-any-return]
+
+    def _new_encoder(self, config: SupervisedConfig) -> Encoder | Backbone:
+        """A new encoder of the checkpoint's architecture, or of that of --encoder."""
+        given = self.pretrained.encoder if self.pretrained is not None else None
+        size, channels = self.augmentation.image_size, self.data.train.pixels.channels
+        if config.encoder is not None and is_object_reference(config.encoder):
+            module = import_module(config.encoder)
+            if isinstance(given, Backbone) and module is given.module:
+                raise UserError(
+                    f"--encoder: got {config.encoder}, the module that holds the weights of --checkpoint; expected a "
+                    "class or function that makes a new one"
+                )
+            return as_encoder(module, image_size=size, channels=channels)
+        if given is not None:
+            return build(replace(given.spec, image_size=size))
+        assert config.encoder is not None
+        return build(EncoderSpec(config.encoder, config.width, config.stem, size, channels))
 
     def _embed(self, model: torch.nn.Module, source: Any, title: str) -> tuple[Tensor, Tensor]:
         return embed(
@@ -196,9 +223,9 @@ class Evaluation:
         )
 
     def _save(self, classifier: Classifier) -> None:
-        """Save the encoder and its classifier as a state dict that torchvision's model loads."""
+        """Save the encoder and its classifier as a state dict that the model of its library loads."""
         if self.world.is_rank_zero:
-            write_atomically(self.weights, lambda file: torch.save(classifier.torchvision_state(), file))
+            write_atomically(self.weights, lambda file: torch.save(classifier.library_state(), file))
 
     def _record(self, seconds: float) -> dict[str, Any]:
         config, data = self.config, self.data
@@ -208,7 +235,7 @@ class Evaluation:
             "protocol": config.name(),
             "checkpoint": config.checkpoint,
             "origin": self.pretrained.origin if self.pretrained is not None else None,
-            "encoder": {"name": built.name, "width": built.width, "stem": built.stem, "features": built.out_features},
+            "encoder": asdict(built.spec) | {"features": built.out_features},
             "train": {"path": config.data.train, "images": len(data.train), "of": data.available_images},
             "val": {"path": val, "images": len(data.val) if data.val is not None else len(data.train)},
             "skipped_images": data.skipped,

@@ -1,7 +1,7 @@
 """Encoders and the projection head."""
 
 from fastsimclr.models.backbone import Backbone, as_encoder, count_features, import_module, unused_parameters
-from fastsimclr.models.registry import build, encoder_names, nearest_encoders
+from fastsimclr.models.registry import build, encoder_names, nearest_encoders, torchvision_options
 from fastsimclr.models.resnet import ENCODERS, STEMS, Encoder, resnet
 from fastsimclr.models.simclr import SimCLR, projector
 from fastsimclr.models.spec import USER_MODULE, EncoderSpec
@@ -24,5 +24,6 @@ __all__ = [
     "projector",
     "resnet",
     "synchronize_batch_norm",
+    "torchvision_options",
     "unused_parameters",
 ]

@@ -108,13 +108,7 @@ def _torchvision(name: str, image_size: int, channels: int) -> tuple[nn.Module, 
     """
     from torchvision import models
 
-    options: dict[str, Any] = {}
-    if name.startswith("vit_"):
-        options = {"image_size": image_size}
-    elif name.startswith("maxvit_"):
-        options = {"input_size": (image_size, image_size)}
-    elif name in ("googlenet", "inception_v3"):
-        options = {"aux_logits": False, "init_weights": True}
+    options = torchvision_options(name, image_size)
     model = models.get_model(name, weights=None, **options)
     if isinstance(model, models.SqueezeNet):  # its classifier is a convolution, and its features are maps
         model.classifier = nn.AdaptiveAvgPool2d(1)
@@ -126,6 +120,17 @@ def _torchvision(name: str, image_size: int, channels: int) -> tuple[nn.Module, 
     if channels != 3:
         _set_channels(model, channels)
     return model, "image_size" in options or "input_size" in options
+
+
+def torchvision_options(name: str, image_size: int) -> dict[str, Any]:
+    """Return the arguments with which torchvision's model of this name is built as an encoder."""
+    if name.startswith("vit_"):
+        return {"image_size": image_size}
+    if name.startswith("maxvit_"):
+        return {"input_size": (image_size, image_size)}
+    if name in ("googlenet", "inception_v3"):
+        return {"aux_logits": False, "init_weights": True}
+    return {}
 
 
 def _is_kept(layer: nn.Module) -> bool:

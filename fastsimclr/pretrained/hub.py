@@ -20,15 +20,25 @@ def download(reference: str) -> Path:
         raise UserError(f"got {reference}, expected hf://USER/NAME or hf://USER/NAME@REVISION")
     try:
         from huggingface_hub import snapshot_download
+        from huggingface_hub.errors import LocalEntryNotFoundError, RepositoryNotFoundError, RevisionNotFoundError
     except ImportError as error:
         raise UserError(
             f"{reference}: got a repository of the Hugging Face Hub, but huggingface_hub is not installed; "
             "pip install 'fastsimclr[hub]'"
         ) from error
+    name, revision = parts.groups()
     try:
-        return Path(snapshot_download(parts[1], revision=parts[2], allow_patterns=list(FOLDER_FILES)))
-    except (OSError, ValueError, RuntimeError) as error:  # its errors, and those of the network
-        reason = " ".join(str(error).split())[:200]
+        return Path(snapshot_download(name, revision=revision, allow_patterns=list(FOLDER_FILES)))
+    except LocalEntryNotFoundError as error:
         raise UserError(
-            f"{reference}: got {type(error).__name__} ({reason}), expected a repository that is reachable or cached"
+            f"{reference}: got a repository that is not in the cache, and no connection to the Hugging Face Hub; "
+            "expected either: check the network, HF_HUB_OFFLINE and HF_HOME"
         ) from error
+    except (RepositoryNotFoundError, RevisionNotFoundError) as error:
+        raise UserError(
+            f"{reference}: got no such repository or revision, or one without access; expected its name on the Hugging "
+            "Face Hub: check it, or log in by `hf auth login`"
+        ) from error
+    except (OSError, ValueError, RuntimeError) as error:  # of the disk and the network
+        reason = " ".join(str(error).split())[:200]
+        raise UserError(f"{reference}: got {type(error).__name__} ({reason}), expected a download") from error

@@ -11,7 +11,8 @@ from torchvision.models.vision_transformer import VisionTransformer, interpolate
 from fastsimclr.errors import UserError
 from fastsimclr.models import Backbone, Encoder, EncoderSpec, build
 from fastsimclr.pretrained.layouts import State, without_prefix
-from fastsimclr.pretrained.load import load_state, network
+from fastsimclr.pretrained.libraries import network
+from fastsimclr.pretrained.load import load_state
 from fastsimclr.pretrained.published import load_published
 
 IMAGENET = "imagenet"

@@ -12,10 +12,12 @@ from fastsimclr.data.pixel_options import PixelOptions
 from fastsimclr.data.pixels import format_of
 from fastsimclr.data.transform import Transform
 from fastsimclr.errors import UserError
-from fastsimclr.models import ENCODERS, USER_MODULE, Backbone, Encoder, EncoderSpec, as_encoder, build
+from fastsimclr.imports import is_object_reference
+from fastsimclr.models import ENCODERS, USER_MODULE, Backbone, Encoder, EncoderSpec, as_encoder, build, import_module
 from fastsimclr.pretrained.files import Saved, read
 from fastsimclr.pretrained.hub import SCHEME, download
 from fastsimclr.pretrained.layouts import check_shapes, select
+from fastsimclr.pretrained.libraries import describe, network
 
 LIBRARIES = ("timm/", "torchvision/")
 
@@ -69,7 +71,7 @@ def import_weights(path: str | Path, name: str | None = None) -> Encoder | Backb
 def open_pretrained(path: str | Path, name: str | None = None, *, encoder: nn.Module | None = None) -> Pretrained:
     """Load the encoder of a file, with what the file records about it. Arguments and errors as for `load_encoder`."""
     if name is not None and name not in ENCODERS and not name.startswith(LIBRARIES):
-        raise UserError(f"name: got {name!r}, expected one of {', '.join(ENCODERS)}, timm/NAME or torchvision/NAME")
+        raise UserError(f"encoder: got {name!r}, expected {', '.join(ENCODERS)}, timm/NAME or torchvision/NAME")
     saved = _read(path, name if encoder is None else USER_MODULE)
     if name not in (None, saved.spec.name):
         raise UserError(f"{path}: got a {saved.spec.name}, expected a {name}")
@@ -93,6 +95,13 @@ def open_pretrained(path: str | Path, name: str | None = None, *, encoder: nn.Mo
     return Pretrained(model.float().cpu().eval(), augmentation, saved.weights.origin, saved.config)
 
 
+def open_checkpoint(path: str, encoder: str | None) -> Pretrained:
+    """Load the encoder of the options --checkpoint and --encoder: its expected name, or a reference to a module."""
+    if encoder is not None and is_object_reference(encoder):
+        return open_pretrained(path, encoder=import_module(encoder))
+    return open_pretrained(path, encoder)
+
+
 def load_state(path: str | Path, spec: EncoderSpec) -> tuple[dict[str, Tensor], str]:
     """Return the tensors of a file, by their names in the encoder's library, and the file's origin.
 
@@ -108,20 +117,6 @@ def load_state(path: str | Path, spec: EncoderSpec) -> tuple[dict[str, Tensor], 
     return weights.state, weights.origin
 
 
-def network(encoder: nn.Module) -> nn.Module:
-    """The model of the encoder's library, or the user's module: its state dict has their names."""
-    return encoder.module if isinstance(encoder, Backbone) else encoder
-
-
-def describe(spec: EncoderSpec) -> str:
-    """Name an encoder in messages: "resnet50 of width 2 with the small stem for 5 channels"."""
-    if spec.name == USER_MODULE:
-        return "a module of your own"
-    width = f" of width {spec.width:g}" if spec.width != 1 else ""
-    stem = " with the small stem" if spec.stem == "small" else ""
-    return f"{spec.name}{width}{stem}" + (f" for {spec.channels} channels" if spec.channels != 3 else "")
-
-
 def _read(path: str | Path, name: str | None) -> Saved:
     is_remote = str(path).startswith(SCHEME)
     return read(download(str(path)) if is_remote else Path(path), name)
@@ -135,7 +130,7 @@ def _build(spec: EncoderSpec, module: nn.Module | None = None) -> Encoder | Back
                 "got weights of a module of your own, expected an instance of it to load them into: "
                 "load_encoder(path, encoder=MODULE), or --encoder FILE.py:FUNCTION"
             )
-        return as_encoder(module, image_size=spec.image_size, channels=spec.channels)  # type: ignore[return-value]
+        return as_encoder(module, image_size=spec.image_size, channels=spec.channels)
     if module is not None:
         raise UserError(f"got weights of {describe(spec)}, expected no module for them: it is built by its name")
     if spec.name in ENCODERS:

@@ -6,10 +6,7 @@ from collections import Counter
 from collections.abc import Sequence
 from typing import Any
 
-import torch
-
-from fastsimclr.config import Config, parse
-from fastsimclr.models import EncoderSpec, SimCLR, build, projector
+from fastsimclr.config import Config
 from fastsimclr.reporting.run_record import Run, flattened
 
 OUTPUT = "output"
@@ -64,18 +61,13 @@ def device(run: Run) -> tuple[str, str]:
 
 
 def parameters(run: Run) -> tuple[str, str]:
-    """The number of parameters, and a note that names the model; both empty if the options are of another version."""
-    try:
-        config = parse([f"--config={run.folder.config}"])
-        model = config.model
-        with torch.device("meta"):  # allocates no memory
-            body = build(EncoderSpec(model.encoder, model.width, model.stem, config.data.image_size))
-            head = projector(body.out_features, model.hidden, model.out, model.layers)
-    except ValueError:  # another version's options
+    """The number of parameters, and a note that names the model; both empty if not recorded."""
+    number = run.environment.get("parameters")
+    if number is None:
         return "", ""
-    whole = sum(parameter.numel() for parameter in SimCLR(body, head).parameters())
-    wide = f" ×{model.width:g}" if model.width != 1 else ""
-    return f"{whole / 1e6:.1f} M", f"{model.encoder}{wide} with its projection head"
+    width = float(run.config["model.width"])
+    wide = f" ×{width:g}" if width != 1 else ""
+    return f"{number / 1e6:.1f} M", f"{run.config['model.encoder']}{wide} with its projection head"
 
 
 def _joined(value: Any) -> Any:

@@ -385,6 +385,7 @@ class Trainer:
             "started": time.strftime("%Y-%m-%dT%H:%M:%S%z"),
             "world_size": self.world.world_size,
             "device": str(self.world.device),
+            "parameters": sum(parameter.numel() for parameter in self.model.parameters()),
             "precision": self.precision.why,
             "loss_backend": self.loss_backend,
             "views_backend": self.loader.backend,

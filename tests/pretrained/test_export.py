@@ -4,7 +4,7 @@ import json
 import re
 import subprocess
 import sys
-from dataclasses import replace
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
@@ -22,7 +22,7 @@ import fastsimclr
 from fastsimclr import Augmentation, encoder, load_encoder
 from fastsimclr.export import FORMATS, main
 from fastsimclr.models import Encoder
-from fastsimclr.pretrained import export, open_pretrained
+from fastsimclr.pretrained import export, onnx_graph, open_pretrained
 
 RECIPE = Augmentation(
     image_size=48, center_fraction=0.9, interpolation="bilinear", mean=(0.1, 0.2, 0.3), std=(0.4, 0.5, 0.6)
@@ -97,16 +97,16 @@ def test_safetensors_restore_encoder_recipe_and_config(
 ) -> None:
     model = save_encoder("resnet18", width, stem)
     again = execute(export_to("safetensors", capsys))["encoder"]
-    assert (again.name, again.width, again.stem) == ("resnet18", width, stem)
+    assert again.spec == model.spec
     assert torch.equal(outputs(again), outputs(model))
     first, second = open_pretrained("run"), open_pretrained("e")
     assert second.augmentation == first.augmentation == RECIPE
     assert (second.origin, second.config) == (first.origin, first.config)
-    with safetensors.safe_open("e.safetensors", "pt") as file:
+    with safetensors.safe_open("e/model.safetensors", "pt") as file:
         assert set(file.keys()) == set(model.state_dict())
-        header = file.metadata()
-    assert (header["format"], header["encoder"], header["width"]) == ("fastsimclr", "resnet18", str(width))
-    assert json.loads(header["augmentation"])["mean"] == [0.1, 0.2, 0.3]
+    config = json.loads(Path("e/config.json").read_text())
+    assert (config["format"], config["encoder"]) == ("fastsimclr", asdict(model.spec))
+    assert config["augmentation"]["mean"] == [0.1, 0.2, 0.3]
 
 
 @pytest.mark.parametrize(("name", "width", "stem"), [("resnet18", 2, "small"), ("resnet50", 1, "imagenet")])
@@ -125,7 +125,7 @@ def test_onnxruntime_computes_the_same_for_any_input_size(
         torch.testing.assert_close(torch.from_numpy(h), expected, rtol=0, atol=1e-4)
     graph = onnx.load("e.onnx")
     onnx.checker.check_model(graph)
-    assert [entry.version for entry in graph.opset_import if entry.domain == ""] == [export.OPSET]
+    assert [entry.version for entry in graph.opset_import if entry.domain == ""] == [onnx_graph.OPSET]
     (read,), (written,) = graph.graph.input, graph.graph.output
     sizes = [dim.dim_param or dim.dim_value for dim in read.type.tensor_type.shape.dim]
     assert (read.name, written.name, sizes) == ("images", "representation", ["batch", 3, "height", "width"])
@@ -138,7 +138,7 @@ def test_onnxruntime_computes_the_same_for_any_input_size(
 def test_onnx_graph_above_2_gib_stores_its_weights_in_a_second_file(
     working_directory: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(export, "LARGEST_PROTOBUF", 10 * 2**20)  # a lower limit instead of a larger encoder
+    monkeypatch.setattr(onnx_graph, "LARGEST_PROTOBUF", 10 * 2**20)  # a lower limit instead of a larger encoder
     model = save_encoder()
     hint = export_to("onnx", capsys)
     assert exported_files() == {"e.onnx", "e.onnx.data"}
@@ -165,9 +165,9 @@ def test_wrong_onnx_graph_is_removed(working_directory: Path, monkeypatch: pytes
 def test_tolerance_of_the_onnx_check(off: float) -> None:
     model = randomize_norms(encoder("resnet18"))
     last = nn.Sequential(*list(model.children())[:-1], nn.Flatten())
-    export.compare(model, lambda images: (last(images) + 5e-5).detach(), 32)
+    onnx_graph.compare(model, lambda images: (last(images) + 5e-5).detach(), 32)
     with pytest.raises(RuntimeError, match="differs"):
-        export.compare(model, lambda images: (last(images) + off).detach(), 32)
+        onnx_graph.compare(model, lambda images: (last(images) + off).detach(), 32)
 
 
 @pytest.mark.slow
@@ -246,7 +246,7 @@ def test_unusual_stem_is_kept_or_rejected(
     model = save()
     again = execute(export_to("safetensors", capsys, "theirs.pth"))["encoder"]
     assert torch.equal(outputs(again), outputs(model))
-    h = execute(export_to("onnx", capsys, "e.safetensors"), images=images(2, 3, 64, 72).numpy())["h"]
+    h = execute(export_to("onnx", capsys, "e"), images=images(2, 3, 64, 72).numpy())["h"]
     torch.testing.assert_close(torch.from_numpy(h), outputs(model), rtol=0, atol=1e-4)
     for form in ("torchvision", "timm"):
         assert main(["--checkpoint=theirs.pth", f"--format={form}", f"--output={NAMES[form]}"]) == 2
@@ -281,9 +281,9 @@ def test_output_is_overwritten_only_with_force_and_atomically(
     save_encoder()
     output = Path(NAMES[form])
     old = output
-    if form == "timm":
+    if form in ("timm", "safetensors"):
         output.mkdir()
-        Path("folder/README.md").write_text("mine")
+        (output / "mine.txt").write_text("mine")
         old = output / "model.safetensors"
     old.write_text("old")
     before = exported_files()
@@ -304,10 +304,11 @@ def test_output_is_overwritten_only_with_force_and_atomically(
     assert exported_files() == before
 
     assert main([*options, "--force"]) == 0
-    assert exported_files() == before | ({"folder/config.json"} if form == "timm" else set())
+    added = {"timm": {"folder/config.json"}, "safetensors": {"e/config.json", "e/README.md"}}
+    assert exported_files() == before | added.get(form, set())
     assert old.stat().st_size > 10 * 2**20
-    if form == "timm":
-        assert Path("folder/README.md").read_text() == "mine"
+    if old != output:
+        assert (output / "mine.txt").read_text() == "mine"
 
 
 @pytest.mark.parametrize(
@@ -346,9 +347,14 @@ def test_user_error_is_one_line_with_exit_code_2(
 @pytest.mark.parametrize(
     ("form", "width", "stem", "words"),
     [
-        ("torchvision", 2, "imagenet", "width 2, which torchvision does not have; expected safetensors or onnx"),
-        ("timm", 2, "imagenet", "width 2, which timm does not have; expected safetensors or onnx"),
-        ("timm", 1, "small", "small stem of resnet18, which timm does not have; expected safetensors or onnx"),
+        (
+            "torchvision",
+            2,
+            "imagenet",
+            "width 2, for which torchvision has no equivalent; expected safetensors or onnx",
+        ),
+        ("timm", 2, "imagenet", "width 2, for which timm has no equivalent; expected safetensors or onnx"),
+        ("timm", 1, "small", "small stem, for which timm has no equivalent; expected torchvision, safetensors or onnx"),
     ],
 )
 @pytest.mark.slow
