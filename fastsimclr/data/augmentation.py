@@ -8,6 +8,7 @@ from fastsimclr.presets import preset_file
 
 if TYPE_CHECKING:
     import torch
+    from typing_extensions import Self  # typing's from Python 3.11
 
     from fastsimclr.data.view_module import ViewModule
 
@@ -162,7 +163,7 @@ class Augmentation:
         """The number of channels of the views, that of `mean`."""
         return len(self.statistics[0])
 
-    def without_rgb(self) -> "Augmentation":
+    def without_rgb(self) -> "Self":
         """Return the recipe without saturation, hue and grayscale, for images that are not RGB."""
         off: dict[str, Any] = {"saturation": 0.0, "hue": 0.0, "grayscale_prob": 0.0}
         per_view = tuple({name: value for name, value in view.items() if name not in off} for view in self.per_view)

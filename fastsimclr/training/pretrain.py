@@ -38,7 +38,7 @@ class Run:
     @cached_property
     def encoder(self) -> nn.Module:
         """The trained encoder, as `load_encoder` returns it: in eval mode, in float32, on the CPU."""
-        return load_encoder(self.folder)
+        return load_encoder(self.folder, encoder=self._module)
 
     @cached_property
     def metrics(self) -> dict[str, NDArray[np.float64]]:
@@ -85,7 +85,8 @@ def pretrain(
         `fastsimclr.open_views` takes: a torch Dataset, an array (N, H, W, C), a Hugging Face dataset, a list of files.
     encoder: a name that `fastsimclr.encoder` takes, or a module that maps images (N, C, H, W) to (N, F) or
         (N, F, h, w). A module is trained in place.
-    augmentation: recipe of the views; None uses the default recipe, that of the paper for ImageNet.
+    augmentation: recipe of the views; None uses the default recipe, that of the paper for ImageNet, without hue,
+        saturation and grayscale if the images are not RGB.
     val: labeled images to measure kNN accuracy on, in the same forms as `data`.
     output: folder of the run. The same call with the same folder resumes an interrupted run. None creates a new folder
         runs/DATA-ENCODER-TIME.
@@ -102,7 +103,16 @@ def pretrain(
     command = ["fastsimclr.pretrain"]
     # Not at the end of the run: torchrun's store still has the addresses of this process group, so a second one fails.
     atexit.register(distributed.stop)
-    trainer = train(config, command, train=_object(data), val=_object(val), encoder=module, callbacks=callbacks)
+    rgb_optional = augmentation is None and not options.keys() & {"hue", "saturation", "grayscale_prob"}
+    trainer = train(
+        config,
+        command,
+        train=_object(data),
+        val=_object(val),
+        encoder=module,
+        callbacks=callbacks,
+        rgb_optional=rgb_optional,
+    )
     if trainer is None or trainer.sync.stop_signal:
         interrupted = trainer is None or trainer.sync.stop_signal == signal.SIGINT
         raise KeyboardInterrupt if interrupted else SystemExit(0)

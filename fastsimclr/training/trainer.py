@@ -56,11 +56,14 @@ class Trainer:
         command: Sequence[str] = (),
         stop: StopSignal | None = None,
         callbacks: Sequence[Callback] = (),
+        rgb_optional: bool = False,
     ) -> None:
         """train, val: images to use instead of those at config.data's paths, as for `open_source`.
         encoder: the encoder to train instead of the one that config.model names.
         command: the command line, for the record. stop: its signals end the run. callbacks: called during the run, in
         order, on all ranks.
+        rgb_optional: turn off hue, saturation and grayscale for images that are not RGB, where they otherwise are an
+        error.
         """
         stop = stop or StopSignal()  # never received
         self.config, self.world = config, world
@@ -79,9 +82,9 @@ class Trainer:
         self.trained_knn: float | None = None
         self._checkpoint_requested = False
 
-        sources = self._open_sources(train, val)
+        sources = self._open_sources(train, val, rgb_optional)
+        channels, config = sources[0].pixels.channels, self.config
         # Before the images are checked, which may take long: errors in these options are reported at once.
-        channels = sources[0].pixels.channels
         file = distributed.broadcast_object(self._file_to_resume(), world)
         # DistributedDataParallel copies the weights of rank zero to the others.
         weights = config.model.weights if world.is_rank_zero and file is None else None
@@ -261,11 +264,15 @@ class Trainer:
         self.loader.close()
         self.callbacks.on_end()
 
-    def _open_sources(self, train: Any, val: Any) -> Pair:
+    def _open_sources(self, train: Any, val: Any, rgb_optional: bool) -> Pair:
         config, world = self.config, self.world
         train = config.data.train if train is None else train
         val = config.data.val if val is None else val
         sources = open_pair(train, val, world, config.data.pixel_options(), config.data.workers)
+        channels = sources[0].pixels.channels
+        if rgb_optional and channels != 3:
+            self.config = config = replace(config, data=config.data.without_rgb())
+            self._print(f"augmentation: no hue, saturation and grayscale, because the images have {channels} channels")
 
         def check() -> None:
             opened, held_out = sources
