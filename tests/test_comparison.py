@@ -25,6 +25,8 @@ SMALLER_PYTHON = {
     "batch_size=256": "batch_size=4",
     "num_workers=8": "num_workers=0",
     "SimCLRTransform()": "SimCLRTransform(input_size=32)",
+    "Resize(256)": "Resize(32)",
+    "Crop(224)": "Crop(32)",
     "range(100)": "range(1)",
     "Trainer(": 'Trainer(accelerator="cpu", enable_progress_bar=False, ',
     "epochs=100": "epochs=1",
