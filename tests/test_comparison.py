@@ -142,4 +142,4 @@ def test_solo_learns_programs_run(photos: Path) -> None:
         run(task)
     checkpoint = next(photos.rglob("trained_models/simclr/*/*.ckpt"))
     name = "pretrained_feature_extractor="
-    run("linear", {f"{name}trained_models/simclr/RUN/LAST.ckpt": f"{name}{checkpoint}"})
+    run("linear", {f"{name}trained_models/simclr/RUN/LAST.ckpt": f"{name}'{checkpoint}'"})  # quoted: it contains "="

@@ -273,7 +273,10 @@ def test_micro_batches_give_the_gradients_of_the_whole_batch(tmp_path: Path, vie
         (["--data.train={photos}", "--batch_size=1"], ["batch_size", "got 1", "expected at least 2"]),
         (["--data.train={photos}", "--batchsize=1"], ["--batchsize", "unrecognized"]),
         (["--data.train={photos}", "--epochs=many"], ["--epochs", "got many", "expected int"]),
-        (["--data.train={photos}", "--model.encoder=resnet51"], ["encoder: got 'resnet51'", "the nearest are resnet50"]),
+        (
+            ["--data.train={photos}", "--model.encoder=resnet51"],
+            ["encoder: got 'resnet51'", "the nearest are resnet50"],
+        ),
         (["--data.train={photos}", "--data.flip_prob=2"], ["--data.flip_prob", "got 2.0", "expected a probability"]),
         (["--data.train={mixed}", "--data.backend=memory"], ["003.jpg: got 81x75 pixels", "images of one size"]),
         (["--data.train={photos}", "--resume={unreadable}/a/07.jpg"], ["07.jpg", "no checkpoint", "expected"]),
