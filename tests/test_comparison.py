@@ -132,6 +132,11 @@ def test_solo_learns_programs_run(photos: Path) -> None:
         "solo", reason="runs its programs: put a clone of github.com/vturrisi/solo-learn on PYTHONPATH"
     )
     clone = Path(solo.__file__).parents[1]
+    for label in "cde":  # its linear evaluation needs five classes
+        for part in ("train", "val"):
+            write(
+                photos / "photos" / part, {f"{label}/{number}.jpg": jpeg(photo(48, 48, number)) for number in range(2)}
+            )
 
     def run(task: str, options: dict[str, str] | None = None) -> str:
         script, *arguments = [(options or {}).get(word, word) for word in words(f"solo_learn/{task}.sh")]
