@@ -192,7 +192,7 @@ class Augmentation:
                     )
 
     def as_module(self, *, seed: int = 0, rank: int | None = None, dtype: "torch.dtype | None" = None) -> "ViewModule":
-        """Return a module that augments batches of tensors, for any training loop: images (B, 3, H, W) -> views.
+        """Return a module that augments batches of tensors, for any training loop: images (B, C, H, W) -> views.
 
         seed: seed of the random parameters.
         rank: rank that they are sampled for; None: that of torch.distributed, or 0.

@@ -14,6 +14,7 @@ from fastsimclr.data.crop import crop
 from fastsimclr.data.orientation import orient
 from fastsimclr.data.params import sample_batch_params
 from fastsimclr.data.photometric import photometric
+from fastsimclr.data.pixels import count_channels, default_format
 from fastsimclr.errors import UserError
 
 _RANK_STRIDE = 1 << 40  # images per rank: by default, rank r numbers its images from r * 2^40
@@ -36,6 +37,7 @@ class ViewModule(nn.Module):
     ) -> None:
         """The arguments of `Augmentation.as_module`."""
         super().__init__()
+        augmentation.check_channels(augmentation.channels)
         if not dtype.is_floating_point:
             raise UserError(f"dtype: got {dtype}, expected a float dtype such as torch.float32 or torch.bfloat16")
         self.augmentation, self.seed, self.rank, self.dtype = augmentation, seed, rank, dtype
@@ -45,16 +47,17 @@ class ViewModule(nn.Module):
     def forward(
         self, images: Tensor, *, index: Tensor | NDArray[np.int64] | Sequence[int] | None = None, epoch: int = 0
     ) -> tuple[Tensor, ...]:
-        """Return the views of a batch: `num_views` tensors (B, 3, S, S), normalized and channels-last, S = image_size.
+        """Return the views of a batch: `num_views` tensors (B, C, S, S), normalized and channels-last, S = image_size.
 
-        images: (B, 3, H, W), uint8, or float in [0, 1], which is rounded to levels of 1/255.
+        images: (B, C, H, W), uint8, uint16, or float in [0, 1]; C is the length of the recipe's mean. RGB of uint8 is
+            the fastest: other images are augmented in float32.
         index, epoch: numbers of the images (B,), on the CPU, and the epoch, to get the views of `open_views` with the
             same seed. By default the images are numbered in the order they arrive, and the epoch is 0.
 
         Raises UserError if the images or the index have another shape, dtype or range. The range of floats is checked
         on the CPU only, as on a GPU the check would have to wait for them.
         """
-        _check(images)
+        self._check(images)
         batch = len(images)
         if index is None:
             first = self._rank() * _RANK_STRIDE + self._images_seen
@@ -65,18 +68,38 @@ class ViewModule(nn.Module):
             if numbers.shape != (batch,):
                 raise UserError(f"index: got shape {numbers.shape}, expected ({batch},), one number per image")
         with torch.no_grad(), torch.autocast(images.device.type, enabled=False):
-            pixels = _levels(images).permute(0, 2, 3, 1).contiguous()  # (B, H, W, 3)
-            sizes = np.tile(pixels.shape[1:3], (batch, 1))
-            params = sample_batch_params(self.augmentation, self.seed, epoch, numbers, sizes)
-            return tuple(
-                photometric(
-                    orient(crop(pixels, np.arange(batch), view_params, recipe), view_params),
-                    view_params,
-                    recipe,
-                    self.dtype,
-                )
-                for view_params, recipe in zip(params, self.augmentation.recipes, strict=True)
+            source = images.float() if images.dtype.is_floating_point else images
+            source = source.permute(0, 2, 3, 1).contiguous()  # (B, H, W, C)
+            pixels = default_format(images.shape[1], source.dtype)
+            sizes = np.tile(source.shape[1:3], (batch, 1))
+            views = []
+            for params, recipe in zip(
+                sample_batch_params(self.augmentation, self.seed, epoch, numbers, sizes),
+                self.augmentation.recipes,
+                strict=True,
+            ):
+                crops = orient(crop(source, np.arange(batch), params, recipe, pixels=pixels), params)
+                views.append(photometric(crops, params, recipe, self.dtype))
+            return tuple(views)
+
+    def _check(self, images: Tensor) -> None:
+        channels = self.augmentation.channels
+        if images.ndim != 4 or 0 in images.shape:
+            raise UserError(f"images: got shape {tuple(images.shape)}, expected (B, C, H, W) with at least one pixel")
+        if images.shape[1] != channels:
+            raise UserError(
+                f"images: got shape {tuple(images.shape)}, expected (B, C, H, W) with {count_channels(channels)}, the "
+                "length of mean"
             )
+        if images.dtype not in (torch.uint8, torch.uint16) and not images.dtype.is_floating_point:
+            raise UserError(f"images: got {images.dtype}, expected uint8, uint16, or float in [0, 1]")
+        if images.dtype.is_floating_point and images.device.type == "cpu":
+            low, high = images.aminmax()
+            if not (low >= 0 and high <= 1):  # also for NaN
+                raise UserError(
+                    f"images: got floats from {low:.3g} to {high:.3g}, expected [0, 1]: divide levels by 255, and "
+                    "leave normalization to this module"
+                )
 
     def _rank(self) -> int:
         if self.rank is not None:
@@ -95,22 +118,3 @@ class ViewModule(nn.Module):
     def extra_repr(self) -> str:
         size, views = self.augmentation.image_size, self.augmentation.num_views
         return f"image_size={size}, num_views={views}, seed={self.seed}, dtype={self.dtype}"
-
-
-def _check(images: Tensor) -> None:
-    if images.ndim != 4 or images.shape[1] != 3 or 0 in images.shape:
-        raise UserError(f"images: got shape {tuple(images.shape)}, expected (B, 3, H, W) with at least one pixel")
-    if images.dtype != torch.uint8 and not images.dtype.is_floating_point:
-        raise UserError(f"images: got {images.dtype}, expected uint8, or float in [0, 1]")
-    if images.dtype != torch.uint8 and images.device.type == "cpu":
-        low, high = images.aminmax()
-        if not (low >= 0 and high <= 1):  # also for NaN
-            raise UserError(
-                f"images: got floats from {low:.3g} to {high:.3g}, expected [0, 1]: divide levels by 255, and leave "
-                "normalization to this module"
-            )
-
-
-def _levels(images: Tensor) -> Tensor:
-    """Convert floats in [0, 1] to uint8 levels."""
-    return images if images.dtype == torch.uint8 else (images.float() * 255).round_().to(torch.uint8)

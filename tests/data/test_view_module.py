@@ -13,6 +13,7 @@ from torch import Tensor
 
 from fastsimclr import Augmentation, UserError, open_views
 from fastsimclr.data import open_source
+from fastsimclr.data.pixels import default_format
 from fastsimclr.data.sources import ArraySource
 
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -50,13 +51,25 @@ def test_views_are_those_of_the_loader(augmentation: Augmentation) -> None:
             assert all(view.is_contiguous(memory_format=torch.channels_last) for view in got)
 
 
-def test_floats_give_the_views_of_their_levels() -> None:
-    levels = images()
-    expected = BYOL.as_module()(levels)
+@pytest.mark.parametrize("dtype", [torch.uint8, torch.uint16, torch.float32])
+def test_images_of_any_channels_and_dtype_are_those_of_the_loader(dtype: torch.dtype) -> None:
+    unit = torch.rand(6, 5, 40, 30, generator=torch.Generator().manual_seed(0))
+    batch = unit if dtype.is_floating_point else (unit * torch.iinfo(dtype).max).to(dtype)
+    recipe = replace(BYOL.without_rgb(), mean=(0.5,) * 5, std=(0.25,) * 5, rotate90_prob=0.5, channel_drop_prob=0.5)
+    source = ArraySource("five", batch.permute(0, 2, 3, 1), np.full(6, -1), ())
+    source.pixels = default_format(5, dtype)
+    loader = open_views(source, recipe, 6, backend="memory", seed=3, shuffle=False)
+    (expected,) = loader
+    assert_same(recipe.as_module(seed=3)(batch, index=expected.index), expected.views)
+
+
+def test_layout_and_float_dtype_of_the_images_do_not_matter() -> None:
+    floats = images().float() / 255
+    expected = BYOL.as_module()(floats)
     for dtype in (torch.float32, torch.float64):
         for layout in (torch.contiguous_format, torch.channels_last):
-            floats = (levels.to(dtype) / 255).contiguous(memory_format=layout).requires_grad_()
-            got = BYOL.as_module()(floats)
+            batch = floats.to(dtype).contiguous(memory_format=layout).requires_grad_()
+            got = BYOL.as_module()(batch)
             assert_same(got, expected)
             assert not any(view.requires_grad for view in got)
 
@@ -142,9 +155,13 @@ def test_a_compiled_model_with_views_has_the_same_output() -> None:
 @pytest.mark.parametrize(
     ("batch", "options", "message"),
     [
-        (torch.zeros(3, 8, 8), {}, r"images: got shape \(3, 8, 8\), expected \(B, 3, H, W\)"),
-        (torch.zeros(2, 8, 8, 3), {}, r"images: got shape \(2, 8, 8, 3\), expected \(B, 3, H, W\)"),
-        (torch.zeros(2, 3, 8, 8, dtype=torch.int64), {}, r"images: got torch.int64, expected uint8, or float"),
+        (torch.zeros(3, 8, 8), {}, r"images: got shape \(3, 8, 8\), expected \(B, C, H, W\)"),
+        (
+            torch.zeros(2, 8, 8, 3),
+            {},
+            r"images: got shape \(2, 8, 8, 3\), expected \(B, C, H, W\) with 3 channels, the length of mean",
+        ),
+        (torch.zeros(2, 3, 8, 8, dtype=torch.int64), {}, r"images: got torch.int64, expected uint8, uint16, or float"),
         (torch.full((2, 3, 8, 8), 255.0), {}, r"images: got floats from 255 to 255, expected \[0, 1\]: divide"),
         (torch.full((2, 3, 8, 8), torch.nan), {}, r"images: got floats from nan to nan, expected \[0, 1\]"),
         (torch.zeros(2, 3, 8, 8), {"index": [0]}, r"index: got shape \(1,\), expected \(2,\)"),

@@ -1,0 +1,1 @@
+fastsimclr export --checkpoint runs/photos --format torchvision --output encoder.pt

@@ -1,0 +1,1 @@
+fastsimclr train --data.train photos/train --epochs 100 --output runs/photos

@@ -1,0 +1,1 @@
+fastsimclr evaluate knn --checkpoint runs/photos --data.val photos/val

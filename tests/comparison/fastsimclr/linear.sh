@@ -1,0 +1,1 @@
+fastsimclr evaluate linear --checkpoint runs/photos --data.val photos/val

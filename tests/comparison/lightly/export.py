@@ -1,0 +1,1 @@
+torch.save(backbone.state_dict(), "encoder.pt")

@@ -1,0 +1,2 @@
+python3 main_pretrain.py --config-path scripts/pretrain/imagenet-100 --config-name simclr.yaml data.dataset=custom \
+  data.train_path=photos/train data.val_path=photos/val data.format=image_folder backbone.name=convnext_tiny

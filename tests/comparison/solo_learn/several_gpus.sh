@@ -1,0 +1,3 @@
+python3 main_pretrain.py --config-path scripts/pretrain/imagenet-100 --config-name simclr.yaml backbone.name=resnet50 \
+  data.dataset=custom data.train_path=photos/train data.val_path=photos/val data.format=image_folder \
+  devices=[0,1,2,3,4,5,6,7]
