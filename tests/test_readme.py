@@ -78,6 +78,20 @@ def test_encoder_of_a_run_loads(tmp_path: Path) -> None:
     assert names["h"].shape == (1, 512)
 
 
+def test_pretrain_trains_on_a_dataset(working_directory: Path) -> None:
+    code = python_block("pretrain(")
+    for large, small in (
+        ("batch_size=256", 'batch_size=10, image_size=32, max_steps=1, knn_k=3, device="cpu"'),
+        ("timm/vit_tiny_patch16_224", "resnet18"),  # timm is optional
+    ):
+        assert large in code
+        code = code.replace(large, small)
+    dataset = [(Image.fromarray(photo(40, 48, number)), number % 2) for number in range(20)]
+    names: dict[str, Any] = {"dataset": dataset, "images": torch.zeros(2, 3, 32, 32)}
+    exec(code, names)
+    assert names["h"].shape == (2, 512)
+
+
 def test_training_loop_trains(photos: Path) -> None:
     code = python_block("LARS(")
     for large, small in (
