@@ -30,7 +30,6 @@ from fastsimclr.evaluation.knn import knn_accuracy, knn_ranking, measure
 from fastsimclr.loss import fused, tiled
 from fastsimclr.models import Encoder
 from fastsimclr.precision import choose_precision
-from fastsimclr.training.build import architecture
 from fastsimclr.training.trainer import Trainer
 
 pytestmark = [
@@ -74,7 +73,7 @@ def open_training(folder: Path, *more: str) -> Trainer:
     options = ["--data.train=digits", "--data.image_size=16", "--model.encoder=resnet18", "--model.hidden=32"]
     options += ["--model.out=16", "--batch_size=8", "--optim.clip_grad=1.0", f"--output={folder}", *more]
     with pytest.MonkeyPatch.context() as patch:
-        for name in ("trainer.open_dataset", "build.build", "build.projector"):
+        for name in ("trainer.open_pair", "trainer.check_pair", "build.build", "build.projector"):
             full_name = f"fastsimclr.training.{name}"
             patch.setattr(full_name, with_real_tensors(resolve_name(full_name)))
         return Trainer(parse(options), WORLD)
@@ -97,7 +96,7 @@ def train(folder: Path, *more: str) -> None:
         assert parameter.device == GPU
         for state in training.optimizer.state[parameter].values():
             assert state.device == GPU or state.ndim == 0  # Adam counts steps on the CPU
-    assert architecture(training.config, training.model)["stem"] == "small"
+    assert training.model.encoder.spec.stem == "small"
     assert len(training.optimizer.state) == len(list(training.model.parameters()))
 
 

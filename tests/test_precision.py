@@ -21,6 +21,7 @@ from fastsimclr.data.loader import LoaderConfig
 from fastsimclr.distributed import World
 from fastsimclr.evaluation.classifier import Classifier, Schedule, train_classifier
 from fastsimclr.evaluation.features import embed
+from fastsimclr.models import EncoderSpec
 from fastsimclr.precision import choose_precision
 from fastsimclr.run_folder import load_checkpoint
 from fastsimclr.train import main
@@ -36,7 +37,7 @@ class SmallEncoder(nn.Sequential):
     """Replaces ResNet-18, whose float16 steps take seconds on a CPU."""
 
     out_features = 16
-    stem = "small"
+    spec = EncoderSpec("resnet18")
 
     def __init__(self, *_: object, **__: object) -> None:
         super().__init__(
@@ -46,7 +47,7 @@ class SmallEncoder(nn.Sequential):
 
 @pytest.fixture
 def small_encoder(monkeypatch: pytest.MonkeyPatch, one_thread: None) -> None:
-    monkeypatch.setattr("fastsimclr.training.build.encoder", SmallEncoder)
+    monkeypatch.setattr("fastsimclr.training.build.build", SmallEncoder)
 
 
 def set_scale(training: Trainer, scale: float) -> None:
@@ -221,7 +222,7 @@ def test_classifier_trains_in_float16(frozen: bool, one_thread: None) -> None:
 
 def train_on_a_rank(rank: int, folder: Path) -> list[tuple[float, list[Tensor]]]:
     """Return scale and weights after each of two steps; in the first, only rank 1 overflows."""
-    pytest.MonkeyPatch().setattr("fastsimclr.training.build.encoder", SmallEncoder)
+    pytest.MonkeyPatch().setattr("fastsimclr.training.build.build", SmallEncoder)
     training = open_training(folder, world=World(rank, 2, CPU))
     set_scale(training, 2.0**8)
     normal = training.stepper

@@ -81,9 +81,11 @@ def open_pretrained(path: str | Path, name: str | None = None, *, encoder: nn.Mo
         check_shapes(state, network(model).state_dict(), describe(saved.spec))
     except UserError as error:
         raise UserError(f"{path}: {error}") from error
+    complete = network(model).state_dict()  # it also holds the versions of the modules
     # Files from before PyTorch 0.4.1 have no num_batches_tracked.
-    counters = {n: torch.zeros(()) for n in network(model).state_dict() if n.endswith(".num_batches_tracked")}
-    network(model).load_state_dict(counters | state)
+    complete.update({name: torch.zeros(()) for name in complete if name.endswith(".num_batches_tracked")})
+    complete.update(state)
+    network(model).load_state_dict(complete)
     if saved.weights.stem_padding is not None:
         model.conv1.padding = (saved.weights.stem_padding, saved.weights.stem_padding)  # type: ignore[union-attr,assignment]
     if not saved.weights.stem_relu:

@@ -158,8 +158,7 @@ def _configure(
     model = sections.get("model", {})
     if "encoder" in model:
         raise UserError("model: got an encoder in it, expected it as the argument `encoder`")
-    name = encoder if isinstance(encoder, str) else f"module {type(encoder).__name__}"
-    sections["model"] = model | {"encoder": name}
+    sections["model"] = model | {"encoder": encoder if isinstance(encoder, str) else describe(encoder)}
     if output is not None:
         sections["output"] = str(output)
     return from_options(sections)

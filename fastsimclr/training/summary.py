@@ -59,7 +59,7 @@ def describe_encoder(name: str, encoder: Encoder | Backbone) -> str:
     if isinstance(encoder, Encoder):
         built = f"{spec.name} x{spec.width:g}, {spec.stem} stem"
     elif spec.name == USER_MODULE:
-        built = f"{type(encoder.module).__name__} ({name})"
+        built = f"a module of your own, {name.removeprefix('object:')}"
     else:
         built = spec.name
     return f"{built}, images {images}, {encoder.out_features} features"

@@ -8,6 +8,7 @@ import signal
 import subprocess
 import sys
 import time
+from dataclasses import asdict
 from importlib.util import find_spec
 from pathlib import Path
 
@@ -33,7 +34,7 @@ from fastsimclr.embed import main
 from fastsimclr.evaluation import neighbors
 from fastsimclr.evaluation.config import MAP_METHODS
 from fastsimclr.evaluation.feature_file import expect_one_disk
-from fastsimclr.models import Encoder
+from fastsimclr.models import Encoder, EncoderSpec
 from fastsimclr.pretrained import load_encoder
 from fastsimclr.reporting import embedding_pictures as pictures
 from fastsimclr.reporting.contact_sheet import GAP, RED, text_width
@@ -161,7 +162,7 @@ def test_run_folder_sets_data_recipe_and_output(
     assert said.startswith(f"{mine / 'embed'}: features.npy, images.csv, embed.json; 21 images of {photos}, 512 feat")
     assert np.array_equal(np.load(mine / "embed" / "features.npy"), features)
     record = json.loads((mine / "embed" / "embed.json").read_text())
-    assert record["encoder"] == {"name": "resnet18", "width": 1, "stem": "imagenet"}
+    assert record["encoder"] == asdict(EncoderSpec("resnet18"))
     assert (record["images"], record["features"], record["classes"], record["data"]) == (IMAGES, 512, 3, photos)
     assert record["recipe"]["image_size"] == 24
     assert record["images_per_second"] == pytest.approx(IMAGES / record["seconds"])
@@ -311,7 +312,10 @@ def test_interrupt_keeps_existing_files(run: Path, tmp_path: Path, monkeypatch: 
 def test_lack_of_disk_space_is_reported_before_embedding(
     run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    monkeypatch.setattr(Encoder, "forward", lambda self, x: pytest.fail("called before the check"))
+    def fail(*_: object, **__: object) -> None:
+        pytest.fail("called before the check")
+
+    monkeypatch.setattr("fastsimclr.evaluation.embedding.embed_batches", fail)
     limits = resource.getrlimit(resource.RLIMIT_FSIZE)
     resource.setrlimit(resource.RLIMIT_FSIZE, (30_000, limits[1]))  # less than the 43,136 bytes needed
     try:

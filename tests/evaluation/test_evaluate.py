@@ -249,7 +249,7 @@ def folders(tmp_path_factory: pytest.TempPathFactory) -> Path:
         (["knnn"], "got knnn"),
         (["knn"], "--checkpoint: got none"),
         (["knn", "--checkpoint=nowhere.pt"], "nowhere.pt"),
-        (["knn", "--checkpoint=RUN", "--encoder=resnet50"], "holds a resnet18"),
+        (["knn", "--checkpoint=RUN", "--encoder=resnet50"], "run: got a resnet18, expected a resnet50"),
         (["supervised", "--data.train=digits"], "--encoder: got none"),
         (["supervised", "--encoder=vit", "--data.train=digits", "--output=OUT"], "vit"),
         (["knn", "--checkpoint=RUN", "--data.train=FOLDERS/flat"], "no labels"),

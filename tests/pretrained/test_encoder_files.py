@@ -17,7 +17,6 @@ import fastsimclr
 from fastsimclr import UserError, encoder, import_weights, load_encoder
 from fastsimclr.export import main
 from fastsimclr.models import EncoderSpec, as_encoder
-from fastsimclr.pretrained import load_state
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 SIDE = 64
@@ -73,8 +72,6 @@ def test_run_and_export_restore_the_encoder(name: str, channels: int, working_di
         assert loaded.out_features == made.out_features
         assert loaded.transform.image_size == SIDE
         assert not any(module.training for module in loaded.modules())
-        state, origin = load_state(path, made.spec)
-        assert (set(state), origin) == (set(made.state_dict()), "fastsimclr run, step 7")
     assert torch.equal(torch.get_rng_state(), before)
 
 
@@ -107,7 +104,7 @@ def test_users_module_is_filled(working_directory: Path) -> None:
         (lambda: load_encoder("vit", "timm/test_vit2"), "vit: got a timm/test_vit, expected a timm/test_vit2"),
         (lambda: load_encoder("vit", "resnet50"), "vit: got a timm/test_vit, expected a resnet50"),
         (
-            lambda: load_state("vit", EncoderSpec("timm/test_convnext")),
+            lambda: encoder("timm/test_convnext", weights="vit"),
             "vit: got weights of timm/test_vit, expected those of timm/test_convnext",
         ),
         (lambda: import_weights("vit.pth"), "vit.pth: got tensors named cls_token.*expected a ResNet's.*or the name"),
@@ -144,26 +141,6 @@ def test_state_dict_of_a_library_loses_its_classifier(
     assert loaded.transform is None
     for key, value in loaded.module.state_dict().items():
         assert torch.equal(value, theirs.state_dict()[key])
-    state, _ = load_state("w.pth", loaded.spec)
-    assert set(state) == set(loaded.state_dict())
-
-
-def test_load_state_keeps_a_first_layer_and_position_embeddings_of_other_sizes(working_directory: Path) -> None:
-    made = save("timm/vit_tiny_patch16_224", channels=5)
-    state, _ = load_state("run", EncoderSpec(made.spec.name, image_size=32, channels=3))
-    assert state["module.patch_embed.proj.weight"].shape == (192, 5, 16, 16)
-    assert state["module.pos_embed"].shape == (1, 1 + (SIDE // 16) ** 2, 192)
-    assert torch.equal(state["module.norm.weight"], made.module.norm.weight)
-
-
-def test_load_state_of_a_resnet_with_other_channels(working_directory: Path) -> None:
-    made = save("resnet18", channels=2)
-    state, _ = load_state("run", EncoderSpec("resnet18", stem=made.spec.stem, image_size=SIDE, channels=3))
-    assert state["conv1.weight"].shape[1] == 2
-    with pytest.raises(
-        UserError, match="got weights of resnet18 with the small stem for 2 channels, expected those of"
-    ):
-        load_state("run", EncoderSpec("resnet18", stem="imagenet"))
 
 
 # Export

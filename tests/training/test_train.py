@@ -275,7 +275,7 @@ def test_micro_batches_give_the_gradients_of_the_whole_batch(tmp_path: Path, vie
         (["--data.train={photos}", "--epochs=many"], ["--epochs", "got many", "expected int"]),
         (
             ["--data.train={photos}", "--model.encoder=resnet51"],
-            ["encoder: got 'resnet51'", "the nearest are resnet50"],
+            ["encoder: got 'resnet51'", "the nearest are timm/resnet51q"],
         ),
         (["--data.train={photos}", "--data.flip_prob=2"], ["--data.flip_prob", "got 2.0", "expected a probability"]),
         (["--data.train={mixed}", "--data.backend=memory"], ["003.jpg: got 81x75 pixels", "images of one size"]),
