@@ -4,7 +4,6 @@ import json
 import re
 import time
 from collections.abc import Sequence
-from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -18,16 +17,12 @@ from torch.nn.parallel import DistributedDataParallel
 from fastsimclr import distributed
 from fastsimclr.config import Config, to_yaml
 from fastsimclr.data import Batch
-from fastsimclr.data.checks import ScanStopped
-from fastsimclr.data.dataset import Dataset, Pair, check_augmentation, check_pair, open_loader, open_pair
+from fastsimclr.data.dataset import open_loader
 from fastsimclr.data.loader import LoaderConfig
-from fastsimclr.data.pixels import RGB8, dtype_name
-from fastsimclr.data.statistics import with_statistics
 from fastsimclr.distributed import World, run_on_all_ranks
 from fastsimclr.environment import commit, examine
 from fastsimclr.errors import UserError
 from fastsimclr.evaluation.knn import measure
-from fastsimclr.evaluation.labeled import check_classes
 from fastsimclr.optim import LRSchedule
 from fastsimclr.profiling import StageClock, Trace, stage
 from fastsimclr.run_folder import RunFolder, load_checkpoint, write_text
@@ -35,6 +30,7 @@ from fastsimclr.training import summary
 from fastsimclr.training.build import architecture, build_learner, check_architecture, check_weights
 from fastsimclr.training.callbacks import Callback, Callbacks, KeepCheckpoints
 from fastsimclr.training.estimate import Estimate, estimate_step
+from fastsimclr.training.images import check_images, open_images, record_pixels
 from fastsimclr.training.loggers import make_loggers
 from fastsimclr.training.metrics import Metrics
 from fastsimclr.training.progress import Progress
@@ -77,13 +73,11 @@ class Trainer:
         self.metrics = Metrics(self.callbacks.on_step)
         self.trace: Trace | None = None
         self.untrained_knn: float | None = None
-        self.statistics: str | None = None
-        """The measured mean and std, if they were measured."""
         self.trained_knn: float | None = None
         self._checkpoint_requested = False
 
-        sources = self._open_sources(train, val, rgb_optional)
-        channels, config = sources[0].pixels.channels, self.config
+        sources, config = open_images(config, train, val, world, rgb_optional=rgb_optional)
+        channels = sources[0].pixels.channels
         # Before the images are checked, which may take long: errors in these options are reported at once.
         file = distributed.broadcast_object(self._file_to_resume(), world)
         # DistributedDataParallel copies the weights of rank zero to the others.
@@ -91,12 +85,14 @@ class Trainer:
         learner = run_on_all_ranks(
             lambda: build_learner(config, world, channels=channels, module=encoder, weights=weights), world
         )
-        self.augmentation, self.model, self.optimizer = learner.augmentation, learner.model, learner.optimizer
+        self.model, self.optimizer = learner.model, learner.optimizer
         self.precision, self.scaler, self.recipe = learner.precision, learner.scaler, learner.recipe
         self.loss, self.loss_backend = learner.loss, learner.loss_backend
         self.freezing, self._weights = learner.freezing, learner.weights
-        self.data = self._check_images(sources, stop)
-        self._set_pixels()
+        self.data = check_images(sources, config, world, self.folder, stop)
+        self.config, self.augmentation, self._statistics = record_pixels(
+            config, learner.augmentation, self.data.train, world
+        )
         self.measures_knn = config.knn_every > 0 and self.data.train.has_labels
         self.loader_config = LoaderConfig(
             batch_size=config.batch_size,
@@ -264,61 +260,11 @@ class Trainer:
         self.loader.close()
         self.callbacks.on_end()
 
-    def _open_sources(self, train: Any, val: Any, rgb_optional: bool) -> Pair:
-        config, world = self.config, self.world
-        train = config.data.train if train is None else train
-        val = config.data.val if val is None else val
-        sources = open_pair(train, val, world, config.data.pixel_options(), config.data.workers)
-        channels = sources[0].pixels.channels
-        if rgb_optional and channels != 3:
-            self.config = config = replace(config, data=config.data.without_rgb())
-            self._print(f"augmentation: no hue, saturation and grayscale, because the images have {channels} channels")
-
-        def check() -> None:
-            opened, held_out = sources
-            check_augmentation(config.data.augmentation(), opened)
-            if val is None or held_out is None:
-                return
-            if not (opened.has_labels and held_out.has_labels):
-                raise UserError(
-                    "--data.val: got images without labels in it or in --data.train; kNN accuracy needs both"
-                )
-            check_classes(opened.classes, held_out.classes)
-
-        run_on_all_ranks(check, world)
-        return sources
-
     def _file_to_resume(self) -> Path | None:
         """The checkpoint that --resume selects; None to start with the first step."""
         wanted = self.config.resume
         file = self.folder.checkpoint if wanted == "auto" else Path(wanted)
         return None if wanted == "never" or (wanted == "auto" and not file.exists()) else file
-
-    def _check_images(self, sources: Pair, stop: StopSignal) -> Dataset:
-        try:
-            return check_pair(
-                sources,
-                world=self.world,
-                backend=self.config.data.backend,
-                max_bad=self.config.data.max_bad,
-                cache=self.folder.path,
-                skipped_to=self.folder.path,
-                stop=lambda: stop.received != 0,
-                workers=self.config.data.workers,
-            )
-        except ScanStopped:
-            self._print(f"stopped while checking images; rerun with --output {self.folder} to resume")
-            raise
-
-    def _set_pixels(self) -> None:
-        """Set the options that depend on the images: a measured mean and std, and their format if not 8-bit RGB."""
-        pixels = self.data.train.pixels
-        self.augmentation, self.statistics = with_statistics(self.augmentation, self.data.train, self.world)
-        options: dict[str, Any] = {"mean": self.augmentation.mean, "std": self.augmentation.std}
-        if pixels != RGB8:
-            options["pixels"], options["channels"] = dtype_name(pixels.dtype), pixels.channels
-            options["value_range"] = pixels.value_range
-        self.config = replace(self.config, data=replace(self.config.data, **options))
 
     def _build_stepper(self) -> Step:
         config, device = self.config, self.world.device
@@ -332,7 +278,7 @@ class Trainer:
         """Print the choices made, open the run's files, and measure the untrained encoder."""
         config, progress = self.config, self.progress
         lines = summary.describe_data(config, self.data, self.loader, self.folder)
-        lines += [self.statistics] if self.statistics else []
+        lines += [self._statistics] if self._statistics else []
         lines += summary.describe_model(
             config, self.model, self.freezing, self.precision, self.loss_backend, self.world
         )

@@ -1,0 +1,80 @@
+"""The images of a run: open and check them, and set the options that depend on them."""
+
+from dataclasses import replace
+from typing import Any
+
+from fastsimclr.config import Config
+from fastsimclr.data.augmentation import Augmentation
+from fastsimclr.data.checks import ScanStopped
+from fastsimclr.data.dataset import Dataset, Pair, check_augmentation, check_pair, open_pair
+from fastsimclr.data.pixels import RGB8, dtype_name
+from fastsimclr.data.sources import Source
+from fastsimclr.data.statistics import with_statistics
+from fastsimclr.distributed import World, run_on_all_ranks
+from fastsimclr.errors import UserError
+from fastsimclr.evaluation.labeled import check_classes
+from fastsimclr.run_folder import RunFolder
+from fastsimclr.training.rank_sync import StopSignal
+
+
+def open_images(config: Config, train: Any, val: Any, world: World, *, rgb_optional: bool) -> tuple[Pair, Config]:
+    """Open the training and validation images without decoding files; return them and the configuration.
+
+    train, val: objects to open instead of the paths of the configuration, or None.
+    rgb_optional: turn off hue, saturation and grayscale for images that are not RGB; otherwise they are an error.
+    Raises UserError on all ranks if the images do not fit each other or the augmentation.
+    """
+    train = config.data.train if train is None else train
+    val = config.data.val if val is None else val
+    pair = open_pair(train, val, world, config.data.pixel_options(), config.data.workers)
+    channels = pair[0].pixels.channels
+    if rgb_optional and channels != 3:
+        config = replace(config, data=config.data.without_rgb())
+        if world.is_rank_zero:
+            print(f"augmentation: no hue, saturation and grayscale, because the images have {channels} channels")
+
+    def check() -> None:
+        opened, held_out = pair
+        check_augmentation(config.data.augmentation(), opened)
+        if val is None or held_out is None:
+            return
+        if not (opened.has_labels and held_out.has_labels):
+            raise UserError("--data.val: got images without labels in it or in --data.train; kNN accuracy needs both")
+        check_classes(opened.classes, held_out.classes)
+
+    run_on_all_ranks(check, world)
+    return pair, config
+
+
+def check_images(pair: Pair, config: Config, world: World, folder: RunFolder, stop: StopSignal) -> Dataset:
+    """Decode all images to find bad ones. Raises ScanStopped after a stop signal."""
+    try:
+        return check_pair(
+            pair,
+            world=world,
+            backend=config.data.backend,
+            max_bad=config.data.max_bad,
+            cache=folder.path,
+            skipped_to=folder.path,
+            stop=lambda: stop.received != 0,
+            workers=config.data.workers,
+        )
+    except ScanStopped:
+        if world.is_rank_zero:
+            print(f"stopped while checking images; rerun with --output {folder} to resume", flush=True)
+        raise
+
+
+def record_pixels(
+    config: Config, augmentation: Augmentation, images: Source, world: World
+) -> tuple[Config, Augmentation, str | None]:
+    """Measure mean and std where they are "auto", and record them, and the images' format if it is not 8-bit RGB.
+
+    Returns the configuration and the augmentation with these options, and a line to print about measured ones.
+    """
+    augmentation, measured = with_statistics(augmentation, images, world)
+    options: dict[str, Any] = {"mean": augmentation.mean, "std": augmentation.std}
+    if images.pixels != RGB8:
+        options["pixels"], options["channels"] = dtype_name(images.pixels.dtype), images.pixels.channels
+        options["value_range"] = images.pixels.value_range
+    return replace(config, data=replace(config.data, **options)), augmentation, measured
