@@ -189,7 +189,7 @@ class ViewLoader:
     def _finish(self, index: NDArray[np.int64], cropped: CroppedBatch) -> Batch:
         with stage("views"):
             views = tuple(
-                photometric(orient(crops, params), params, recipe, self.dtype)
+                photometric(orient(crops, params, recipe), params, recipe, self.dtype)
                 for crops, params, recipe in zip(cropped.crops, cropped.params, self.augmentation.recipes, strict=True)
             )
         return Batch(

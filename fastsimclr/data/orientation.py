@@ -5,17 +5,18 @@ import torch
 from torch import Tensor
 
 from fastsimclr.data import native
+from fastsimclr.data.augmentation import Augmentation
 from fastsimclr.data.params import ViewParams
 
 
-def orient(crops: Tensor, params: ViewParams) -> Tensor:
+def orient(crops: Tensor, params: ViewParams, recipe: Augmentation) -> Tensor:
     """Flip crops (B, S, S, C) vertically, then rotate them counterclockwise, as sampled in params (B,).
 
-    Returns `crops` itself if no crop changes.
+    recipe: the recipe of the view. Returns `crops` itself if it does neither.
     """
-    flips, turns = params["vertical_flip"], params["quarter_turns"]
-    if not (flips.any() or turns.any()):
+    if recipe.vertical_flip_prob == recipe.rotate90_prob == 0:
         return crops
+    flips, turns = params["vertical_flip"], params["quarter_turns"]
     out = torch.empty_like(crops)
     for flip in (False, True):
         for turn in range(4):

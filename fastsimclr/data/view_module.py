@@ -78,7 +78,7 @@ class ViewModule(nn.Module):
                 self.augmentation.recipes,
                 strict=True,
             ):
-                crops = orient(crop(source, np.arange(batch), params, recipe, pixels=pixels), params)
+                crops = orient(crop(source, np.arange(batch), params, recipe, pixels=pixels), params, recipe)
                 views.append(photometric(crops, params, recipe, self.dtype))
             return tuple(views)
 
