@@ -424,7 +424,7 @@ def scan_on_a_rank(rank: int, folder: str, run: str) -> dict[str, Any]:
         decoded.append(name)
         return decode(data, name, pixels)
 
-    scan_module.__dict__["decode"] = recorded  # this process runs only this test
+    checks.__dict__["decode"] = recorded  # this process runs only this test
     world = World(rank, 2, torch.device("cpu"))
     cache = f"{run}/{rank}"  # a separate folder per rank, as on two nodes
     out: dict[str, Any] = {}
@@ -453,7 +453,7 @@ def fail_on_rank_1(rank: int, folder: str) -> None:
         raise RuntimeError(f"an internal error on rank {rank}")
 
     if rank == 1:
-        scan_module.__dict__["decode"] = fail
+        checks.__dict__["decode"] = fail
     scan(open_encoded(folder), world=World(rank, 2, torch.device("cpu")))
 
 
