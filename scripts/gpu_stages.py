@@ -122,7 +122,8 @@ STAGES = (
         ("tests/test_doctor.py",),
         {
             "tests/benchmarks/test_dali_colors.py": ("nvidia.dali",),
-            "tests/test_profiling.py": ("jsonargparse", "yaml", "tqdm", "tensorboard", "sklearn"),
+            "tests/data/test_view_module.py": ("cloudpickle", "yaml", "tqdm"),
+            "tests/test_profiling.py": ("jsonargparse", "cloudpickle", "yaml", "tqdm", "tensorboard", "sklearn"),
         },
         proofs=passed(),
     ),

@@ -71,10 +71,16 @@ def test_console_script_runs_each_command(
     assert main(["evaluate", "knn", "--checkpoint=run", "--k=20", "--device=cpu"]) == 0
     assert main(["embed", "--checkpoint=run", "--map=none", "--gallery=0", "--images=20", "--device=cpu"]) == 0
     save_run(Path("other"), encoder("resnet18"))
-    assert main(["export", "--checkpoint=other", "--format=safetensors", "--output=e.safetensors"]) == 0
+    assert main(["export", "--checkpoint=other", "--format=safetensors", "--output=exported"]) == 0
     assert main(["preview", "--images=1"]) == 0
     assert main(["report", "run", "--only_collect"]) == 0
-    outputs = ["run/evaluate/knn.json", "run/embed/features.npy", "e.safetensors", "preview.png", "run/report.html"]
+    outputs = [
+        "run/evaluate/knn.json",
+        "run/embed/features.npy",
+        "exported/model.safetensors",
+        "preview.png",
+        "run/report.html",
+    ]
     assert all(Path(name).is_file() for name in outputs)
     capsys.readouterr()
     assert main(["doctor", "--json"]) == 0

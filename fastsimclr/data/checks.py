@@ -7,7 +7,7 @@ from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import closing
 from functools import partial
-from typing import NamedTuple, Protocol
+from typing import TYPE_CHECKING, NamedTuple, Protocol
 
 import numpy as np
 import torch
@@ -18,10 +18,12 @@ from fastsimclr.data.images import decode
 from fastsimclr.data.labels import Label
 from fastsimclr.data.pixels import PixelFormat, default_format
 from fastsimclr.data.sources import DecodedSource, EncodedSource, Source, WrongForm
-from fastsimclr.data.workers import WorkerLoader
 from fastsimclr.distributed import World, gather_objects
 from fastsimclr.errors import UserError
 from fastsimclr.progress_bar import progress_bar
+
+if TYPE_CHECKING:
+    from fastsimclr.data.workers import WorkerLoader
 
 _ROUND_S = 2.0  # between collectives: short enough to react to a signal and to stay within their timeout
 _PROGRESS_AFTER_S = 2.0
@@ -145,6 +147,8 @@ class _DatasetChecks:
 
     def round(self, stop: Callable[[], bool]) -> list[ImageCheck]:
         if self._done and self._workers and self._loader is None:
+            from fastsimclr.data.workers import WorkerLoader  # here: the view kernels need only PyTorch and torchvision
+
             self._loader = WorkerLoader(
                 _CheckedImages(self._source), self._indices[self._done :], self._workers, pin_memory=False
             )

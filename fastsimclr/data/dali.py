@@ -19,8 +19,7 @@ from fastsimclr.data.images import as_ppm, decode, is_web_format, upright_size
 from fastsimclr.data.loader import BatchRequest, CroppedBatch
 from fastsimclr.data.params import VIEW_PARAMS, ViewParams, sample_batch_params
 from fastsimclr.data.pixels import RGB8
-from fastsimclr.data.sources import EncodedSource, Source
-from fastsimclr.data.torchvision import decoded
+from fastsimclr.data.sources import EncodedSource, Source, decoded
 from fastsimclr.errors import UserError
 
 _INTERPOLATION = {"bilinear": types.INTERP_LINEAR, "bicubic": types.INTERP_CUBIC}

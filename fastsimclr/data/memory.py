@@ -11,8 +11,7 @@ from fastsimclr.data.augmentation import Augmentation
 from fastsimclr.data.crop import crop
 from fastsimclr.data.loader import BatchRequest, CroppedBatch
 from fastsimclr.data.params import sample_batch_params
-from fastsimclr.data.sources import ArraySource, Source
-from fastsimclr.data.torchvision import decoded
+from fastsimclr.data.sources import ArraySource, Source, decoded
 from fastsimclr.errors import UserError
 from fastsimclr.profiling import stage
 

@@ -10,6 +10,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
+from fastsimclr.data.images import decode
 from fastsimclr.data.pixels import RGB8, PixelFormat, default_format
 from fastsimclr.errors import UserError
 
@@ -183,3 +184,13 @@ class TarSource(EncodedSource):
         part = self._part(indices)
         part.members, part.extents = self.members[indices], self.extents[indices]
         return part
+
+
+def decoded(source: Source, index: int) -> Tensor:
+    """Return image `index` as (C, H, W), in the format `source.pixels`. Raises UserError if it has another."""
+    if isinstance(source, DecodedSource):
+        image = source.image(index)
+        source.pixels.check(image, source.name(index))
+        return image
+    assert isinstance(source, EncodedSource)
+    return decode(source.read(index), source.name(index), source.pixels)

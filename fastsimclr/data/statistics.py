@@ -10,8 +10,7 @@ from numpy.typing import NDArray
 
 from fastsimclr.data.augmentation import Augmentation
 from fastsimclr.data.pixels import count_channels
-from fastsimclr.data.sources import Source
-from fastsimclr.data.torchvision import decoded
+from fastsimclr.data.sources import Source, decoded
 from fastsimclr.distributed import SINGLE_PROCESS, World, gather_objects, run_on_all_ranks
 from fastsimclr.errors import UserError
 

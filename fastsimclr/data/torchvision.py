@@ -14,11 +14,10 @@ from fastsimclr.data import native
 from fastsimclr.data.arrays import MappedSource
 from fastsimclr.data.augmentation import Augmentation
 from fastsimclr.data.crop import crop as crop_batch
-from fastsimclr.data.images import decode
 from fastsimclr.data.loader import BatchRequest, CroppedBatch
 from fastsimclr.data.params import ViewParams, sample_batch_params
 from fastsimclr.data.pixels import RGB8, PixelFormat
-from fastsimclr.data.sources import ArraySource, DecodedSource, EncodedSource, Source
+from fastsimclr.data.sources import ArraySource, Source, decoded
 from fastsimclr.data.workers import WorkerLoader
 from fastsimclr.errors import UserError
 from fastsimclr.profiling import stage
@@ -83,16 +82,6 @@ class _Crops(Dataset[CroppedBatch | UserError]):
                 crops[view].append(crop(image, recipe, image_params[view], self.source.pixels))
         # In a worker, default_collate stacks into shared memory.
         return CroppedBatch(tuple(map(default_collate, crops)), [np.concatenate(view_params) for view_params in params])
-
-
-def decoded(source: Source, index: int) -> Tensor:
-    """Return image `index` as (C, H, W), in the format `source.pixels`. Raises UserError if it has another."""
-    if isinstance(source, DecodedSource):
-        image = source.image(index)
-        source.pixels.check(image, source.name(index))
-        return image
-    assert isinstance(source, EncodedSource)
-    return decode(source.read(index), source.name(index), source.pixels)
 
 
 def crop(image: Tensor, recipe: Augmentation, params: ViewParams, pixels: PixelFormat = RGB8) -> Tensor:

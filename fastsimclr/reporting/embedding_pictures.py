@@ -7,8 +7,7 @@ from PIL import Image
 from fastsimclr.data import Source
 from fastsimclr.data.augmentation import Augmentation
 from fastsimclr.data.params import epoch_order
-from fastsimclr.data.sources import NO_LABEL
-from fastsimclr.data.torchvision import decoded
+from fastsimclr.data.sources import NO_LABEL, decoded
 from fastsimclr.reporting.contact_sheet import MARGIN, Cell, Head, Page, Pixels, draw_grid, fitted, text_width
 
 Labels = NDArray[np.int64]

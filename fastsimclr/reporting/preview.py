@@ -16,8 +16,7 @@ from fastsimclr.data import Source, ViewLoader, choose_backend, open_source, ope
 from fastsimclr.data.augmentation import Augmentation
 from fastsimclr.data.detect import detect_pixels
 from fastsimclr.data.params import sample_batch_params
-from fastsimclr.data.sources import NO_LABEL
-from fastsimclr.data.torchvision import decoded
+from fastsimclr.data.sources import NO_LABEL, decoded
 from fastsimclr.errors import UserError
 from fastsimclr.reporting.contact_sheet import Cell, Head, Pixels, draw_grid
 from fastsimclr.reporting.numbers import count

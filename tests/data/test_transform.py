@@ -12,8 +12,7 @@ from PIL import Image
 from fastsimclr import Augmentation, open_views
 from fastsimclr.data import open_source
 from fastsimclr.data.pixel_options import PixelOptions
-from fastsimclr.data.sources import ArraySource
-from fastsimclr.data.torchvision import decoded
+from fastsimclr.data.sources import ArraySource, decoded
 from fastsimclr.data.transform import Transform
 from tests.pictures import photo_folder
 

@@ -1,6 +1,7 @@
 """python -m fastsimclr.evaluate: accuracies against scikit-learn, weights that must not change, and user errors."""
 
 import json
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -19,6 +20,7 @@ from fastsimclr.data import Source, open_source
 from fastsimclr.data.loader import LoaderConfig
 from fastsimclr.evaluate import main
 from fastsimclr.evaluation.features import embed
+from fastsimclr.models import EncoderSpec
 from fastsimclr.pretrained import open_pretrained
 from fastsimclr.train import main as train
 
@@ -205,7 +207,7 @@ def test_printed_line_and_json_record(tmp_path: Path, run: Path, capsys: pytest.
     out = capsys.readouterr().out
     assert out.count("\n") == 1
     assert f"top-1 {record['top1']:.2%}, top-5 {record['top5']:.2%} on 364 images" in out
-    assert record["encoder"] == {"name": "resnet18", "width": 1, "stem": "imagenet", "features": 512}
+    assert record["encoder"] == asdict(EncoderSpec("resnet18", image_size=16)) | {"features": 512}
     assert record["settings"] == {"k": 20, "temperature": 0.07, "leave_one_out": False}
     assert record["options"]["data"]["image_size"] == 16  # from the checkpoint
 
