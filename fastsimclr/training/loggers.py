@@ -2,6 +2,7 @@
 
 import os
 import sys
+from abc import ABC, abstractmethod
 from collections.abc import Mapping
 from dataclasses import asdict
 from importlib.util import find_spec
@@ -31,7 +32,7 @@ def make_loggers(config: Config, world: World) -> list[Callback]:
     return [LOGGERS[name]() for name in config.loggers]
 
 
-class Logger(Callback):
+class Logger(Callback, ABC):
     """Logs the metrics of each step and the kNN accuracies. The packages are imported when the run starts."""
 
     def on_start(self, trainer: TrainerInterface) -> None:
@@ -51,14 +52,14 @@ class Logger(Callback):
     def on_end(self, trainer: TrainerInterface) -> None:
         self.close(failed=sys.exc_info()[0] is not None)  # the trainer calls this in a finally block
 
-    def open(self, trainer: TrainerInterface) -> None:
-        raise NotImplementedError
+    @abstractmethod
+    def open(self, trainer: TrainerInterface) -> None: ...
 
-    def log(self, metrics: Mapping[str, float], step: int) -> None:
-        raise NotImplementedError
+    @abstractmethod
+    def log(self, metrics: Mapping[str, float], step: int) -> None: ...
 
-    def close(self, *, failed: bool) -> None:
-        raise NotImplementedError
+    @abstractmethod
+    def close(self, *, failed: bool) -> None: ...
 
 
 class TensorBoardLogger(Logger):

@@ -160,9 +160,8 @@ class Trainer:
         loss = self.stepper.backward(batch.views, max(self.sync.local_batch_sizes))
         measured = {"loss": loss}
         if self.scaler.is_enabled():
-            measured["grad_scale"] = self.scaler.scale(
-                torch.ones_like(loss)
-            )  # get_scale() would synchronize with the GPU
+            # get_scale() would synchronize with the GPU.
+            measured["grad_scale"] = self.scaler.scale(torch.ones_like(loss))
         with stage("optimizer"):
             self.scaler.unscale_(self.optimizer)
             if self.config.optim.clip_grad is not None:
