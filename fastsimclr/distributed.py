@@ -1,5 +1,6 @@
 """Ranks and collectives: process group setup, and exchange of rows and objects between ranks."""
 
+import gc
 import os
 import re
 from collections.abc import Callable
@@ -87,10 +88,15 @@ def barrier(world: World) -> None:
 
 
 def stop() -> None:
-    """Destroy the process group, if there is one."""
-    _groups.clear()  # threads of a group that is still referenced run until the interpreter exits
+    """Destroy the process group, if there is one, and end its threads.
+
+    The threads of a group that is still referenced would run until the interpreter exits, and then abort the process
+    if one of them is just releasing a tensor.
+    """
+    _groups.clear()
     if dist.is_initialized():
         dist.destroy_process_group()
+        gc.collect()  # DistributedDataParallel holds the group, and is part of a reference cycle
 
 
 def resolve_group(group: dist.ProcessGroup | str | None) -> dist.ProcessGroup | None:

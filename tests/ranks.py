@@ -97,7 +97,8 @@ def _rank(
     )
     try:
         result = pickle.dumps((False, function(rank, *args)))
-        dist.barrier()  # no rank exits while another still communicates with it
+        if dist.is_initialized():  # not if the function ended it
+            dist.barrier()  # no rank exits while another still communicates with it
     except BaseException as error:
         text = traceback.format_exc()
         try:
@@ -108,4 +109,5 @@ def _rank(
     path = _result_file(Path(folder), rank)
     path.with_suffix(".part").write_bytes(result)
     path.with_suffix(".part").rename(path)
-    dist.destroy_process_group()
+    if dist.is_initialized():
+        dist.destroy_process_group()
