@@ -121,16 +121,17 @@ def _open_object(data: Any) -> Source:
 
 
 def _open_folder(folder: Path) -> FolderSource:
-    flat = sorted(entry.path for entry in os.scandir(folder) if entry.is_file() and _is_image(entry.name))
+    root = str(folder)
+    flat = sorted(entry.name for entry in os.scandir(folder) if entry.is_file() and _is_image(entry.name))
     flat = [flat[n] for n in _images_of(flat)]
     if flat:
-        return FolderSource(flat, np.full(len(flat), NO_LABEL), ())
+        return FolderSource(flat, np.full(len(flat), NO_LABEL), (), root)
     files: list[str] = []
     labels: list[int] = []
     classes: list[str] = []
     for class_folder in sorted(entry.path for entry in os.scandir(folder) if entry.is_dir()):
         images = sorted(
-            os.path.join(parent, file)
+            os.path.relpath(os.path.join(parent, file), root)
             for parent, _, names in os.walk(class_folder, followlinks=True)
             for file in names
             if _is_image(file)
@@ -144,7 +145,7 @@ def _open_folder(folder: Path) -> FolderSource:
             f"{folder}: got a folder with no images in it or its subfolders, expected files ending in "
             f"{' '.join(EXTENSIONS)}"
         )
-    return _selected(FolderSource(files, np.array(labels), classes), files)
+    return _selected(FolderSource(files, np.array(labels), classes, root), files)
 
 
 def _open_tars(shards: list[str]) -> TarSource:

@@ -5,7 +5,6 @@ all cores of all ranks, and skipped if that fails. The next scan checks only new
 user's Dataset are all read again, as they may have changed: in this process if that is quick, else in workers.
 """
 
-import hashlib
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -148,9 +147,7 @@ def check_same_images(source: Source, world: World) -> None:
     """Raise UserError on all ranks unless all have images of the same names and labels, as they divide the work."""
     if world.world_size == 1:
         return
-    names = hashlib.blake2b("\0".join(map(source.name, range(len(source)))).encode(errors="surrogateescape"))
-    names.update(source.labels.tobytes())
-    seen = gather_objects((len(source), names.digest()), world)
+    seen = gather_objects((len(source), source.digest()), world)
     for rank, on_rank in enumerate(seen):
         if on_rank != seen[0]:
             raise UserError(

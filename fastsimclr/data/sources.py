@@ -1,8 +1,11 @@
 """Sources of images: what an image is, where it is stored, and how it is read."""
 
+import hashlib
+import os
 from abc import ABC, abstractmethod
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from copy import copy
+from types import MappingProxyType
 from typing import TYPE_CHECKING, ClassVar
 
 import numpy as np
@@ -11,6 +14,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from fastsimclr.data.images import decode
+from fastsimclr.data.names import Names
 from fastsimclr.data.pixels import RGB8, PixelFormat, default_format
 from fastsimclr.errors import UserError
 
@@ -29,12 +33,16 @@ class Source(ABC):
 
     labels: (N,) int64, -1 for unlabeled images. classes: names of the classes. pixels: format of the decoded images.
     sizes: (N, 2), height and width of each upright image; None if not scanned (fastsimclr/data/scan.py).
+    bad: the images known to be unusable, by index, and why.
+    notes: one line for each kind of file that was passed over when the source was opened, and why.
     """
 
     labels: NDArray[np.int64]
     classes: Sequence[str]
     pixels: PixelFormat = RGB8
     sizes: NDArray[np.int64] | None = None
+    bad: Mapping[int, str] = MappingProxyType({})
+    notes: Sequence[str] = ()
     thread_safe: ClassVar[bool] = True  # whether threads may read images at the same time
 
     def __len__(self) -> int:
@@ -47,6 +55,19 @@ class Source(ABC):
     @abstractmethod
     def name(self, index: int) -> str:
         """Return the name of image `index` for messages: its file, or its shard and member."""
+
+    def key(self, index: int) -> str:
+        """Return the name of image `index` within the source: equal for copies of the data that lie elsewhere."""
+        return self.name(index)
+
+    def digest(self) -> bytes:
+        """Return a hash of the keys and labels of all images, in their order."""
+        hashed = hashlib.blake2b(self._hash_keys(), digest_size=16)
+        hashed.update(self.labels.tobytes())
+        return hashed.digest()
+
+    def _hash_keys(self) -> bytes:
+        return Names.of(map(self.key, range(len(self)))).digest()
 
     def class_name(self, label: int) -> str:
         """Return the name of the class. A numeric class is named by its label, as numbers may have gaps."""
@@ -61,6 +82,8 @@ class Source(ABC):
         part = copy(self)
         part.labels = self.labels[indices]
         part.sizes = None if self.sizes is None else self.sizes[indices]
+        if self.bad:
+            part.bad = {new: self.bad[old] for new, old in enumerate(indices.tolist()) if old in self.bad}
         return part
 
 
@@ -111,7 +134,7 @@ class EncodedSource(Source):
         """Return the encoded bytes of image `index`. Raises UserError if they cannot be read."""
 
     @abstractmethod
-    def locations(self) -> tuple[Sequence[str] | NDArray[np.str_], NDArray[np.int64], NDArray[np.int64]]:
+    def locations(self) -> tuple[Sequence[str], NDArray[np.int64], NDArray[np.int64]]:
         """Return the files, and for each image (N,) the index of its file and its byte offset in it."""
 
 
@@ -119,32 +142,36 @@ class FolderSource(EncodedSource):
     """Image files in a folder or in its class folders."""
 
     def __init__(
-        self, files: Sequence[str] | NDArray[np.str_], labels: NDArray[np.int64], classes: Sequence[str]
+        self, names: Names | Sequence[str], labels: NDArray[np.int64], classes: Sequence[str], root: str = ""
     ) -> None:
-        self.files, self.labels, self.classes = (
-            np.array(files),
-            labels,
-            classes,
-        )  # an array: pickled as one buffer for workers
+        """names: of the files, relative to the folder `root`."""
+        self.names = names if isinstance(names, Names) else Names.of(names)
+        self.labels, self.classes, self.root = labels, classes, root
 
     def name(self, index: int) -> str:
-        return str(self.files[index])
+        return os.path.join(self.root, self.names[index])
+
+    def key(self, index: int) -> str:
+        return self.names[index]
+
+    def _hash_keys(self) -> bytes:
+        return self.names.digest()
 
     def read(self, index: int) -> NDArray[np.uint8]:
         try:
-            return np.fromfile(self.files[index], dtype=np.uint8)
+            return np.fromfile(self.name(index), dtype=np.uint8)
         except OSError as error:
             raise UserError(f"{self.name(index)}: cannot be read ({error.strerror}); expected an image file") from error
 
-    def locations(self) -> tuple[NDArray[np.str_], NDArray[np.int64], NDArray[np.int64]]:
-        return self.files, np.arange(len(self)), np.zeros(len(self), np.int64)
+    def locations(self) -> tuple[Sequence[str], NDArray[np.int64], NDArray[np.int64]]:
+        return [self.name(index) for index in range(len(self))], np.arange(len(self)), np.zeros(len(self), np.int64)
 
     def class_name(self, label: int) -> str:
         return self.classes[label]
 
     def subset(self, indices: NDArray[np.int64]) -> "Self":
         part = self._part(indices)
-        part.files = self.files[indices]
+        part.names = self.names[indices]
         return part
 
 
@@ -154,16 +181,24 @@ class TarSource(EncodedSource):
     def __init__(
         self,
         shards: Sequence[str],
-        members: Sequence[str] | NDArray[np.str_],
+        members: Names | Sequence[str],
         extents: NDArray[np.int64],
         labels: NDArray[np.int64],
         classes: Sequence[str],
     ) -> None:
-        self.shards, self.members, self.labels, self.classes = shards, np.array(members), labels, classes
+        self.members = members if isinstance(members, Names) else Names.of(members)
+        self.shards, self.labels, self.classes = shards, labels, classes
         self.extents = extents  # (N, 3): shard, offset, size
 
     def name(self, index: int) -> str:
         return f"{self.shards[self.extents[index, 0]]}: {self.members[index]}"
+
+    def key(self, index: int) -> str:
+        return f"{os.path.basename(self.shards[self.extents[index, 0]])}: {self.members[index]}"
+
+    def _hash_keys(self) -> bytes:
+        shards = Names.of(map(os.path.basename, self.shards)).digest()
+        return shards + self.members.digest() + self.extents[:, 0].tobytes()
 
     def read(self, index: int) -> NDArray[np.uint8]:
         shard, offset, size = self.extents[index]

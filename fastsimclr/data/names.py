@@ -1,0 +1,57 @@
+"""The names of images, kept as bytes: a million strings would take some 100 MiB in each process."""
+
+import hashlib
+import os
+from collections.abc import Iterable, Iterator
+from typing import overload
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+
+class Names:
+    """An immutable list of file names: names[i] is a str, names[indices (K,)] the Names of these, in that order.
+
+    Workers get handles to the two tensors, which then are in shared memory. Bytes that are not UTF-8 become surrogate
+    escapes, as everywhere in Python.
+    """
+
+    def __init__(self, text: NDArray[np.uint8], ends: NDArray[np.int64]) -> None:
+        """text: all names one after another. ends: (N,), the end of each name in it."""
+        self._text: Tensor = torch.from_numpy(text)
+        self._ends: Tensor = torch.from_numpy(ends)
+
+    @staticmethod
+    def of(names: Iterable[str | bytes]) -> "Names":
+        encoded = [os.fsencode(name) for name in names]
+        ends = np.cumsum(np.fromiter(map(len, encoded), np.int64, len(encoded)))
+        return Names(np.frombuffer(bytearray(b"".join(encoded)), np.uint8), ends)
+
+    def __len__(self) -> int:
+        return len(self._ends)
+
+    @overload
+    def __getitem__(self, index: int) -> str: ...
+    @overload
+    def __getitem__(self, index: NDArray[np.int64]) -> "Names": ...
+    def __getitem__(self, index: int | NDArray[np.int64]) -> "str | Names":
+        text, ends = self._text.numpy(), self._ends.numpy()
+        if not isinstance(index, np.ndarray):
+            index = range(len(ends))[index]  # checks it, and counts a negative one from the end
+            return os.fsdecode(text[0 if index == 0 else ends[index - 1] : ends[index]].tobytes())
+        starts = np.concatenate([[0], ends])[:-1]
+        lengths = (ends - starts)[index]
+        new_ends = np.cumsum(lengths)
+        positions = np.arange(lengths.sum()) + np.repeat(starts[index] - (new_ends - lengths), lengths)
+        return Names(text[positions], new_ends)
+
+    def __iter__(self) -> Iterator[str]:
+        return map(self.__getitem__, range(len(self)))
+
+    def digest(self) -> bytes:
+        """Return a hash of the names and their order."""
+        hashed = hashlib.blake2b(self._ends.numpy().tobytes(), digest_size=16)
+        hashed.update(self._text.numpy().tobytes())
+        return hashed.digest()
