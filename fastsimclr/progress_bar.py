@@ -2,28 +2,31 @@
 
 import itertools
 import sys
+import threading
 import time
-from typing import Any
+from collections.abc import Callable
+from typing import Any, ClassVar
 
-FIRST_LINE_SECONDS = 10.0
-LINE_SECONDS = 60.0
+FIRST_LINE_SECONDS = 5.0
+LINE_SECONDS = 30.0
+POLL_SECONDS = 1.0
 
 
 class LineTimer:
-    """Tells when the next line is due: 10 s after the start, then once a minute."""
+    """Tells when the next line is due: 5 s after the start, then every 30 s."""
 
     def __init__(self) -> None:
         self._next = time.monotonic() + FIRST_LINE_SECONDS
 
     def is_due(self) -> bool:
-        """Whether to print a line now. If so, the next one is due a minute later."""
+        """Whether to print a line now. If so, the next one is due 30 s later."""
         due = time.monotonic() >= self._next
         if due:
             self.restart()
         return due
 
     def restart(self) -> None:
-        """Make the next line due in a minute."""
+        """Make the next line due in 30 s."""
         self._next = time.monotonic() + LINE_SECONDS
 
 
@@ -63,6 +66,62 @@ def progress_bar(total: int, title: str, unit: str, *, visible: bool = True, del
 
 def print_line(line: str) -> None:
     print(line, file=sys.stderr, flush=True)
+    Phase.last_line = time.monotonic()
+
+
+class Phase:
+    """A part of a program that may take long, named in a line while no other line appears: 5 s after its start, and
+    whenever 30 s have passed without a line.
+
+    A context; within an inner one, only that is named.
+    """
+
+    last_line: ClassVar[float] = 0.0
+    """Time of the latest line of `print_line`."""
+    _entered: ClassVar[list["Phase"]] = []
+    _is_reporting: ClassVar[bool] = False
+    _changed: ClassVar[threading.Condition] = threading.Condition()
+
+    def __init__(self, title: str, *, visible: bool = True, show: Callable[[str], None] | None = None) -> None:
+        """visible: False on ranks other than zero. show: called with the text every second, instead of lines."""
+        self._title, self._visible, self._show = title, visible, show
+        self._started = time.monotonic()
+
+    def restart(self, title: str) -> None:
+        """Begin another part."""
+        self._title, self._started = title, time.monotonic()
+
+    def __enter__(self) -> "Phase":
+        self.restart(self._title)
+        if self._visible:
+            with self._changed:
+                self._entered.append(self)
+                if not Phase._is_reporting:
+                    Phase._is_reporting = True
+                    threading.Thread(target=self._report, daemon=True).start()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        if self._visible:
+            with self._changed:
+                self._entered.remove(self)
+                self._changed.notify()
+
+    @classmethod
+    def _report(cls) -> None:
+        with cls._changed:
+            while cls._entered:
+                cls._entered[-1]._show_if_due()
+                cls._changed.wait(POLL_SECONDS)
+            Phase._is_reporting = False
+
+    def _show_if_due(self) -> None:
+        now, started = time.monotonic(), self._started
+        text = f"{self._title}: {duration(now - started)}"
+        if self._show is not None:
+            self._show(text)
+        elif now >= (self.last_line + LINE_SECONDS if self.last_line >= started else started + FIRST_LINE_SECONDS):
+            print_line(text)
 
 
 def duration(seconds: float) -> str:

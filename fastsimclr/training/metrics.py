@@ -2,10 +2,9 @@
 
 import json
 import math
-import threading
-import time
 from collections import deque
 from collections.abc import Callable, Sequence
+from contextlib import ExitStack
 from typing import Any
 
 import torch
@@ -13,11 +12,8 @@ from torch import Tensor
 from tqdm import tqdm
 
 from fastsimclr.errors import UserError
-from fastsimclr.progress_bar import LineTimer, duration, print_line
+from fastsimclr.progress_bar import LineTimer, Phase, duration, print_line
 from fastsimclr.run_folder import RunFolder, replace_atomically
-
-FIRST_STEP_SECONDS = 5.0
-"""Until the first line about a slow first step, where there is no terminal; each interval after it is twice as long."""
 
 
 class Metrics:
@@ -102,15 +98,20 @@ class RunLog:
         self._line_timer = LineTimer()
         self._speed: deque[tuple[float, int]] = deque(maxlen=20)
         self._total_steps, self._epochs, self._first_step = total_steps, epochs, first_step
-        self._first_step_done = threading.Event()
+        self._phase = Phase("", show=None if self._bar.disable else self._bar.set_postfix_str)
+        self._shown = ExitStack()
 
     def show_first_step(self, estimated_seconds: float | None) -> None:
-        """Show the seconds that the first step has taken, from another thread, until `step` is called."""
-        threading.Thread(target=self._wait_for_first_step, args=(estimated_seconds,), daemon=True).start()
+        """Show the seconds that the first step has taken, until `step` is called."""
+        self._shown.enter_context(self._phase)
+        self._phase.restart(f"first step (about {duration(estimated_seconds)})" if estimated_seconds else "first step")
 
     def step(self, record: dict[str, Any]) -> None:
         """Write a step's record, and show it: in the progress bar, or from time to time in a line."""
-        self._first_step_done.set()
+        if self._bar.disable:
+            self._phase.restart(f"step {record['step'] + 1}/{self._total_steps}")
+        else:
+            self._shown.close()
         self.write(record)
         self._speed.append((record["step_ms"] / 1000, record["images"]))
         self._bar.set_postfix_str(self._status(record), refresh=False)
@@ -125,7 +126,7 @@ class RunLog:
             self._line_timer.restart()
 
     def close(self) -> None:
-        self._first_step_done.set()
+        self._shown.close()
         self._bar.close()
         self._file.close()
 
@@ -140,18 +141,6 @@ class RunLog:
         return (
             f"loss {record['loss']:.4f}, lr {record['lr']:.3g}, {images / seconds:.0f} images/s, {duration(left)} left"
         )
-
-    def _wait_for_first_step(self, estimated_seconds: float | None) -> None:
-        started = time.monotonic()
-        expected = f" of about {duration(estimated_seconds)}" if estimated_seconds else ""
-        interval = FIRST_STEP_SECONDS if self._bar.disable else 1.0
-        while not self._first_step_done.wait(interval):
-            text = f"first step: {duration(time.monotonic() - started)}{expected}"
-            if self._bar.disable:
-                print_line(text)
-                interval = min(60.0, 2 * interval)
-            else:
-                self._bar.set_postfix_str(text)
 
     def write(self, record: dict[str, Any]) -> None:
         self._file.write(json.dumps(record) + "\n")
