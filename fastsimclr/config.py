@@ -46,6 +46,9 @@ class DataConfig(PixelOptions, Augmentation):
     max_bad: float = 0.01
     """Largest fraction of images that may fail to decode. They are skipped and listed in skipped_images.txt in the
     run's folder; if there are more, the run stops with an error."""
+    cache: str | None = None
+    """Folder shared by all runs, for lists of files and results of `fastsimclr doctor --data`; null uses
+    $XDG_CACHE_HOME/fastsimclr or ~/.cache/fastsimclr."""
 
     def __post_init__(self) -> None:
         Augmentation.__post_init__(self)

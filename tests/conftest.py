@@ -47,6 +47,15 @@ def implementation(request: pytest.FixtureRequest) -> tuple[native.Implementatio
     return name, device
 
 
+@pytest.fixture(autouse=True)
+def cache_home(tmp_path_factory: pytest.TempPathFactory, request: pytest.FixtureRequest) -> Iterator[Path]:
+    """Each test has its own cache folder, which does not exist at first: none sees the user's, or another test's."""
+    with pytest.MonkeyPatch.context() as patch:
+        folder = tmp_path_factory.getbasetemp() / "caches" / str(abs(hash(request.node.nodeid)))
+        patch.setenv("XDG_CACHE_HOME", str(folder))
+        yield folder / "fastsimclr"
+
+
 @pytest.fixture
 def working_directory(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     """An empty directory that is the current one during the test."""

@@ -61,7 +61,7 @@ def _options(config: dict[str, Any]) -> Iterator[tuple[str, str]]:
         for name, value in config.get(section, {}).items():
             yield f"{section}.{name}", str(value)
     for name, value in config["data"].items():
-        if name not in ("train", "val", "backend", "workers", "max_bad"):
+        if name not in ("train", "val", "backend", "workers", "max_bad", "cache"):
             yield f"data.{name}", str(value)
 
 
