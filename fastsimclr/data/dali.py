@@ -15,7 +15,8 @@ from nvidia.dali import pipeline_def
 from torch import Tensor
 
 from fastsimclr.data.augmentation import Augmentation
-from fastsimclr.data.images import as_ppm, decode, is_web_format, upright_size
+from fastsimclr.data.headers import read_header
+from fastsimclr.data.images import as_ppm, decode, is_web_format
 from fastsimclr.data.loader import BatchRequest, CroppedBatch
 from fastsimclr.data.params import VIEW_PARAMS, ViewParams, sample_batch_params
 from fastsimclr.data.pixels import RGB8
@@ -129,7 +130,7 @@ class DaliBackend:
         if self.source.sizes is not None:
             return self.source.sizes[request.index]
         return np.array(
-            [upright_size(data, self.source.name(i)) for data, i in zip(images, request.index, strict=True)]
+            [read_header(data, self.source.name(i)).upright_size for data, i in zip(images, request.index, strict=True)]
         )
 
     def _next_batch(self) -> CroppedBatch | None:

@@ -19,7 +19,6 @@ from fastsimclr.errors import UserError
 Image.init()
 
 EXTENSIONS = (".jpg", ".jpeg", ".png", ".webp", ".bmp", ".gif", ".tif", ".tiff", ".ppm", ".pgm", ".npy")
-_EXIF_ORIENTATION = 0x0112
 # torchvision's decoders without their Python wrapper, which from 0.29 warns of its removal at each image. If they were
 # removed or not built, Pillow decodes the same pixels 20 % slower.
 _decode_web = getattr(torch.ops.image, "decode_image", None)
@@ -93,21 +92,6 @@ def is_web_format(data: NDArray[np.uint8]) -> bool:
         # torchvision ignores the orientation of a WebP, DALI rejects it, and neither decodes an animation
         return not (head[12:16] == b"VP8X" and head[20] & (_WEBP_EXIF | _WEBP_ANIMATION))
     return head[:3] == b"\xff\xd8\xff" or head[:4] == b"\x89PNG"
-
-
-def upright_size(data: NDArray[np.uint8], name: str) -> tuple[int, int]:
-    """Return (height, width) of the upright image, read from its header. Raises UserError like `decode`."""
-    try:
-        with Image.open(io.BytesIO(data.tobytes())) as opened:
-            if opened.format == "TIFF":
-                opened.load()  # Pillow applies their orientation itself, when depends on its version
-            width, height = opened.size
-            is_transposed = opened.getexif().get(_EXIF_ORIENTATION, 1) >= 5  # 5 to 8 swap height and width
-    except Exception as error:
-        raise UserError(
-            f"{name}: got {len(data)} bytes without an image header; expected an image: remove or replace the file"
-        ) from error
-    return (width, height) if is_transposed else (height, width)
 
 
 def as_ppm(image: Tensor) -> NDArray[np.uint8]:

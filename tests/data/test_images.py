@@ -12,7 +12,7 @@ from PIL import Image, ImageOps
 
 from fastsimclr import Augmentation
 from fastsimclr.data import images, open_views
-from fastsimclr.data.images import as_ppm, decode, upright_size
+from fastsimclr.data.images import as_ppm, decode
 from fastsimclr.data.sampler import Sampler
 from fastsimclr.errors import UserError
 
@@ -78,12 +78,6 @@ def test_exif_orientation(orientation: int) -> None:
     decoded = decode(array(stored), "rotated").permute(1, 2, 0).numpy().astype(int)
     assert decoded.shape == upright.shape
     assert np.abs(decoded - upright).max() <= 6  # JPEG at quality 100
-
-
-@pytest.mark.parametrize("name", FILES)
-def test_size_from_header_is_the_decoded_size(name: str) -> None:
-    data = array(FILES[name])
-    assert upright_size(data, name) == tuple(decode(data, name).shape[1:])
 
 
 def test_as_ppm_round_trips() -> None:
