@@ -3,8 +3,10 @@
 import gc
 import os
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
+from datetime import timedelta
 from typing import Any, TypeVar, cast
 
 import torch
@@ -13,10 +15,15 @@ from torch import Tensor
 
 from fastsimclr.errors import OtherRankError, UserError
 from fastsimclr.profiling import stage
+from fastsimclr.progress_bar import Phase
+from fastsimclr.slurm import set_ranks
 
 # torch 2.14 renamed all_gather_into_tensor, and warns about the old name on every rank.
 _ALL_GATHER = "all_gather_single" if hasattr(dist, "all_gather_single") else "all_gather_into_tensor"
 Result = TypeVar("Result")
+
+# A rank waits this long for another, which may still be opening its data on slow storage.
+_TIMEOUT = timedelta(hours=2)
 
 # Process groups by name: custom operators accept strings as arguments, but not process groups.
 _groups: dict[str, dist.ProcessGroup] = {}
@@ -45,12 +52,14 @@ def all_gather(output: Tensor, part: Tensor, group: dist.ProcessGroup | None = N
 
 
 def start(device: str) -> World:
-    """Initialize the process group if torchrun started this process, and select the device.
+    """Initialize the process group if torchrun or srun started this process, and select the device.
 
-    device: "auto", "cpu", "cuda" or "cuda:1". Under torchrun each rank uses the GPU of its LOCAL_RANK. Collectives use
-    nccl for tensors on a GPU and gloo for tensors on the CPU, so that flags can be exchanged without using the GPU.
+    device: "auto", "cpu", "cuda" or "cuda:1". Each rank uses the GPU of its LOCAL_RANK, or the only one that it sees
+    under srun, which may bind a GPU to each task. Collectives use nccl for tensors on a GPU and gloo for tensors on the
+    CPU, so that flags can be exchanged without using the GPU.
     Raises UserError if the device is not available.
     """
+    set_ranks()
     if device == "auto":
         device = "cuda" if torch.cuda.is_available() else "cpu"
     if not re.fullmatch(r"cpu|cuda(:\d+)?", device):
@@ -60,7 +69,8 @@ def start(device: str) -> World:
     if chosen.type == "cuda":
         index = chosen.index
         if index is None:
-            index = int(os.environ.get("LOCAL_RANK", "0"))
+            is_bound = "SLURM_PROCID" in os.environ and torch.cuda.device_count() == 1
+            index = 0 if is_bound else int(os.environ.get("LOCAL_RANK", "0"))
         if index >= torch.cuda.device_count():
             raise UserError(
                 f"--device: got cuda:{index}, but {torch.cuda.device_count()} CUDA devices are visible; "
@@ -78,8 +88,25 @@ def start(device: str) -> World:
         return World(dist.get_rank(), dist.get_world_size(), chosen)
     if world_size > 1:
         backend = "cpu:gloo,cuda:nccl" if chosen.type == "cuda" else "gloo"
-        dist.init_process_group(backend, device_id=chosen if chosen.type == "cuda" else None)
+        with _waiting(int(os.environ["RANK"])):
+            device_id = chosen if chosen.type == "cuda" else None
+            dist.init_process_group(backend, device_id=device_id, timeout=_TIMEOUT)
     return World(rank=int(os.environ.get("RANK", "0")), world_size=world_size, device=chosen)
+
+
+@contextmanager
+def _waiting(rank: int) -> Iterator[None]:
+    """Name the wait for other ranks, and raise UserError if it takes too long."""
+    try:
+        with Phase("waiting for the other ranks", visible=rank == 0):
+            yield
+    except RuntimeError as error:
+        if not re.search("timed out|timeout", str(error), re.IGNORECASE):
+            raise
+        raise UserError(
+            f"ranks: got no answer from another rank ({str(error).splitlines()[0]}); expected all ranks to come this "
+            "far: look for the first error, or for the slowest storage, in their logs"
+        ) from error
 
 
 def barrier(world: World) -> None:
@@ -222,7 +249,8 @@ def broadcast_object(value: Any, world: World) -> Any:
     if world.world_size == 1:
         return value
     values = [value]
-    dist.broadcast_object_list(values, src=0, device=torch.device("cpu"))
+    with _waiting(world.rank):
+        dist.broadcast_object_list(values, src=0, device=torch.device("cpu"))
     return values[0]
 
 
@@ -231,7 +259,8 @@ def gather_objects(value: Any, world: World) -> list[Any]:
     if world.world_size == 1:
         return [value]
     values: list[Any] = [None] * world.world_size
-    dist.all_gather_object(values, value)
+    with _waiting(world.rank):
+        dist.all_gather_object(values, value)
     return values
 
 

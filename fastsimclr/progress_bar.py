@@ -80,7 +80,7 @@ class Phase:
     """Time of the latest line of `print_line`."""
     _entered: ClassVar[list["Phase"]] = []
     _is_reporting: ClassVar[bool] = False
-    _changed: ClassVar[threading.Condition] = threading.Condition()
+    _lock: ClassVar[threading.Lock] = threading.Lock()
 
     def __init__(self, title: str, *, visible: bool = True, show: Callable[[str], None] | None = None) -> None:
         """visible: False on ranks other than zero. show: called with the text every second, instead of lines."""
@@ -94,7 +94,7 @@ class Phase:
     def __enter__(self) -> "Phase":
         self.restart(self._title)
         if self._visible:
-            with self._changed:
+            with self._lock:
                 self._entered.append(self)
                 if not Phase._is_reporting:
                     Phase._is_reporting = True
@@ -103,17 +103,18 @@ class Phase:
 
     def __exit__(self, *_: object) -> None:
         if self._visible:
-            with self._changed:
+            with self._lock:
                 self._entered.remove(self)
-                self._changed.notify()
 
     @classmethod
     def _report(cls) -> None:
-        with cls._changed:
-            while cls._entered:
+        while True:
+            with cls._lock:
+                if not cls._entered:
+                    Phase._is_reporting = False
+                    return
                 cls._entered[-1]._show_if_due()
-                cls._changed.wait(POLL_SECONDS)
-            Phase._is_reporting = False
+            time.sleep(POLL_SECONDS)
 
     def _show_if_due(self) -> None:
         now, started = time.monotonic(), self._started

@@ -21,6 +21,7 @@ from fastsimclr.data.opening import describe
 from fastsimclr.errors import UserError
 from fastsimclr.malloc import keep_freed_memory
 from fastsimclr.pretrained import load_encoder
+from fastsimclr.progress_bar import Phase
 from fastsimclr.run_folder import RunFolder
 from fastsimclr.training.callbacks import Callback
 from fastsimclr.training.rank_sync import StopSignal
@@ -129,7 +130,8 @@ def train(config: Config, command: Sequence[str], **objects: Any) -> Trainer | N
         if world.device.type == "cpu":
             keep_freed_memory()
         try:
-            trainer = Trainer(config, world, command=command, stop=stop, **objects)
+            with Phase("starting", visible=world.is_rank_zero):
+                trainer = Trainer(config, world, command=command, stop=stop, **objects)
             trainer.train()
         except ScanStopped:
             return None

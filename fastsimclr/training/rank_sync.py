@@ -13,6 +13,7 @@ from fastsimclr.data import Batch, ViewLoader
 from fastsimclr.distributed import World, all_gather, raise_on_all_ranks
 from fastsimclr.errors import UserError
 from fastsimclr.profiling import stage
+from fastsimclr.progress_bar import Phase
 from fastsimclr.training.progress import Progress
 
 STOP_SIGNALS = (signal.SIGTERM, signal.SIGINT)
@@ -85,7 +86,7 @@ class RankSync:
         """The next batch; None at the end of the epoch, or if this rank cannot read one."""
         started = time.perf_counter()
         try:
-            with stage("data_wait"):
+            with stage("data_wait"), Phase("waiting for images", visible=self._world.is_rank_zero):
                 return next(batches, None)
         except UserError as error:
             self._failure = error
@@ -98,7 +99,7 @@ class RankSync:
         own = torch.tensor([local_batch_size, self._stop.received, self._stop_requested, self._failure is not None])
         all_ranks = own[None]
         if self._world.world_size > 1:
-            with stage("rank_wait"):
+            with stage("rank_wait"), Phase("waiting for the other ranks", visible=self._world.is_rank_zero):
                 all_ranks = own.new_empty(self._world.world_size, len(own))
                 all_gather(all_ranks, own[None])
         self.local_batch_sizes, signals, requests, failures = all_ranks.T.tolist()

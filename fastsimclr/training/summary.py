@@ -8,12 +8,13 @@ from typing import Any
 from torch import nn
 
 from fastsimclr._extension import describe_build
-from fastsimclr.config import Config
+from fastsimclr.config import Config, ModelConfig
 from fastsimclr.data import ViewLoader, choose_backend
 from fastsimclr.data.dataset import Dataset
 from fastsimclr.data.scan import SKIPPED_FILE
 from fastsimclr.distributed import World
 from fastsimclr.models import USER_MODULE, Backbone, Encoder
+from fastsimclr.models.resnet import SMALL_IMAGE
 from fastsimclr.optim import LRSchedule, Recipe
 from fastsimclr.precision import Precision
 from fastsimclr.profiling import FIRST_TRACED, Trace
@@ -21,6 +22,8 @@ from fastsimclr.progress_bar import duration
 from fastsimclr.run_folder import RunFolder
 from fastsimclr.training.estimate import Estimate
 from fastsimclr.training.freeze import Freezing
+
+_EITHER_STEM = 96  # pixels: up to here, people use either stem
 
 
 def describe_data(config: Config, data: Dataset, loader: ViewLoader, folder: RunFolder) -> list[str]:
@@ -45,21 +48,25 @@ def describe_model(
         trainable = sum(p.numel() for p in model.parameters() if p.requires_grad)
         size += f", of which {trainable:,} train (frozen: {freezing})"
     return [
-        f"model: {describe_encoder(config.model.encoder, model.encoder)}, {size}",  # type: ignore[arg-type]
+        f"model: {describe_encoder(config.model, model.encoder)}, {size}",  # type: ignore[arg-type]
         f"device: {world.world_size} x {world.device.type}, {precision.why}",
         f"loss: NT-Xent, temperature {config.loss.temperature}, backend {loss_backend}",
         describe_build(),
     ]
 
 
-def describe_encoder(name: str, encoder: Encoder | Backbone) -> str:
+def describe_encoder(config: ModelConfig, encoder: Encoder | Backbone) -> str:
     """The encoder as it was built."""
     spec = encoder.spec
     images = f"{spec.channels} x {spec.image_size} x {spec.image_size}"
     if isinstance(encoder, Encoder):
-        built = f"{spec.name} x{spec.width:g}, {spec.stem} stem"
+        stem = f"{spec.stem} stem"
+        if config.stem == "auto" and spec.image_size <= _EITHER_STEM:
+            other = "imagenet takes about a sixteenth of" if spec.stem == "small" else "small takes about 16 times"
+            stem += f" (auto: small up to {SMALL_IMAGE} pixels; --model.stem {other} the operations)"
+        built = f"{spec.name} x{spec.width:g}, {stem}"
     elif spec.name == USER_MODULE:
-        built = f"a module of your own, {name.removeprefix('object:')}"
+        built = f"a module of your own, {config.encoder.removeprefix('object:')}"
     else:
         built = spec.name
     return f"{built}, images {images}, {encoder.out_features} features"

@@ -25,6 +25,7 @@ from fastsimclr.errors import UserError
 from fastsimclr.evaluation.knn import measure
 from fastsimclr.optim import LRSchedule
 from fastsimclr.profiling import StageClock, Trace, stage
+from fastsimclr.progress_bar import Phase
 from fastsimclr.run_folder import RunFolder, load_checkpoint, write_text
 from fastsimclr.training import summary
 from fastsimclr.training.build import architecture, build_learner, check_architecture, check_weights
@@ -76,7 +77,8 @@ class Trainer:
         self.trained_knn: float | None = None
         self._checkpoint_requested = False
 
-        sources, config = open_images(config, train, val, world, rgb_optional=rgb_optional)
+        with Phase("opening the images", visible=world.is_rank_zero):
+            sources, config = open_images(config, train, val, world, rgb_optional=rgb_optional)
         channels = sources[0].pixels.channels
         # Before the images are checked, which may take long: errors in these options are reported at once.
         file = distributed.broadcast_object(self._file_to_resume(), world)
