@@ -72,7 +72,7 @@ class ModelConfig:
     """Width multiplier: multiplies the number of channels of every layer. A multiple of 1/64, such as 0.5 or 2."""
     stem: Literal["auto", "imagenet", "small"] = "auto"
     """First layers of the encoder: imagenet (7x7 convolution of stride 2, max-pooling) or small (3x3 convolution of
-    stride 1, no pooling). auto picks small for images of up to 64 pixels."""
+    stride 1, no pooling), which takes about 16 times the operations. auto picks small for images of up to 40 pixels."""
     hidden: int | None = None
     """Hidden features of the projection head; null uses the encoder's number of features."""
     out: int = 128

@@ -121,7 +121,7 @@ class SupervisedConfig(_WithLabels):
     width: float = 1
     """Without --checkpoint: width multiplier of all layers."""
     stem: Literal["auto", "imagenet", "small"] = "auto"
-    """Without --checkpoint: first layers; auto: small for images of up to 64 pixels, else imagenet."""
+    """Without --checkpoint: first layers; auto: small for images of up to 40 pixels, else imagenet."""
     epochs: int = 90
     """Number of epochs."""
     lr: float | Literal["auto"] = "auto"

@@ -20,7 +20,7 @@ _BLOCKS: dict[str, tuple[type[BasicBlock | Bottleneck], list[int]]] = {
 }
 ENCODERS = tuple(_BLOCKS)
 STEMS = ("auto", "imagenet", "small")
-SMALL_IMAGE = 64  # pixels: largest image size for which stem "auto" is "small"
+SMALL_IMAGE = 40  # pixels: largest image size for which stem "auto" is "small"
 
 
 class Encoder(ResNet):
