@@ -194,9 +194,7 @@ def test_batches(suite: Suite, photos: Images) -> None:
     """Batches (B, 3, 224, 224) uint8 of resized photos, without decoding."""
     torch.set_num_threads(CORES)  # neither has workers
     size = AUGMENTATION.image_size
-    decoded = [
-        decode(np.fromfile(file, dtype=np.uint8), file) for file in map(photos.once.name, range(len(photos.once)))
-    ]
+    decoded = [decode(np.fromfile(file, dtype=np.uint8), file) for file in photos.once.files]
     resized = torch.stack([resize(image, [size, size], antialias=True) for image in decoded]).permute(0, 2, 3, 1)
     whole = ArraySource("resized photos", resized.contiguous(), np.full(len(resized), -1), ())
     kornia = f"RandomResizedCrop on whole batches, without antialiasing; {ONE_ORDER}"

@@ -248,8 +248,6 @@ class DaliReader:
     def __init__(
         self, photos: Photos, setting: Setting, make: Callable[[Any, Augmentation, str], Any], count: int = 2
     ) -> None:
-        files = [photos.name(index) for index in range(len(photos))]
-
         @pipeline_def(
             batch_size=setting.batch_size,
             num_threads=max(1, setting.workers),
@@ -258,10 +256,7 @@ class DaliReader:
         )
         def graph() -> tuple[object, ...]:
             data, _ = fn.readers.file(
-                files=files,
-                random_shuffle=setting.shuffle,
-                pad_last_batch=True,
-                name="files",
+                files=list(photos.files), random_shuffle=setting.shuffle, pad_last_batch=True, name="files"
             )
             images = fn.decoders.image(data, device="mixed" if ON_GPU else "cpu", output_type=types.RGB)
             return tuple(make(images, setting.augmentation, "gpu" if ON_GPU else "cpu") for _ in range(count))
