@@ -12,6 +12,7 @@ before the loader was opened. It excludes packages imported by this process, or 
 from.
 """
 
+import functools
 import gc
 import os
 import tarfile
@@ -46,7 +47,7 @@ from benchmarks.view_contenders import (
     our_views,
     pixel_difference,
 )
-from benchmarks.view_peers import GRID, Contender, Photos, Setting, in_webdataset, in_workers
+from benchmarks.view_peers import GRID, Contender, Loader, Photos, Setting, in_webdataset, in_workers
 from fastsimclr import Augmentation
 from fastsimclr.data import open_source, open_views
 from fastsimclr.data.dali import DaliBackend
@@ -109,12 +110,19 @@ def default_first(ours: dict[str, Contender], gpu_default: str) -> dict[str, Con
     return dict(sorted(ours.items(), key=lambda item: item[0] != gpu_default)) if ON_GPU else ours
 
 
+def open_spdl(read: str, photos: Photos, setting: Setting) -> Loader:
+    from benchmarks import view_spdl  # may not be installed
+
+    return view_spdl.Spdl(photos, setting, getattr(view_spdl, read))
+
+
 LIGHTLY = Contender(
     in_workers(peers.open_pillow, peers.lightly_transform),
     requires="lightly",
     hardcoded={"interpolation": "bilinear"},
     note="bilinear interpolation, which it hardcodes",
 )
+SPDL = "decodes by FFmpeg, of which it needs shared libraries"
 COLOR_TWIST = "different function: with the same random parameters color_twist is off by 11.6 levels of 255"
 ONE_ORDER = "one order of the color jitter operations for a whole batch"
 
@@ -129,6 +137,7 @@ def test_decode(suite: Suite, photos: Images) -> None:
         "Pillow, DataLoader": Contender(in_workers(peers.open_pillow, pillow_grid)),
         "torchvision decode_image, DataLoader": Contender(in_workers(peers.open_tensor, tensor_grid)),
         "WebDataset, Pillow decoder": Contender(in_webdataset(pillow_grid), requires="webdataset"),
+        "SPDL": Contender(functools.partial(open_spdl, "grid"), requires="spdl", note=SPDL),
     }
     compare(suite, contenders, SETTING, photos, GRID, torch.uint8)
 
@@ -143,6 +152,12 @@ def test_crops(suite: Suite, photos: Images) -> None:
         "torchvision on Pillow": Contender(in_workers(peers.open_pillow, peers.crops_on_pillow)),
         "torchvision v2 on tensors": Contender(in_workers(peers.open_tensor, peers.crops_on_tensors)),
         "WebDataset, torchvision on Pillow": Contender(in_webdataset(peers.crops_on_pillow), requires="webdataset"),
+        "SPDL, FFmpeg's crop and scale": Contender(
+            functools.partial(open_spdl, "crops"),
+            requires="spdl",
+            inexact=True,
+            note=f"different function: FFmpeg resizes by another filter; {SPDL}",
+        ),
     }
     setting = replace(SETTING, augmentation=CROPS)
     compare(suite, contenders, setting, photos, CROPS.image_size, torch.uint8)

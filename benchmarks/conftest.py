@@ -23,6 +23,7 @@ PACKAGES = (
     "lightly",
     "kornia",
     "webdataset",
+    "spdl",
     "pytorch-metric-learning",
     "pytest-benchmark",
 )
