@@ -2,6 +2,8 @@
 
 import hashlib
 import os
+import re
+from array import array
 from collections.abc import Iterable, Iterator
 from typing import overload
 
@@ -25,9 +27,11 @@ class Names:
 
     @staticmethod
     def of(names: Iterable[str | bytes]) -> "Names":
-        encoded = [os.fsencode(name) for name in names]
-        ends = np.cumsum(np.fromiter(map(len, encoded), np.int64, len(encoded)))
-        return Names(np.frombuffer(bytearray(b"".join(encoded)), np.uint8), ends)
+        text, ends = bytearray(), array("q")  # which grow: no list of a million names is made
+        for name in names:
+            text += os.fsencode(name)
+            ends.append(len(text))
+        return Names(np.frombuffer(text, np.uint8), np.frombuffer(ends, np.int64))
 
     def __len__(self) -> int:
         return len(self._ends)
@@ -52,6 +56,12 @@ class Names:
 
     def digest(self) -> bytes:
         """Return a hash of the names and their order."""
-        hashed = hashlib.blake2b(self._ends.numpy().tobytes(), digest_size=16)
-        hashed.update(self._text.numpy().tobytes())
+        hashed = hashlib.blake2b(self._ends.numpy(), digest_size=16)
+        hashed.update(self._text.numpy())
         return hashed.digest()
+
+
+def printable(name: str | bytes) -> str:
+    """Return a name for a message of one line: line breaks and bytes that are not UTF-8 as escapes."""
+    text = os.fsencode(name).decode(errors="backslashreplace")
+    return re.sub(r"[\x00-\x1f\x7f]", lambda found: repr(found[0])[1:-1], text)

@@ -28,6 +28,7 @@ from torch.utils.data import IterableDataset
 
 from fastsimclr.data.arrays import is_array, open_array, open_array_file
 from fastsimclr.data.datasets import DatasetSource, is_hugging_face, open_hugging_face
+from fastsimclr.data.folders import open_folder
 from fastsimclr.data.images import EXTENSIONS
 from fastsimclr.data.scan import read_labels
 from fastsimclr.data.sources import NO_LABEL, ArraySource, FolderSource, Source, TarSource
@@ -59,6 +60,8 @@ def open_unread(data: Any, split: str) -> Source:
     if not isinstance(data, str | os.PathLike):
         return _open_object(data)
     path = os.fspath(data)
+    if not path.strip():
+        raise UserError(f"data: got an empty path, perhaps of an unset variable; expected {_EXPECTED}")
     if path.startswith(_OBJECT):
         raise UserError(
             f"{path.removeprefix(_OBJECT)}: got the name of an object that a Python program passed to pretrain(), "
@@ -79,7 +82,7 @@ def open_unread(data: Any, split: str) -> Source:
             return _open_tars(_expand(path))
         got = "a file" if folder.exists() else "nothing at that path"
         raise UserError(f"{path}: got {got}, expected {_EXPECTED}")
-    return _open_folder(folder)
+    return open_folder(str(folder))
 
 
 def describe(data: Any) -> str:
@@ -118,34 +121,6 @@ def _open_object(data: Any) -> Source:
     if isinstance(data, Mapping):
         raise UserError(f"data: got {kind.__name__}, expected a Dataset, an array or a pair (images, labels)")
     return DatasetSource(data)
-
-
-def _open_folder(folder: Path) -> FolderSource:
-    root = str(folder)
-    flat = sorted(entry.name for entry in os.scandir(folder) if entry.is_file() and _is_image(entry.name))
-    flat = [flat[n] for n in _images_of(flat)]
-    if flat:
-        return FolderSource(flat, np.full(len(flat), NO_LABEL), (), root)
-    files: list[str] = []
-    labels: list[int] = []
-    classes: list[str] = []
-    for class_folder in sorted(entry.path for entry in os.scandir(folder) if entry.is_dir()):
-        images = sorted(
-            os.path.relpath(os.path.join(parent, file), root)
-            for parent, _, names in os.walk(class_folder, followlinks=True)
-            for file in names
-            if _is_image(file)
-        )
-        if images:
-            files += images
-            labels += [len(classes)] * len(images)
-            classes.append(os.path.basename(class_folder))
-    if not files:
-        raise UserError(
-            f"{folder}: got a folder with no images in it or its subfolders, expected files ending in "
-            f"{' '.join(EXTENSIONS)}"
-        )
-    return _selected(FolderSource(files, np.array(labels), classes, root), files)
 
 
 def _open_tars(shards: list[str]) -> TarSource:

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from pictures import SHARED_DATA, jpeg, names, open_encoded, photo, write, write_tar
+from pictures import SHARED_DATA, jpeg, open_encoded, photo, write, write_tar
 from torchvision.datasets import STL10
 
 from fastsimclr.data import open_source
@@ -26,55 +26,6 @@ def error_of(path: Path | str) -> str:
     assert isinstance(caught.value, ValueError)
     assert "\n" not in message
     return message
-
-
-# Folders
-
-
-def test_class_folders_are_sorted_and_searched_recursively(tmp_path: Path) -> None:
-    files = ("b/2.jpg", "b/deep/er/1.PNG", "a/9.webp", "a/10.jpeg", "c/x.tif")
-    write(tmp_path, {name: name.encode() for name in files})
-    write(tmp_path, {"b/notes.txt": b"", "a/.hidden.jpg": b"", "empty/readme.md": b"", "labels.csv": b""})
-    source = open_encoded(tmp_path)
-    order = ("a/10.jpeg", "a/9.webp", "b/2.jpg", "b/deep/er/1.PNG", "c/x.tif")
-    assert names(source) == [f"{tmp_path}/{file}" for file in order]
-    assert source.classes == ["a", "b", "c"], "a folder without images is not a class"
-    assert source.labels.tolist() == [0, 0, 1, 1, 2]
-    assert source.labels.dtype == np.int64
-    assert source.has_labels
-    assert source.read(3).tobytes() == b"b/deep/er/1.PNG"
-
-
-def test_flat_folder_has_no_labels(tmp_path: Path) -> None:
-    source = open_encoded(write(tmp_path, {"2.jpg": b"2", "10.png": b"10", "notes.txt": b"", "sub/3.jpg": b"3"}))
-    assert names(source) == [f"{tmp_path}/10.png", f"{tmp_path}/2.jpg"]
-    assert source.labels.tolist() == [-1, -1]
-    assert not source.has_labels
-
-
-def test_folder_name_with_glob_characters(tmp_path: Path) -> None:
-    assert len(open_encoded(write(tmp_path / "photos [2020]", {"1.jpg": b""}))) == 1
-
-
-def test_class_folders_may_be_symlinks(tmp_path: Path) -> None:
-    write(tmp_path / "elsewhere", {"1.jpg": b""})
-    write(tmp_path / "data", {"a/1.jpg": b""})
-    (tmp_path / "data" / "b").symlink_to(tmp_path / "elsewhere")
-    assert open_encoded(tmp_path / "data").classes == ["a", "b"]
-
-
-@pytest.mark.parametrize(
-    ("files", "path", "message"),
-    [
-        ({}, "nowhere", "got nothing at that path, expected a folder of images, tar shards"),
-        ({"file.jpg": b""}, "file.jpg", "got a file, expected a folder of images, tar shards"),
-        ({"empty/x/readme.txt": b""}, "empty", "got a folder with no images in it or its subfolders"),
-        ({"empty/x/readme.txt": b""}, "empty/x", "got a folder with no images in it or its subfolders"),
-    ],
-)
-def test_path_without_images_raises(tmp_path: Path, files: dict[str, bytes], path: str, message: str) -> None:
-    write(tmp_path, files)
-    assert error_of(tmp_path / path).startswith(f"{tmp_path / path}: {message}")
 
 
 # Tar shards
