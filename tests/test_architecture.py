@@ -17,7 +17,7 @@ LAYERS = (
     {"training", "evaluation", "reporting"},
     {"config", "data", "environment", "pretrained"},
     {"loss", "models", "optim"},
-    {"distributed", "precision", "profiling", "progress_bar", "malloc", "run_folder", "presets", "slurm"}
+    {"distributed", "node", "precision", "profiling", "progress_bar", "malloc", "run_folder", "presets", "slurm"}
     | {"errors", "imports", "version", "_lazy", "_extension", "_C", "_emulated"},
 )
 """The modules and packages of fastsimclr, top to bottom. Each imports only from its own layer and those below."""

@@ -12,7 +12,7 @@ from fastsimclr.data.backends import BACKENDS, choose_backend
 from fastsimclr.data.detect import detect_pixels
 from fastsimclr.data.loader import CropBackend, LoaderConfig, ViewLoader
 from fastsimclr.data.memory import MemoryBackend, decode_all
-from fastsimclr.data.opening import BUILT_IN, open_unread
+from fastsimclr.data.opening import BUILT_IN, describe, listed_path, open_unread
 from fastsimclr.data.pixel_options import PixelOptions
 from fastsimclr.data.pixels import count_channels
 from fastsimclr.data.sampler import Sampler
@@ -25,10 +25,12 @@ from fastsimclr.data.scan import (
     write_skipped_images,
 )
 from fastsimclr.data.scan import scan as scan_images  # `scan` is the module
-from fastsimclr.data.sources import ArraySource, EncodedSource, Source
+from fastsimclr.data.sources import ArraySource, Source
 from fastsimclr.data.statistics import with_statistics
 from fastsimclr.distributed import World, run_on_all_ranks
 from fastsimclr.errors import UserError
+from fastsimclr.node import run_once_per_node
+from fastsimclr.progress_bar import print_line
 
 Pair = tuple[Source, Source | None]
 
@@ -84,12 +86,12 @@ def open_pair(
     train, val: as for `open_source`. If `val` is None, a built-in dataset uses its own validation images.
     pixels: what the images must be. Both must have the same format.
     """
+    held_out = None
+    if val is not None or is_built_in(train):
+        held_out = _open_once_per_node(train if val is None else val, "val", world)
+    opened = _open_once_per_node(train, "train", world)
 
-    def open_both() -> Pair:
-        held_out = None
-        if val is not None or is_built_in(train):
-            held_out = open_unread(train if val is None else val, "val")
-        opened = open_unread(train, "train")
+    def detect() -> None:
         detect_pixels(opened, pixels or PixelOptions())
         if held_out is not None:
             detect_pixels(held_out, pixels or PixelOptions())
@@ -97,14 +99,27 @@ def open_pair(
                 raise UserError(
                     f"--data.val: got images of {held_out.pixels}, expected {opened.pixels}, as in --data.train"
                 )
-        return opened, held_out
 
-    pair = run_on_all_ranks(open_both, world)
-    for source in pair:
-        if source is not None and not isinstance(source, EncodedSource):  # files are compared by their scan
+    run_on_all_ranks(detect, world)
+    for source in (opened, held_out):
+        if source is not None:
             check_same_images(source, world)
             read_labels(source, world, workers)
-    return pair
+    return opened, held_out
+
+
+def _open_once_per_node(data: Any, split: str, world: World) -> Source:
+    """Open images, with files listed by one rank of each node. Rank 0 prints what was passed over."""
+    source = run_once_per_node(lambda: open_unread(data, split), listed_path(data), world)
+    if world.is_rank_zero:
+        print_notes(source, data)
+    return source
+
+
+def print_notes(source: Source, data: Any) -> None:
+    """Print what was passed over when `data` was opened as `source`."""
+    for note in source.notes:
+        print_line(f"{describe(data)}: {note}")
 
 
 def check_pair(

@@ -85,6 +85,15 @@ def open_unread(data: Any, split: str) -> Source:
     return open_folder(str(folder))
 
 
+def listed_path(data: Any) -> str | None:
+    """Return the path, from the root, or the URL of data whose opening lists files; None for other data."""
+    if not isinstance(data, str | os.PathLike) or not os.fspath(data).strip():
+        return None
+    path = os.fspath(data)
+    is_other = path.partition(":")[0] in BUILT_IN or path.endswith(".npy") or is_object_reference(path)
+    return None if is_other else path if "://" in path else os.path.join(os.getcwd(), path)
+
+
 def describe(data: Any) -> str:
     """Return the path of images, or for an object a name that `open_source` does not open, for the record of a run."""
     return os.fspath(data) if isinstance(data, str | os.PathLike) else f"{_OBJECT}{type(data).__name__}"

@@ -14,6 +14,7 @@ from torch import Tensor
 from fastsimclr.config import parse
 from fastsimclr.data import Source, ViewLoader, choose_backend, open_source, open_views
 from fastsimclr.data.augmentation import Augmentation
+from fastsimclr.data.dataset import print_notes
 from fastsimclr.data.detect import detect_pixels
 from fastsimclr.data.params import sample_batch_params
 from fastsimclr.data.sources import NO_LABEL, decoded
@@ -53,6 +54,7 @@ def write_preview(options: argparse.Namespace, others: list[str]) -> str:
     assert config.data.train is not None  # parse() sets it
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     source, augmentation = open_source(config.data.train), config.data.augmentation()
+    print_notes(source, config.data.train)
     detect_pixels(source, config.data.pixel_options())
     shown = _shown_channels(options.show_channels, source.pixels.channels)
     loader = open_views(

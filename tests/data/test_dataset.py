@@ -1,5 +1,7 @@
 """open_dataset: images are opened, scanned and prepared once, and all ranks fail together."""
 
+import contextlib
+import io
 from pathlib import Path
 
 import pytest
@@ -8,7 +10,7 @@ from ranks import run_ranks
 
 from fastsimclr.data import Source, open_views
 from fastsimclr.data.augmentation import Augmentation
-from fastsimclr.data.dataset import Dataset, open_dataset
+from fastsimclr.data.dataset import Dataset, open_dataset, open_pair
 from fastsimclr.data.sources import ArraySource, EncodedSource
 from fastsimclr.distributed import SINGLE_PROCESS, World
 from fastsimclr.errors import UserError
@@ -60,6 +62,23 @@ def test_images_in_memory_are_decoded_once_and_keep_their_names(folder: Path) ->
         ]
     )
     assert open_views(decoded, Augmentation(image_size=8), 2).source is decoded
+
+
+def open_pair_on_a_rank(rank: int, path: str) -> tuple[list[str], bytes]:
+    with contextlib.redirect_stderr(io.StringIO()) as printed:
+        train, val = open_pair(path, path, World(rank, 2, SINGLE_PROCESS.device))
+    assert val is not None
+    return printed.getvalue().splitlines(), train.digest() + val.digest()
+
+
+@pytest.mark.slow
+def test_ranks_have_the_same_images_and_rank_0_prints_what_was_passed_over(folder: Path) -> None:
+    write(folder, {"cover.jpg": b"", "c/labels.txt": b""})
+    (printed, digest), (not_printed, same) = run_ranks(2, open_pair_on_a_rank, str(folder))
+    notes = ["images beside the class folders passed over: 1 (first: cover.jpg)", "other files passed over: 1 (.txt 1)"]
+    assert printed == [f"{folder}: {note}" for note in notes] * 2
+    assert not_printed == []
+    assert digest == same
 
 
 def open_on_a_rank(rank: int, path: str) -> str:
