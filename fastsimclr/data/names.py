@@ -4,7 +4,7 @@ import hashlib
 import os
 import re
 from array import array
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from typing import overload
 
 import numpy as np
@@ -33,6 +33,16 @@ class Names:
             ends.append(len(text))
         return Names(np.frombuffer(text, np.uint8), np.frombuffer(ends, np.int64))
 
+    @staticmethod
+    def join(parts: Sequence["Names"]) -> "Names":
+        starts = np.cumsum([0, *(len(part._text) for part in parts)])
+        ends = [part._ends.numpy() + start for part, start in zip(parts, starts, strict=False)]
+        return Names(np.concatenate([part._text.numpy() for part in parts]), np.concatenate(ends))
+
+    def arrays(self) -> tuple[NDArray[np.uint8], NDArray[np.int64]]:
+        """Return the text and the ends, as `Names` takes them."""
+        return self._text.numpy(), self._ends.numpy()
+
     def __len__(self) -> int:
         return len(self._ends)
 
@@ -56,8 +66,8 @@ class Names:
 
     def digest(self) -> bytes:
         """Return a hash of the names and their order."""
-        hashed = hashlib.blake2b(self._ends.numpy(), digest_size=16)
-        hashed.update(self._text.numpy())
+        hashed = hashlib.blake2b(self._ends.numpy().data, digest_size=16)
+        hashed.update(self._text.numpy().data)
         return hashed.digest()
 
 

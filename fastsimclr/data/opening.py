@@ -2,7 +2,7 @@
 
 a folder of class folders    train/daisy/1.jpg               label: index of the class folder in sorted order
 a flat folder of images      photos/1.jpg                    no labels
-tar shards                   'train-{000..127}.tar', '*.tar' label: NAME.cls beside NAME.jpg, else NAME's folder
+tar shards                   'train-{000..127}.tar', '*.tar' label: NAME.cls beside NAME.jpg, else see tars.py
 digits                       scikit-learn's 1,797 handwritten digits, 80 % of each class for training
 cifar10[:ROOT]               CIFAR-10 through torchvision, from ROOT or downloaded to it
 stl10[:ROOT]                 STL-10 likewise; most of its 105,000 training images are unlabeled
@@ -13,13 +13,10 @@ Objects: a Dataset with __len__ and __getitem__, a Hugging Face dataset, an arra
 of arrays, a list of image files, or a Source.
 """
 
-import glob
 import os
-import re
-import tarfile
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any
 
 import numpy as np
 import torch
@@ -27,15 +24,15 @@ from PIL import Image
 from torch.utils.data import IterableDataset
 
 from fastsimclr.data.arrays import is_array, open_array, open_array_file
+from fastsimclr.data.cache_folder import cache_folder
 from fastsimclr.data.datasets import DatasetSource, is_hugging_face, open_hugging_face
 from fastsimclr.data.folders import open_folder
-from fastsimclr.data.images import EXTENSIONS
 from fastsimclr.data.scan import read_labels
-from fastsimclr.data.sources import NO_LABEL, ArraySource, FolderSource, Source, TarSource
+from fastsimclr.data.sources import NO_LABEL, ArraySource, FolderSource, Source
+from fastsimclr.data.tars import expand, is_tar_path, open_tars
 from fastsimclr.errors import UserError
 from fastsimclr.imports import describe_failure, import_object, is_object_reference
 
-Files = TypeVar("Files", FolderSource, TarSource)
 BUILT_IN = ("digits", "cifar10", "stl10")
 _OBJECT = "object:"
 _EXPECTED = "a folder of images, tar shards, digits, cifar10[:ROOT], stl10[:ROOT], array.npy or mydata.py:object"
@@ -78,8 +75,8 @@ def open_unread(data: Any, split: str) -> Source:
     if folder.is_file() and folder.suffix == ".npy":
         return open_array_file(str(folder))
     if not folder.is_dir():
-        if path.endswith(".tar") or any(c in path for c in "{*?["):
-            return _open_tars(_expand(path))
+        if is_tar_path(path):
+            return open_tars(expand(path), cache_folder())
         got = "a file" if folder.exists() else "nothing at that path"
         raise UserError(f"{path}: got {got}, expected {_EXPECTED}")
     return open_folder(str(folder))
@@ -130,98 +127,6 @@ def _open_object(data: Any) -> Source:
     if isinstance(data, Mapping):
         raise UserError(f"data: got {kind.__name__}, expected a Dataset, an array or a pair (images, labels)")
     return DatasetSource(data)
-
-
-def _open_tars(shards: list[str]) -> TarSource:
-    members: list[str] = []
-    extents: list[tuple[int, int, int]] = []
-    class_names: list[str] = []  # of each image: the text of NAME.cls, or its folder
-    for shard_index, shard in enumerate(shards):
-        found, texts = _scan_tar(shard)
-        for member, offset, size in found:
-            stem = _stem(member)
-            members.append(member)
-            extents.append((shard_index, offset, size))
-            class_names.append(texts.get(stem, os.path.basename(os.path.dirname(stem))))
-    if not members:
-        raise UserError(f"{shards[0]}: got no images in {len(shards)} shards, expected members such as 0001.jpg")
-    if not all(class_names):
-        return _selected(TarSource(shards, members, np.array(extents), np.full(len(members), NO_LABEL), ()), members)
-    numeric = all(name.isascii() and name.isdigit() for name in class_names)
-    classes = sorted(set(class_names), key=int if numeric else None)
-    labels = np.array([int(name) for name in class_names] if numeric else np.searchsorted(classes, class_names))
-    return _selected(TarSource(shards, members, np.array(extents), labels, classes), members)
-
-
-def _scan_tar(shard: str) -> tuple[list[tuple[str, int, int]], dict[str, str]]:
-    """Return the image members of a tar as (name, offset, size), and the text of its NAME.cls members by NAME."""
-    images: list[tuple[str, int, int]] = []
-    texts: dict[str, str] = {}
-    try:
-        with tarfile.open(shard, mode="r:") as tar:
-            end = 0
-            for member in tar:
-                end = member.offset_data + -(-member.size // tarfile.BLOCKSIZE) * tarfile.BLOCKSIZE
-                if not member.isfile():
-                    continue
-                if _is_image(member.name):
-                    images.append((member.name, member.offset_data, member.size))
-                elif member.name.endswith(".cls"):
-                    content = tar.extractfile(member)
-                    assert content is not None  # it is a regular file
-                    texts[_stem(member.name)] = content.read().decode().strip()
-        with open(shard, "rb") as file:  # tarfile treats a damaged or missing header as the end
-            file.seek(end)
-            if file.read(tarfile.BLOCKSIZE) != bytes(tarfile.BLOCKSIZE):
-                raise tarfile.ReadError(f"neither a header nor the end marker at byte {end}")
-    except FileNotFoundError as error:
-        raise UserError(f"{shard}: got no such file, expected a tar shard") from error
-    except (OSError, tarfile.TarError, UnicodeDecodeError) as error:
-        raise UserError(
-            f"{shard}: got a truncated or damaged tar ({error}), expected a complete, uncompressed one: "
-            "download or write it again"
-        ) from error
-    return images, texts
-
-
-def _expand(pattern: str) -> list[str]:
-    """Return the files that match a pattern with brace ranges ({000..127}) and globs (* ? [])."""
-    brace = re.search(r"\{(\d+)\.\.(\d+)\}", pattern)
-    if brace:
-        first, last = brace.groups()
-        if int(first) > int(last):
-            raise UserError(f"{pattern}: got a range from {first} down to {last}, expected {{{last}..{first}}}")
-        width = len(first) if first.startswith("0") else 0
-        numbers = [f"{n:0{width}d}" for n in range(int(first), int(last) + 1)]
-        return [file for n in numbers for file in _expand(pattern[: brace.start()] + n + pattern[brace.end() :])]
-    pattern = os.path.expanduser(pattern)
-    if not any(c in pattern for c in "*?["):
-        return [pattern]
-    found = sorted(glob.glob(pattern))
-    if not found:
-        raise UserError(f"{pattern}: got no file that matches, expected tar shards")
-    return found
-
-
-def _stem(member: str) -> str:
-    """Return WebDataset's sample key: the name up to the first dot after the last slash."""
-    folder, slash, file = member.rpartition("/")
-    return folder + slash + file.split(".", 1)[0]
-
-
-def _images_of(names: Sequence[str]) -> list[int]:
-    """Return the positions of the images. Beside other images, .npy files hold something else, such as features."""
-    others = [n for n, name in enumerate(names) if not name.lower().endswith(".npy")]
-    return others or list(range(len(names)))
-
-
-def _selected(source: Files, names: Sequence[str]) -> Files:
-    kept = _images_of(names)
-    return source if len(kept) == len(names) else source.subset(np.array(kept))  # type: ignore[return-value]
-
-
-def _is_image(name: str) -> bool:
-    return name.lower().endswith(EXTENSIONS) and not os.path.basename(name).startswith(".")
 
 
 def _digits(split: str) -> ArraySource:
