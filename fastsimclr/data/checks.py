@@ -184,7 +184,7 @@ def _check_file(source: EncodedSource, index: int) -> ImageCheck:
     try:
         data = source.read(index)
         is_read = True
-        _, height, width = decode(data, source.name(index), source.pixels).shape
+        _, height, width = decode(data, source.name(index), source.pixels, source.max_pixels).shape
     except UserError as error:
         no_memory = isinstance(error.__cause__, MemoryError) or "alloc" in str(error.__cause__)
         return ImageCheck(index, 0, 0, _reason(error, source, index), cacheable=is_read and not no_memory)

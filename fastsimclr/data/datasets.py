@@ -11,7 +11,7 @@ from PIL import Image
 from torch import Tensor
 from torch.utils.data import Subset
 
-from fastsimclr.data.images import to_rgb
+from fastsimclr.data.images import from_pil
 from fastsimclr.data.labels import Label, as_label, encode_labels
 from fastsimclr.data.pixels import RGB8, PixelFormat, default_format
 from fastsimclr.data.sources import NO_LABEL, DecodedSource, WrongForm
@@ -126,7 +126,7 @@ class DatasetSource(DecodedSource):
             image, label = self._split(self._reader[int(self.rows[index])], name)
             label = as_label(label, name)
             if isinstance(image, Image.Image):
-                return _Form("a PIL image", RGB8), torch.from_numpy(to_rgb(image)).permute(2, 0, 1), label
+                return _Form("a PIL image", RGB8), from_pil(image), label
         except UserError:
             raise
         except Exception as error:  # of the user's code

@@ -2,6 +2,7 @@
 
 from dataclasses import replace
 
+from fastsimclr.data.headers import read_header
 from fastsimclr.data.images import decode_raw
 from fastsimclr.data.pixel_options import PixelOptions
 from fastsimclr.data.pixels import (
@@ -13,19 +14,23 @@ from fastsimclr.data.pixels import (
     default_format,
     dtype_name,
 )
-from fastsimclr.data.raw import is_npy
 from fastsimclr.data.sources import EncodedSource, Source
 from fastsimclr.errors import UserError
 
+_SIXTEEN_BITS = (
+    "{name} has {bits} bits per channel: as 8-bit RGB, images keep the upper 8 of 16 bits, and values below 256 become "
+    "0; --data.pixels uint16 keeps all bits"
+)
 _MAX_TRIED = 100  # images at the start of a source that may be bad
 
 
 def detect_pixels(source: Source, options: PixelOptions) -> None:
-    """Set `source.pixels`. Raises UserError if it contradicts the options.
+    """Set `source.pixels` and `source.max_pixels`. Raises UserError if the images contradict the options.
 
     Image files are 8-bit RGB, unless the options ask for another format, or they are .npy arrays: then they have the
-    format of the first one that decodes.
+    format of the first one that decodes. If the first has 16 bits, a note says that they become 8.
     """
+    source.max_pixels = options.max_pixels
     named, found = "", source.pixels
     if isinstance(source, EncodedSource):
         named, found = _of_files(source, options)
@@ -44,16 +49,23 @@ def detect_pixels(source: Source, options: PixelOptions) -> None:
 
 def _of_files(source: EncodedSource, options: PixelOptions) -> tuple[str, PixelFormat]:
     """Return the format of image files, and a note that names the file that has it."""
-    as_rgb8 = options.pixels in (None, "uint8") and options.channels in (None, 3)
+    may_be_rgb8 = options.pixels in (None, "uint8") and options.channels in (None, 3)
+    is_rgb8 = may_be_rgb8 and (options.pixels is None or options.channels is not None)  # unless they are .npy arrays
     error: UserError | None = None
     for index in range(min(len(source), _MAX_TRIED)):
+        name = source.name(index)
         try:
             data = source.read(index)
-            if as_rgb8 and not is_npy(data) and (options.pixels is None or options.channels is not None):
+            header = read_header(data, name)
+            if is_rgb8 and header.format != "NPY":
+                if header.bits > 8 and options.pixels is None:
+                    source.notes = (*source.notes, _SIXTEEN_BITS.format(name=name, bits=header.bits))
                 return "", RGB8
-            image = decode_raw(data, source.name(index))
-            return f" ({source.name(index)})", default_format(image.shape[0], image.dtype)
-        except UserError as bad:  # the scan reports it
+            image = decode_raw(data, name, source.max_pixels)
+            return f" ({name})", default_format(image.shape[0], image.dtype)
+        except UserError as bad:  # replaced or reported when it is used
             error = error or bad
+    if is_rgb8:
+        return "", RGB8
     assert error is not None  # a source has images
     raise error

@@ -7,14 +7,13 @@ after XMP, an orientation of type LONG, or text of megabytes. Only EXIF is read,
 import io
 import struct
 import threading
-from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import dataclass
+from math import prod
 
 import numpy as np
 from numpy.lib import format as npy_format
 from numpy.typing import NDArray
-from PIL import Image
+from PIL import Image, ImageFile
 
 from fastsimclr.errors import UserError
 
@@ -26,9 +25,8 @@ PILLOW_FORMATS = ("AVIF", "BMP", "GIF", "JPEG", "PNG", "PPM", "TIFF", "WEBP")
 _JPEG, _PNG, _NPY = b"\xff\xd8\xff", b"\x89PNG\r\n\x1a\n", b"\x93NUMPY"
 _TIFF = (b"II*\0", b"MM\0*", b"II+\0", b"MM\0+")  # the last two: BigTIFF
 _EXIF = b"Exif\0"  # then one byte
-_WIDTH, _HEIGHT, _ORIENTATION = 256, 257, 274  # TIFF tags
+_WIDTH, _HEIGHT, _BITS, _ORIENTATION = 256, 257, 258, 274  # TIFF tags
 _INTEGER_TYPES = {1: "B", 3: "H", 4: "I", 16: "Q"}  # TIFF type to struct format
-_pillow_limit = threading.Lock()
 _WEBP_ANIMATION = 0x02  # flag of an extended WebP
 
 
@@ -44,6 +42,10 @@ class Header:
     """Width as stored, in pixels."""
     orientation: int = 1
     """EXIF orientation, 1 to 8; 1 if there is none or another value."""
+    bits: int = 8
+    """Bits per channel, of PNG, TIFF and PGM."""
+    bands: int = 1
+    """Bands of a .npy array."""
     is_animated: bool = False
     """Whether it is an animated WebP; its first frame is the image."""
 
@@ -53,12 +55,38 @@ class Header:
         return (self.width, self.height) if self.orientation >= 5 else (self.height, self.width)
 
     def check_pixels(self, max_pixels: int, name: str) -> None:
-        """Raise UserError if the image has more than `max_pixels` pixels."""
-        if self.height * self.width > max_pixels:
+        """Raise UserError if the image has more than `max_pixels` pixels; of more than four bands, each counts."""
+        sides = (self.height, self.width, self.bands) if self.bands > 4 else (self.height, self.width)
+        if prod(sides) > max_pixels:
             raise UserError(
-                f"{name}: got {self.height} x {self.width} = {self.height * self.width} pixels, expected at most "
-                f"{max_pixels}: raise --data.max_pixels, or scale the image down"
+                f"{name}: got {' x '.join(map(str, sides))} = {prod(sides)} pixels, expected at most {max_pixels}: "
+                "raise --data.max_pixels, or scale the image down"
             )
+
+
+class _WithoutPillowLimit:
+    """Suspend Pillow's own limit of pixels, a global that warns or raises where `max_pixels` allows an image.
+
+    A context manager that several threads may be in at the same time.
+    """
+
+    def __init__(self) -> None:
+        self._lock, self._inside, self._limit = threading.Lock(), 0, Image.MAX_IMAGE_PIXELS
+
+    def __enter__(self) -> None:
+        with self._lock:
+            if self._inside == 0:
+                self._limit, Image.MAX_IMAGE_PIXELS = Image.MAX_IMAGE_PIXELS, None
+            self._inside += 1
+
+    def __exit__(self, *_: object) -> None:
+        with self._lock:
+            self._inside -= 1
+            if self._inside == 0:
+                Image.MAX_IMAGE_PIXELS = self._limit
+
+
+without_pillow_limit = _WithoutPillowLimit()
 
 
 def read_header(data: NDArray[np.uint8], name: str) -> Header:
@@ -70,10 +98,15 @@ def read_header(data: NDArray[np.uint8], name: str) -> Header:
         return header
     except Exception as error:  # each format raises its own types
         reason = str(error) if type(error) is ValueError else "incomplete header"
-        raise UserError(
-            f"{name}: got {len(data)} bytes that do not decode as an image ({reason}); expected a complete image: "
-            "remove or replace the file"
-        ) from error
+        raise not_decodable(data, name, reason) from error
+
+
+def not_decodable(data: NDArray[np.uint8], name: str, reason: str) -> UserError:
+    """Return the error for an image file that is damaged, incomplete or none."""
+    return UserError(
+        f"{name}: got {len(data)} bytes that do not decode as an image ({reason}); expected a complete image: "
+        "remove or replace the file"
+    )
 
 
 def read_npy_header(data: memoryview) -> tuple[tuple[int, ...], bool, np.dtype[np.generic], int]:
@@ -85,24 +118,13 @@ def read_npy_header(data: memoryview) -> tuple[tuple[int, ...], bool, np.dtype[n
     return shape, is_fortran, dtype, file.tell()
 
 
-@contextmanager
-def without_pillow_limit() -> Iterator[None]:
-    """Suspend Pillow's own limit of pixels, a global that warns or raises where `max_pixels` allows an image."""
-    with _pillow_limit:
-        limit, Image.MAX_IMAGE_PIXELS = Image.MAX_IMAGE_PIXELS, None
-        try:
-            yield
-        finally:
-            Image.MAX_IMAGE_PIXELS = limit
-
-
-def open_by_pillow(data: memoryview) -> Image.Image:
+def open_by_pillow(data: memoryview | bytes) -> ImageFile.ImageFile:
     """Open an image with Pillow; its pixels are not decoded yet."""
     prefix = bytes(data[:16])
     for name in PILLOW_FORMATS:
         factory, accept = Image.OPEN.get(name, (None, None))
         if factory is not None and accept is not None and accept(prefix) is True:
-            with without_pillow_limit():
+            with without_pillow_limit:
                 return factory(io.BytesIO(data), "")
     raise ValueError("unknown format")
 
@@ -116,16 +138,18 @@ def _read(data: memoryview) -> Header:
     if head[:4] == b"RIFF" and head[8:12] == b"WEBP":
         return _read_webp(data)
     if head[:4] in _TIFF:
-        tags = _read_tags(data, (_WIDTH, _HEIGHT, _ORIENTATION))
-        return Header("TIFF", tags[_HEIGHT], tags[_WIDTH], _valid(tags.get(_ORIENTATION, 1)))
+        tags = _read_tags(data, (_WIDTH, _HEIGHT, _BITS, _ORIENTATION))
+        return Header("TIFF", tags[_HEIGHT], tags[_WIDTH], _valid(tags.get(_ORIENTATION, 1)), tags.get(_BITS, 1))
     if head[:6] == _NPY:
         shape = read_npy_header(data)[0]
         if len(shape) not in (2, 3):
             raise ValueError(f"an array of shape {shape}, expected (H, W) or (H, W, C)")
-        return Header("NPY", shape[0], shape[1])
+        return Header("NPY", shape[0], shape[1], bands=shape[2] if len(shape) == 3 else 1)
     with open_by_pillow(data) as opened:
         assert opened.format is not None
-        return Header(opened.format, opened.height, opened.width, _read_orientation(opened.info.get("exif", b"")))
+        orientation = _read_orientation(opened.info.get("exif", b""))
+        bits = 16 if opened.mode == "I" else 8  # a PGM
+        return Header(opened.format, opened.height, opened.width, orientation, bits)
 
 
 def _read_jpeg(data: memoryview) -> Header:
@@ -156,7 +180,7 @@ def _read_jpeg(data: memoryview) -> Header:
 
 
 def _read_png(data: memoryview) -> Header:
-    length, kind, width, height = struct.unpack_from(">I4sII", data, 8)
+    _, kind, width, height, bits = struct.unpack_from(">I4sIIB", data, 8)
     if kind != b"IHDR":
         raise ValueError("a PNG without IHDR")
     at, end, orientation = 8, len(data) - 8, 1
@@ -166,7 +190,7 @@ def _read_png(data: memoryview) -> Header:
             orientation = _read_orientation(data[at + 8 : at + 8 + length])
             break
         at += 12 + length
-    return Header("PNG", height, width, orientation)
+    return Header("PNG", height, width, orientation, bits)
 
 
 def _read_webp(data: memoryview) -> Header:
@@ -193,7 +217,7 @@ def _read_webp(data: memoryview) -> Header:
             orientation = _read_orientation(data[at + 8 : at + 8 + length])
             break
         at += 8 + length + length % 2
-    return Header("WEBP", height, width, orientation, bool(data[20] & _WEBP_ANIMATION))
+    return Header("WEBP", height, width, orientation, is_animated=bool(data[20] & _WEBP_ANIMATION))
 
 
 def _read_orientation(exif: bytes | memoryview) -> int:
@@ -220,9 +244,14 @@ def _read_tags(tiff: memoryview, wanted: tuple[int, ...]) -> dict[int, int]:
     entry = struct.Struct(order + ("HHQ8s" if is_big else "HHI4s"))
     count = min(count, (len(tiff) - start) // entry.size)
     found: dict[int, int] = {}
-    for tag, kind, _, value in entry.iter_unpack(tiff[start : start + count * entry.size]):
+    for tag, kind, values, value in entry.iter_unpack(tiff[start : start + count * entry.size]):
         if tag in wanted and kind in _INTEGER_TYPES and tag not in found:
-            found[tag] = struct.unpack_from(order + _INTEGER_TYPES[kind], value)[0]
+            integer = struct.Struct(order + _INTEGER_TYPES[kind])
+            if values * integer.size > len(value):  # the value is its offset
+                (at,) = struct.unpack(order + ("Q" if is_big else "I"), value)
+                found[tag] = integer.unpack_from(tiff, at)[0]
+            else:
+                found[tag] = integer.unpack_from(value)[0]
             if len(found) == len(wanted):
                 break
     return found

@@ -1,24 +1,27 @@
 """Decoding of images in common formats: to upright 8-bit RGB, or to the channels and depth that they have."""
 
-import io
 import re
 from collections.abc import Callable
+from typing import Any
 
 import numpy as np
 import torch
 import torchvision  # noqa: F401  # registers torch.ops.image
 from numpy.typing import NDArray
-from PIL import Image, ImageOps, UnidentifiedImageError
+from PIL import ExifTags, Image
+from PIL.TiffImagePlugin import BITSPERSAMPLE, PHOTOMETRIC_INTERPRETATION, TiffImageFile
 from torch import Tensor
 
+from fastsimclr.data.headers import Header, not_decodable, open_by_pillow, read_header, without_pillow_limit
+from fastsimclr.data.pixel_options import PixelOptions
 from fastsimclr.data.pixels import RGB8, PixelFormat
-from fastsimclr.data.raw import decode_npy, decode_tiff, is_npy, is_tiff, to_image
+from fastsimclr.data.png import decode_png, open_png
+from fastsimclr.data.raw import decode_npy, decode_tiff, to_image, upright
 from fastsimclr.errors import UserError
 
-# Pillow loads its formats lazily; a thread that opens a file meanwhile would fail to identify its format.
-Image.init()
-
-EXTENSIONS = (".jpg", ".jpeg", ".png", ".webp", ".bmp", ".gif", ".tif", ".tiff", ".ppm", ".pgm", ".npy")
+EXTENSIONS = (
+    ".jpg", ".jpeg", ".jpe", ".jfif", ".png", ".webp", ".avif", ".bmp", ".gif", ".tif", ".tiff", ".ppm", ".pgm", ".npy"
+)  # fmt: skip
 # torchvision's decoders without their Python wrapper, which from 0.29 warns of its removal at each image. If they were
 # removed or not built, Pillow decodes the same pixels 20 % slower.
 _decode_web = getattr(torch.ops.image, "decode_image", None)
@@ -26,70 +29,133 @@ _UNCHANGED, _RGB = 0, 3  # torchvision.io.ImageReadMode
 _WEBP_EXIF, _WEBP_ANIMATION = 0x08, 0x02  # flags of an extended WebP's header
 
 
-def decode(data: NDArray[np.uint8], name: str, pixels: PixelFormat = RGB8) -> Tensor:
-    """Decode the image in `data` to (C, H, W) in the format `pixels`, upright by its EXIF tag.
+def decode(
+    data: NDArray[np.uint8], name: str, pixels: PixelFormat = RGB8, max_pixels: int = PixelOptions.max_pixels
+) -> Tensor:
+    """Decode the image in `data` to (C, H, W) in the format `pixels`, upright by its EXIF orientation.
 
-    As 8-bit RGB, 16 bits are reduced to 8 and alpha is dropped. For any other format the image must have it.
-    name: name of the image in an error. Raises UserError if the image cannot be decoded completely, has another format,
-    or has values that are not finite or not in the format's range.
+    As 8-bit RGB: gray, palettes and CMYK are converted, alpha is dropped, and of 16 bits the upper 8 are kept; floats,
+    signed and 32-bit integers, and .npy arrays of another format are refused. For any other `pixels`, the image must
+    have that format. Of an animation, the first image is decoded; so is the first page of a TIFF as 8-bit RGB.
+    name: name of the image in an error. max_pixels: largest number of pixels, checked before decoding.
+    Raises UserError if the image cannot be decoded completely, is larger, has another format, or has values that are
+    not finite or not in the format's range.
     """
     if (pixels.channels, pixels.dtype) == (RGB8.channels, RGB8.dtype):
-        return _decode(data, name, _to_rgb8)
-    image = decode_raw(data, name)
+        return _decode(data, name, max_pixels, _to_rgb8)
+    image = decode_raw(data, name, max_pixels)
     pixels.check(image, name)
     return image
 
 
-def decode_raw(data: NDArray[np.uint8], name: str) -> Tensor:
-    """Decode the image in `data` to (C, H, W) with the channels and the dtype that it has. Raises UserError."""
-    return _decode(data, name, _as_it_is)
+def decode_raw(data: NDArray[np.uint8], name: str, max_pixels: int = PixelOptions.max_pixels) -> Tensor:
+    """Decode the image in `data` to (C, H, W) with the channels and the dtype that it has. Raises UserError.
+
+    A palette becomes RGB; grays of 1 to 4 bits, except in TIFF, become 8 bits.
+    """
+    return _decode(data, name, max_pixels, lambda data, header: _as_it_is(data, header, max_pixels, name))
 
 
-def _decode(data: NDArray[np.uint8], name: str, decoder: Callable[[NDArray[np.uint8]], Tensor]) -> Tensor:
+def _decode(
+    data: NDArray[np.uint8], name: str, max_pixels: int, decoder: Callable[[NDArray[np.uint8], Header], Tensor]
+) -> Tensor:
+    header = read_header(data, name)
+    header.check_pixels(max_pixels, name)
     try:
-        return decoder(data)
+        image = decoder(data, header)
+        if tuple(image.shape[1:]) != header.upright_size:
+            raise ValueError(f"pixels of {tuple(image.shape[1:])}, but a header of {header.upright_size}")
+    except UserError:
+        raise
     except Exception as error:  # each decoder raises its own types
-        reason = _reason(error)
-        raise UserError(
-            f"{name}: got {len(data)} bytes that do not decode as an image ({reason}); expected a complete image: "
-            "remove or replace the file"
-        ) from error
+        raise not_decodable(data, name, _reason(error)) from error
+    return image
 
 
-def _to_rgb8(data: NDArray[np.uint8]) -> Tensor:
-    if _decode_web is not None and is_web_format(data):
-        image = _decode_web(torch.from_numpy(data), _RGB, True)  # True: apply the EXIF orientation
-        return image if image.dtype == torch.uint8 else (image.to(torch.int32) >> 8).to(torch.uint8)
-    if is_npy(data):
-        image = decode_npy(data)
-        if (image.shape[0], image.dtype) != (3, torch.uint8):
-            raise ValueError(f"pixels of {str(image.dtype)[6:]}, {image.shape[0]} channels, expected uint8, 3 channels")
+def _to_rgb8(data: NDArray[np.uint8], header: Header) -> Tensor:
+    if _decode_web is not None and _is_for_torchvision(header):
+        return _upright(_decode_web(torch.from_numpy(data), _RGB, False), header)
+    if header.format == "NPY":
+        array = decode_npy(data)
+        if (array.dtype.name, array.shape[2]) != ("uint8", 3):
+            raise ValueError(f"pixels of {array.dtype}, {array.shape[2]} channels, expected uint8, 3 channels")
+        return to_image(array)
+    with open_png(data.data) if header.format == "PNG" else open_by_pillow(data.data) as opened:
+        image = torch.from_numpy(_to_rgb(opened)).permute(2, 0, 1)
+    return image if header.format == "TIFF" else _upright(image, header)  # Pillow turns a TIFF upright
+
+
+def _as_it_is(data: NDArray[np.uint8], header: Header, max_pixels: int, name: str) -> Tensor:
+    if _decode_web is not None and _is_for_torchvision(header):
+        return _upright(_decode_web(torch.from_numpy(data), _UNCHANGED, False), header)
+    if header.format == "NPY":
+        array = decode_npy(data)
+    elif header.format == "TIFF":
+        array = decode_tiff(data, header, max_pixels, name)
+    elif header.format == "PNG":
+        array = decode_png(data.data)
+    else:
+        with open_by_pillow(data.data) as opened:
+            array = _own_channels(opened)
+    return to_image(upright(array, header.orientation))
+
+
+def from_pil(image: Image.Image) -> Tensor:
+    """Convert an image of Pillow's to upright 8-bit RGB (3, H, W) like `decode`. Raises ValueError."""
+    pixels = _to_rgb(image)
+    turned = upright(pixels, image.getexif().get(ExifTags.Base.Orientation, 1))
+    return torch.from_numpy(np.ascontiguousarray(turned)).permute(2, 0, 1)
+
+
+def _to_rgb(image: Image.Image) -> NDArray[np.uint8]:
+    """Return an image as 8-bit RGB (H, W, 3), as stored; of 16 bits the upper 8. Raises ValueError for other depths."""
+    if image.mode[0] not in "IF":
+        with without_pillow_limit:
+            image.load()
+        return np.array(image if image.mode == "RGB" else image.convert("RGB"))
+    deep = _own_channels(image)
+    if deep.dtype != np.uint16:
+        raise ValueError(f"pixels of {deep.dtype}, expected 8 or 16 bits: set --data.pixels {deep.dtype}")
+    return np.repeat((deep >> 8).astype(np.uint8), 3, axis=2)
+
+
+def _own_channels(image: Image.Image) -> NDArray[Any]:
+    """Return an image (H, W, C) as stored, of its own depth: uint8, uint16 or float32. Raises ValueError for others."""
+    with without_pillow_limit:
+        image.load()
+    if image.mode == "I" and image.format != "PPM":
+        raise ValueError("pixels of signed or 32-bit integers, expected unsigned integers of 8 or 16 bits, or floats")
+    if image.mode[0] == "I":
+        deep = np.asarray(image).astype(np.uint16)[:, :, None]
+        return _scaled(deep, image) if isinstance(image, TiffImageFile) else deep
+    if image.mode not in ("L", "LA", "RGB", "RGBA", "F"):
+        image = image.convert("L" if image.mode == "1" else "RGB")
+    return np.atleast_3d(np.asarray(image))
+
+
+def _scaled(deep: NDArray[np.uint16], image: TiffImageFile) -> NDArray[np.uint16]:
+    """Scale 12 bits of a TIFF to 16, and invert WhiteIsZero, neither of which Pillow does for more than 8 bits."""
+    scaled = deep << (16 - image.tag_v2[BITSPERSAMPLE][0])
+    return ~scaled if image.tag_v2.get(PHOTOMETRIC_INTERPRETATION) == 0 else scaled
+
+
+def _upright(image: Tensor, header: Header) -> Tensor:
+    """Turn an image (C, H, W), stored as (H, W, C), upright."""
+    if header.orientation == 1:
         return image
-    with Image.open(io.BytesIO(data.tobytes())) as opened:
-        return torch.from_numpy(to_rgb(opened)).permute(2, 0, 1)
+    turned = np.ascontiguousarray(upright(image.permute(1, 2, 0).numpy(), header.orientation))
+    return torch.from_numpy(turned).permute(2, 0, 1)
 
 
-def _as_it_is(data: NDArray[np.uint8]) -> Tensor:
-    if is_npy(data):
-        return decode_npy(data)
-    if is_tiff(data):
-        return decode_tiff(data)
-    if _decode_web is not None and is_web_format(data):
-        return _decode_web(torch.from_numpy(data), _UNCHANGED, True)
-    with Image.open(io.BytesIO(data.tobytes())) as opened:
-        image = ImageOps.exif_transpose(opened)
-        if image.mode.startswith("I"):
-            return to_image(np.asarray(image).astype(np.uint16)[:, :, None])
-        if image.mode not in ("L", "RGB", "RGBA"):
-            image = image.convert("RGB")
-        return to_image(np.atleast_3d(np.asarray(image)))
+def _is_for_torchvision(header: Header) -> bool:
+    return header.format == "JPEG" or (header.format == "WEBP" and not header.is_animated)
 
 
 def is_web_format(data: NDArray[np.uint8]) -> bool:
-    """Return whether `data` is JPEG, PNG or a plain WebP: the formats that all decoders used here decode equally."""
+    """Return whether `data` is JPEG, PNG or a plain WebP: the formats that DALI decodes as `decode` does."""
     head = data[:21].tobytes()
     if head[:4] == b"RIFF" and head[8:12] == b"WEBP":
-        # torchvision ignores the orientation of a WebP, DALI rejects it, and neither decodes an animation
+        # DALI rejects the orientation of a WebP, and does not decode an animation
         return not (head[12:16] == b"VP8X" and head[20] & (_WEBP_EXIF | _WEBP_ANIMATION))
     return head[:3] == b"\xff\xd8\xff" or head[:4] == b"\x89PNG"
 
@@ -102,15 +168,4 @@ def as_ppm(image: Tensor) -> NDArray[np.uint8]:
 
 def _reason(error: Exception) -> str:
     """Return a decoder's message without source locations and object addresses."""
-    if isinstance(error, UnidentifiedImageError):
-        return "unknown format"
     return re.sub(r"^.*\.cpp:\d+,? *", "", (str(error) or type(error).__name__).splitlines()[0])[:120]
-
-
-def to_rgb(opened: Image.Image) -> NDArray[np.uint8]:
-    """Return an image as upright 8-bit RGB (H, W, 3); 16 bits are reduced to 8."""
-    image = ImageOps.exif_transpose(opened)
-    if image.mode.startswith("I"):  # 16 bits in I or I;16: Pillow's conversion would clip
-        gray = (np.asarray(image).astype(np.int64) >> 8).clip(0, 255).astype(np.uint8)
-        return np.repeat(gray[:, :, None], 3, axis=2)
-    return np.array(image.convert("RGB"))

@@ -15,6 +15,7 @@ from torch import Tensor
 
 from fastsimclr.data.images import decode
 from fastsimclr.data.names import Names
+from fastsimclr.data.pixel_options import PixelOptions
 from fastsimclr.data.pixels import RGB8, PixelFormat, default_format
 from fastsimclr.errors import UserError
 
@@ -32,6 +33,7 @@ class Source(ABC):
     """Images with labels.
 
     labels: (N,) int64, -1 for unlabeled images. classes: names of the classes. pixels: format of the decoded images.
+    max_pixels: largest image that is decoded, in pixels.
     sizes: (N, 2), height and width of each upright image; None if not scanned (fastsimclr/data/scan.py).
     bad: the images known to be unusable, by index, and why.
     notes: one line for each kind of file that was passed over when the source was opened, and why.
@@ -40,6 +42,7 @@ class Source(ABC):
     labels: NDArray[np.int64]
     classes: Sequence[str]
     pixels: PixelFormat = RGB8
+    max_pixels: int = PixelOptions.max_pixels
     sizes: NDArray[np.int64] | None = None
     bad: Mapping[int, str] = MappingProxyType({})
     notes: Sequence[str] = ()
@@ -228,4 +231,4 @@ def decoded(source: Source, index: int) -> Tensor:
         source.pixels.check(image, source.name(index))
         return image
     assert isinstance(source, EncodedSource)
-    return decode(source.read(index), source.name(index), source.pixels)
+    return decode(source.read(index), source.name(index), source.pixels, source.max_pixels)

@@ -50,7 +50,7 @@ def test_size_is_that_of_the_decoded_image(name: str) -> None:
 def test_size_of_arrays_avif_and_bigtiff() -> None:
     out = io.BytesIO()
     np.save(out, np.zeros((20, 30, 5), np.float32))
-    assert header(out.getvalue()) == Header("NPY", 20, 30)
+    assert header(out.getvalue()) == Header("NPY", 20, 30, bands=5)
     turned = header(encode(Image.fromarray(PHOTO), "AVIF", exif=exif(6)))
     assert turned == Header("AVIF", 20, 30, 6)
     assert turned.upright_size == (30, 20)
