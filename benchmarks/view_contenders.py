@@ -218,7 +218,7 @@ class OurCrops:
 
     def __iter__(self) -> Iterator[tuple[Tensor, ...]]:
         epoch = self._sampler.epoch
-        requests = (BatchRequest(self._sampler.seed, epoch, index) for index in self._sampler.remaining())
+        requests = (BatchRequest(self._sampler.seed, epoch, batch.index) for batch in self._sampler.remaining())
         for batch in self._crop_backend.crops(requests):
             yield tuple(view.permute(0, 3, 1, 2) for view in batch.crops)
         self._sampler.epoch = epoch + 1

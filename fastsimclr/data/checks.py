@@ -17,7 +17,7 @@ from fastsimclr.data.datasets import DatasetSource
 from fastsimclr.data.images import decode
 from fastsimclr.data.labels import Label
 from fastsimclr.data.pixels import PixelFormat, default_format
-from fastsimclr.data.sources import DecodedSource, EncodedSource, Source, WrongForm
+from fastsimclr.data.sources import DecodedSource, EncodedSource, Source, WrongForm, reason_of
 from fastsimclr.distributed import World, gather_objects
 from fastsimclr.errors import UserError
 from fastsimclr.progress_bar import progress_bar
@@ -187,7 +187,7 @@ def _check_file(source: EncodedSource, index: int) -> ImageCheck:
         _, height, width = decode(data, source.name(index), source.pixels, source.max_pixels).shape
     except UserError as error:
         no_memory = isinstance(error.__cause__, MemoryError) or "alloc" in str(error.__cause__)
-        return ImageCheck(index, 0, 0, _reason(error, source, index), cacheable=is_read and not no_memory)
+        return ImageCheck(index, 0, 0, reason_of(error, source, index), cacheable=is_read and not no_memory)
     return ImageCheck(index, height, width)
 
 
@@ -202,7 +202,7 @@ def _check_decoded(source: Source, index: int) -> ImageCheck:
     except WrongForm as error:
         return ImageCheck(index, 0, 0, str(error), wrong_form=True)
     except UserError as error:
-        return ImageCheck(index, 0, 0, _reason(error, source, index))
+        return ImageCheck(index, 0, 0, reason_of(error, source, index))
     if not (isinstance(source, DatasetSource) and source.labels_unread):  # the range of values may not be set yet
         try:
             source.pixels.check(image, source.name(index))
@@ -210,8 +210,3 @@ def _check_decoded(source: Source, index: int) -> ImageCheck:
             return ImageCheck(index, 0, 0, str(error), wrong_form=True)
     _, height, width = image.shape
     return ImageCheck(index, height, width, label=label)
-
-
-def _reason(error: UserError, source: Source, index: int) -> str:
-    reason, _, _ = str(error).removeprefix(f"{source.name(index)}: ").partition("; expected")
-    return reason

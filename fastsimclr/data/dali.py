@@ -2,9 +2,11 @@
 
 import contextlib
 from collections import deque
-from collections.abc import Generator, Iterator
+from collections.abc import Callable, Generator, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
-from typing import Any
+from dataclasses import dataclass, field
+from functools import partial
+from typing import Any, NamedTuple
 
 import numpy as np
 import nvidia.dali.fn as fn
@@ -20,12 +22,39 @@ from fastsimclr.data.images import as_ppm, decode, is_web_format
 from fastsimclr.data.loader import BatchRequest, CroppedBatch
 from fastsimclr.data.params import VIEW_PARAMS, ViewParams, sample_batch_params
 from fastsimclr.data.pixels import RGB8
+from fastsimclr.data.replacement import read_or_replace
 from fastsimclr.data.sources import EncodedSource, Source, decoded
 from fastsimclr.errors import UserError
 
 _INTERPOLATION = {"bilinear": types.INTERP_LINEAR, "bicubic": types.INTERP_CUBIC}
 _PREFETCH = 2  # batches in the pipeline
 _READ_AHEAD = 2  # further batches whose files are being read
+
+
+class _Image(NamedTuple):
+    """Input of the pipeline for one image."""
+
+    data: NDArray[Any]
+    """A file (n,) of uint8, or pixels (H, W, C)."""
+    size: Sequence[int]
+    """Height and width of the upright image."""
+
+
+_Load = Callable[[int], _Image]
+
+
+@dataclass
+class _Batch:
+    """A batch on its way through the pipeline."""
+
+    request: BatchRequest
+    load: _Load
+    """What reads its images."""
+    futures: list[Future[tuple[int, _Image, dict[int, str]]]]
+    """Of each image what `read_or_replace` returns."""
+    images: list[tuple[int, _Image, dict[int, str]]] = field(default_factory=list)
+    """Their results."""
+    params: list[ViewParams] = field(default_factory=list)
 
 
 class DaliBackend:
@@ -43,9 +72,8 @@ class DaliBackend:
         readers = max(2, threads) if source.thread_safe else 1
         self._readers = ThreadPoolExecutor(readers, thread_name_prefix="fastsimclr-read")
         self._requests: Iterator[BatchRequest] = iter(())
-        self._read_queue: deque[tuple[BatchRequest, list[Future[NDArray[np.uint8]]]]] = deque()
-        # Batches that the pipeline has taken but not returned.
-        self._in_pipeline: deque[tuple[BatchRequest, list[ViewParams]]] = deque()
+        self._read_queue: deque[_Batch] = deque()
+        self._in_pipeline: deque[_Batch] = deque()  # batches that the pipeline has taken but not returned
         self._bad_input: UserError | None = None
         self._in_use: deque[tuple[torch.cuda.Event, tuple[Tensor, ...]]] = deque()
         self._batch_size, self._threads = batch_size, threads
@@ -63,11 +91,11 @@ class DaliBackend:
             self._drain()
 
     def _drain(self) -> None:
-        """Empty the pipeline for the next epoch, also if this one was abandoned."""
+        """Empty the pipeline for other requests."""
         self._requests = iter(())
-        for _, files in self._read_queue:
-            for file in files:
-                file.cancel()
+        for batch in self._read_queue:
+            for future in batch.futures:
+                future.cancel()
         self._read_queue.clear()
         with contextlib.suppress(Exception):  # errors of batches that are discarded
             while self._pipeline is not None and self._next_batch() is not None:  # None: it was reset
@@ -89,30 +117,52 @@ class DaliBackend:
         self._readers.shutdown(cancel_futures=True)
         self._pipeline = None
 
-    def _read(self, index: int) -> NDArray[np.uint8]:
-        if not self._decodes:
-            return np.ascontiguousarray(decoded(self.source, int(index)).permute(1, 2, 0).numpy())
-        assert isinstance(self.source, EncodedSource)
-        data = self.source.read(index)
-        # Formats that DALI does not decode, or decodes differently, are passed as PPM, i.e. raw pixels.
-        return data if is_web_format(data) else as_ppm(decode(data, self.source.name(index)))
-
     def _next_inputs(self) -> tuple[Any, ...]:
         """Return the pipeline's inputs for the next batch: images, then the inputs of each view. Called by DALI."""
         while len(self._read_queue) <= _READ_AHEAD and (request := next(self._requests, None)) is not None:
-            self._read_queue.append((request, [self._readers.submit(self._read, index) for index in request.index]))
+            self._read_queue.append(self._start_reading(request, self._load))
         if not self._read_queue:
             raise StopIteration
-        request, files = self._read_queue.popleft()
+        batch = self._read_queue.popleft()
         try:
-            images = [file.result() for file in files]
-            params = sample_batch_params(self.augmentation, *request, self._sizes(request, images))
+            batch.images = [future.result() for future in batch.futures]
         except UserError as error:
             self._bad_input = error  # raised after the batches before it, which are complete
             raise StopIteration from None
-        self._in_pipeline.append((request, params))
-        inputs = map(self._view_inputs, params, self.augmentation.recipes)
-        return images, *[values for view_inputs in inputs for values in view_inputs.values()]
+        sizes = np.array([image.size for _, image, _ in batch.images])
+        request = batch.request
+        batch.params = sample_batch_params(self.augmentation, request.seed, request.epoch, request.index, sizes)
+        self._in_pipeline.append(batch)
+        inputs = map(self._view_inputs, batch.params, self.augmentation.recipes)
+        views = [values for view_inputs in inputs for values in view_inputs.values()]
+        return [image.data for _, image, _ in batch.images], *views
+
+    def _start_reading(self, request: BatchRequest, load: "_Load") -> "_Batch":
+        read = partial(read_or_replace, request, images=len(self.source), read=load)
+        return _Batch(request, load, [self._readers.submit(read, row) for row in range(len(request.index))])
+
+    def _load(self, index: int) -> "_Image":
+        """Return an image for DALI to decode."""
+        if not self._decodes:
+            pixels = np.ascontiguousarray(decoded(self.source, int(index)).permute(1, 2, 0).numpy())
+            return _Image(pixels, pixels.shape[:2])
+        data, name = self._read_file(index)
+        # Formats that DALI does not decode, or decodes differently, are passed as PPM, i.e. raw pixels.
+        return _Image(data, read_header(data, name).upright_size) if is_web_format(data) else self._load_pixels(index)
+
+    def _load_checked(self, index: int) -> "_Image":
+        """Return the same, for an image that our decoder accepts. Raises UserError for others."""
+        self._load_pixels(index)
+        return self._load(index)
+
+    def _load_pixels(self, index: int) -> "_Image":
+        """Return an image that our decoder has decoded."""
+        image = decode(*self._read_file(index))
+        return _Image(as_ppm(image), image.shape[1:])
+
+    def _read_file(self, index: int) -> tuple[NDArray[np.uint8], str]:
+        assert isinstance(self.source, EncodedSource)
+        return self.source.read(index), self.source.name(index)
 
     def _view_inputs(self, params: ViewParams, recipe: Augmentation) -> dict[str, Any]:
         """Return the pipeline's inputs for a view with parameters `params` (B,), by name."""
@@ -122,45 +172,44 @@ class DaliBackend:
             name: np.ascontiguousarray(values) for name, values in inputs.items()
         }  # DALI requires contiguous arrays
 
-    def _sizes(self, request: BatchRequest, images: list[NDArray[np.uint8]]) -> NDArray[np.int64]:
-        """Return (B, 2): height and width of the upright images."""
-        if not self._decodes:
-            return np.array([image.shape[:2] for image in images])
-        assert isinstance(self.source, EncodedSource)
-        if self.source.sizes is not None:
-            return self.source.sizes[request.index]
-        return np.array(
-            [read_header(data, self.source.name(i)).upright_size for data, i in zip(images, request.index, strict=True)]
-        )
-
     def _next_batch(self) -> CroppedBatch | None:
-        """Return the next batch from the pipeline; None at the end of the epoch."""
-        try:
-            outputs = self._pipeline.run()
-        except StopIteration:
-            self._pipeline.reset()
-            if self._bad_input is not None:
-                error, self._bad_input = self._bad_input, None
-                raise error from None
-            return None
-        except Exception:  # DALI's errors share no base class
-            requests = [request for request, _ in self._in_pipeline]
-            self._in_pipeline.clear()
-            self._pipeline = None  # it cannot be used after an error; the next epoch builds a new one
-            for request in requests:
-                self._raise_if_bad(request)
-            raise  # not due to an image
-        _, params = self._in_pipeline.popleft()
+        """Return the next batch from the pipeline; None after the last one."""
+        while True:
+            try:
+                outputs = self._pipeline.run()
+                break
+            except StopIteration:
+                self._pipeline.reset()
+                if self._bad_input is not None:
+                    error, self._bad_input = self._bad_input, None
+                    raise error from None
+                return None
+            except Exception:  # DALI's errors share no base class
+                self._pipeline = None  # it cannot be used after an error
+                self._retry()
+                self._pipeline = self._build()
+        batch = self._in_pipeline.popleft()
         crops = tuple(torch.from_dlpack(output.as_tensor()) for output in outputs)
         pixels = self.source.pixels
-        # In place: the crops are DALI's buffers, which are kept until they have been read.
-        return CroppedBatch(crops if pixels == RGB8 else tuple(map(pixels.to_unit_, crops)), params)
+        if pixels != RGB8:  # in place: the crops are DALI's buffers, which are kept until they have been read
+            crops = tuple(map(pixels.to_unit_, crops))
+        used = np.array([index for index, _, _ in batch.images])
+        return CroppedBatch(crops, batch.params, used, dict(item for _, _, bad in batch.images for item in bad.items()))
 
-    def _raise_if_bad(self, request: BatchRequest) -> None:
-        """Raise UserError for the first image that `decode` rejects, as DALI does not report which one failed."""
-        if isinstance(self.source, EncodedSource):
-            for index in request.index:
-                decode(self.source.read(index), self.source.name(index))
+    def _retry(self) -> None:
+        """Put the batches in the pipeline back into the queue after an error of DALI, which is due to the first one.
+
+        DALI does not report which image failed. At the first error those that our decoder rejects are replaced; at the
+        second, our decoder decodes the whole batch; at the third, the error is raised again.
+        """
+        first, *others = self._in_pipeline
+        stages: list[_Load] = [self._load, self._load_checked, self._load_pixels]
+        if not self._decodes or first.load == stages[-1]:
+            self._in_pipeline.clear()
+            raise
+        load = stages[stages.index(first.load) + 1]
+        self._read_queue.extendleft(reversed([self._start_reading(first.request, load), *others]))
+        self._in_pipeline.clear()
 
     def _build(self, **options: Any) -> Any:
         """Build the pipeline. options: arguments of pipeline_def."""

@@ -216,14 +216,15 @@ def open_views(
     pixels: what image files are decoded to; 8-bit RGB by default. `augmentation.mean` and `std` must have one number
         per channel or be "auto".
     max_bad: if given, decode every image first and skip those that fail; raise UserError if they are more than this
-        fraction. None: no scan; an image that does not decode raises UserError when it is reached.
+        fraction. None: no scan; an image that does not decode is replaced by another one when it is reached.
     cache: folder in which the results of the scan are kept for the next one.
     device: device on which views are computed and returned.
     rank, world_size: this process and the number of processes that share each batch.
     options: fields of `fastsimclr.data.loader.LoaderConfig`: backend ("auto", "dali", "torchvision" or "memory"), seed,
-        shuffle, drop_last, min_local_batch, workers, dtype.
+        shuffle, drop_last, min_local_batch, workers, dtype, read_ahead.
 
-    Yields Batch(views: tuple of (B, C, H, W) channels-last, index: (B,), label: (B,), position), B on this rank.
+    Yields Batch(views: tuple of (B, C, H, W) channels-last, index: (B,), label: (B,), position, replaced: (B,)), B on
+    this rank. An image that cannot be used is replaced by another one: see `ViewLoader.bad`.
     Raises UserError (a ValueError) for missing or unreadable data and for invalid options.
     """
     world = World(rank, world_size, torch.device(device))
@@ -269,7 +270,16 @@ def open_loader(source: Source, augmentation: Augmentation, config: LoaderConfig
         crop_backend = MemoryBackend(source, augmentation, config.world.device)
     else:
         crop_backend = _open_file_backend(backend, source, augmentation, config)
-    return ViewLoader(source, augmentation, sampler, crop_backend, config.world.device, config.dtype, backend)
+    return ViewLoader(
+        source,
+        augmentation,
+        sampler,
+        crop_backend,
+        config.world.device,
+        config.dtype,
+        backend,
+        read_ahead=config.read_ahead,
+    )
 
 
 def _open_file_backend(backend: str, source: Source, augmentation: Augmentation, config: LoaderConfig) -> CropBackend:

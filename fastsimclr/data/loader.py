@@ -1,7 +1,9 @@
 """The loader: sampler, crop backend and photometric augmentation, with a position to resume from."""
 
+import contextlib
+from collections import deque
 from collections.abc import Generator, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, NamedTuple, Protocol
 
 import numpy as np
@@ -14,8 +16,8 @@ from fastsimclr.data.augmentation import Augmentation
 from fastsimclr.data.orientation import orient
 from fastsimclr.data.params import ViewParams
 from fastsimclr.data.photometric import photometric
-from fastsimclr.data.sampler import Sampler
-from fastsimclr.data.sources import Source
+from fastsimclr.data.sampler import SampledBatch, Sampler
+from fastsimclr.data.sources import Source, reason_of
 from fastsimclr.distributed import SINGLE_PROCESS, World
 from fastsimclr.profiling import stage
 
@@ -32,6 +34,8 @@ class Batch(NamedTuple):
     position: dict[str, Any]
     """The loader's state after this batch, for `load_state_dict`: "epoch", "position" (images consumed in this epoch
     over all ranks), and "images" and "seed", which must match when it is loaded."""
+    replaced: Tensor
+    """(B,) bool, on the CPU: whether the image stands in for one that cannot be used (`ViewLoader.bad`)."""
 
     @property
     def ends_epoch(self) -> bool:
@@ -69,6 +73,8 @@ class LoaderConfig:
     """DataLoader worker processes or DALI threads; None picks by the number of CPU cores."""
     dtype: torch.dtype = torch.float32
     """Dtype of the views."""
+    read_ahead: bool = True
+    """Start to read the next epoch before the current one ends. Turn it off to read a single epoch."""
 
 
 class BatchRequest(NamedTuple):
@@ -77,6 +83,8 @@ class BatchRequest(NamedTuple):
     seed: int
     epoch: int
     index: NDArray[np.int64]  # type: ignore[assignment]  # (B,): indices of the images in the source
+    bad: frozenset[int] = frozenset()
+    """Images known to be bad, which are replaced without being read."""
 
 
 class CroppedBatch(NamedTuple):
@@ -86,10 +94,17 @@ class CroppedBatch(NamedTuple):
     """One tensor (B, S, S, C) per view, S its image_size: uint8 for 8-bit RGB, otherwise float32 in [0, 1]."""
     params: list[ViewParams]
     """One array (B,) per view: the sampled parameters, of which the photometric ones are still to be applied."""
+    used: NDArray[np.int64]
+    """(B,): indices of the images used, which replace bad ones (data/replacement.py)."""
+    bad: dict[int, str]
+    """Images that were found bad, by index, with the messages."""
 
 
 class CropBackend(Protocol):
-    """The part of a loader that depends on the backend: read, decode, sample parameters, crop, resize and flip."""
+    """The part of a loader that depends on the backend: read, decode, sample parameters, crop, resize and flip.
+
+    The parameters of a bad image's replacement are those of the bad image, for the size of the replacement.
+    """
 
     def crops(self, requests: Iterator[BatchRequest]) -> Generator[CroppedBatch, None, None]:
         """Yield the batch of each request, in order."""
@@ -104,11 +119,42 @@ class CropBackend(Protocol):
         ...
 
 
+_Stream = Generator[tuple[SampledBatch, CroppedBatch | None], None, None]
+
+
+def _stream(crop_backend: CropBackend, sampler: Sampler, bad: dict[int, str], read_ahead: bool) -> _Stream:
+    """Yield the batches from the sampler's position on, with None for those of which this rank has no image.
+
+    bad: images known to be bad; may grow. read_ahead: go on with the next epochs, without end.
+    """
+    sampled: deque[SampledBatch] = deque()  # requested, but not yielded
+
+    def requests() -> Iterator[BatchRequest]:
+        known_bad = frozenset(bad)
+        for batch in sampler.from_here_on() if read_ahead else sampler.remaining():
+            sampled.append(batch)
+            if len(known_bad) != len(bad):
+                known_bad = frozenset(bad)
+            if len(batch.index):
+                yield BatchRequest(sampler.seed, batch.epoch, batch.index, known_bad)
+
+    with contextlib.closing(crop_backend.crops(requests())) as crops:
+        for cropped in crops:
+            while len((batch := sampled.popleft()).index) == 0:
+                yield batch, None
+            yield batch, cropped
+        while sampled:
+            yield sampled.popleft(), None
+
+
 class ViewLoader:
     """Iterable of augmented batches, one epoch per iteration; created by `open_views`.
 
     A batch depends only on the source, the augmentation, the seed, the epoch and its position in the order, so a loader
     that loads the state of another one continues exactly as that one would.
+
+    bad: the images known to be bad, by index, and why: those of the source, those met so far, and those that the caller
+    adds. They are replaced by other images of the source.
     """
 
     def __init__(
@@ -120,6 +166,8 @@ class ViewLoader:
         device: torch.device,
         dtype: torch.dtype,
         backend: str,
+        *,
+        read_ahead: bool = True,
     ) -> None:
         self.source, self.augmentation, self.device, self.dtype, self.backend = (
             source,
@@ -128,8 +176,11 @@ class ViewLoader:
             dtype,
             backend,
         )
-        self._sampler, self._crop_backend = sampler, crop_backend
-        self._crops: Generator[CroppedBatch, None, None] | None = None  # of the latest iteration
+        self.bad = dict(source.bad)
+        self._sampler, self._crop_backend, self._read_ahead = sampler, crop_backend, read_ahead
+        self._stream: _Stream | None = None  # its next batch is that of `_stream_position`
+        self._stream_position = (0, 0)
+        self._iteration = object()  # the latest
 
     def __len__(self) -> int:
         """Return the number of batches in an epoch."""
@@ -139,31 +190,30 @@ class ViewLoader:
         """Yield the batches of the epoch from the current position (the start, unless a state was loaded).
 
         The crop backend serves one iteration at a time: a new iteration ends the previous one, which raises
-        RuntimeError if continued.
+        RuntimeError if continued. The batches read ahead at the end of an epoch are those that the next iteration
+        starts with.
         """
         sampler = self._sampler
-        first = sampler.position
-        parts = sampler.remaining()
-        epoch = sampler.epoch
-        if not parts:  # resumed after the last batch that is not dropped
-            sampler.epoch, sampler.position = epoch + 1, 0
-        requests = (BatchRequest(sampler.seed, epoch, index) for index in parts if len(index))
-        if self._crops is not None:
-            self._crops.close()  # drops the batches prefetched for the previous iteration
-        self._crops = crops = self._crop_backend.crops(requests)
+        if sampler.is_at_end:  # resumed after the last batch that is not dropped
+            sampler.epoch, sampler.position = sampler.epoch + 1, 0
+            return
+        self._iteration = iteration = object()
+        if self._stream is None or self._stream_position != (sampler.epoch, sampler.position):
+            self._end_stream()  # drops the batches that it has read ahead
+            self._stream = _stream(self._crop_backend, replace(sampler), self.bad, self._read_ahead)
+        stream, ends_epoch = self._stream, False
         try:
-            for step, index in enumerate(parts, start=1):
-                if self._crops is not crops:
+            while not ends_epoch:
+                if self._iteration is not iteration:
                     raise RuntimeError("this iteration ended when a newer one of the same loader started")
-                cropped = next(crops) if len(index) else None
-                # The position after this batch: its end, or the start of the next epoch.
-                is_last = step == len(parts)
-                sampler.epoch = epoch + is_last
-                sampler.position = 0 if is_last else first + step * sampler.batch_size
+                batch, cropped = next(stream)
+                sampler.epoch, sampler.position = self._stream_position = batch.next_epoch, batch.next_position
+                ends_epoch = batch.next_position == 0
                 if cropped is not None:
-                    yield self._finish(index, cropped)
+                    yield self._finish(batch, cropped)
         finally:
-            crops.close()
+            if self._iteration is iteration and not (ends_epoch and self._read_ahead):
+                self._end_stream()
 
     def set_epoch(self, epoch: int) -> None:
         """Set the epoch of the next iteration. If it is the current epoch, the position within it is kept."""
@@ -184,9 +234,17 @@ class ViewLoader:
 
     def close(self) -> None:
         """Stop the workers and free memory."""
+        self._end_stream()
         self._crop_backend.close()
 
-    def _finish(self, index: NDArray[np.int64], cropped: CroppedBatch) -> Batch:
+    def _end_stream(self) -> None:
+        if self._stream is not None:
+            self._stream.close()
+            self._stream = None
+
+    def _finish(self, batch: SampledBatch, cropped: CroppedBatch) -> Batch:
+        for index, message in cropped.bad.items():
+            self.bad.setdefault(index, reason_of(message, self.source, index))
         with stage("views"):
             views = tuple(
                 photometric(orient(crops, params, recipe), params, recipe, self.dtype)
@@ -194,7 +252,8 @@ class ViewLoader:
             )
         return Batch(
             views=views,
-            index=native.on_device(index, self.device),
-            label=native.on_device(self.source.labels[index], self.device),
+            index=native.on_device(cropped.used, self.device),
+            label=native.on_device(self.source.labels[cropped.used], self.device),
             position=self.state_dict(),
+            replaced=torch.from_numpy(cropped.used != batch.index),
         )

@@ -11,12 +11,17 @@ from fastsimclr.data.augmentation import Augmentation
 from fastsimclr.data.crop import crop
 from fastsimclr.data.loader import BatchRequest, CroppedBatch
 from fastsimclr.data.params import sample_batch_params
-from fastsimclr.data.sources import ArraySource, Source, decoded
+from fastsimclr.data.replacement import read_or_replace
+from fastsimclr.data.sources import ArraySource, Source, WrongForm, decoded, reason_of
 from fastsimclr.errors import UserError
 from fastsimclr.profiling import stage
 
 _MAX_SIDE = 96  # pixels (STL-10's): for larger images crops are cheap compared to decoding, and few datasets fit
 _MAX_BYTES = 4 << 30
+
+
+class DifferentSizes(UserError):
+    """The images are not of one size, as the memory backend needs them."""
 
 
 def fits_in_memory(source: Source) -> bool:
@@ -30,32 +35,50 @@ def fits_in_memory(source: Source) -> bool:
 
 
 def decode_all(source: Source) -> ArraySource:
-    """Decode all images. Raises UserError if they differ in size or one does not decode."""
+    """Decode all images; those that cannot be used are `bad`, and black.
 
-    def decode_one(index: int) -> torch.Tensor:
-        return decoded(source, index).permute(1, 2, 0)
+    Raises DifferentSizes if the others differ in size, and UserError if none can be used.
+    """
+    bad = dict(source.bad)
 
-    first = decode_one(0)
-    images = first.new_empty(len(source), *first.shape)
+    def decode_one(index: int) -> torch.Tensor | None:
+        if index not in bad:
+            try:
+                return decoded(source, index).permute(1, 2, 0)
+            except WrongForm:
+                raise
+            except UserError as error:
+                bad[index] = reason_of(error, source, index)
+        return None
+
+    every = range(len(source))
+    first, example = next(((i, image) for i in every if (image := decode_one(i)) is not None), (0, None))
+    if example is None:
+        raise UserError(f"data: got {len(source)} images, none of which can be used: {source.name(0)}: {bad[0]}")
+    images = example.new_zeros(len(source), *example.shape)
 
     def store(index: int) -> None:
         image = decode_one(index)
-        if image.shape != first.shape:
-            raise UserError(
-                f"{source.name(index)}: got {image.shape[0]}x{image.shape[1]} pixels, expected {first.shape[0]}x"
-                f"{first.shape[1]} as for {source.name(0)}: backend memory needs images of one size"
+        if image is None:
+            return
+        if image.shape != images.shape[1:]:
+            raise DifferentSizes(
+                f"{source.name(index)}: got {image.shape[0]}x{image.shape[1]} pixels, expected {images.shape[1]}x"
+                f"{images.shape[2]} as for {source.name(first)}: backend memory needs images of one size"
             )
         images[index] = image
 
     cores = len(os.sched_getaffinity(0)) if source.thread_safe else 1
     with ThreadPoolExecutor(cores, thread_name_prefix="fastsimclr-decode") as threads:
         try:
-            for _ in threads.map(store, range(len(source))):
+            for _ in threads.map(store, every):
                 pass
         except UserError:
             threads.shutdown(cancel_futures=True)
             raise
-    return ArraySource("decoded", images, source.labels, source.classes, source)
+    in_memory = ArraySource("decoded", images, source.labels, source.classes, source)
+    in_memory.bad = bad
+    return in_memory
 
 
 class MemoryBackend:
@@ -68,14 +91,16 @@ class MemoryBackend:
     def crops(self, requests: Iterator[BatchRequest]) -> Generator[CroppedBatch, None, None]:
         for request in requests:
             with stage("views"):
-                sizes = np.tile(self.images.shape[1:3], (len(request.index), 1))
-                params = sample_batch_params(self.augmentation, *request, sizes)
+                used = request.index.copy()
+                for row in np.flatnonzero(np.isin(used, list(request.bad))):
+                    used[row] = read_or_replace(request, int(row), len(self.images), lambda index: None)[0]
+                sizes = np.tile(self.images.shape[1:3], (len(used), 1))
+                params = sample_batch_params(self.augmentation, request.seed, request.epoch, request.index, sizes)
                 views = zip(params, self.augmentation.recipes, strict=True)
                 crops = tuple(
-                    crop(self.images, request.index, view_params, recipe, pixels=self.pixels)
-                    for view_params, recipe in views
+                    crop(self.images, used, view_params, recipe, pixels=self.pixels) for view_params, recipe in views
                 )
-            yield CroppedBatch(crops, params)
+            yield CroppedBatch(crops, params, used, {})
 
     def device_bytes(self) -> int:
         return self.images.nbytes

@@ -22,9 +22,10 @@ from fastsimclr.data.pixels import MAX_CHANNELS
 CROP_ATTEMPTS = 10  # as torchvision's RandomResizedCrop
 _CHOICES, _FACTORS, _OTHERS, _ATTEMPTS = 0, 1, 2, 3  # counter blocks of four numbers; from _ATTEMPTS one per attempt
 _ORIENTATION, _DROP, _GAINS = 16, 17, 18  # likewise; drawn only for recipes with these operations; four of _GAINS
+_CHUNK = 1 << 14  # images whose sort keys are drawn at once, in the CPU's cache
 _CPU = torch.device("cpu")
 _WORD = 0xFFFFFFFF
-_EPOCH_ORDER = 1 << 20  # in place of the view's number: the order of the images
+_EPOCH_ORDER, REPLACEMENT = 1 << 20, (1 << 20) + 1  # in place of the view's number: other draws for an image
 _PERMUTATIONS = np.array(
     [[a, b, c, d] for a in range(4) for b in range(4) for c in range(4) for d in range(4) if len({a, b, c, d}) == 4]
 )
@@ -204,16 +205,20 @@ def _largest_boxes(augmentation: Augmentation, sizes: NDArray[np.int64]) -> NDAr
 
 def epoch_order(seed: int, epoch: int, images: int) -> NDArray[np.int64]:
     """Return a permutation of 0 to images - 1, determined by seed and epoch."""
-    keys = _philox(seed, epoch, np.arange(images), _EPOCH_ORDER, blocks=[0])[:, 0]  # (images, 4) of uint32
-    return np.argsort(keys[:, 0] << np.uint64(32) | keys[:, 1], kind="stable")
+    keys = np.empty(images, np.uint64)
+    for first in range(0, images, _CHUNK):
+        index = np.arange(first, min(first + _CHUNK, images))
+        words = philox(seed, epoch, index, _EPOCH_ORDER, blocks=[0])[:, 0]
+        keys[index] = words[:, 0] << np.uint64(32) | words[:, 1]
+    return np.argsort(keys, kind="stable")
 
 
 def _uniform(seed: int, epoch: int, index: NDArray[np.int64], view: int, blocks: Sequence[int]) -> NDArray[np.float64]:
     """Return (B, blocks, 4) numbers in [0, 1), multiples of 2^-24, which are exact in float32."""
-    return (_philox(seed, epoch, index, view, blocks) >> np.uint64(8)).astype(np.float64) * 2.0**-24
+    return (philox(seed, epoch, index, view, blocks) >> np.uint64(8)).astype(np.float64) * 2.0**-24
 
 
-def _philox(seed: int, epoch: int, index: NDArray[np.int64], view: int, blocks: Sequence[int]) -> NDArray[np.uint64]:
+def philox(seed: int, epoch: int, index: NDArray[np.int64], view: int, blocks: Sequence[int]) -> NDArray[np.uint64]:
     """Return 32-bit words (B, blocks, 4) as uint64. Key: (seed, epoch); counter: (block, view, low, high index)."""
     low32, shift = np.uint64(_WORD), np.uint64(32)
     wide = index.astype(np.uint64)[:, None]

@@ -1,13 +1,27 @@
 """The order of the images, their division among the ranks, and the position within an epoch."""
 
-from dataclasses import dataclass
-from typing import Any
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, replace
+from itertools import count
+from typing import Any, NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
 
 from fastsimclr.data.params import epoch_order
 from fastsimclr.errors import UserError
+
+
+class SampledBatch(NamedTuple):
+    """This rank's part of a batch."""
+
+    epoch: int
+    index: NDArray[np.int64]  # type: ignore[assignment]  # (B,): indices of the images in the source
+    next_epoch: int
+    """The epoch of the batch after it."""
+    next_position: int
+    """The position after it: 0 if it is the last batch of its epoch."""
 
 
 @dataclass
@@ -51,12 +65,33 @@ class Sampler:
         """Return the number of batches in an epoch."""
         return len(self._bounds(0))
 
-    def remaining(self) -> list[NDArray[np.int64]]:
-        """Return this rank's image indices for each batch of the epoch from `position` on."""
+    @property
+    def is_at_end(self) -> bool:
+        """Whether no batch of the epoch remains."""
+        return not self._bounds(self.position)
+
+    def remaining(self) -> list[SampledBatch]:
+        """Return this rank's parts of the batches of the epoch from `position` on."""
         order = epoch_order(self.seed, self.epoch, self.images) if self.shuffle else np.arange(self.images)
-        return [
-            np.array_split(order[first:end], self.world_size)[self.rank] for first, end in self._bounds(self.position)
-        ]
+        bounds = self._bounds(self.position)
+        parts = [np.array_split(order[first:end], self.world_size)[self.rank] for first, end in bounds]
+        after = [(self.epoch, end) for _, end in bounds[:-1]] + [(self.epoch + 1, 0)]
+        return [SampledBatch(self.epoch, part, *end) for part, end in zip(parts, after, strict=False)]
+
+    def from_here_on(self) -> Iterator[SampledBatch]:
+        """Yield this rank's parts of the batches from `position` on, of this epoch and of all later ones.
+
+        The order of each epoch is drawn in a thread during the epoch before it.
+        """
+        thread = ThreadPoolExecutor(1, thread_name_prefix="fastsimclr-order")
+        try:
+            batches = self.remaining()
+            for epoch in count(self.epoch + 1):
+                upcoming = thread.submit(replace(self, epoch=epoch, position=0).remaining)
+                yield from batches
+                batches = upcoming.result()
+        finally:
+            thread.shutdown(wait=False)  # not a `with` block: the thread may itself collect this generator
 
     def _bounds(self, position: int) -> list[tuple[int, int]]:
         min_batch = self.batch_size if self.drop_last else max(1, self.min_local_batch * self.world_size)

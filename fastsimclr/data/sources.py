@@ -232,3 +232,9 @@ def decoded(source: Source, index: int) -> Tensor:
         return image
     assert isinstance(source, EncodedSource)
     return decode(source.read(index), source.name(index), source.pixels, source.max_pixels)
+
+
+def reason_of(error: object, source: Source, index: int) -> str:
+    """Return why image `index` is bad: an error's message without the image's name and what was expected."""
+    reason, _, _ = str(error).removeprefix(f"{source.name(index)}: ").partition("; expected")
+    return reason

@@ -17,6 +17,7 @@ from fastsimclr.data.crop import crop as crop_batch
 from fastsimclr.data.loader import BatchRequest, CroppedBatch
 from fastsimclr.data.params import ViewParams, sample_batch_params
 from fastsimclr.data.pixels import RGB8, PixelFormat
+from fastsimclr.data.replacement import read_or_replace
 from fastsimclr.data.sources import ArraySource, Source, decoded
 from fastsimclr.data.workers import WorkerLoader
 from fastsimclr.errors import UserError
@@ -47,7 +48,7 @@ class TorchvisionBackend:
                 continue
             with stage("copy"):
                 crops = tuple(view.to(self.device, non_blocking=True) for view in batch.crops)
-            yield CroppedBatch(crops, batch.params)
+            yield batch._replace(crops=crops)
 
     def device_bytes(self) -> int:
         return 0
@@ -68,20 +69,25 @@ class _Crops(Dataset[CroppedBatch | UserError]):
         recipes = self.augmentation.recipes
         crops: list[list[Tensor]] = [[] for _ in recipes]
         params: list[list[ViewParams]] = [[] for _ in recipes]
-        for i in range(len(request.index)):
-            index = request.index[i : i + 1]
+        used = request.index.copy()
+        bad: dict[int, str] = {}
+        for row in range(len(used)):
             try:
-                image = decoded(self.source, int(index[0]))
+                used[row], image, found = read_or_replace(request, row, len(self.source), self._read)
             except UserError as error:
                 return error  # raised in a worker, it would be wrapped in a traceback
-            image_params = sample_batch_params(
-                self.augmentation, request.seed, request.epoch, index, np.array([image.shape[1:]])
-            )
+            bad |= found
+            wanted, size = request.index[row : row + 1], np.array([image.shape[1:]])
+            image_params = sample_batch_params(self.augmentation, request.seed, request.epoch, wanted, size)
             for view, recipe in enumerate(recipes):
                 params[view].append(image_params[view])
                 crops[view].append(crop(image, recipe, image_params[view], self.source.pixels))
         # In a worker, default_collate stacks into shared memory.
-        return CroppedBatch(tuple(map(default_collate, crops)), [np.concatenate(view_params) for view_params in params])
+        views = tuple(map(default_collate, crops))
+        return CroppedBatch(views, [np.concatenate(view_params) for view_params in params], used, bad)
+
+    def _read(self, index: int) -> Tensor:
+        return decoded(self.source, index)
 
 
 def crop(image: Tensor, recipe: Augmentation, params: ViewParams, pixels: PixelFormat = RGB8) -> Tensor:

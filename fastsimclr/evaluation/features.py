@@ -50,6 +50,7 @@ def embed_batches(
         shuffle=False,
         drop_last=False,
         min_local_batch=0,
+        read_ahead=False,
         dtype=autocast or torch.float32,  # autocast would convert the images anyway
     )
     loader = open_loader(source, augmentation.for_evaluation(), config)

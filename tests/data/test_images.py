@@ -7,13 +7,12 @@ import numpy as np
 import pytest
 import torch
 from numpy.typing import NDArray
-from pictures import broken, jpeg, kinds, photo, photo_folder, write
+from pictures import broken, jpeg, kinds, photo, write
 from PIL import Image, ImageOps
 
 from fastsimclr import Augmentation
 from fastsimclr.data import images, open_views
 from fastsimclr.data.images import as_ppm, decode
-from fastsimclr.data.sampler import Sampler
 from fastsimclr.errors import UserError
 
 FILES = kinds()
@@ -121,56 +120,3 @@ def test_jpeg_truncated_at_any_length_raises() -> None:
     for length in [*range(0, 24), *range(24, len(whole) - 2, 61)]:  # -2: a missing end marker is accepted
         with pytest.raises(UserError, match="cut"):
             decode(array(whole[:length]), "cut")
-
-
-@pytest.mark.parametrize("name", BROKEN)
-@pytest.mark.parametrize(("backend", "workers"), [("torchvision", 0), ("dali", 1)])
-def test_loader_error_names_the_file_that_does_not_decode(
-    tmp_path: Path, name: str, backend: str, workers: int
-) -> None:
-    photo_folder(tmp_path, 15)
-    bad = write(tmp_path, {f"b/{name}": BROKEN[name]}) / "b" / name
-    # In mid-epoch, after two good batches.
-    seed = next(s for s in range(99) if _batch_of(sorted(tmp_path.rglob("*.*")).index(bad), 16, 4, s) == 2)
-    loader = open_views(str(tmp_path), Augmentation(image_size=16), 4, backend=backend, workers=workers, seed=seed)
-    batches = iter(loader)
-    next(batches)
-    next(batches)
-    with pytest.raises(UserError, match=f"^{bad}: got {len(BROKEN[name])} bytes") as caught:
-        next(batches)
-    assert "\n" not in str(caught.value)
-    assert loader.state_dict()["position"] == 8, "after the two batches that were returned"
-    # The loader still works: once the file is replaced, it continues from there.
-    bad.write_bytes(jpeg(photo(30, 30)))
-    assert [len(batch.index) for batch in loader] == [4, 4]
-    loader.close()
-
-
-def _batch_of(image: int, images: int, batch_size: int, seed: int) -> int:
-    parts = Sampler(images, batch_size, seed=seed).remaining()
-    return next(number for number, part in enumerate(parts) if image in part)
-
-
-@pytest.mark.slow
-def test_worker_process_error_names_the_file_that_does_not_decode(tmp_path: Path) -> None:
-    # All files with one worker: it takes seconds to start, and must survive each error.
-    folder = write(tmp_path, BROKEN)
-    loader = open_views(str(folder), PLAIN, 1, backend="torchvision", workers=1, shuffle=False)
-    for position, name in enumerate(sorted(BROKEN)):
-        loader.load_state_dict({**loader.state_dict(), "epoch": 0, "position": position})
-        with pytest.raises(UserError, match=f"{name}: got {len(BROKEN[name])} bytes"):
-            next(iter(loader))
-    loader.close()
-
-
-def test_loader_error_names_a_deleted_file(tmp_path: Path) -> None:
-    photo_folder(tmp_path, 6)
-    deleted = sorted(tmp_path.rglob("*.jpg"))[4]
-    for backend in ("torchvision", "dali"):
-        loader = open_views(str(tmp_path), PLAIN, 2, backend=backend, workers=0, shuffle=False)
-        data = deleted.read_bytes()
-        deleted.unlink()
-        with pytest.raises(UserError, match=rf"{deleted}: cannot be read \(No such file"):
-            list(loader)
-        deleted.write_bytes(data)
-        loader.close()

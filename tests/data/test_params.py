@@ -12,7 +12,7 @@ from torchvision.transforms.v2 import RandomResizedCrop
 
 from fastsimclr import Augmentation
 from fastsimclr.data import native
-from fastsimclr.data.params import VIEW_PARAMS, _philox, epoch_order, sample_params, sample_params_in_numpy
+from fastsimclr.data.params import VIEW_PARAMS, epoch_order, philox, sample_params, sample_params_in_numpy
 
 VIEWS = Augmentation()
 MANY = 20_000
@@ -33,7 +33,7 @@ def implementation(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPat
 def test_philox_matches_published_test_vectors() -> None:
     # kat_vectors of Random123, philox4x32 10. Counter: (block, view, index low, index high); key: (seed, epoch).
     ones = 0xFFFFFFFF
-    zeros = _philox(0, 0, np.array([0]), 0, blocks=[0])[0, 0]
+    zeros = philox(0, 0, np.array([0]), 0, blocks=[0])[0, 0]
     assert [f"{word:08x}" for word in zeros] == ["6627e8d5", "e169c58d", "bc57ac4c", "9b00dbd8"]
     # The other two vectors have counters that are never used here: they validate the reference of the next test.
     full = _philox_reference((ones, ones, ones, ones), (ones, ones))
@@ -55,7 +55,7 @@ def _philox_reference(counter: tuple[int, int, int, int], key: tuple[int, int]) 
 @pytest.mark.parametrize("index", [0, 5, 0xFFFFFFFF, 1 << 32, (3 << 32) + 7, -1])
 def test_philox_counter_and_key(index: int) -> None:
     seed, epoch, view = 0xDEADBEEF, 0xFFFFFFFF, 0xFFFFFFFF  # mostly ones, to detect wrong carries
-    words = _philox(seed, epoch, np.array([index]), view, blocks=range(13))[0]
+    words = philox(seed, epoch, np.array([index]), view, blocks=range(13))[0]
     for block in range(13):
         expected = _philox_reference((block, view, index & 0xFFFFFFFF, index >> 32 & 0xFFFFFFFF), (seed, epoch))
         assert words[block].tolist() == expected
