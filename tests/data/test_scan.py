@@ -25,7 +25,6 @@ from ranks import RankError, run_ranks
 from fastsimclr.data import checks
 from fastsimclr.data.checks import ScanStopped
 from fastsimclr.data.images import decode
-from fastsimclr.data.pixels import PixelFormat
 from fastsimclr.data.scan import CACHE_FILE, BadImages, Scan, scan
 from fastsimclr.distributed import World
 from fastsimclr.errors import UserError
@@ -47,9 +46,9 @@ def decoded(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[str]]:
     """File names of the images that scans decode; clear() it between scans."""
     calls: list[str] = []
 
-    def recorded(data: NDArray[np.uint8], name: str, pixels: PixelFormat) -> torch.Tensor:
+    def recorded(data: NDArray[np.uint8], name: str, *options: Any) -> torch.Tensor:
         calls.append(re.split("/|: ", name)[-1])
-        return decode(data, name, pixels)
+        return decode(data, name, *options)
 
     monkeypatch.setattr(checks, "decode", recorded)
     return calls
@@ -367,7 +366,7 @@ def test_interrupted_scan_keeps_its_results(tmp_path: Path, monkeypatch: pytest.
         time.sleep(0.005)
         if name.endswith("c/029.jpg"):
             raise MemoryError
-        return decode(data, name, pixels)
+        return decode(data, name, *options)
 
     monkeypatch.setattr(checks, "decode", slow)
     with pytest.raises(MemoryError):
@@ -386,7 +385,7 @@ def test_long_scan_saves_its_results_periodically(tmp_path: Path, monkeypatch: p
         time.sleep(0.005)
         with np.load(tmp_path / CACHE_FILE) as saved:  # written atomically: readable at any time
             entries.append(len(saved["entries"]))
-        return decode(data, name, pixels)
+        return decode(data, name, *options)
 
     monkeypatch.setattr(checks, "decode", decode_and_read_cache)
     scan(open_encoded(folder), cache=tmp_path)
@@ -420,9 +419,9 @@ def scan_on_a_rank(rank: int, folder: str, run: str) -> dict[str, Any]:
     """Scan on one of two ranks; return the results and the images that this rank decoded."""
     decoded: list[str] = []
 
-    def recorded(data: NDArray[np.uint8], name: str, pixels: PixelFormat) -> torch.Tensor:
+    def recorded(data: NDArray[np.uint8], name: str, *options: Any) -> torch.Tensor:
         decoded.append(name)
-        return decode(data, name, pixels)
+        return decode(data, name, *options)
 
     checks.__dict__["decode"] = recorded  # this process runs only this test
     world = World(rank, 2, torch.device("cpu"))
