@@ -308,7 +308,7 @@ def test_unreadable_files_are_bad_but_not_cached(tmp_path: Path) -> None:
 
 
 def test_out_of_memory_while_decoding_is_not_cached(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    def fails(data: NDArray[np.uint8], name: str, pixels: PixelFormat) -> torch.Tensor:
+    def fails(data: NDArray[np.uint8], name: str, *options: Any) -> torch.Tensor:
         cause = (
             MemoryError() if name.endswith("000.jpg") else RuntimeError("DefaultCPUAllocator: can't allocate memory")
         )
@@ -362,7 +362,7 @@ def test_interrupted_scan_keeps_its_results(tmp_path: Path, monkeypatch: pytest.
     folder = photo_folder(tmp_path / "photos", 30)
     monkeypatch.setattr(checks, "_ROUND_S", 0.02)
 
-    def slow(data: NDArray[np.uint8], name: str, pixels: PixelFormat) -> torch.Tensor:
+    def slow(data: NDArray[np.uint8], name: str, *options: Any) -> torch.Tensor:
         time.sleep(0.005)
         if name.endswith("c/029.jpg"):
             raise MemoryError
@@ -381,7 +381,7 @@ def test_long_scan_saves_its_results_periodically(tmp_path: Path, monkeypatch: p
     monkeypatch.setattr(scan_module, "_SAVE_EVERY_S", 0.0)
     entries = []
 
-    def decode_and_read_cache(data: NDArray[np.uint8], name: str, pixels: PixelFormat) -> torch.Tensor:
+    def decode_and_read_cache(data: NDArray[np.uint8], name: str, *options: Any) -> torch.Tensor:
         time.sleep(0.005)
         with np.load(tmp_path / CACHE_FILE) as saved:  # written atomically: readable at any time
             entries.append(len(saved["entries"]))
