@@ -20,7 +20,7 @@ COMMANDS = {
     "export": "convert an encoder for torchvision, safetensors, ONNX or timm",
     "preview": "draw the views that an encoder will see",
     "report": "write an HTML report of one run, or a comparison of several",
-    "doctor": "show what is installed, what will be used, and why",
+    "doctor": "show what is installed, what will be used, and why; check the images of a data set",
 }
 """Commands and their help. Command X is the module fastsimclr.X, imported only when the command runs."""
 ENCODER_HELP = (
@@ -65,19 +65,20 @@ class Parser(argparse.ArgumentParser):
 
 
 def exit_code(command: str, work: Callable[[], object]) -> int:
-    """Run `work` and return the exit code of fastsimclr.`command`: 0, 2 after a UserError, 1 after OtherRankError.
+    """Run `work` and return the exit code of fastsimclr.`command`: 2 after a UserError, 1 after OtherRankError.
 
-    Rank 0 prints the UserError. Other exceptions are internal errors and propagate.
+    Otherwise it is 0, or the integer that `work` returns. Rank 0 prints the UserError. Other exceptions are internal
+    errors and propagate.
     """
     try:
-        work()
+        code = work()
     except UserError as error:
         if os.environ.get("RANK", "0") == "0":
             print(f"fastsimclr.{command}: error: {' '.join(str(error).split())}", file=sys.stderr)
         return 2
     except OtherRankError:  # that rank prints it
         return 1
-    return 0
+    return code if isinstance(code, int) else 0
 
 
 if __name__ == "__main__":

@@ -1,6 +1,10 @@
-"""Show what is installed, what will be used and why, and what to install for more speed.
+"""Show what is installed, what will be used and why; with --data, check every image of a data set.
 
-The exit code is 0 even if something is missing.
+With --data all images are decoded, on all cores, and under torchrun on all ranks. An interrupted check is resumed by
+the same command. Its results are kept in the cache folder, where runs on the same data find them.
+
+Exit codes: 0, even if something is missing; with --data 1 if images are bad, and 143 or 130 if SIGTERM or SIGINT ended
+the check; 2 for a user error.
 """
 
 import argparse
@@ -8,6 +12,8 @@ import fnmatch
 import json
 import sys
 from collections.abc import Sequence
+from dataclasses import asdict
+from pathlib import Path
 
 from fastsimclr.cli import Parser, exit_code
 from fastsimclr.errors import UserError
@@ -18,14 +24,46 @@ def main(arguments: Sequence[str] | None = None) -> int:
     return exit_code("doctor", lambda: run(_options(arguments)))
 
 
-def run(options: argparse.Namespace) -> None:
+def run(options: argparse.Namespace) -> int:
+    if options.data is not None:
+        return check(options)
     if options.encoders is not None:
         print(*list_encoders(options.encoders), sep="\n")
-        return
+        return 0
     from fastsimclr.environment import describe, examine  # imported here so that --help does not import PyTorch
 
     found = examine()
     print(json.dumps(found, indent=2) if options.json else describe(found))
+    return 0
+
+
+def check(options: argparse.Namespace) -> int:
+    """Check the images of --data, print the summary, and return the exit code."""
+    from fastsimclr import distributed
+    from fastsimclr.data.checks import Stopped
+    from fastsimclr.data.full_check import check_data
+    from fastsimclr.data.pixel_options import PixelOptions
+    from fastsimclr.data.scan import write_lines
+    from fastsimclr.training.rank_sync import StopSignal
+
+    pixels = PixelOptions(options.pixels, options.channels)
+    try:
+        with StopSignal() as stop:
+            world = distributed.start("cpu")
+            found = check_data(
+                options.data, cache=options.cache, pixels=pixels, world=world, stop=lambda: stop.received != 0
+            )
+    except Stopped:
+        if world.is_rank_zero:
+            print("stopped; run the same command to resume", file=sys.stderr)
+        return 128 + stop.received if stop.received else 1
+    finally:
+        distributed.stop()
+    if world.is_rank_zero:
+        if options.list is not None:
+            write_lines(Path(options.list), [str(bad) for bad in found.bad])
+        print(json.dumps(asdict(found), indent=2) if options.json else found.describe())
+    return 1 if found.bad else 0
 
 
 def list_encoders(pattern: str) -> list[str]:
@@ -45,6 +83,12 @@ def _options(arguments: Sequence[str] | None) -> argparse.Namespace:
     parser = Parser(prog="python -m fastsimclr.doctor", description=__doc__)
     parser.add_argument("--json", action="store_true", help="print JSON")
     parser.add_argument("--encoders", metavar="PATTERN", help="list the encoders whose names match, such as '*vit*'")
+    data = parser.add_argument_group("full check of a data set")
+    data.add_argument("--data", metavar="PATH", help="check every image: a path that train takes as --data.train")
+    data.add_argument("--list", metavar="FILE", help="write the bad images and the reasons to this file, one a line")
+    data.add_argument("--cache", metavar="DIR", help="folder of the results; default: ~/.cache/fastsimclr")
+    data.add_argument("--pixels", choices=("uint8", "uint16", "float32"), help="as data.pixels of train")
+    data.add_argument("--channels", type=int, metavar="N", help="as data.channels of train")
     return parser.parse_args(arguments)
 
 

@@ -56,6 +56,7 @@ def _options(arguments: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--backend", choices=BACKENDS, default="auto", help="decoding backend; default: auto")
     parser.add_argument("--device", default="auto", help="cuda, cpu or auto")
     parser.add_argument("--precision", choices=("auto", "bf16", "fp16", "fp32"), default="auto", help="default: auto")
+    parser.add_argument("--cache", metavar="DIR", help="results of fastsimclr doctor; default: ~/.cache/fastsimclr")
     parser.add_argument("--max_bad", type=float, default=0.01, metavar="F", help="tolerated bad files; default: 0.01")
     parser.add_argument("--seed", type=int, default=0, metavar="N", help="seed of the sample, the map and the gallery")
     parser.add_argument("--force", action="store_true", help="overwrite earlier results in the output folder")

@@ -104,13 +104,6 @@ def is_checkpoint(state: Any) -> bool:
     return isinstance(state, dict) and state.get("format") == FORMAT
 
 
-def scan_cache(checkpoint: str | Path | None, output: Path) -> Path:
-    """Return the folder that caches scans for bad images: the checkpoint's run folder, which has the cache of training,
-    or `output` if there is no run folder or it is read-only."""
-    run = RunFolder.of(checkpoint)
-    return run.path if run is not None and os.access(run.path, os.W_OK) else output
-
-
 def check_new(output: Path, force: bool, option: str = "--output") -> None:
     """Raise UserError if `output` exists and may not be overwritten."""
     if output.exists() and not force:

@@ -29,8 +29,8 @@ _ROUND_S = 2.0  # between collectives: short enough to react to a signal and to 
 _PROGRESS_AFTER_S = 2.0
 
 
-class ScanStopped(Exception):
-    """A rank was told to stop during the scan. The results so far are cached."""
+class Stopped(Exception):
+    """A rank was told to stop while it read or decoded images."""
 
 
 class ImageCheck(NamedTuple):
@@ -48,10 +48,14 @@ def all_values_valid(pixels: PixelFormat) -> bool:
 
 
 def check_all(
-    checks: "Checks", images: int, world: World, stop: Callable[[], bool] = lambda: False
+    checks: "Checks", images: int, title: str, world: World, stop: Callable[[], bool] = lambda: False
 ) -> Iterator[list[ImageCheck]]:
-    """Run the checks of all ranks, of `images` images, and yield the results of each round, of all ranks on all."""
-    progress = progress_bar(images, "checking images", "image", visible=world.is_rank_zero, delay=_PROGRESS_AFTER_S)
+    """Run the checks of all ranks, of `images` images, and yield the results of each round, of all ranks on all.
+
+    title: of the progress. stop: called before each image; once it is True on a rank, Stopped is raised on all. Raises
+    the errors of any rank on all, and WrongForm for an image that the source cannot have.
+    """
+    progress = progress_bar(images, title, "image", visible=world.is_rank_zero, delay=_PROGRESS_AFTER_S)
     with closing(progress), closing(checks):
         while True:
             results, exception = [], None
@@ -74,7 +78,7 @@ def check_all(
             if any(failures):  # an internal error
                 raise exception or RuntimeError("another rank failed: " + "; ".join(filter(None, failures)))
             if any(stopped):
-                raise ScanStopped
+                raise Stopped
             if not any(remaining):
                 return
 

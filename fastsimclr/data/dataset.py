@@ -1,48 +1,37 @@
-"""Open a dataset, and loaders of augmented batches from it."""
+"""Open images for the commands, and loaders of augmented batches from them. No image is decoded that is not used."""
 
 from collections.abc import Callable
-from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 
 from fastsimclr.data.augmentation import Augmentation
 from fastsimclr.data.backends import BACKENDS, choose_backend
+from fastsimclr.data.cache_folder import cache_folder
+from fastsimclr.data.check_results import use_results
+from fastsimclr.data.checks import Stopped
 from fastsimclr.data.detect import detect_pixels
 from fastsimclr.data.loader import CropBackend, LoaderConfig, ViewLoader
-from fastsimclr.data.memory import MemoryBackend, decode_all
+from fastsimclr.data.memory import DifferentSizes, MemoryBackend, decode_all
 from fastsimclr.data.opening import BUILT_IN, describe, listed_path, open_unread
 from fastsimclr.data.pixel_options import PixelOptions
 from fastsimclr.data.pixels import count_channels
 from fastsimclr.data.sampler import Sampler
-from fastsimclr.data.scan import (
-    SKIPPED_FILE,
-    BadImages,
-    check_same_images,
-    needs_scan,
-    read_labels,
-    write_skipped_images,
-)
-from fastsimclr.data.scan import scan as scan_images  # `scan` is the module
-from fastsimclr.data.sources import ArraySource, Source
+from fastsimclr.data.scan import check_same_images, check_values, read_labels
+from fastsimclr.data.sources import ArraySource, EncodedSource, Source
 from fastsimclr.data.statistics import with_statistics
-from fastsimclr.distributed import World, run_on_all_ranks
+from fastsimclr.distributed import SINGLE_PROCESS, World, gather_objects, run_on_all_ranks
 from fastsimclr.errors import UserError
 from fastsimclr.node import run_once_per_node
 from fastsimclr.progress_bar import print_line
 
-Pair = tuple[Source, Source | None]
 
-
-@dataclass(frozen=True)
-class Dataset:
-    """Checked images, prepared for the requested backend."""
+class Pair(NamedTuple):
+    """The images of a command."""
 
     train: Source
     val: Source | None
-    skipped: list[str] | None
-    """One line per skipped image, its name and the reason; None if there were no files to check."""
 
 
 def open_dataset(
@@ -51,40 +40,36 @@ def open_dataset(
     *,
     world: World,
     backend: str = "auto",
-    max_bad: float = 0.01,
-    cache: Path | None = None,
-    skipped_to: Path | None = None,
+    cache: str | Path | None = None,
     pixels: PixelOptions | None = None,
-    select: Callable[[Source, Source | None], Pair] = lambda train, val: (train, val),
-    option: str = "--data.max_bad",
+    select: Callable[[Source, Source | None], tuple[Source, Source | None]] = lambda train, val: (train, val),
     workers: int | None = None,
-) -> Dataset:
-    """Open, check and prepare the training and validation images: `open_pair`, `select`, then `check_pair`.
+) -> Pair:
+    """Open and prepare the training and validation images: `open_pair`, `select`, then `prepare_pair`.
 
-    select: called with both sources before the scan; checks them, and may return subsets.
+    select: called with both sources before they are prepared; checks them, and may return subsets.
     Raises UserError on all ranks if data is missing, unreadable or rejected by `select`.
     """
     pair = open_pair(train, val, world, pixels, workers)
-    pair = run_on_all_ranks(lambda: select(*pair), world)
-    return check_pair(
-        pair,
-        world=world,
-        backend=backend,
-        max_bad=max_bad,
-        cache=cache,
-        skipped_to=skipped_to,
-        option=option,
-        workers=workers,
-    )
+    selected = run_on_all_ranks(lambda: select(*pair), world)
+    return prepare_pair(Pair(*selected), world=world, backend=backend, cache=cache)
 
 
 def open_pair(
-    train: Any, val: Any, world: World, pixels: PixelOptions | None = None, workers: int | None = None
+    train: Any,
+    val: Any,
+    world: World,
+    pixels: PixelOptions | None = None,
+    workers: int | None = None,
+    *,
+    labels: bool = True,
 ) -> Pair:
     """Open the training and validation images without decoding files. Raises UserError on all ranks if one fails.
 
     train, val: as for `open_source`. If `val` is None, a built-in dataset uses its own validation images.
     pixels: what the images must be. Both must have the same format.
+    workers: processes per rank that read the items of a Dataset; None picks by the number of CPU cores.
+    labels: whether labels are needed: those of some Datasets are known only after all items are read.
     """
     held_out = None
     if val is not None or is_built_in(train):
@@ -93,8 +78,10 @@ def open_pair(
 
     def detect() -> None:
         detect_pixels(opened, pixels or PixelOptions())
+        check_values(opened)
         if held_out is not None:
             detect_pixels(held_out, pixels or PixelOptions())
+            check_values(held_out)
             if held_out.pixels != opened.pixels:
                 raise UserError(
                     f"--data.val: got images of {held_out.pixels}, expected {opened.pixels}, as in --data.train"
@@ -104,8 +91,9 @@ def open_pair(
     for source in (opened, held_out):
         if source is not None:
             check_same_images(source, world)
-            read_labels(source, world, workers)
-    return opened, held_out
+            if labels:
+                read_labels(source, world, workers)
+    return Pair(opened, held_out)
 
 
 def _open_once_per_node(data: Any, split: str, world: World) -> Source:
@@ -122,51 +110,43 @@ def print_notes(source: Source, data: Any) -> None:
         print_line(f"{describe(data)}: {note}")
 
 
-def check_pair(
+def prepare_pair(
     pair: Pair,
     *,
     world: World,
     backend: str = "auto",
-    max_bad: float = 0.01,
-    cache: Path | None = None,
-    skipped_to: Path | None = None,
+    cache: str | Path | None = None,
     stop: Callable[[], bool] = lambda: False,
-    option: str = "--data.max_bad",
-    workers: int | None = None,
-) -> Dataset:
-    """Scan the images for bad ones and prepare them for the backend. All ranks share the work and fail together.
+) -> Pair:
+    """Use the results of an earlier full check, choose the backend if it is "auto", and decode the images for "memory".
 
-    backend: backend of the loaders; for "memory" the images are decoded here, once.
-    max_bad: largest fraction of images that may fail to decode. They are skipped.
-    cache: folder for the results of the scan. skipped_to: folder for the list of skipped images.
-    stop: called during the scan; once it returns True on any rank, all ranks raise ScanStopped.
-    option: name of `max_bad` in error messages.
-    workers: processes per rank that read the items of a Dataset; None picks by the number of CPU cores.
-    Raises UserError on all ranks if too many images are bad.
+    cache: the cache folder, --data.cache. stop: called while images are decoded; once it returns True on any rank, all
+    ranks raise Stopped. Raises UserError on all ranks if the images do not fit the backend.
     """
-    skipped: list[str] | None = None
-    checked: list[Source | None] = []
-    for source in pair:
-        if source is not None and needs_scan(source):
-            try:
-                scanned = scan_images(source, max_bad=max_bad, cache=cache, world=world, stop=stop, workers=workers)
-            except BadImages as error:
-                list_file = ""
-                if skipped_to is not None:
-                    list_file = f" (all are listed in {skipped_to / SKIPPED_FILE})"
-                    if world.is_rank_zero:
-                        write_skipped_images(skipped_to, [*(skipped or []), *error.bad])
-                raise UserError(f"{option}{str(error).removeprefix('max_bad')}{list_file}") from error
-            source = scanned.source
-            skipped = list(dict.fromkeys([*(skipped or []), *scanned.bad]))  # `val` may be `train`
-        checked.append(source)
-    if skipped is not None and skipped_to is not None and world.is_rank_zero:
-        write_skipped_images(skipped_to, skipped)
-    prepared, prepared_val = run_on_all_ranks(
-        lambda: [source and prepare(source, backend, world.device)[0] for source in checked], world
-    )
-    assert prepared is not None
-    return Dataset(prepared, prepared_val, skipped)
+    train, val = (source and _prepare_on_all_ranks(source, world, backend, cache, stop) for source in pair)
+    assert train is not None
+    return Pair(train, val)
+
+
+def _prepare_on_all_ranks(
+    source: Source, world: World, backend: str, cache: str | Path | None, stop: Callable[[], bool]
+) -> Source:
+    if isinstance(source, EncodedSource):
+        use_results(source, cache_folder(cache), world)
+    stopped = False
+
+    def prepare_here() -> Source:
+        nonlocal stopped
+        try:
+            return prepare(source, backend, world, stop)[0]
+        except Stopped:
+            stopped = True
+            return source
+
+    prepared = run_on_all_ranks(prepare_here, world)
+    if any(gather_objects(stopped, world)):
+        raise Stopped
+    return prepared
 
 
 def is_built_in(data: Any) -> bool:
@@ -174,15 +154,26 @@ def is_built_in(data: Any) -> bool:
     return isinstance(data, str) and data.partition(":")[0] in BUILT_IN
 
 
-def prepare(source: Source, backend: str, device: torch.device) -> tuple[Source, str]:
-    """Return the source (decoded if the backend is "memory") and the backend (chosen if it is "auto")."""
+def prepare(source: Source, backend: str, world: World, stop: Callable[[], bool] = lambda: False) -> tuple[Source, str]:
+    """Return the source (decoded if the backend is "memory") and the backend (chosen if it is "auto").
+
+    Uses no collectives: all ranks choose the same, because they see the same images.
+    """
     if backend not in BACKENDS:
         raise UserError(f"backend: got {backend!r}, expected one of {', '.join(BACKENDS)}")
-    if backend == "auto":
-        backend, _ = choose_backend(source, device)
-    if backend == "memory" and not isinstance(source, ArraySource):
-        source = decode_all(source)
-    return source, backend
+    chosen = choose_backend(source, world.device)[0] if backend == "auto" else backend
+    if chosen != "memory" or isinstance(source, ArraySource):
+        return source, chosen
+    try:
+        return decode_all(source, visible=world.is_rank_zero, stop=stop), chosen
+    except DifferentSizes as error:
+        if backend == "memory":
+            raise
+        source.sizes = error.sizes  # now "auto" knows
+        chosen = choose_backend(source, world.device)[0]
+        if world.is_rank_zero:
+            print_line(f"data: the images are not of one size, so {chosen} loads them, not memory")
+        return source, chosen
 
 
 def open_views(
@@ -191,7 +182,6 @@ def open_views(
     batch_size: int,
     *,
     pixels: PixelOptions | None = None,
-    max_bad: float | None = None,
     cache: str | Path | None = None,
     device: str | torch.device = "cpu",
     rank: int = 0,
@@ -215,9 +205,8 @@ def open_views(
         smaller.
     pixels: what image files are decoded to; 8-bit RGB by default. `augmentation.mean` and `std` must have one number
         per channel or be "auto".
-    max_bad: if given, decode every image first and skip those that fail; raise UserError if they are more than this
-        fraction. None: no scan; an image that does not decode is replaced by another one when it is reached.
-    cache: folder in which the results of the scan are kept for the next one.
+    cache: folder of the results of `fastsimclr doctor --data`, which are used if they are there: by default,
+        $XDG_CACHE_HOME/fastsimclr or ~/.cache/fastsimclr.
     device: device on which views are computed and returned.
     rank, world_size: this process and the number of processes that share each batch.
     options: fields of `fastsimclr.data.loader.LoaderConfig`: backend ("auto", "dali", "torchvision" or "memory"), seed,
@@ -231,9 +220,10 @@ def open_views(
     config = LoaderConfig(batch_size=batch_size, world=world, **options)
     source = open_unread(data, "train")
     detect_pixels(source, pixels or PixelOptions())
+    check_values(source)
     read_labels(source, workers=config.workers)
-    if needs_scan(source) and (max_bad is not None or isinstance(source, ArraySource)):
-        source = scan_images(source, max_bad=max_bad or 0, cache=cache, workers=config.workers).source
+    if isinstance(source, EncodedSource):
+        use_results(source, cache_folder(cache), SINGLE_PROCESS)
     check_augmentation(augmentation, source)
     augmentation, _ = with_statistics(augmentation, source)
     return open_loader(source, augmentation, config)
@@ -253,7 +243,7 @@ def open_loader(source: Source, augmentation: Augmentation, config: LoaderConfig
         raise UserError(
             f"data: got images of {source.pixels}, expected {count_channels(augmentation.channels)}, the length of mean"
         )
-    source, backend = prepare(source, config.backend, config.world.device)
+    source, backend = prepare(source, config.backend, config.world)
     sampler = Sampler(
         len(source),
         config.batch_size,

@@ -51,8 +51,6 @@ class DatasetSource(DecodedSource):
         self.labels, self.classes = np.full(len(self.rows), NO_LABEL), ()
         self.labels_unread = False
         """Whether the labels are known only after all items were read; see `set_labels`."""
-        self.reasons: dict[int, str] | None = None
-        """Why items cannot be used, by their index in `dataset`, if all were read for their labels."""
         self._form, first, label = self._find_form()
         self.pixels = self._form.pixels
         if labels is None and label is not None:
@@ -64,12 +62,6 @@ class DatasetSource(DecodedSource):
 
     def name(self, index: int) -> str:
         return f"{self.title}[{self.rows[index]}]"
-
-    @property
-    def has_labels(self) -> bool:
-        """Whether all images that can be used have labels."""
-        bad = np.isin(self.rows, list(self.reasons or ()))
-        return bool((bad | (self.labels != NO_LABEL)).all())
 
     def image(self, index: int) -> Tensor:
         return self.image_and_label(index)[0]
@@ -99,7 +91,7 @@ class DatasetSource(DecodedSource):
         return part
 
     def __getstate__(self) -> dict[str, Any]:
-        return {**self.__dict__, "_reader": None}
+        return {**super().__getstate__(), "_reader": None}
 
     def _find_form(self) -> tuple["_Form", int, Label]:
         """Return the form of the first item that can be read, its index and its label."""

@@ -1,84 +1,129 @@
 """The backend for small images of one size: decoded once and kept on the device, cropped a batch at a time."""
 
 import os
-from collections.abc import Generator, Iterator
+from collections.abc import Callable, Generator, Iterator
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import closing
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
 
+from fastsimclr.data.arrays import MappedSource
 from fastsimclr.data.augmentation import Augmentation
+from fastsimclr.data.checks import Stopped
 from fastsimclr.data.crop import crop
+from fastsimclr.data.headers import read_header
 from fastsimclr.data.loader import BatchRequest, CroppedBatch
 from fastsimclr.data.params import sample_batch_params
 from fastsimclr.data.replacement import read_or_replace
-from fastsimclr.data.sources import ArraySource, Source, WrongForm, decoded, reason_of
+from fastsimclr.data.sources import ArraySource, EncodedSource, Source, WrongForm, decoded, reason_of
 from fastsimclr.errors import UserError
 from fastsimclr.profiling import stage
+from fastsimclr.progress_bar import progress_bar
 
 _MAX_SIDE = 96  # pixels (STL-10's): for larger images crops are cheap compared to decoding, and few datasets fit
 _MAX_BYTES = 4 << 30
-
-
-class DifferentSizes(UserError):
-    """The images are not of one size, as the memory backend needs them."""
+_SAMPLE = 64  # images whose sizes are read
+_PROGRESS_AFTER_S = 2.0
 
 
 def fits_in_memory(source: Source) -> bool:
-    """Return whether to keep the images decoded. False if their sizes are unknown, as without a scan."""
+    """Return whether to keep the images decoded: they are small, of one size as far as known, and fit.
+
+    If no size is known, those of a random sample are read, up to the first that rules it out.
+    """
     if isinstance(source, ArraySource):
         return max(source.images.shape[1:3]) <= _MAX_SIDE and source.images.nbytes <= _MAX_BYTES
-    sizes = source.sizes
-    if sizes is None or not (sizes == sizes[0]).all():
+    if isinstance(source, MappedSource):
         return False
-    return sizes[0].max() <= _MAX_SIDE and source.pixels.image_bytes(*sizes[0]) * len(sizes) <= _MAX_BYTES
+    size = _one_size(source)
+    return size is not None and source.pixels.image_bytes(*size) * len(source) <= _MAX_BYTES
 
 
-def decode_all(source: Source) -> ArraySource:
-    """Decode all images; those that cannot be used are `bad`, and black.
+def _one_size(source: Source) -> tuple[int, int] | None:
+    """Return the size (h, w) of small images that all known or sampled ones have; None if there is none."""
+    if source.sizes is not None and source.sizes.any():
+        known = source.sizes[source.sizes[:, 0] > 0]
+        height, width = known[0].tolist()
+        return (height, width) if known.max() <= _MAX_SIDE and (known == known[0]).all() else None
+    one_size = None
+    for index in np.random.default_rng(0).permutation(len(source))[:_SAMPLE].tolist():
+        try:
+            if isinstance(source, EncodedSource):
+                height, width = read_header(source.read(index), source.name(index)).upright_size
+            else:
+                _, height, width = decoded(source, index).shape
+        except UserError:  # the image is replaced when it is met
+            continue
+        if max(height, width) > _MAX_SIDE or one_size not in (None, (height, width)):
+            return None
+        one_size = height, width
+    return one_size
 
-    Raises DifferentSizes if the others differ in size, and UserError if none can be used.
+
+class DifferentSizes(UserError):
+    """The images are of several sizes. sizes: (N, 2), of the two images that differ; 0 for the others."""
+
+    def __init__(self, message: str, sizes: NDArray[np.int32]) -> None:
+        super().__init__(message)
+        self.sizes = sizes
+
+
+def decode_all(source: Source, *, visible: bool = True, stop: Callable[[], bool] = lambda: False) -> ArraySource:
+    """Decode all images, and return them with `bad` set: images that do not decode are zeros.
+
+    visible: whether to show progress. stop: called before each image; once it returns True, Stopped is raised.
+    Raises DifferentSizes (a UserError), WrongForm, and UserError if no image decodes.
     """
-    bad = dict(source.bad)
 
     def decode_one(index: int) -> torch.Tensor | None:
-        if index not in bad:
-            try:
-                return decoded(source, index).permute(1, 2, 0)
-            except WrongForm:
-                raise
-            except UserError as error:
-                bad[index] = reason_of(error, source, index)
-        return None
+        if index in source.bad:
+            return None
+        try:
+            return decoded(source, index).permute(1, 2, 0)
+        except WrongForm:
+            raise
+        except UserError as error:
+            bad[index] = reason_of(error, source, index)
+            return None
 
-    every = range(len(source))
-    first, example = next(((i, image) for i in every if (image := decode_one(i)) is not None), (0, None))
-    if example is None:
-        raise UserError(f"data: got {len(source)} images, none of which can be used: {source.name(0)}: {bad[0]}")
-    images = example.new_zeros(len(source), *example.shape)
+    bad = dict(source.bad)
+    named, first = next(
+        ((index, image) for index in range(len(source)) if (image := decode_one(index)) is not None), (0, None)
+    )
+    if first is None:
+        raise UserError(f"data: got {len(bad)} images that cannot be used, the first with: {source.name(0)}: {bad[0]}")
+    images = first.new_zeros(len(source), *first.shape)
 
     def store(index: int) -> None:
+        if stop():
+            raise Stopped
         image = decode_one(index)
         if image is None:
             return
-        if image.shape != images.shape[1:]:
+        if image.shape != first.shape:
+            sizes = np.zeros((len(source), 2), np.int32)
+            sizes[named], sizes[index] = first.shape[:2], image.shape[:2]
             raise DifferentSizes(
-                f"{source.name(index)}: got {image.shape[0]}x{image.shape[1]} pixels, expected {images.shape[1]}x"
-                f"{images.shape[2]} as for {source.name(first)}: backend memory needs images of one size"
+                f"{source.name(index)}: got {image.shape[0]}x{image.shape[1]} pixels, expected {first.shape[0]}x"
+                f"{first.shape[1]} as for {source.name(named)}: backend memory needs images of one size",
+                sizes,
             )
         images[index] = image
 
     cores = len(os.sched_getaffinity(0)) if source.thread_safe else 1
-    with ThreadPoolExecutor(cores, thread_name_prefix="fastsimclr-decode") as threads:
+    progress = progress_bar(len(source), "decoding images", "image", visible=visible, delay=_PROGRESS_AFTER_S)
+    with closing(progress), ThreadPoolExecutor(cores, thread_name_prefix="fastsimclr-decode") as threads:
         try:
-            for _ in threads.map(store, every):
-                pass
-        except UserError:
+            for _ in threads.map(store, range(len(source))):
+                progress.update()
+        except (UserError, Stopped):
             threads.shutdown(cancel_futures=True)
             raise
-    in_memory = ArraySource("decoded", images, source.labels, source.classes, source)
-    in_memory.bad = bad
-    return in_memory
+    array = ArraySource("decoded", images, source.labels, source.classes, source)
+    array.bad = dict(sorted(bad.items()))
+    return array
 
 
 class MemoryBackend:

@@ -1,6 +1,7 @@
 """The names of images, kept as bytes: a million strings would take some 100 MiB in each process."""
 
 import hashlib
+import itertools
 import os
 import re
 from array import array
@@ -11,6 +12,8 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 from torch import Tensor
+
+_HASHED_AT_ONCE = 1 << 16  # bounds the memory of the digests
 
 
 class Names:
@@ -63,6 +66,17 @@ class Names:
 
     def __iter__(self) -> Iterator[str]:
         return map(self.__getitem__, range(len(self)))
+
+    def hashes(self) -> NDArray[np.uint64]:
+        """Return a 64-bit hash of each name (N,)."""
+        text, ends = self._text.numpy().data, self._ends.numpy()
+        hashed = np.empty(len(ends), np.uint64)
+        for first in range(0, len(ends), _HASHED_AT_ONCE):
+            part = ends[first : first + _HASHED_AT_ONCE].tolist()
+            bounds = itertools.pairwise([int(ends[first - 1]) if first else 0, *part])
+            digests = b"".join([hashlib.blake2b(text[start:end], digest_size=8).digest() for start, end in bounds])
+            hashed[first : first + len(part)] = np.frombuffer(digests, "<u8")
+        return hashed
 
     def digest(self) -> bytes:
         """Return a hash of the names and their order."""

@@ -1,132 +1,98 @@
-"""Check that every image of a source can be read, and find its size. The results of files are cached.
+"""Read every image of a source: the full check of `fastsimclr doctor --data`, and the labels that only items have.
 
-A file that does not decode would end a run hours into an epoch. So every image is decoded before the first epoch, on
-all cores of all ranks, and skipped if that fails. The next scan checks only new and changed files. The items of a
-user's Dataset are all read again, as they may have changed: in this process if that is quick, else in workers.
+A run does not need the check: it replaces a bad image when it meets it. All cores of all ranks share the work. Results
+for image files are kept in the user's cache folder, so that the next check reads only new and changed files; the items
+of a user's Dataset are all read again, as they may have changed.
 """
 
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
+from numpy.typing import NDArray
 
 from fastsimclr.data.arrays import MappedSource
-from fastsimclr.data.checks import all_values_valid, check_all, open_checks
+from fastsimclr.data.check_results import CheckResults
+from fastsimclr.data.checks import ImageCheck, all_values_valid, check_all, open_checks
 from fastsimclr.data.datasets import DatasetSource
-from fastsimclr.data.scan_cache import CACHE_FILE, ScanCache
-from fastsimclr.data.sources import ArraySource, Source
+from fastsimclr.data.sources import ArraySource, EncodedSource, Source, decoded
 from fastsimclr.distributed import SINGLE_PROCESS, World, broadcast_object, gather_objects
 from fastsimclr.errors import UserError
 from fastsimclr.run_folder import replace_atomically
 
 SKIPPED_FILE = "skipped_images.txt"
-_MAX_LISTED = 3  # bad images named in an error
 _SAVE_EVERY_S = 60.0
+_VALUES_AT_ONCE = 1024  # images
 
 
 @dataclass(frozen=True)
 class Scan:
-    """Result of a scan: the images that decode, and those that do not."""
+    """Result of a full check."""
 
-    source: Source
-    """The images that can be used, in the order of the scanned source, with its labels and classes; `sizes` is set."""
-    bad: list[str]
-    """One line per skipped image: its name and the reason."""
-    checked: int
-    """Number of images decoded by this scan on all ranks; the results of the others were cached."""
-
-
-class BadImages(UserError):
-    """The fraction of bad images exceeds the limit. bad: one line per image, its name and the reason."""
-
-    def __init__(self, message: str, bad: list[str]) -> None:
-        super().__init__(message)
-        self.bad = bad
-
-
-def needs_scan(source: Source) -> bool:
-    """Return whether an image of the source may be bad: not in an array whose values are all valid."""
-    return not isinstance(source, ArraySource | MappedSource) or not all_values_valid(source.pixels)
+    sizes: NDArray[np.int32]
+    """(N, 2): height and width of each upright image; 0 if it cannot be used."""
+    bad: dict[int, str]
+    """The images that cannot be used, by index, and why."""
+    read: int
+    """Number of images that all ranks read; the results of the others were in the cache folder."""
+    file: Path | None
+    """The file of the results in the cache folder; None if they are not kept."""
 
 
 def scan(
     source: Source,
     *,
-    max_bad: float = 0.01,
-    cache: str | Path | None = None,
+    cache: Path | None = None,
     world: World = SINGLE_PROCESS,
     stop: Callable[[], bool] = lambda: False,
     workers: int | None = None,
 ) -> Scan:
-    """Decode every image of `source` whose result is not cached, and return the images that decode.
+    """Read and decode every image of `source`, except those whose results are in the cache folder.
 
-    max_bad: largest fraction of images that may be bad.
-    cache: folder of the cache file (image_scan.npz); None disables caching.
+    cache: the cache folder, for image files; None does not use it.
     world: ranks that share the work; all return the same result.
-    stop: called before each image; once it returns True on any rank, all ranks raise ScanStopped.
+    stop: called before each image; once it returns True on any rank, all ranks raise Stopped. The results are kept.
     workers: processes per rank that read the items of a Dataset; None picks by the number of CPU cores.
-    Raises, on all ranks, UserError if the ranks see different images, WrongForm (a UserError) for an image of another
-    form than the others, and BadImages (a UserError that names a few of them) if all images are bad or more than
-    `max_bad` of them.
+    Raises, on all ranks, UserError if the ranks see different images, and WrongForm (a UserError) for an image of a
+    form that the source cannot have.
     """
-    if not 0 <= max_bad <= 1:
-        raise UserError(f"max_bad: got {max_bad}, expected a fraction from 0 to 1")
     check_same_images(source, world)
-    # Only rank 0 has a cache: other nodes may not see its folder, and their copies of the files have other modification
-    # times.
-    scan_cache = (
-        ScanCache(source, Path(cache) / CACHE_FILE if cache is not None else None) if world.is_rank_zero else None
-    )
-    unchecked, error = broadcast_object(scan_cache.start() if scan_cache else None, world)
-    if error:
-        raise UserError(error)
-    if len(unchecked):
-        checks = open_checks(source, unchecked[world.rank :: world.world_size], workers)
-        last_save = time.monotonic()
-        try:
-            for results in check_all(checks, len(unchecked), world, stop):
-                if scan_cache:
-                    scan_cache.record(results)
-                    if time.monotonic() - last_save > _SAVE_EVERY_S:  # a killed scan keeps its results
-                        scan_cache.save()
-                        last_save = time.monotonic()
-        finally:
-            if scan_cache:
-                scan_cache.save()
-    heights, widths, reasons, error = broadcast_object(scan_cache.result() if scan_cache else None, world)
-    if error:
-        raise UserError(error)
-
-    bad = [f"{source.name(index)}: {reasons[index]}" for index in sorted(reasons)]
-    # Compared as a quotient: 3 / 300 is exactly 0.01 in floating point, but 0.01 * 300 may not be exactly 3.
-    if len(bad) / len(source) > max_bad or len(bad) == len(source):
-        expected = f"a fraction of at most {max_bad:g}" if max_bad < 1 else "at least one that can"
-        listed = "; ".join(bad[:_MAX_LISTED])
-        if len(bad) > _MAX_LISTED:
-            listed += f"; and {len(bad) - _MAX_LISTED} more"
-        raise BadImages(
-            f"max_bad: got {len(bad)} of {len(source)} images that cannot be used, expected {expected}: {listed}; "
-            "remove or replace them, or raise the limit",
-            bad,
-        )
-    kept = np.flatnonzero(heights)
-    good = source.subset(kept)
-    good.sizes = np.stack([heights, widths], axis=1)[kept].astype(np.int64)
-    return Scan(good, bad, len(unchecked))
+    if isinstance(source, ArraySource | MappedSource) and all_values_valid(source.pixels):
+        return Scan(np.full((len(source), 2), source.images.shape[1:3], np.int32), {}, 0, None)
+    if isinstance(source, DatasetSource) and source.sizes is not None and all_values_valid(source.pixels):
+        return Scan(source.sizes, dict(source.bad), 0, None)  # read for their labels
+    if isinstance(source, EncodedSource) and cache is not None:
+        return _scan_files(source, cache, world, stop)
+    sizes, bad = np.zeros((len(source), 2), np.int32), {}
+    for results in _read(source, np.arange(len(source)), "checking images", world, stop, workers):
+        for result in results:
+            sizes[result.image] = result.height, result.width
+            if result.reason:
+                bad[result.image] = result.reason
+    return Scan(sizes, dict(sorted(bad.items())), len(source), None)
 
 
-def write_skipped_images(folder: Path, bad: Sequence[str]) -> Path:
-    """Write the lines `bad` to `folder`/skipped_images.txt. If there are none, remove the list of an earlier run."""
-    file = folder / SKIPPED_FILE
-    if bad:
-        lines = "".join(line.replace("\n", "\\n") + "\n" for line in bad)
-        with replace_atomically(file) as partial:
-            partial.write_text(lines, encoding="utf-8", errors="surrogateescape")  # file names may be any bytes
-    else:
-        file.unlink(missing_ok=True)
-    return file
+def _scan_files(source: EncodedSource, cache: Path, world: World, stop: Callable[[], bool]) -> Scan:
+    # Only rank 0 uses the cache folder: those of other nodes have other files, and so may their copies of the images.
+    known = CheckResults(source, cache) if world.is_rank_zero else None
+    unchecked = broadcast_object(known.unchecked if known else None, world)
+    last_save = time.monotonic()
+    try:
+        for results in _read(source, unchecked, "checking images", world, stop):
+            if known:
+                known.record(results)
+                if time.monotonic() - last_save > _SAVE_EVERY_S:  # a killed check keeps its results
+                    known.save()
+                    last_save = time.monotonic()
+    finally:
+        is_saved = known is not None and len(unchecked) > 0 and known.save()
+    result = None
+    if known:
+        file = known.file if is_saved or not len(unchecked) else None
+        result = Scan(known.sizes, dict(sorted(known.reasons.items())), len(unchecked), file)
+    return broadcast_object(result, world)
 
 
 def read_labels(source: Source, world: World = SINGLE_PROCESS, workers: int | None = None) -> None:
@@ -136,11 +102,55 @@ def read_labels(source: Source, world: World = SINGLE_PROCESS, workers: int | No
     """
     if not (isinstance(source, DatasetSource) and source.labels_unread):
         return
-    checks = open_checks(source, np.arange(len(source))[world.rank :: world.world_size], workers)
-    results = sorted(result for of_round in check_all(checks, len(source), world) for result in of_round)
-    source.sizes = np.array([(result.height, result.width) for result in results])
-    source.reasons = {result.image: result.reason for result in results if result.reason}
+    read = _read(source, np.arange(len(source)), "reading all items for their labels", world, workers=workers)
+    results = sorted(result for of_round in read for result in of_round)
+    source.sizes = np.array([(result.height, result.width) for result in results], np.int32)
+    source.bad = {result.image: result.reason for result in results if result.reason}
     source.set_labels([result.label for result in results])
+
+
+def _read(
+    source: Source,
+    indices: NDArray[np.int64],
+    title: str,
+    world: World,
+    stop: Callable[[], bool] = lambda: False,
+    workers: int | None = None,
+) -> Iterator[list[ImageCheck]]:
+    """Read the images `indices`, shared by all ranks; yield the results of all ranks, a few seconds' at a time."""
+    if len(indices):
+        checks = open_checks(source, indices[world.rank :: world.world_size], workers)
+        yield from check_all(checks, len(indices), title, world, stop)
+
+
+def check_values(source: Source) -> None:
+    """Raise WrongForm, which names an image, if an array in memory has values that are not finite or out of range."""
+    if not isinstance(source, ArraySource) or all_values_valid(source.pixels):
+        return
+    for first in range(0, len(source), _VALUES_AT_ONCE):
+        images = range(first, min(first + _VALUES_AT_ONCE, len(source)))
+        try:
+            source.pixels.check(source.images[images.start : images.stop].movedim(3, 0), "")
+        except UserError:
+            for index in images:
+                decoded(source, index)
+
+
+def write_skipped_images(folder: Path, bad: Sequence[str]) -> Path:
+    """Write the lines `bad` to `folder`/skipped_images.txt. If there are none, remove the list of an earlier run."""
+    file = folder / SKIPPED_FILE
+    if bad:
+        write_lines(file, bad)
+    else:
+        file.unlink(missing_ok=True)
+    return file
+
+
+def write_lines(file: Path, lines: Sequence[str]) -> None:
+    """Replace a text file atomically. A line break within a line is written as a backslash and n."""
+    with replace_atomically(file) as partial:
+        text = "".join(line.replace("\n", "\\n") + "\n" for line in lines)
+        partial.write_text(text, encoding="utf-8", errors="surrogateescape")  # file names may be any bytes
 
 
 def check_same_images(source: Source, world: World) -> None:

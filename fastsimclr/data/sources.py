@@ -6,7 +6,7 @@ from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
 from copy import copy
 from types import MappingProxyType
-from typing import TYPE_CHECKING, ClassVar
+from typing import TYPE_CHECKING, Any, ClassVar
 
 import numpy as np
 import torch
@@ -23,6 +23,7 @@ if TYPE_CHECKING:
     from typing_extensions import Self  # typing's from Python 3.11
 
 NO_LABEL = -1
+_ODD = 0x9E3779B97F4A7C15  # 2^64 divided by the golden ratio: a product with it spreads over all bits
 
 
 class WrongForm(UserError):
@@ -34,7 +35,8 @@ class Source(ABC):
 
     labels: (N,) int64, -1 for unlabeled images. classes: names of the classes. pixels: format of the decoded images.
     max_pixels: largest image that is decoded, in pixels.
-    sizes: (N, 2), height and width of each upright image; None if not scanned (fastsimclr/data/scan.py).
+    sizes: (N, 2), height and width of each upright image as far as known, otherwise 0; None if none is known. They come
+        from an earlier check, so they are only a hint. Workers do not get them.
     bad: the images known to be unusable, by index, and why.
     notes: one line for each kind of file that was passed over when the source was opened, and why.
     """
@@ -43,7 +45,7 @@ class Source(ABC):
     classes: Sequence[str]
     pixels: PixelFormat = RGB8
     max_pixels: int = PixelOptions.max_pixels
-    sizes: NDArray[np.int64] | None = None
+    sizes: NDArray[np.int32] | None = None
     bad: Mapping[int, str] = MappingProxyType({})
     notes: Sequence[str] = ()
     thread_safe: ClassVar[bool] = True  # whether threads may read images at the same time
@@ -53,7 +55,9 @@ class Source(ABC):
 
     @property
     def has_labels(self) -> bool:
-        return bool((self.labels != NO_LABEL).all())
+        """Whether all images that are not known to be bad have labels."""
+        unlabeled = np.flatnonzero(self.labels == NO_LABEL)
+        return len(unlabeled) <= len(self.bad) and all(index in self.bad for index in unlabeled.tolist())
 
     @abstractmethod
     def name(self, index: int) -> str:
@@ -79,6 +83,9 @@ class Source(ABC):
     @abstractmethod
     def subset(self, indices: NDArray[np.int64]) -> "Self":
         """Return a source of the images `indices` (K,), in that order. It has the same classes, even unused ones."""
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {**self.__dict__, "sizes": None}
 
     def _part(self, indices: NDArray[np.int64]) -> "Self":
         """Return a copy with the labels and sizes of the images `indices` (K,), to which `subset` adds the images."""
@@ -136,6 +143,10 @@ class EncodedSource(Source):
     def read(self, index: int) -> NDArray[np.uint8]:
         """Return the encoded bytes of image `index`. Raises UserError if they cannot be read."""
 
+    def key_hashes(self) -> NDArray[np.uint64]:
+        """Return a 64-bit hash (N,) of the key of each image; in shards also of its place, as keys may be repeated."""
+        return Names.of(map(self.key, range(len(self)))).hashes()
+
     @abstractmethod
     def locations(self) -> tuple[Sequence[str], NDArray[np.int64], NDArray[np.int64]]:
         """Return the files, and for each image (N,) the index of its file and its byte offset in it."""
@@ -156,6 +167,9 @@ class FolderSource(EncodedSource):
 
     def key(self, index: int) -> str:
         return self.names[index]
+
+    def key_hashes(self) -> NDArray[np.uint64]:
+        return self.names.hashes()
 
     def _hash_keys(self) -> bytes:
         return self.names.digest()
@@ -199,6 +213,11 @@ class TarSource(EncodedSource):
     def key(self, index: int) -> str:
         return f"{os.path.basename(self.shards[self.extents[index, 0]])}: {self.members[index]}"
 
+    def key_hashes(self) -> NDArray[np.uint64]:
+        shards = Names.of(map(os.path.basename, self.shards)).hashes()
+        places = shards[self.extents[:, 0]] + self.extents[:, 1].astype(np.uint64)
+        return self.members.hashes() ^ (places * np.uint64(_ODD))  # equal members of two shards differ
+
     def _hash_keys(self) -> bytes:
         shards = Names.of(map(os.path.basename, self.shards)).digest()
         return shards + self.members.digest() + self.extents[:, 0].tobytes()
@@ -225,10 +244,16 @@ class TarSource(EncodedSource):
 
 
 def decoded(source: Source, index: int) -> Tensor:
-    """Return image `index` as (C, H, W), in the format `source.pixels`. Raises UserError if it has another."""
+    """Return image `index` as (C, H, W), in the format `source.pixels`.
+
+    Raises UserError if it cannot be used, and WrongForm if the image of an array or Dataset has another format.
+    """
     if isinstance(source, DecodedSource):
         image = source.image(index)
-        source.pixels.check(image, source.name(index))
+        try:
+            source.pixels.check(image, source.name(index))
+        except UserError as error:
+            raise WrongForm(str(error)) from error
         return image
     assert isinstance(source, EncodedSource)
     return decode(source.read(index), source.name(index), source.pixels, source.max_pixels)

@@ -10,7 +10,7 @@ from numpy.typing import NDArray
 
 from fastsimclr.data.augmentation import Augmentation
 from fastsimclr.data.pixels import count_channels
-from fastsimclr.data.sources import Source, decoded
+from fastsimclr.data.sources import Source, WrongForm, decoded
 from fastsimclr.distributed import SINGLE_PROCESS, World, gather_objects, run_on_all_ranks
 from fastsimclr.errors import UserError
 
@@ -23,7 +23,8 @@ def with_statistics(
     """Replace a `mean` or `std` of "auto" by the source's, and return a line that states them; None if both are given.
 
     ImageNet's values, the defaults, are replaced too if the images do not have three channels.
-    Up to 1,000 images, evenly spaced in the source, are measured; the ranks share them. All return the same result.
+    Up to 1,000 images, evenly spaced in the source, are measured, without bad ones. The ranks share
+    them, and all return the same result.
     """
     channels = source.pixels.channels
     why = ""
@@ -50,7 +51,14 @@ def measure(source: Source, world: World = SINGLE_PROCESS) -> tuple[tuple[float,
     own = selected[world.rank :: world.world_size]
 
     def moments(index: int) -> NDArray[np.float64]:
-        pixels = source.pixels.to_unit(decoded(source, index)).flatten(1).double()
+        try:
+            if index in source.bad:
+                raise UserError(source.bad[index])
+            pixels = source.pixels.to_unit(decoded(source, index)).flatten(1).double()
+        except WrongForm:
+            raise
+        except UserError:  # replaced when it is met
+            return np.full((2, source.pixels.channels), np.nan)
         return torch.stack([pixels.mean(1), pixels.square().mean(1)]).numpy()
 
     def measure_own() -> NDArray[np.float64]:
@@ -62,7 +70,10 @@ def measure(source: Source, world: World = SINGLE_PROCESS) -> tuple[tuple[float,
     of_images = np.empty((len(selected), 2, source.pixels.channels))
     for rank, part in enumerate(parts):  # in the order of the images, so that the sum is the same for any ranks
         of_images[rank :: world.world_size] = part.reshape(-1, *of_images.shape[1:])
+    of_images = of_images[~np.isnan(of_images[:, 0, 0])]
+    if not len(of_images):
+        raise UserError(f"data: got {len(selected)} images to measure mean and std on, none of which can be used")
     mean, square = of_images.mean(0)
     std = np.sqrt(np.maximum(square - mean**2, 0))
     std[std < 1e-6] = 0  # rounding errors of a constant
-    return tuple(mean.round(6).tolist()), tuple(std.round(6).tolist()), len(selected)
+    return tuple(mean.round(6).tolist()), tuple(std.round(6).tolist()), len(of_images)

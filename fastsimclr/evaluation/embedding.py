@@ -35,7 +35,7 @@ from fastsimclr.malloc import keep_freed_memory
 from fastsimclr.precision import Precision, choose_precision
 from fastsimclr.pretrained import Pretrained, describe, open_checkpoint
 from fastsimclr.reporting import embedding_pictures
-from fastsimclr.run_folder import GALLERY, MAP, RunFolder, check_new, scan_cache, write_atomically
+from fastsimclr.run_folder import GALLERY, MAP, RunFolder, check_new, write_atomically
 
 MIN_IMAGES = 10  # with fewer, a map and nearest neighbors say nothing
 MAX_MAPPED = 5000  # UMAP and t-SNE take up to a minute for this many, and a map has no room for more
@@ -124,27 +124,24 @@ def _open(options: argparse.Namespace, world: World) -> Embedding:
 
     output, pretrained, data = run_on_all_ranks(check, world)
     method, why = run_on_all_ranks(lambda: neighbors.choose_method(options.map), world)
-    images = open_dataset(
+    source, _ = open_dataset(
         data,
         None,
         world=world,
         backend=options.backend,
-        max_bad=options.max_bad,
-        cache=scan_cache(options.checkpoint, output),
-        skipped_to=output,
+        cache=options.cache,
         pixels=PixelOptions.from_config((pretrained.config or {}).get("data", {})),
         select=select,
-        option="--max_bad",
     )
     augmentation = replace((pretrained.augmentation or Augmentation()).for_evaluation(), **options.preprocessing)
-    check_images(pretrained.encoder, images.train, augmentation)
+    check_images(pretrained.encoder, source, augmentation)
     return Embedding(
         pretrained=pretrained,
         augmentation=augmentation,
         data=data,
-        source=images.train,
+        source=source,
         available=available,
-        skipped=len(images.skipped or []),
+        skipped=len(source.bad),
         output=output,
         precision=choose_precision(options.precision, world.device),
         method=method,

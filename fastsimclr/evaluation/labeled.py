@@ -26,21 +26,24 @@ class LabeledData:
     train: Source
     val: Source | None
     classes: Sequence[str]
-    skipped: list[str]
-    """For each image left out, its name and the reason."""
     available_images: int
     """Number of training images before --labels selects a subset."""
 
+    @property
+    def skipped(self) -> list[str]:
+        """For each image left out, its name and the reason."""
+        sources = [self.train] if self.val is None else [self.train, self.val]
+        return [f"{source.name(index)}: {reason}" for source in sources for index, reason in source.bad.items()]
 
-def open_labeled(data: DataConfig, labels: float | str, seed: int, cache: Path | None, world: World) -> LabeledData:
-    """Open the labeled images of --data.train and --data.val, without those that do not decode.
 
-    Without --data.val, a built-in dataset uses its own validation images. All ranks scan the images together.
+def open_labeled(data: DataConfig, labels: float | str, seed: int, world: World) -> LabeledData:
+    """Open the labeled images of --data.train and --data.val.
+
+    Without --data.val, a built-in dataset uses its own validation images.
 
     labels: the fraction of the labels to use (the same number per class, chosen by seed), or a file that lists the
         images to keep.
-    cache: the folder that keeps the results of the scan for bad images.
-    Raises UserError if images have no labels, if the classes of the two differ, or if more than --data.max_bad are bad.
+    Raises UserError if images have no labels, or if the classes of the two differ.
     """
     if data.train is None:
         raise UserError("--data.train: got none, expected labeled images: a folder of class folders, tar shards, …")
@@ -58,17 +61,16 @@ def open_labeled(data: DataConfig, labels: float | str, seed: int, cache: Path |
         kept = _listed(train, labels) if isinstance(labels, str) else class_balanced(train, labels, seed)
         return train if kept is None else train.subset(kept), val
 
-    found = open_dataset(
+    train, val = open_dataset(
         data.train,
         data.val,
         world=world,
         backend=data.backend,
-        max_bad=data.max_bad,
-        cache=cache,
+        cache=data.cache,
         pixels=data.pixel_options(),
         select=select,
     )
-    return LabeledData(found.train, found.val, found.train.classes, found.skipped or [], available)
+    return LabeledData(train, val, train.classes, available)
 
 
 def class_balanced(source: Source, fraction: float, seed: int) -> NDArray[np.int64] | None:

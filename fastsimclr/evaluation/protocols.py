@@ -34,7 +34,7 @@ from fastsimclr.models import Backbone, Encoder, EncoderSpec, as_encoder, build,
 from fastsimclr.optim import is_transformer
 from fastsimclr.precision import choose_precision
 from fastsimclr.pretrained import Pretrained
-from fastsimclr.run_folder import RunFolder, check_new, scan_cache, write_atomically
+from fastsimclr.run_folder import RunFolder, check_new, write_atomically
 
 HELD_OUT = 0.2  # fraction of the training images on which lbfgs selects its regularization
 FEW_LABELS = 0.02  # the paper fine-tunes for 60 epochs on 1 % of the labels, for 30 on 10 %
@@ -63,8 +63,7 @@ class Evaluation:
         self.result = self.output / f"{config.name()}.json"
         self.weights = self.result.with_suffix(".pt")
         run_on_all_ranks(self._check_output, world)
-        cache = scan_cache(config.checkpoint, self.output)
-        self.data = open_labeled(config.data, getattr(config, "labels", 1.0), config.seed, cache, world)
+        self.data = open_labeled(config.data, getattr(config, "labels", 1.0), config.seed, world)
         run_on_all_ranks(self._check_data, world)
         torch.manual_seed(config.seed)
         self.model = self._encoder()

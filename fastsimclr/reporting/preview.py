@@ -17,7 +17,7 @@ from fastsimclr.data.augmentation import Augmentation
 from fastsimclr.data.dataset import print_notes
 from fastsimclr.data.detect import detect_pixels
 from fastsimclr.data.params import sample_batch_params
-from fastsimclr.data.sources import NO_LABEL, decoded
+from fastsimclr.data.sources import NO_LABEL, ArraySource, decoded
 from fastsimclr.errors import UserError
 from fastsimclr.reporting.contact_sheet import Cell, Head, Pixels, draw_grid
 from fastsimclr.reporting.numbers import count
@@ -56,12 +56,17 @@ def write_preview(options: argparse.Namespace, others: list[str]) -> str:
     source, augmentation = open_source(config.data.train), config.data.augmentation()
     print_notes(source, config.data.train)
     detect_pixels(source, config.data.pixel_options())
+    backend, why = (
+        choose_backend(source, device) if config.data.backend == "auto" else (config.data.backend, "as requested")
+    )
+    if backend == "memory" and not isinstance(source, ArraySource):
+        backend, why = "torchvision", "it reads only the images shown"
     shown = _shown_channels(options.show_channels, source.pixels.channels)
     loader = open_views(
         source,
         augmentation,
         min(options.images, len(source)),
-        backend=config.data.backend,
+        backend=backend,
         device=device,
         pixels=config.data.pixel_options(),
         seed=config.seed,
@@ -73,7 +78,6 @@ def write_preview(options: argparse.Namespace, others: list[str]) -> str:
         augmentation = loader.augmentation
     finally:
         loader.close()
-    why = choose_backend(source, device)[1] if config.data.backend == "auto" else "as requested"
     by = f"loaded by {loader.backend} ({why})"
     title = f"{config.data.train}: {len(rows)} of {len(source)} images" + (", unshuffled" if options.unshuffled else "")
     config_name = options.config or ("the defaults" if options.data else "digits, of the demonstration")

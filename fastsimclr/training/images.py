@@ -5,8 +5,8 @@ from typing import Any
 
 from fastsimclr.config import Config
 from fastsimclr.data.augmentation import Augmentation
-from fastsimclr.data.checks import ScanStopped
-from fastsimclr.data.dataset import Dataset, Pair, check_augmentation, check_pair, open_pair
+from fastsimclr.data.checks import Stopped
+from fastsimclr.data.dataset import Pair, check_augmentation, open_pair, prepare_pair
 from fastsimclr.data.pixels import RGB8, dtype_name
 from fastsimclr.data.sources import Source
 from fastsimclr.data.statistics import with_statistics
@@ -26,7 +26,8 @@ def open_images(config: Config, train: Any, val: Any, world: World, *, rgb_optio
     """
     train = config.data.train if train is None else train
     val = config.data.val if val is None else val
-    pair = open_pair(train, val, world, config.data.pixel_options(), config.data.workers)
+    needs_labels = config.knn_every > 0 or val is not None
+    pair = open_pair(train, val, world, config.data.pixel_options(), config.data.workers, labels=needs_labels)
     channels = pair[0].pixels.channels
     if rgb_optional and channels != 3:
         config = replace(config, data=config.data.without_rgb())
@@ -46,22 +47,19 @@ def open_images(config: Config, train: Any, val: Any, world: World, *, rgb_optio
     return pair, config
 
 
-def check_images(pair: Pair, config: Config, world: World, folder: RunFolder, stop: StopSignal) -> Dataset:
-    """Decode all images to find bad ones. Raises ScanStopped after a stop signal."""
+def prepare_images(pair: Pair, config: Config, world: World, folder: RunFolder, stop: StopSignal) -> Pair:
+    """Prepare the images for the backend. Raises Stopped after a stop signal."""
     try:
-        return check_pair(
+        return prepare_pair(
             pair,
             world=world,
             backend=config.data.backend,
-            max_bad=config.data.max_bad,
-            cache=folder.path,
-            skipped_to=folder.path,
+            cache=config.data.cache,
             stop=lambda: stop.received != 0,
-            workers=config.data.workers,
         )
-    except ScanStopped:
+    except Stopped:
         if world.is_rank_zero:
-            print(f"stopped while checking images; rerun with --output {folder} to resume", flush=True)
+            print(f"stopped while decoding images; rerun with --output {folder} to resume", flush=True)
         raise
 
 

@@ -16,7 +16,7 @@ from torch import nn
 from fastsimclr import distributed
 from fastsimclr.config import Config, DataConfig, from_options
 from fastsimclr.data.augmentation import Augmentation
-from fastsimclr.data.checks import ScanStopped
+from fastsimclr.data.checks import Stopped
 from fastsimclr.data.opening import describe
 from fastsimclr.errors import UserError
 from fastsimclr.malloc import keep_freed_memory
@@ -121,7 +121,7 @@ def pretrain(
 
 
 def train(config: Config, command: Sequence[str], **objects: Any) -> Trainer | None:
-    """Run a Trainer to its last step, or until it is stopped. Return it, or None if it stopped while checking images.
+    """Run a Trainer to its last step, or until it is stopped. Return it, or None if it stopped while decoding images.
 
     command: the command line, for the record. objects: arguments of Trainer.
     """
@@ -133,7 +133,7 @@ def train(config: Config, command: Sequence[str], **objects: Any) -> Trainer | N
             with Phase("starting", visible=world.is_rank_zero):
                 trainer = Trainer(config, world, command=command, stop=stop, **objects)
             trainer.train()
-        except ScanStopped:
+        except Stopped:
             return None
         distributed.barrier(world)  # until rank 0 has written the last checkpoint
         return trainer

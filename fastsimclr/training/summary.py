@@ -10,8 +10,7 @@ from torch import nn
 from fastsimclr._extension import describe_build
 from fastsimclr.config import Config, ModelConfig
 from fastsimclr.data import ViewLoader, choose_backend
-from fastsimclr.data.dataset import Dataset
-from fastsimclr.data.scan import SKIPPED_FILE
+from fastsimclr.data.dataset import Pair
 from fastsimclr.distributed import World
 from fastsimclr.models import USER_MODULE, Backbone, Encoder
 from fastsimclr.models.resnet import SMALL_IMAGE
@@ -26,15 +25,14 @@ from fastsimclr.training.freeze import Freezing
 _EITHER_STEM = 96  # pixels: up to here, people use either stem
 
 
-def describe_data(config: Config, data: Dataset, loader: ViewLoader, folder: RunFolder) -> list[str]:
+def describe_data(config: Config, data: Pair, loader: ViewLoader) -> list[str]:
     """The images, and the backend that loads them, with the reason."""
     source = data.train
     classes = f" in {len(source.classes)} classes" if source.has_labels else ", no labels"
     why = choose_backend(source, loader.device)[1] if config.data.backend == "auto" else "as requested"
     lines = [f"data: {config.data.train}, {len(source)} images{classes}; loaded by {loader.backend} ({why})"]
-    if data.skipped:
-        listed = folder.path / SKIPPED_FILE
-        lines.append(f"data: left out {len(data.skipped)} images that cannot be used; see {listed}")
+    if source.bad:
+        lines.append(f"data: {len(source.bad)} images are known to be bad, and are replaced by others")
     return lines
 
 
@@ -108,7 +106,7 @@ def describe_stop(stop_signal: int, step: int, folder: RunFolder) -> str:
 
 
 def describe_result(
-    last: dict[str, Any], data: Dataset, knn: float | None, untrained_knn: float | None, folder: RunFolder
+    last: dict[str, Any], data: Pair, knn: float | None, untrained_knn: float | None, folder: RunFolder
 ) -> list[str]:
     """The results. last: the record of the last step; knn: accuracy of the trained encoder, if measured."""
     lines = [f"trained {last['step']} steps, last loss {last['loss']:.4f}"]

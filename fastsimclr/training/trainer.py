@@ -31,7 +31,7 @@ from fastsimclr.training import summary
 from fastsimclr.training.build import architecture, build_learner, check_architecture, check_weights
 from fastsimclr.training.callbacks import Callback, Callbacks, KeepCheckpoints
 from fastsimclr.training.estimate import Estimate, estimate_step
-from fastsimclr.training.images import check_images, open_images, record_pixels
+from fastsimclr.training.images import open_images, prepare_images, record_pixels
 from fastsimclr.training.loggers import make_loggers
 from fastsimclr.training.metrics import Metrics
 from fastsimclr.training.progress import Progress
@@ -91,7 +91,7 @@ class Trainer:
         self.precision, self.scaler, self.recipe = learner.precision, learner.scaler, learner.recipe
         self.loss, self.loss_backend = learner.loss, learner.loss_backend
         self.freezing, self._weights = learner.freezing, learner.weights
-        self.data = check_images(sources, config, world, self.folder, stop)
+        self.data = prepare_images(sources, config, world, self.folder, stop)
         self.config, self.augmentation, self._statistics = record_pixels(
             config, learner.augmentation, self.data.train, world
         )
@@ -278,7 +278,7 @@ class Trainer:
     def _start(self) -> None:
         """Print the choices made, open the run's files, and measure the untrained encoder."""
         config, progress = self.config, self.progress
-        lines = summary.describe_data(config, self.data, self.loader, self.folder)
+        lines = summary.describe_data(config, self.data, self.loader)
         lines += [self._statistics] if self._statistics else []
         lines += summary.describe_model(
             config, self.model, self.freezing, self.precision, self.loss_backend, self.world
@@ -295,9 +295,8 @@ class Trainer:
             self.metrics.open(
                 self.folder, first_step=progress.step, total_steps=progress.last_step, epochs=config.epochs
             )
-            if self.data.skipped is not None:
-                skipped = {"skipped_images": len(self.data.skipped)}
-                self.metrics.event({"step": progress.step, "epoch": progress.epoch, **skipped})
+            if bad := len(self.data.train.bad):
+                self.metrics.event({"step": progress.step, "epoch": progress.epoch, "skipped_images": bad})
         if self.measures_knn and self.untrained_knn is None:
             self.untrained_knn = self.evaluate_knn()
         if config.profile and self.world.is_rank_zero:

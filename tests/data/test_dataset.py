@@ -1,16 +1,18 @@
-"""open_dataset: images are opened, scanned and prepared once, and all ranks fail together."""
+"""open_dataset: images are opened and prepared once, and all ranks fail together."""
 
 import contextlib
 import io
 from pathlib import Path
 
 import pytest
-from pictures import jpeg, photo, write
+from pictures import jpeg, open_encoded, photo, write
 from ranks import run_ranks
 
-from fastsimclr.data import Source, open_views
+from fastsimclr.data import Source, choose_backend, open_views
 from fastsimclr.data.augmentation import Augmentation
-from fastsimclr.data.dataset import Dataset, open_dataset, open_pair
+from fastsimclr.data.checks import Stopped
+from fastsimclr.data.dataset import open_dataset, open_pair, prepare_pair
+from fastsimclr.data.scan import scan
 from fastsimclr.data.sources import ArraySource, EncodedSource
 from fastsimclr.distributed import SINGLE_PROCESS, World
 from fastsimclr.errors import UserError
@@ -26,41 +28,39 @@ def folder(tmp_path: Path) -> Path:
 def test_built_in_data_set_has_validation_images() -> None:
     data = open_dataset("digits", None, world=SINGLE_PROCESS)
     assert data.val is not None
-    assert (len(data.train), len(data.val), data.skipped) == (1433, 364, None)
+    assert (len(data.train), len(data.val)) == (1433, 364)
 
 
-def test_bad_images_are_skipped_and_listed_once(folder: Path, tmp_path: Path) -> None:
-    data = open_dataset(str(folder), str(folder), world=SINGLE_PROCESS, max_bad=0.5, skipped_to=tmp_path)
+def test_images_are_opened_without_decoding_them(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    write(folder, {"a/0.jpg": jpeg(photo(200, 300))})  # too large to keep decoded
+    monkeypatch.setattr("fastsimclr.data.sources.decode", None)
+    monkeypatch.setattr("fastsimclr.data.checks.decode", None)
+    data = open_dataset(str(folder), str(folder), world=SINGLE_PROCESS)
     assert data.val is not None
-    assert len(data.train) == len(data.val) == 2
-    listed = (tmp_path / "skipped_images.txt").read_text().splitlines()
-    assert listed == data.skipped
-    assert len(listed) == 1
-    assert listed[0].startswith(f"{folder}/a/3.jpg: ")
-    (folder / "a" / "3.jpg").unlink()
-    open_dataset(str(folder), None, world=SINGLE_PROCESS, skipped_to=tmp_path)
-    assert not (tmp_path / "skipped_images.txt").exists(), "an outdated list is removed"
+    assert len(data.train) == len(data.val) == 4
+    open_views(str(folder), Augmentation(image_size=8), 2).close()
 
 
-def test_error_for_too_many_bad_images_names_the_option(folder: Path, tmp_path: Path) -> None:
-    with pytest.raises(UserError, match=r"^--limit: got 1 of 3 images .*all are listed in .*skipped_images\.txt"):
-        open_dataset(str(folder), None, world=SINGLE_PROCESS, skipped_to=tmp_path, option="--limit")
-    assert "a/3.jpg" in (tmp_path / "skipped_images.txt").read_text()
+def test_results_of_a_full_check_are_used(folder: Path, cache_home: Path, tmp_path: Path) -> None:
+    for cache in (cache_home, tmp_path / "cache"):
+        result = scan(open_encoded(folder), cache=cache)
+        option = None if cache == cache_home else str(cache)
+        data = open_dataset(str(folder), None, world=SINGLE_PROCESS, backend="torchvision", cache=option)
+        assert data.train.bad == result.bad == {1: "got 8 bytes that do not decode as an image (unknown format)"}
+        loader = open_views(str(folder), Augmentation(image_size=8), 2, backend="torchvision", cache=option)
+        assert loader.source.bad == result.bad
+        loader.close()
 
 
-def test_images_in_memory_are_decoded_once_and_keep_their_names(folder: Path) -> None:
-    files = open_dataset(str(folder), None, world=SINGLE_PROCESS, backend="torchvision", max_bad=0.5).train
-    decoded = open_dataset(str(folder), None, world=SINGLE_PROCESS, max_bad=0.5).train  # auto: small and of one size
+def test_small_images_are_decoded_once_and_keep_their_names(folder: Path) -> None:
+    files = open_dataset(str(folder), None, world=SINGLE_PROCESS, backend="torchvision").train
+    decoded = open_dataset(str(folder), None, world=SINGLE_PROCESS).train  # auto: small and of one size
     assert isinstance(files, EncodedSource)
     assert isinstance(decoded, ArraySource)
-    assert (
-        [decoded.name(i) for i in range(2)]
-        == [files.name(i) for i in range(2)]
-        == [
-            f"{folder}/a/1.jpg",
-            f"{folder}/b/2.jpg",
-        ]
-    )
+    assert [decoded.name(i) for i in range(3)] == [files.name(i) for i in range(3)]
+    assert decoded.name(1) == f"{folder}/a/3.jpg"
+    assert decoded.bad == {1: "got 8 bytes that do not decode as an image (unknown format)"}
+    assert decoded.images[1].count_nonzero() == 0
     assert open_views(decoded, Augmentation(image_size=8), 2).source is decoded
 
 
@@ -81,6 +81,32 @@ def test_ranks_have_the_same_images_and_rank_0_prints_what_was_passed_over(folde
     assert digest == same
 
 
+def test_small_images_of_several_sizes_are_loaded_from_files(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    # The sample of 64 does not have number 7 of 101, which decoding meets.
+    images = {f"{n:03}.jpg": jpeg(photo(8, 9 if n == 7 else 8)) for n in range(101)}
+    folder = str(write(tmp_path / "images", images))
+    source = open_dataset(folder, None, world=SINGLE_PROCESS).train
+    assert isinstance(source, EncodedSource)
+    assert capsys.readouterr().err == "data: the images are not of one size, so torchvision loads them, not memory\n"
+    assert choose_backend(source, SINGLE_PROCESS.device)[0] == "torchvision"
+    with pytest.raises(UserError, match=r"007\.jpg: got 8x9 pixels, expected 8x8 .* needs images of one size"):
+        open_dataset(folder, None, world=SINGLE_PROCESS, backend="memory")
+
+
+def test_decoding_of_small_images_can_be_stopped(folder: Path) -> None:
+    pair = open_pair(str(folder), None, SINGLE_PROCESS)
+    with pytest.raises(Stopped):
+        prepare_pair(pair, world=SINGLE_PROCESS, stop=lambda: True)
+
+
+def test_images_none_of_which_decodes_are_one_line(tmp_path: Path) -> None:
+    folder = write(tmp_path / "images", {"a.jpg": b"1", "b.jpg": b"22"})
+    with pytest.raises(UserError, match=r"got 2 images that cannot be used, the first with: .*a\.jpg: got 1 bytes"):
+        open_dataset(str(folder), None, world=SINGLE_PROCESS, backend="memory")
+
+
 def open_on_a_rank(rank: int, path: str) -> str:
     def refuse_on_rank_1(train: Source, val: Source | None) -> tuple[Source, Source | None]:
         if rank == 1:
@@ -88,9 +114,7 @@ def open_on_a_rank(rank: int, path: str) -> str:
         return train, val
 
     try:
-        found: Dataset | None = open_dataset(
-            path, None, world=World(rank, 2, SINGLE_PROCESS.device), select=refuse_on_rank_1
-        )
+        found = open_dataset(path, None, world=World(rank, 2, SINGLE_PROCESS.device), select=refuse_on_rank_1)
     except UserError as error:
         return str(error)
     return str(found)

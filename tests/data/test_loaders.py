@@ -10,13 +10,12 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from pictures import SHARED_DATA, broken, encode, jpeg, kinds, photo, photo_folder, write
+from pictures import SHARED_DATA, encode, photo, photo_folder, write
 from PIL import Image
 from torch import Tensor
 
 from fastsimclr import Augmentation
 from fastsimclr.data import Batch, Source, ViewLoader, choose_backend, open_source, open_views
-from fastsimclr.data.scan import scan
 from fastsimclr.data.sources import ArraySource, EncodedSource, FolderSource
 from fastsimclr.errors import UserError
 
@@ -206,32 +205,18 @@ def test_files_of_one_size_are_loaded_into_memory(tmp_path: Path) -> None:
     folder = str(write(tmp_path / "small", {f"{'ab'[i % 2]}/{i:02}.png": png(photo(32, 24, i)) for i in range(IMAGES)}))
     source = open_source(folder)
     assert isinstance(source, EncodedSource)
-    assert choose_backend(source, torch.device("cpu"))[0] == "torchvision", "sizes are unknown before the scan"
-    scanned = open_views(folder, SMALL, BATCH, max_bad=0.0, seed=3)
-    assert scanned.backend == "memory"
+    assert choose_backend(source, torch.device("cpu"))[0] == "memory"
+    in_memory = open_views(folder, SMALL, BATCH, seed=3)
+    assert in_memory.backend == "memory"
     files = take_and_close(open_views(folder, SMALL, BATCH, backend="torchvision", workers=0, seed=3))
-    memory = take(scanned)
+    memory = take(in_memory)
     assert indices(memory) == indices(files)
     assert [batch.label.tolist() for batch in memory] == [batch.label.tolist() for batch in files]
     assert differences(memory, files, SMALL).mean() <= 0.2
-    assert scanned.device_bytes() == IMAGES * 32 * 24 * 3
-    source = scan(source).source
-    for large in (np.array([[97, 96]] * IMAGES), np.array([[32, 24]] * (IMAGES - 1) + [[24, 32]])):
+    assert in_memory.device_bytes() == IMAGES * 32 * 24 * 3
+    for large in (np.int32([[97, 96]] * IMAGES), np.int32([[32, 24]] * (IMAGES - 1) + [[24, 32]])):
         source.sizes = large
         assert choose_backend(source, torch.device("cpu"))[0] == "torchvision", "too large, or of two sizes"
-
-
-@pytest.mark.parametrize("backend", ["torchvision", "dali"])
-def test_files_that_do_not_decode_are_skipped_in_every_loader(tmp_path: Path, backend: str) -> None:
-    good = kinds() | {"wide.jpg": jpeg(photo(2, 20_000))}
-    folder = str(write(tmp_path / "mixed", {**good, **broken()}))
-    with pytest.raises(UserError, match=rf"max_bad: got {len(broken())} of {len(good) + len(broken())} images"):
-        open_views(folder, SMALL, BATCH, backend=backend, max_bad=0.01)
-    loader = open_views(folder, SMALL, BATCH, backend=backend, workers=0, max_bad=0.5, cache=tmp_path / "run")
-    assert sorted(indices(take(loader))) == list(range(len(good)))
-    assert [Path(loader.source.name(i)).name for i in range(len(good))] == sorted(good)
-    assert (tmp_path / "run" / "image_scan.npz").exists()
-    loader.close()
 
 
 # Order

@@ -21,10 +21,10 @@ from torch.utils.data import Dataset, IterableDataset, Subset, TensorDataset
 from fastsimclr import Augmentation, open_views
 from fastsimclr.data import Batch, Source, choose_backend, open_source
 from fastsimclr.data.arrays import MappedSource
-from fastsimclr.data.dataset import open_dataset
+from fastsimclr.data.dataset import open_dataset, open_pair
 from fastsimclr.data.datasets import DatasetSource
-from fastsimclr.data.scan import BadImages, scan
-from fastsimclr.data.sources import ArraySource, DecodedSource
+from fastsimclr.data.scan import scan
+from fastsimclr.data.sources import ArraySource, DecodedSource, WrongForm, decoded
 from fastsimclr.data.workers import _ByValue
 from fastsimclr.distributed import SINGLE_PROCESS, World
 from fastsimclr.errors import UserError
@@ -141,7 +141,7 @@ def test_listed_labels_are_used_without_reading_the_items() -> None:
     assert (changed.labels.tolist(), changed.classes) == ((5 + LABELS).tolist(), ["5", "6", "7"])
 
 
-def test_scan_skips_items_that_fail_and_reads_them_once() -> None:
+def test_items_that_fail_are_known_once_all_are_read_for_their_labels() -> None:
     read: list[int] = []
 
     def fails(index: int) -> Any:
@@ -150,14 +150,17 @@ def test_scan_skips_items_that_fail_and_reads_them_once() -> None:
             raise KeyError("x")
         return pair(index)
 
-    data = open_dataset(Items(fails), None, world=SINGLE_PROCESS, backend="torchvision", max_bad=0.5)
-    assert data.skipped == ["Items[1]: KeyError: 'x'", "Items[7]: KeyError: 'x'"]
-    assert data.train.labels.tolist() == LABELS[[0, 2, 3, 4, 5, 6, 8, 9, 10, 11]].tolist()
-    assert data.train.has_labels
-    assert data.train.name(1) == "Items[2]"
+    source = open_dataset(Items(fails), None, world=SINGLE_PROCESS, backend="torchvision").train
+    assert source.bad == {1: "KeyError: 'x'", 7: "KeyError: 'x'"}
+    good = [0, 2, 3, 4, 5, 6, 8, 9, 10, 11]
+    assert source.labels[good].tolist() == LABELS[good].tolist()
+    assert source.has_labels
+    assert source.subset(np.array([2, 7])).bad == {1: "KeyError: 'x'"}
     assert sorted(read) == sorted([0, *range(12)]), "the first item for the form, then each once"
-    with pytest.raises(BadImages, match=r"got 2 of 12 .* Items\[1\]: KeyError: 'x'; Items\[7\]"):
-        scan(open_source(Items(fails)), max_bad=0.1)
+    assert scan(source).bad == source.bad
+    read.clear()
+    assert open_pair(Items(fails), None, SINGLE_PROCESS, labels=False).train.labels.tolist() == [-1] * 12
+    assert read == [0], "without labels, only for the form"
     loader = open_views(Items(fails), SMALL, 4, backend="torchvision", workers=0)
     assert not {1, 7} & {int(index) for batch in loader for index in batch.index}
     assert loader.bad == {1: "KeyError: 'x'", 7: "KeyError: 'x'"}
@@ -193,8 +196,8 @@ def test_resumed_epoch_and_ranks_are_those_of_a_single_rank() -> None:
         assert torch.equal(batch.views[0], torch.cat([part.views[0] for part in parts]))
 
 
-def per_rank(rank: int, difference: str) -> tuple[list[int], list[str] | None] | str:
-    """Open a Dataset of 12 items, or one with this difference on rank 1; return its labels and the skipped images."""
+def per_rank(rank: int, difference: str) -> tuple[list[int], dict[int, str]] | str:
+    """Open a Dataset of 12 items, or one with this difference on rank 1; return its labels and the bad images."""
 
     def make(index: int) -> Any:
         if index == 5:
@@ -207,22 +210,22 @@ def per_rank(rank: int, difference: str) -> tuple[list[int], list[str] | None] |
     if difference == "labels":
         own.targets = LABELS[::-1] if rank else LABELS  # type: ignore[attr-defined]
     try:
-        data = open_dataset(own, None, world=World(rank, 2, torch.device("cpu")), max_bad=0.2)
+        source = open_dataset(own, None, world=World(rank, 2, torch.device("cpu")), backend="torchvision").train
     except UserError as raised:
         return str(raised)
-    return data.train.labels.tolist(), data.skipped
+    return source.labels.tolist(), dict(source.bad)
 
 
-def all_ranks(rank: int) -> list[tuple[list[int], list[str] | None] | str]:
+def all_ranks(rank: int) -> list[tuple[list[int], dict[int, str]] | str]:
     return [per_rank(rank, difference) for difference in ("", "length", "labels", "form")]
 
 
 @pytest.mark.slow
-def test_ranks_share_the_scan_and_fail_together() -> None:
+def test_ranks_share_the_reading_of_labels_and_fail_together() -> None:
     first, second = run_ranks(2, all_ranks)
     assert first == second
     same_items, length, labels, form = first
-    assert same_items == (LABELS[np.arange(12) != 5].tolist(), ["Items[5]: OSError: gone"])
+    assert same_items == (np.where(np.arange(12) == 5, -1, LABELS).tolist(), {5: "OSError: gone"})
     assert "got 10 images on rank 1 and 12 on rank 0" in length
     assert "expected the same names and labels on all ranks" in labels
     assert "Items[8]: got a NumPy array" in form
@@ -428,13 +431,16 @@ def test_invalid_arrays(data: Any, expected: str) -> None:
     assert error(data).startswith(expected)
 
 
-def test_invalid_values_of_float_arrays_are_found_before_the_first_step(tmp_path: Path) -> None:
+def test_invalid_values_of_float_arrays_are_found_when_opened_or_from_a_file_when_met(tmp_path: Path) -> None:
     array = np.zeros((6, 8, 8, 3), np.float32)
     array[4, 0, 0, 0] = np.inf
     np.save(tmp_path / "array.npy", array)
-    for data, name in ((array, r"array\[4\]"), (str(tmp_path / "array.npy"), r"array.npy\[4\]")):
-        with pytest.raises(UserError, match=rf"{name}: got values that are NaN or infinite"):
-            open_dataset(data, None, world=SINGLE_PROCESS)
+    with pytest.raises(UserError, match=r"array\[4\]: got values that are NaN or infinite"):
+        open_dataset(array, None, world=SINGLE_PROCESS)
+    mapped = open_dataset(str(tmp_path / "array.npy"), None, world=SINGLE_PROCESS).train
+    for meet in (scan, lambda source: decoded(source, 4)):
+        with pytest.raises(WrongForm, match=r"array.npy\[4\]: got values that are NaN or infinite"):
+            meet(mapped)
     with pytest.raises(UserError, match=r"array\[4\]: got values that are NaN or infinite"):
         open_views(array, SMALL, 4)
 
@@ -455,9 +461,8 @@ def test_backend_chosen_for_own_data(tmp_path: Path) -> None:
     assert choose_backend(open_source(np.zeros((2, 200, 200, 3), np.uint8)), cpu)[0] == "torchvision"
     assert choose_backend(open_source(str(tmp_path / "array.npy")), cpu)[0] == "torchvision"
     own = open_source(Items(lambda i: Image.fromarray(PIXELS[i])))
-    assert choose_backend(own, cpu)[0] == "torchvision", "sizes are unknown without a scan"
-    assert choose_backend(scan(own).source, cpu)[0] == "memory"
-    kept = open_views(scan(own).source, SMALL, 4, seed=1)
+    assert choose_backend(own, cpu)[0] == "memory"
+    kept = open_views(own, SMALL, 4, seed=1)
     assert all(map(same, kept, open_views(PIXELS, SMALL, 4, seed=1)))
 
 

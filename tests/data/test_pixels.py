@@ -24,7 +24,7 @@ from fastsimclr.data.params import VIEW_PARAMS, sample_params, sample_params_in_
 from fastsimclr.data.photometric import photometric
 from fastsimclr.data.pixel_options import PixelOptions
 from fastsimclr.data.pixels import RGB8, PixelFormat, default_format
-from fastsimclr.data.scan import BadImages, scan
+from fastsimclr.data.scan import scan
 from fastsimclr.data.sources import ArraySource, EncodedSource
 from fastsimclr.data.statistics import with_statistics
 from fastsimclr.errors import UserError
@@ -149,15 +149,12 @@ def test_bad_values_name_the_image(tmp_path: Path) -> None:
     source = open_source(npy_folder(tmp_path, images))
     detect_pixels(source, PixelOptions())
     assert isinstance(source, EncodedSource)
-    with pytest.raises(BadImages) as error:
-        scan(source, max_bad=0)
-    assert [line.partition(": ")[2] for line in error.value.bad] == [
-        "got values that are NaN or infinite",
-        "got values from 1.5 to 1.5",
-        "got 2 channels of float32",
-        "got 1 channel of uint8",
-    ]
-    assert [line.partition(": ")[0] for line in error.value.bad] == [str(tmp_path / f"{n}.npy") for n in range(2, 6)]
+    assert scan(source).bad == {
+        2: "got values that are NaN or infinite",
+        3: "got values from 1.5 to 1.5",
+        4: "got 2 channels of float32",
+        5: "got 1 channel of uint8",
+    }
 
 
 def test_an_array_out_of_range_is_rejected_when_opened() -> None:
@@ -226,6 +223,25 @@ def test_statistics_are_those_of_the_pixels() -> None:
     assert "measured on 6 images, as the images have 5 channels" in line
     rgb, line = with_statistics(Augmentation(), array_source(FORMATS[2]))
     assert (rgb, line) == (Augmentation(), None)
+
+
+def test_statistics_leave_out_bad_images(tmp_path: Path) -> None:
+    images = [np.full((4, 5), value, np.float32) for value in (0.25, 0.75, 0.5)]
+    folder = npy_folder(tmp_path, images)
+    source = open_source(folder)
+    detect_pixels(source, PixelOptions())
+    augmentation = Augmentation(mean="auto", std=(1,)).without_rgb()
+    whole, _ = with_statistics(augmentation, source)
+    (tmp_path / "2.npy").write_bytes(b"bad")
+    found, line = with_statistics(augmentation, source)
+    assert found.mean == whole.mean == (0.5,)
+    assert line is not None
+    assert "measured on 2 images" in line
+    source.bad = {0: "known to be bad"}
+    assert with_statistics(augmentation, source)[0].mean == (0.75,)
+    source.bad = {0: "known to be bad", 1: "too"}
+    with pytest.raises(UserError, match="got 3 images to measure mean and std on, none of which can be used"):
+        with_statistics(augmentation, source)
 
 
 def test_a_constant_channel_has_no_auto_std() -> None:

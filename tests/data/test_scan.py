@@ -1,11 +1,13 @@
-"""The scan for bad images: which are skipped and why, what a later scan decodes again, and scans on several ranks."""
+"""The full check: which images are bad and why, what is read again, checks on several ranks, and use of the results."""
 
 import fcntl
 import importlib
 import json
 import os
+import pickle
 import pty
 import re
+import shutil
 import struct
 import sys
 import termios
@@ -23,10 +25,13 @@ from PIL import Image
 from ranks import RankError, run_ranks
 
 from fastsimclr.data import checks
-from fastsimclr.data.checks import ScanStopped
+from fastsimclr.data.check_results import FOLDER, use_results
+from fastsimclr.data.checks import Stopped
 from fastsimclr.data.images import decode
-from fastsimclr.data.scan import CACHE_FILE, BadImages, Scan, scan
-from fastsimclr.distributed import World
+from fastsimclr.data.pixels import PixelFormat
+from fastsimclr.data.scan import Scan, scan
+from fastsimclr.data.sources import Source
+from fastsimclr.distributed import SINGLE_PROCESS, World
 from fastsimclr.errors import UserError
 
 scan_module = importlib.import_module("fastsimclr.data.scan")  # `scan` is its function
@@ -54,199 +59,153 @@ def decoded(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[str]]:
     return calls
 
 
-# Skipped images
+# Bad images
 
 
-def test_good_files_are_kept_with_their_size_and_bad_files_are_named(tmp_path: Path) -> None:
+def lines(source: Source, bad: dict[int, str]) -> list[str]:
+    return [f"{source.name(index)}: {reason}" for index, reason in bad.items()]
+
+
+def test_good_files_have_their_size_and_bad_files_a_reason(tmp_path: Path) -> None:
     # Good and bad files alternate in name order, so that an index off by one is detected.
     write(tmp_path, {f"{i:02}-{name}": data for i, (name, data) in enumerate(GOOD.items())})
     write(tmp_path, {f"{3 * i:02}-{name}": data for i, (name, data) in enumerate(BAD.items())})
-    result = scan(open_encoded(tmp_path), max_bad=0.5)
-    assert names(result.source) == sorted(f"{tmp_path}/{i:02}-{name}" for i, name in enumerate(GOOD))
-    assert result.source.sizes is not None
-    assert result.source.sizes.dtype == np.int64
-    sizes = {name: decoded_size(data) for name, data in GOOD.items()}
-    for name, size in zip(names(result.source), result.source.sizes.tolist(), strict=True):
-        assert tuple(size) == sizes[Path(name).name[3:]], name
+    source = open_encoded(tmp_path)
+    result = scan(source)
+    sizes = {name: decoded_size(data) for name, data in GOOD.items()} | dict.fromkeys(BAD, (0, 0))
     assert sizes["long.jpg"] == (2, 20_000)
     assert sizes["one.jpg"] == (1, 1)
     assert sizes["exif6.jpg"] == sizes["rgb.jpg"][::-1], "the size after EXIF rotation"
+    for index, name in enumerate(names(source)):
+        assert tuple(result.sizes[index]) == sizes[Path(name).name[3:]], name
+    assert [Path(source.name(index)).name[3:] for index in result.bad] == list(BAD)
+    for index, reason in result.bad.items():
+        size = len(BAD[Path(source.name(index)).name[3:]])
+        assert reason.startswith(f"got {size} bytes that do not decode as an image ("), reason
+        assert reason.endswith(")"), "the fix is given once, not per file"
+        assert "\n" not in reason
+    assert source.sizes is None
+    assert not source.bad, "the source is not modified"
 
-    expected = sorted(f"{tmp_path}/{3 * i:02}-{name}" for i, name in enumerate(BAD))
-    assert len(result.bad) == len(expected)
-    for line, name in zip(result.bad, expected, strict=True):
-        size = len(BAD[Path(name).name[3:]])
-        assert line.startswith(f"{name}: got {size} bytes that do not decode as an image ("), line
-        assert line.endswith(")"), "the fix is given once, not per file"
-        assert "\n" not in line
 
-
-def test_shard_members_are_kept_or_skipped_like_files(tmp_path: Path) -> None:
+def test_shard_members_are_checked_like_files(tmp_path: Path) -> None:
     members = [*GOOD.items(), *BAD.items()]
     members = [members[i] for i in np.random.default_rng(0).permutation(len(members))]
     cut = len(members) // 2
     write_tar(tmp_path / "0.tar", [(f"x/{name}", data) for name, data in members[:cut]])
     write_tar(tmp_path / "1.tar", [(f"y/{name}", data) for name, data in members[cut:]])
-    result = scan(open_encoded(tmp_path / "{0..1}.tar"), max_bad=0.5)
-    kept = [Path(name).name for name in names(result.source)]
-    assert kept == [name for name, _ in members if name in GOOD]
-    assert result.source.sizes is not None
-    assert [tuple(size) for size in result.source.sizes.tolist()] == [decoded_size(GOOD[name]) for name in kept]
-    assert [result.source.read(i).tobytes() for i in range(len(kept))] == [GOOD[name] for name in kept]
-    lines = [f"{tmp_path}/{i // cut}.tar: {'xy'[i // cut]}/{name}: got " for i, (name, _) in enumerate(members)]
-    expected = [line for line, (name, _) in zip(lines, members, strict=True) if name in BAD]
-    assert len(result.bad) == len(expected)
-    assert all(line.startswith(start) for line, start in zip(result.bad, expected, strict=True))
+    result = scan(open_encoded(tmp_path / "{0..1}.tar"))
+    sizes = [decoded_size(data) if name in GOOD else (0, 0) for name, data in members]
+    assert [tuple(size) for size in result.sizes.tolist()] == sizes
+    assert list(result.bad) == [i for i, (name, _) in enumerate(members) if name in BAD]
 
 
-def test_classes_and_labels_are_unchanged(tmp_path: Path) -> None:
+def test_subset_selects_images_sizes_and_bad_ones(tmp_path: Path) -> None:
     folder = photo_folder(tmp_path / "photos", 9)
-    write(folder, {"b/0.jpg": b"", "b/9.jpg": b"", "ab/only.jpg": b"a class with no good image keeps its number"})
-    source = open_encoded(folder)
-    result = scan(source, max_bad=0.5)
-    assert result.source.classes == source.classes == ["a", "ab", "b", "c"]
-    assert result.source.labels.tolist() == [0, 0, 0, 2, 2, 2, 3, 3, 3]
-    assert result.source.has_labels
-    assert source.sizes is None, "the scanned source is not modified"
-    assert len(source) == 12
-
-    members = [("1.jpg", jpeg(photo(9, 9))), ("1.cls", b"5"), ("2.jpg", b""), ("2.cls", b"3")]
-    result = scan(open_encoded(write_tar(tmp_path / "s.tar", members)), max_bad=0.5)
-    assert list(result.source.classes) == ["3", "5"]
-    assert result.source.labels.tolist() == [5]
-
-
-def test_subset_selects_images_and_sizes(tmp_path: Path) -> None:
-    folder = photo_folder(tmp_path / "photos", 9)
-    shard = write_tar(tmp_path / "s.tar", [(f"{n}/x.jpg", jpeg(photo(9, 10 + n))) for n in range(4)])
-    for source in (open_encoded(folder), open_encoded(shard)):
-        source = scan(source).source
-        assert source.sizes is not None
-        part = source.subset(np.array([3, 1]))
-        assert type(part) is type(source)
-        assert names(part) == [names(source)[3], names(source)[1]]
-        assert part.labels.tolist() == [source.labels[3], source.labels[1]]
-        assert part.classes == source.classes
+    write(folder, {"a/003.jpg": b"bad"})
+    for source in (open_encoded(folder), open_encoded(write_tar(tmp_path / "s.tar", [*GOOD.items(), *BAD.items()]))):
+        result = scan(source)
+        source.sizes, source.bad = result.sizes, result.bad
+        bad = min(result.bad)
+        part = source.subset(np.array([5, bad, 2]))
+        assert names(part) == [names(source)[index] for index in (5, bad, 2)]
         assert part.sizes is not None
-        assert part.sizes.tolist() == [source.sizes[3].tolist(), source.sizes[1].tolist()]
-        assert part.read(0).tobytes() == source.read(3).tobytes()
+        assert part.sizes.tolist() == result.sizes[[5, bad, 2]].tolist()
+        assert part.bad == {1: result.bad[bad]}
+        assert part.read(0).tobytes() == source.read(5).tobytes()
 
 
-@pytest.mark.parametrize(
-    ("bad", "max_bad", "passes"),
-    # bad of 50 images. 0.58 * 50 is 28.999999999999996: comparing with this product would reject 29 bad images.
-    [
-        (0, 0.0, True),
-        (1, 0.0, False),
-        (1, 0.02, True),
-        (2, 0.02, False),
-        (29, 0.58, True),
-        (30, 0.58, False),
-        (49, 1.0, True),
-        (50, 1.0, False),
-        (50, 0.5, False),
-    ],
-)
-def test_more_than_max_bad_is_one_line_error(tmp_path: Path, bad: int, max_bad: float, passes: bool) -> None:
-    small = jpeg(photo(6, 6))
-    write(tmp_path, {f"{n:02}.jpg": b"x" if n < bad else small for n in range(50)})
-    if passes:
-        result = scan(open_encoded(tmp_path), max_bad=max_bad)
-        assert (len(result.source), len(result.bad)) == (50 - bad, bad)
-        return
-    with pytest.raises(BadImages, match=f"^max_bad: got {bad} of 50 images that cannot be used, expected ") as caught:
-        scan(open_encoded(tmp_path), max_bad=max_bad)
-    message = str(caught.value)
-    assert "\n" not in message
-    assert f"{tmp_path}/00.jpg: got 1 bytes that do not decode as an image (unknown format)" in message
-    assert message.count("do not decode") == min(bad, 3), "a few are named"
-    assert (f"; and {bad - 3} more" in message) == (bad > 3)
-    assert "remove or replace them" in message
-    assert len(caught.value.bad) == bad
-    assert isinstance(caught.value, UserError)
+# Results in the cache folder
 
 
-@pytest.mark.parametrize("max_bad", [-0.1, 1.5, float("nan")])
-def test_max_bad_is_a_fraction(tmp_path: Path, max_bad: float) -> None:
-    with pytest.raises(UserError, match=f"^max_bad: got {max_bad}, expected a fraction from 0 to 1"):
-        scan(open_encoded(photo_folder(tmp_path, 3)), max_bad=max_bad)
-
-
-# The cache
-
-
-def test_only_new_and_changed_files_are_decoded_again(tmp_path: Path, decoded: list[str]) -> None:
-    folder, run = photo_folder(tmp_path / "photos", 12), tmp_path / "run"
+def test_only_new_and_changed_files_are_read_again(tmp_path: Path, decoded: list[str]) -> None:
+    folder, cache = photo_folder(tmp_path / "photos", 12), tmp_path / "cache"
     write(folder, {"b/bad.jpg": b"bad", "c/gone.jpg": b"bad"})
-    first = scan(open_encoded(folder), max_bad=0.5, cache=run)
-    assert len(decoded) == first.checked == 14
+    first = scan(open_encoded(folder), cache=cache)
+    assert len(decoded) == first.read == 14
     decoded.clear()
 
-    second = scan(open_encoded(folder), max_bad=0.5, cache=run)
+    second = scan(open_encoded(folder), cache=cache)
     assert decoded == []
-    assert second.checked == 0
+    assert second.read == 0
     assert_same(first, second)
 
     write(folder, {"a/new.jpg": jpeg(photo(30, 41)), "a/000.jpg": jpeg(photo(50, 61))})
     write(folder, {"b/bad.jpg": jpeg(photo(8, 9)), "b/001.jpg": b"bad now", "c/bad.jpg": b"new and bad"})
     (folder / "c" / "gone.jpg").unlink()
     (folder / "c" / "002.jpg").unlink()
-    stat = os.stat(folder / "a" / "003.jpg")
-    os.utime(folder / "a" / "003.jpg", ns=(stat.st_atime_ns, stat.st_mtime_ns + 1))
-    third = scan(open_encoded(folder), max_bad=0.5, cache=run)
+    touch(folder / "a" / "003.jpg", 1)
+    source = open_encoded(folder)
+    third = scan(source, cache=cache)
     assert sorted(decoded) == ["000.jpg", "001.jpg", "003.jpg", "bad.jpg", "bad.jpg", "new.jpg"]
-    assert_same(third, scan(open_encoded(folder), max_bad=0.5))
-    assert [Path(line.partition(":")[0]).name for line in third.bad] == ["001.jpg", "bad.jpg"]
+    assert_same(third, scan(source))
+    assert [Path(source.name(index)).name for index in third.bad] == ["001.jpg", "bad.jpg"]
     decoded.clear()
-    assert_same(third, scan(open_encoded(folder), max_bad=0.5, cache=run))
+    assert_same(third, scan(open_encoded(folder), cache=cache))
     assert decoded == []
+    assert len(list((cache / FOLDER).iterdir())) == 1, "grown data keeps its file"
+
+
+def touch(file: Path, ns: int) -> None:
+    """Change the modification time by this many nanoseconds."""
+    stat = os.stat(file)
+    os.utime(file, ns=(stat.st_atime_ns, stat.st_mtime_ns + ns))
 
 
 def assert_same(one: Scan, other: Scan) -> None:
-    assert names(one.source) == names(other.source)
-    assert one.source.labels.tolist() == other.source.labels.tolist()
-    assert one.source.sizes is not None
-    assert other.source.sizes is not None
-    assert one.source.sizes.tolist() == other.source.sizes.tolist()
+    assert one.sizes.tolist() == other.sizes.tolist()
     assert one.bad == other.bad
 
 
-def test_only_changed_shards_are_decoded_again(tmp_path: Path, decoded: list[str]) -> None:
+def test_only_changed_shards_are_read_again(tmp_path: Path, decoded: list[str]) -> None:
     members = [[(f"{s}{n}.jpg", jpeg(photo(9 + s, 9 + n)) if n else b"bad") for n in range(4)] for s in range(3)]
     for s in range(2):
         write_tar(tmp_path / f"{s}.tar", members[s])
-    first = scan(open_encoded(tmp_path / "*.tar"), max_bad=0.5, cache=tmp_path)
+    first = scan(open_encoded(tmp_path / "*.tar"), cache=tmp_path)
     assert len(decoded) == 8
     decoded.clear()
-    assert_same(first, scan(open_encoded(tmp_path / "*.tar"), max_bad=0.5, cache=tmp_path))
+    assert_same(first, scan(open_encoded(tmp_path / "*.tar"), cache=tmp_path))
     assert decoded == []
     write_tar(tmp_path / "2.tar", members[2])  # new
     write_tar(tmp_path / "1.tar", members[1][::-1])
-    third = scan(open_encoded(tmp_path / "*.tar"), max_bad=0.5, cache=tmp_path)
+    third = scan(open_encoded(tmp_path / "*.tar"), cache=tmp_path)
     assert sorted(decoded) == sorted(name for s in (1, 2) for name, _ in members[s])
-    assert_same(third, scan(open_encoded(tmp_path / "*.tar"), max_bad=0.5))
+    assert_same(third, scan(open_encoded(tmp_path / "*.tar")))
 
 
-def test_one_cache_serves_several_sources_from_any_directory(
-    tmp_path: Path, decoded: list[str], monkeypatch: pytest.MonkeyPatch
-) -> None:
-    for name in ("train", "val"):
-        photo_folder(tmp_path / name, 6)
-    for name in ("train", "val"):
-        scan(open_encoded(tmp_path / name), cache=tmp_path)
-    assert len(decoded) == 12
+def test_copies_share_results_and_other_data_of_the_same_names_does_not(tmp_path: Path, decoded: list[str]) -> None:
+    first = photo_folder(tmp_path / "first", 6)
+    write(first, {"a/bad.jpg": b"bad"})
+    result = scan(open_encoded(first), cache=tmp_path / "cache")
     decoded.clear()
-    monkeypatch.chdir(tmp_path / "train")
-    assert len(scan(open_encoded("../val"), cache="..").source) == 6
-    assert len(scan(open_encoded("."), cache="..").source) == 6
-    assert decoded == [], "the cache uses absolute paths"
+    copy = Path(shutil.copytree(first, tmp_path / "node" / "local"))  # with the modification times
+    assert_same(result, scan(open_encoded(copy), cache=tmp_path / "cache"))
+    assert decoded == []
+    for file in copy.rglob("*.jpg"):
+        touch(file, 1)
+    scan(open_encoded(copy), cache=tmp_path / "cache")
+    assert len(decoded) == 7
+    decoded.clear()
+    scan(open_encoded(first), cache=tmp_path / "cache")
+    assert decoded == [], "each has a file of its own"
 
 
-def test_invalid_cache_is_replaced(tmp_path: Path, decoded: list[str]) -> None:
+def test_a_part_of_the_data_uses_and_keeps_the_results_of_the_whole(tmp_path: Path, decoded: list[str]) -> None:
+    source = open_encoded(photo_folder(tmp_path / "photos", 12))
+    scan(source.subset(np.arange(3)), cache=tmp_path)
+    assert len(decoded) == 3
+    for part, read in ((source, 9), (source.subset(np.arange(5)), 0), (source, 0)):
+        decoded.clear()
+        scan(part, cache=tmp_path)
+        assert len(decoded) == read
+
+
+def test_invalid_results_are_replaced(tmp_path: Path, decoded: list[str]) -> None:
     folder = photo_folder(tmp_path / "photos", 6)
     write(folder, {"a/bad.jpg": b"bad"})
-    file = tmp_path / CACHE_FILE
-    first = scan(open_encoded(folder), max_bad=0.5, cache=tmp_path)
+    first = scan(open_encoded(folder), cache=tmp_path)
+    assert first.file is not None
+    file = first.file
     whole = file.read_bytes()
     with np.load(file) as saved:
         parts = dict(saved)
@@ -257,9 +216,9 @@ def test_invalid_cache_is_replaced(tmp_path: Path, decoded: list[str]) -> None:
         "text": b"name,height,width\n",
         "flipped bit": bytes(damaged),
         "foreign arrays": {"images": np.zeros(3)},
-        "other decoder versions": parts | {"made_by": np.array("fastsimclr scan 1, torchvision 0.1, Pillow 1.0")},
+        "other decoder versions": parts | {"made_by": np.array("fastsimclr check 1, torchvision 0.1, Pillow 1.0")},
         "unsorted": parts | {"entries": parts["entries"][::-1]},
-        "missing reasons": parts | {"faults": np.frombuffer(b"{}", np.uint8)},
+        "missing reasons": parts | {"reasons": np.frombuffer(b"{}", np.uint8)},
         "reasons without entries": parts | {"entries": parts["entries"][:0]},
         "pickle": {"made_by": np.array([{}], dtype=object), "entries": np.zeros(3)},
     }
@@ -270,16 +229,19 @@ def test_invalid_cache_is_replaced(tmp_path: Path, decoded: list[str]) -> None:
             file.write_bytes(content)
         else:
             np.savez(file, **content)
+        source = open_encoded(folder)
+        use_results(source, tmp_path, SINGLE_PROCESS)
+        assert source.sizes is None, case
         decoded.clear()
-        assert_same(first, scan(open_encoded(folder), max_bad=0.5, cache=tmp_path))
+        assert_same(first, scan(source, cache=tmp_path))
         assert len(decoded) == 7, case
         decoded.clear()
-        assert_same(first, scan(open_encoded(folder), max_bad=0.5, cache=tmp_path))
-        assert decoded == [], f"{case}: the cache was not replaced"
-    assert sorted(path.name for path in tmp_path.iterdir()) == [CACHE_FILE, "photos"], "no temporary file remains"
+        assert_same(first, scan(source, cache=tmp_path))
+        assert decoded == [], f"{case}: the file was not replaced"
+    assert list((tmp_path / FOLDER).iterdir()) == [file], "no temporary file remains"
 
 
-def test_unreadable_files_are_bad_but_not_cached(tmp_path: Path) -> None:
+def test_unreadable_files_are_bad_but_not_kept(tmp_path: Path) -> None:
     folder = photo_folder(tmp_path / "photos", 6)
     (folder / "a" / "link.jpg").symlink_to(tmp_path / "later.jpg")
     source = open_encoded(folder)
@@ -291,23 +253,23 @@ def test_unreadable_files_are_bad_but_not_cached(tmp_path: Path) -> None:
     with shard.open("r+b") as file:
         file.truncate(2600)
 
-    result = scan(source, max_bad=0.5, cache=tmp_path)
-    assert result.bad == [
+    result = scan(source, cache=tmp_path)
+    assert lines(source, result.bad) == [
         f"{folder}/a/link.jpg: cannot be read (No such file or directory)",
         f"{gone}: cannot be read (No such file or directory)",
     ]
-    assert scan(source, max_bad=0.5, cache=tmp_path).checked == 2
+    assert scan(source, cache=tmp_path).read == 2
     write(tmp_path, {"later.jpg": data, "photos/c/002.jpg": data})
     os.utime(gone, ns=(stat.st_atime_ns, stat.st_mtime_ns))
-    assert scan(source, max_bad=0, cache=tmp_path).checked == 2
+    result = scan(source, cache=tmp_path)
+    assert (result.read, result.bad) == (2, {})
 
-    result = scan(shrunk, max_bad=0.9, cache=tmp_path)
-    assert result.bad[-1].startswith(f"{shard}: 3.jpg: got 0 of ")
-    checked = scan(shrunk, max_bad=0.9, cache=tmp_path).checked
-    assert checked == len(result.bad)
+    result = scan(shrunk, cache=tmp_path)
+    assert lines(shrunk, result.bad)[-1].startswith(f"{shard}: 3.jpg: got 0 of ")
+    assert scan(shrunk, cache=tmp_path).read == len(result.bad)
 
 
-def test_out_of_memory_while_decoding_is_not_cached(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_out_of_memory_while_decoding_is_not_kept(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     def fails(data: NDArray[np.uint8], name: str, *options: Any) -> torch.Tensor:
         cause = (
             MemoryError() if name.endswith("000.jpg") else RuntimeError("DefaultCPUAllocator: can't allocate memory")
@@ -317,16 +279,17 @@ def test_out_of_memory_while_decoding_is_not_cached(tmp_path: Path, monkeypatch:
     folder = photo_folder(tmp_path / "photos", 6)
     with monkeypatch.context() as patch:
         patch.setattr(checks, "decode", fails)
-        with pytest.raises(BadImages, match="expected at least one that can"):
-            scan(open_encoded(folder), max_bad=1, cache=tmp_path)
-    assert scan(open_encoded(folder), max_bad=0, cache=tmp_path).checked == 6
+        assert len(scan(open_encoded(folder), cache=tmp_path).bad) == 6
+    result = scan(open_encoded(folder), cache=tmp_path)
+    assert (result.read, result.bad) == (6, {})
 
 
-def test_cache_that_cannot_be_written_is_reported_before_decoding(tmp_path: Path, decoded: list[str]) -> None:
+def test_a_cache_folder_that_cannot_be_written_does_not_stop_the_check(tmp_path: Path) -> None:
     write(tmp_path, {"file": b""})
-    with pytest.raises(UserError, match=rf"^{tmp_path}/file/{CACHE_FILE}: cannot be written \(.*expected a folder"):
-        scan(open_encoded(photo_folder(tmp_path / "photos", 6)), cache=tmp_path / "file")
-    assert decoded == []
+    folder = photo_folder(tmp_path / "photos", 6)
+    result = scan(open_encoded(folder), cache=tmp_path / "file")
+    assert (result.read, result.file) == (6, None)
+    use_results(open_encoded(folder), tmp_path / "file", SINGLE_PROCESS)
 
 
 def test_file_names_of_any_bytes(tmp_path: Path) -> None:
@@ -336,29 +299,69 @@ def test_file_names_of_any_bytes(tmp_path: Path) -> None:
         (Path(os.fsdecode(os.fsencode(folder) + b"/" + name))).write_bytes(
             jpeg(photo(9, 9 + number)) if number else b"bad"
         )
-    first = scan(open_encoded(folder), max_bad=0.5, cache=tmp_path)
-    assert len(first.bad) == 1
-    assert first.bad[0].startswith(f"{folder}/\udcff.jpg: ")
-    second = scan(open_encoded(folder), max_bad=0.5, cache=tmp_path)
-    assert second.checked == 0
+    source = open_encoded(folder)
+    first = scan(source, cache=tmp_path)
+    assert [line.partition(": ")[0] for line in lines(source, first.bad)] == [f"{folder}/\udcff.jpg"]
+    second = scan(open_encoded(folder), cache=tmp_path)
+    assert second.read == 0
     assert_same(first, second)
 
 
-# Long scans and ranks
+# Use by a run
 
 
-def test_stopped_scan_keeps_its_results(tmp_path: Path, decoded: list[str]) -> None:
+def test_a_run_uses_the_results_of_unchanged_bad_images(tmp_path: Path) -> None:
+    folder = photo_folder(tmp_path / "photos", 6)
+    bad = ("a/bad.jpg", "b/changed.jpg", "c/gone.jpg", "c/touched.jpg")
+    write(folder, dict.fromkeys(bad, b"bad"))
+    source = open_encoded(folder)
+    use_results(source, tmp_path, SINGLE_PROCESS)
+    assert (source.sizes, dict(source.bad)) == (None, {}), "there are none"
+    result = scan(source, cache=tmp_path)
+    write(folder, {"b/changed.jpg": jpeg(photo(9, 9)), "b/new.jpg": jpeg(photo(9, 9))})
+    touch(folder / "c/touched.jpg", 1)
+    (folder / "a/000.jpg").unlink()
+    (folder / "c/gone.jpg").unlink()
+    source = open_encoded(folder)
+    use_results(source, tmp_path, SINGLE_PROCESS)
+    assert {source.key(index): reason for index, reason in source.bad.items()} == {"a/bad.jpg": result.bad[2]}
+    assert source.sizes is not None
+    known = {name: tuple(size) for name, size in zip(names(open_encoded(folder)), source.sizes.tolist(), strict=True)}
+    assert known[f"{folder}/b/new.jpg"] == (0, 0)
+    good = Path(f"{folder}/a/003.jpg")
+    assert known[str(good)] == decoded_size(good.read_bytes())
+    assert pickle.loads(pickle.dumps(source)).sizes is None, "workers do without"
+
+
+def test_images_of_another_format_are_checked_for_it(tmp_path: Path, decoded: list[str]) -> None:
+    source = open_encoded(photo_folder(tmp_path / "photos", 3))
+    scan(source, cache=tmp_path)
+    source.pixels = PixelFormat(1)
+    use_results(source, tmp_path, SINGLE_PROCESS)
+    assert source.sizes is None
+    scan(source, cache=tmp_path)
+    assert len(decoded) == 6
+
+
+# Long checks and ranks
+
+
+def test_stopped_check_keeps_its_results(tmp_path: Path, decoded: list[str]) -> None:
     folder = photo_folder(tmp_path / "photos", 40)
-    with pytest.raises(ScanStopped):
-        scan(open_encoded(folder), cache=tmp_path, stop=lambda: len(decoded) >= 15)
+    with pytest.raises(Stopped):
+        scan(open_encoded(folder), cache=tmp_path, stop=lambda: len(decoded) >= 5)
     done = len(decoded)
-    assert 15 <= done < 15 + len(os.sched_getaffinity(0)), "each thread may decode one more image"
+    assert 5 <= done < 5 + len(os.sched_getaffinity(0)), "each thread may decode one more image"
+    source = open_encoded(folder)
+    use_results(source, tmp_path, SINGLE_PROCESS)
+    assert source.sizes is not None
+    assert np.count_nonzero(source.sizes[:, 0]) == done
     decoded.clear()
-    assert len(scan(open_encoded(folder), cache=tmp_path).source) == 40
+    assert scan(open_encoded(folder), cache=tmp_path).read == 40 - done
     assert len(decoded) == 40 - done
 
 
-def test_interrupted_scan_keeps_its_results(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_interrupted_check_keeps_its_results(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     folder = photo_folder(tmp_path / "photos", 30)
     monkeypatch.setattr(checks, "_ROUND_S", 0.02)
 
@@ -372,10 +375,10 @@ def test_interrupted_scan_keeps_its_results(tmp_path: Path, monkeypatch: pytest.
     with pytest.raises(MemoryError):
         scan(open_encoded(folder), cache=tmp_path)
     monkeypatch.setattr(checks, "decode", decode)
-    assert 1 <= scan(open_encoded(folder), cache=tmp_path).checked < 30
+    assert 1 <= scan(open_encoded(folder), cache=tmp_path).read < 30
 
 
-def test_long_scan_saves_its_results_periodically(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_long_check_saves_its_results_periodically(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     folder = photo_folder(tmp_path / "photos", 30)
     monkeypatch.setattr(checks, "_ROUND_S", 0.02)
     monkeypatch.setattr(scan_module, "_SAVE_EVERY_S", 0.0)
@@ -383,13 +386,13 @@ def test_long_scan_saves_its_results_periodically(tmp_path: Path, monkeypatch: p
 
     def decode_and_read_cache(data: NDArray[np.uint8], name: str, *options: Any) -> torch.Tensor:
         time.sleep(0.005)
-        with np.load(tmp_path / CACHE_FILE) as saved:  # written atomically: readable at any time
-            entries.append(len(saved["entries"]))
+        for file in (tmp_path / FOLDER).glob("*.npz"):
+            with np.load(file) as saved:  # written atomically: readable at any time
+                entries.append(np.count_nonzero(saved["entries"]["height"] > 0))
         return decode(data, name, *options)
 
     monkeypatch.setattr(checks, "decode", decode_and_read_cache)
     scan(open_encoded(folder), cache=tmp_path)
-    assert entries[0] == 0
     assert 0 < entries[-1] < 30
     assert len(set(entries)) > 3
 
@@ -416,7 +419,7 @@ def test_progress_is_shown_for_slow_scans_on_a_terminal(
 
 
 def scan_on_a_rank(rank: int, folder: str, run: str) -> dict[str, Any]:
-    """Scan on one of two ranks; return the results and the images that this rank decoded."""
+    """Check on one of two ranks; return the results and the images that this rank decoded."""
     decoded: list[str] = []
 
     def recorded(data: NDArray[np.uint8], name: str, *options: Any) -> torch.Tensor:
@@ -425,30 +428,25 @@ def scan_on_a_rank(rank: int, folder: str, run: str) -> dict[str, Any]:
 
     checks.__dict__["decode"] = recorded  # this process runs only this test
     world = World(rank, 2, torch.device("cpu"))
-    cache = f"{run}/{rank}"  # a separate folder per rank, as on two nodes
+    cache = Path(run) / str(rank)  # a separate folder per rank, as on two nodes
     out: dict[str, Any] = {}
+    source = open_encoded(folder)
     for name in ("first", "second"):
         decoded.clear()
-        out[name] = scan(open_encoded(folder), max_bad=0.5, cache=cache, world=world), list(decoded)
-    with pytest.raises(BadImages) as refused:
-        scan(open_encoded(folder), max_bad=0.01, cache=cache, world=world)
-    out["refused"] = str(refused.value)
-    with pytest.raises(UserError) as refused_folder:
-        scan(open_encoded(folder), max_bad=0.5, cache=f"{run}/file", world=world)
-    out["no folder"] = str(refused_folder.value)
-    with pytest.raises(ScanStopped):  # stopping one rank stops all
-        scan(open_encoded(folder), max_bad=0.5, world=world, stop=lambda: rank == 1)
-    source = open_encoded(folder)
+        out[name] = scan(source, cache=cache, world=world), list(decoded)
+    use_results(source, cache, world)
+    out["used"] = source.bad
+    with pytest.raises(Stopped):  # stopping one rank stops all
+        scan(source, world=world, stop=lambda: rank == 1)
     with pytest.raises(UserError) as different:
-        scan(source if rank == 0 else source.subset(np.arange(len(source) - 1)), max_bad=0.5, world=world)
+        scan(source if rank == 0 else source.subset(np.arange(len(source) - 1)), world=world)
     out["different"] = str(different.value)
-    single = source.subset(np.array([0]))  # fewer images than ranks
-    out["single"] = scan(single, world=world)
+    out["single"] = scan(source.subset(np.array([0])), world=world)  # fewer images than ranks
     return out
 
 
 def fail_on_rank_1(rank: int, folder: str) -> None:
-    def fail(data: NDArray[np.uint8], name: str, pixels: PixelFormat) -> torch.Tensor:
+    def fail(data: NDArray[np.uint8], name: str, *options: Any) -> torch.Tensor:
         raise RuntimeError(f"an internal error on rank {rank}")
 
     if rank == 1:
@@ -459,26 +457,22 @@ def fail_on_rank_1(rank: int, folder: str) -> None:
 @pytest.mark.slow
 def test_ranks_share_the_work_and_the_results(tmp_path: Path) -> None:
     folder = write(tmp_path / "photos", {f"{n:02}{name}": data for n, (name, data) in enumerate((GOOD | BAD).items())})
-    write(tmp_path / "run", {"file": b""})
-    expected = scan(open_encoded(folder), max_bad=0.5)
+    source = open_encoded(folder)
+    expected = scan(source)
     results = run_ranks(2, scan_on_a_rank, str(folder), str(tmp_path / "run"))
     for result in results:
         assert_same(expected, result["first"][0])
         assert_same(expected, result["second"][0])
-        assert result["first"][0].checked == len(GOOD) + len(BAD)
+        assert result["first"][0].read == len(GOOD) + len(BAD)
         assert result["second"][1] == [], "all ranks use the cache of rank 0"
-        assert len(result["single"].source) == 1
+        assert result["used"] == expected.bad
+        assert len(result["single"].sizes) == 1
     halves = [result["first"][1] for result in results]
     assert abs(len(halves[0]) - len(halves[1])) <= 1
-    assert sorted(halves[0] + halves[1]) == names(open_encoded(folder))
+    assert sorted(halves[0] + halves[1]) == names(source)
     assert not (tmp_path / "run" / "1").exists(), "only rank 0 writes"
-    for case, words in {
-        "refused": f"max_bad: got {len(BAD)} of {len(GOOD) + len(BAD)} images",
-        "no folder": "cannot be written",
-        "different": f"data: got {len(GOOD) + len(BAD) - 1} images on rank 1 and {len(GOOD) + len(BAD)} on rank 0",
-    }.items():
-        assert results[0][case] == results[1][case]
-        assert words in results[0][case]
+    assert results[0]["different"] == results[1]["different"]
+    assert f"got {len(source) - 1} images on rank 1 and {len(source)} on rank 0" in results[0]["different"]
 
 
 @pytest.mark.slow
@@ -487,9 +481,10 @@ def test_internal_error_on_one_rank_ends_all(tmp_path: Path) -> None:
         run_ranks(2, fail_on_rank_1, str(photo_folder(tmp_path, 9)), timeout_seconds=60)
 
 
-def test_cache_is_compact(tmp_path: Path) -> None:
-    scan(open_encoded(write(tmp_path / "photos", GOOD | BAD)), max_bad=0.5, cache=tmp_path)
-    with np.load(tmp_path / CACHE_FILE) as saved:
+def test_results_are_compact(tmp_path: Path) -> None:
+    file = scan(open_encoded(write(tmp_path / "photos", GOOD | BAD)), cache=tmp_path).file
+    assert file is not None
+    with np.load(file) as saved:
         assert saved["entries"].dtype.itemsize == 32
         assert len(saved["entries"]) == len(GOOD) + len(BAD)
-        assert len(json.loads(saved["faults"].tobytes())) == len(BAD)
+        assert len(json.loads(saved["reasons"].tobytes())) == len(BAD)
