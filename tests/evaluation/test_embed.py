@@ -16,7 +16,7 @@ import numpy as np
 import pytest
 import torch
 from numpy.typing import NDArray
-from pictures import broken, jpeg, photo, photo_folder, write, write_tar
+from pictures import jpeg, photo, photo_folder, write, write_tar
 from PIL import Image
 from ranks import run_ranks
 from safetensors import safe_open
@@ -230,27 +230,6 @@ def test_class_numbers_with_gaps_are_kept(run: Path, tmp_path: Path) -> None:
 
 
 # Errors
-
-
-def test_bad_images_are_skipped_and_listed(
-    run: Path, photos: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
-    folder = write(
-        tmp_path / "photos", {str(f.relative_to(photos)): f.read_bytes() for f in Path(photos).rglob("*.jpg")}
-    )
-    write(folder, {"a/zzz.jpg": broken()["half.jpg"]})
-    whole, listed = embed(run, tmp_path / "whole"), tmp_path / "out" / "skipped_images.txt"
-    options = [f"--checkpoint={run}", f"--data={folder}", f"--output={tmp_path / 'out'}", *QUICK]
-    assert main(options) == 2
-    assert "--max_bad: got 1 of 22 images" in capsys.readouterr().err
-    assert listed.read_text().startswith(f"{folder}/a/zzz.jpg: got ")
-    assert not (tmp_path / "out" / "features.npy").exists()
-    assert np.array_equal(embed(run, tmp_path / "out", f"--data={folder}", "--max_bad=0.1"), whole)
-    assert f"left out 1 that cannot be used, see {listed.name}" in capsys.readouterr().out
-    assert "zzz" not in str(read_table(tmp_path / "out"))
-    (folder / "a" / "zzz.jpg").unlink()
-    embed(run, tmp_path / "out", f"--data={folder}", "--force")
-    assert not listed.exists()
 
 
 def test_existing_files_are_overwritten_only_with_force(

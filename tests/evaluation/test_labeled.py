@@ -7,11 +7,12 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from pictures import jpeg, photo, write
+from pictures import jpeg, open_encoded, photo, write
 from ranks import run_ranks
 
 from fastsimclr.config import DataConfig
 from fastsimclr.data import open_source
+from fastsimclr.data.scan import scan
 from fastsimclr.distributed import SINGLE_PROCESS, World
 from fastsimclr.errors import UserError
 from fastsimclr.evaluation.labeled import class_balanced, hold_out, open_labeled
@@ -51,7 +52,7 @@ def test_subset_depends_on_the_seed_and_smaller_subsets_are_nested() -> None:
 
 def open_on_a_rank(rank: int, _: int) -> tuple[list[int], list[int]]:
     world = World(rank, 2, torch.device("cpu"))
-    found = [open_labeled(DataConfig(train="digits"), fraction, 3, None, world).train for fraction in (0.01, 0.1)]
+    found = [open_labeled(DataConfig(train="digits"), fraction, 3, world).train for fraction in (0.01, 0.1)]
     return tuple(source.images.flatten(1).sum(1).tolist() for source in found)  # type: ignore[attr-defined,return-value]
 
 
@@ -59,7 +60,7 @@ def open_on_a_rank(rank: int, _: int) -> tuple[list[int], list[int]]:
 def test_every_rank_has_the_same_subset() -> None:
     first, second = run_ranks(2, open_on_a_rank, 0)
     assert first == second
-    single = open_labeled(DataConfig(train="digits"), 0.1, 3, None, SINGLE_PROCESS).train
+    single = open_labeled(DataConfig(train="digits"), 0.1, 3, SINGLE_PROCESS).train
     assert first[1] == single.images.flatten(1).sum(1).tolist()  # type: ignore[attr-defined]
 
 
@@ -80,7 +81,7 @@ def folder(tmp_path: Path) -> Path:
 @pytest.mark.parametrize("names", ["1.jpg\n6.jpg\n", "a/1.jpg\nb/6.jpg", "somewhere/b/6.jpg\r\n\r\n1.jpg\n"])
 def test_list_selects_images(folder: Path, tmp_path: Path, names: str) -> None:
     (tmp_path / "list.txt").write_text(names)
-    found = open_labeled(DataConfig(train=str(folder)), str(tmp_path / "list.txt"), 0, None, SINGLE_PROCESS)
+    found = open_labeled(DataConfig(train=str(folder)), str(tmp_path / "list.txt"), 0, SINGLE_PROCESS)
     assert [Path(found.train.name(i)).name for i in range(len(found.train))] == ["1.jpg", "6.jpg"]
     assert found.train.labels.tolist() == [0, 1]
     assert found.available_images == 8
@@ -90,7 +91,7 @@ def test_list_selects_images_of_shards(folder: Path, tmp_path: Path) -> None:
     with tarfile.open(tmp_path / "0.tar", "w") as tar:
         tar.add(folder, "train")
     (tmp_path / "list.txt").write_text("2.jpg\nb/3.jpg\n")
-    found = open_labeled(DataConfig(train=str(tmp_path / "0.tar")), str(tmp_path / "list.txt"), 0, None, SINGLE_PROCESS)
+    found = open_labeled(DataConfig(train=str(tmp_path / "0.tar")), str(tmp_path / "list.txt"), 0, SINGLE_PROCESS)
     assert [found.train.name(i)[-7:] for i in range(2)] == ["a/2.jpg", "b/3.jpg"]
 
 
@@ -98,7 +99,7 @@ def test_list_selects_images_of_shards(folder: Path, tmp_path: Path) -> None:
 def test_list_with_unknown_or_ambiguous_names_raises(folder: Path, tmp_path: Path, names: str, expected: str) -> None:
     (tmp_path / "list.txt").write_text(names)
     with pytest.raises(UserError, match=expected):
-        open_labeled(DataConfig(train=str(folder)), str(tmp_path / "list.txt"), 0, None, SINGLE_PROCESS)
+        open_labeled(DataConfig(train=str(folder)), str(tmp_path / "list.txt"), 0, SINGLE_PROCESS)
 
 
 def test_class_numbers_with_gaps_become_contiguous_labels(tmp_path: Path) -> None:
@@ -110,16 +111,17 @@ def test_class_numbers_with_gaps_become_contiguous_labels(tmp_path: Path) -> Non
         with tarfile.open(tmp_path / f"{name}.tar", "w") as tar:
             tar.add(files, ".")
     data = DataConfig(train=str(tmp_path / "train.tar"), val=str(tmp_path / "val.tar"))
-    found = open_labeled(data, 1.0, 0, None, SINGLE_PROCESS)
+    found = open_labeled(data, 1.0, 0, SINGLE_PROCESS)
     assert found.val is not None
     assert list(found.classes) == ["3", "70"]
     assert sorted(found.train.labels.tolist()) == sorted(found.val.labels.tolist()) == [0, 1]
 
 
-def test_bad_images_are_skipped_up_to_max_bad(folder: Path) -> None:
+def test_images_that_a_full_check_found_bad_are_named(folder: Path, cache_home: Path) -> None:
     (folder / "a" / "1.jpg").write_bytes(b"no image")
-    found = open_labeled(DataConfig(train=str(folder), max_bad=0.5), 1.0, 0, None, SINGLE_PROCESS)
-    assert len(found.train) == 7
-    assert "1.jpg" in found.skipped[0]
-    with pytest.raises(UserError, match=r"--data\.max_bad: got 1 of 8"):
-        open_labeled(DataConfig(train=str(folder)), 1.0, 0, None, SINGLE_PROCESS)
+    data = DataConfig(train=str(folder), backend="torchvision")
+    assert open_labeled(data, 1.0, 0, SINGLE_PROCESS).skipped == []
+    scan(open_encoded(folder), cache=cache_home)
+    found = open_labeled(data, 1.0, 0, SINGLE_PROCESS)
+    assert found.skipped == [f"{folder}/a/1.jpg: got 8 bytes that do not decode as an image (unknown format)"]
+    assert len(found.train) == 8

@@ -266,10 +266,6 @@ def test_micro_batches_give_the_gradients_of_the_whole_batch(tmp_path: Path, vie
         (["--data.train=nowhere"], ["nowhere", "nothing at that path", "expected a folder"]),
         (["--data.train={empty}"], ["no images", "expected files ending in"]),
         (["--data.train={short}"], ["truncated or damaged", "short.tar", "expected a complete"]),
-        (
-            ["--data.train={unreadable}"],
-            ["--data.max_bad: got 1 of 16", "07.jpg: got", "do not decode", "remove or replace", "skipped_images.txt"],
-        ),
         (["--data.train={photos}", "--data.max_bad=2"], ["--data.max_bad", "got 2.0", "expected a fraction"]),
         (["--data.train={photos}", "--batch_size=41"], ["batch_size", "got 41", "40 images", "expected at most 40"]),
         (["--data.train={photos}", "--batch_size=1"], ["batch_size", "got 1", "expected at least 2"]),
@@ -314,46 +310,6 @@ def test_user_error_is_one_line_with_exit_code_2(
     assert "Traceback" not in lines[0]
     for words in expected:
         assert words in lines[0]
-
-
-@pytest.mark.slow
-def test_bad_images_are_skipped_listed_and_counted(
-    tmp_path: Path, photos: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
-    folder, val, run = tmp_path / "photos", tmp_path / "val", tmp_path / "run"
-    for target in (folder, val):
-        write(target, {str(file.relative_to(photos)): file.read_bytes() for file in photos.rglob("*.jpg")})
-    write(folder, {"class0/bad.jpg": b"bad", "class1/bad.jpg": b"", "class00/none.jpg": b"<html>"})
-    write(val, {"class1/bad.jpg": b"bad", "class00/none.jpg": b"<html>"})
-    options = [*TINY, f"--data.train={folder}", f"--data.val={val}", f"--output={run}", "--knn_every=1"]
-    assert main([*options, "--data.max_bad=0.1"]) == 0
-    said = capsys.readouterr().out
-    assert f"{folder}, 40 images in 3 classes" in said, "a class keeps its number, though none of its images is left"
-    assert f"left out 5 images that cannot be used; see {run}/skipped_images.txt" in said
-    assert (run / "skipped_images.txt").read_text().splitlines() == [
-        f"{folder}/class0/bad.jpg: got 3 bytes that do not decode as an image (unknown format)",
-        f"{folder}/class00/none.jpg: got 6 bytes that do not decode as an image (unknown format)",
-        f"{folder}/class1/bad.jpg: got 0 bytes that do not decode as an image (unknown format)",
-        f"{val}/class00/none.jpg: got 6 bytes that do not decode as an image (unknown format)",
-        f"{val}/class1/bad.jpg: got 3 bytes that do not decode as an image (unknown format)",
-    ]
-    assert metrics(run)[0] == {"step": 0, "epoch": 0, "skipped_images": 5}
-    assert [line["images"] for line in steps(run)] == [16, 16, 8] * 2
-
-    # A run's position refers to its images, so it cannot resume with other images.
-    write(folder, {"class0/bad.jpg": jpeg(photo(40, 50))})
-    assert main([*options, "--data.max_bad=0.1", "--epochs=3"]) == 2
-    assert "got a run with images 40, but this one has 41" in error_line(capsys)
-    assert main(options) == 2
-    assert "--data.max_bad: got 2 of 43 images" in error_line(capsys)
-    assert len((run / "skipped_images.txt").read_text().splitlines()) == 2, "all are listed, whatever the line holds"
-    for name in ("class1/bad.jpg", "class00/none.jpg"):
-        (folder / name).unlink()
-        (val / name).unlink()
-    assert main([*options, "--resume=never"]) == 0
-    assert "left out" not in capsys.readouterr().out
-    assert metrics(run)[0]["skipped_images"] == 0
-    assert not (run / "skipped_images.txt").exists()
 
 
 @pytest.mark.slow
@@ -434,15 +390,6 @@ def test_error_on_one_rank_stops_the_others(tmp_path: Path, photos: Path) -> Non
     line = fail_on_two_ranks(*options, cause=truncate_a_file)
     assert "07.jpg" in line
     assert "do not decode" in line
-
-
-@pytest.mark.slow
-def test_bad_images_end_all_ranks(tmp_path: Path, photos: Path) -> None:
-    folder = write(tmp_path / "photos", {file.name: file.read_bytes() for file in photos.rglob("*.jpg")})
-    write(folder, {"07.jpg": b"bad", "08.jpg": b"bad"})
-    line = fail_on_two_ranks(f"--data.train={folder}", f"--output={tmp_path / 'run'}")
-    assert "--data.max_bad: got 2 of 40 images" in line
-    assert "08.jpg: got 3 bytes that do not decode" in line
 
 
 @pytest.mark.slow
