@@ -125,7 +125,9 @@ def open_by_pillow(data: memoryview | bytes) -> ImageFile.ImageFile:
         factory, accept = Image.OPEN.get(name, (None, None))
         if factory is not None and accept is not None and accept(prefix) is True:
             with without_pillow_limit:
-                return factory(io.BytesIO(data), "")
+                opened = factory(io.BytesIO(data), "")
+            opened.info.pop("xmp", None)  # Pillow turns a TIFF upright also by the orientation in XMP
+            return opened
     raise ValueError("unknown format")
 
 
