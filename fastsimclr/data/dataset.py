@@ -88,8 +88,10 @@ def open_pair(
                 )
 
     run_on_all_ranks(detect, world)
-    for source in (opened, held_out):
+    for source, data in ((opened, train), (held_out, train if val is None else val)):
         if source is not None:
+            if world.is_rank_zero:
+                print_notes(source, data)
             check_same_images(source, world)
             if labels:
                 read_labels(source, world, workers)
@@ -97,15 +99,12 @@ def open_pair(
 
 
 def _open_once_per_node(data: Any, split: str, world: World) -> Source:
-    """Open images, with files listed by one rank of each node. Rank 0 prints what was passed over."""
-    source = run_once_per_node(lambda: open_unread(data, split), listed_path(data), world)
-    if world.is_rank_zero:
-        print_notes(source, data)
-    return source
+    """Open images, with files listed by one rank of each node."""
+    return run_once_per_node(lambda: open_unread(data, split), listed_path(data), world)
 
 
 def print_notes(source: Source, data: Any) -> None:
-    """Print what was passed over when `data` was opened as `source`."""
+    """Print what was passed over when `data` was opened as `source`, and what its depth of pixels means."""
     for note in source.notes:
         print_line(f"{describe(data)}: {note}")
 

@@ -38,7 +38,8 @@ class Source(ABC):
     sizes: (N, 2), height and width of each upright image as far as known, otherwise 0; None if none is known. They come
         from an earlier check, so they are only a hint. Workers do not get them.
     bad: the images known to be unusable, by index, and why.
-    notes: one line for each kind of file that was passed over when the source was opened, and why.
+    notes: one line for each kind of file that was passed over when the source was opened, and why; and one if 16-bit
+    images become 8-bit RGB.
     """
 
     labels: NDArray[np.int64]

@@ -54,8 +54,8 @@ def write_preview(options: argparse.Namespace, others: list[str]) -> str:
     assert config.data.train is not None  # parse() sets it
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     source, augmentation = open_source(config.data.train), config.data.augmentation()
-    print_notes(source, config.data.train)
     detect_pixels(source, config.data.pixel_options())
+    print_notes(source, config.data.train)
     backend, why = (
         choose_backend(source, device) if config.data.backend == "auto" else (config.data.backend, "as requested")
     )
