@@ -13,11 +13,13 @@ from numpy.typing import NDArray
 from pictures import ORIENTATIONS, encode, exif, kinds, photo, png16_rgb
 from PIL import Image
 
+from fastsimclr.data.dataset import open_pair
 from fastsimclr.data.detect import detect_pixels
 from fastsimclr.data.images import decode, decode_raw
 from fastsimclr.data.opening import open_source
 from fastsimclr.data.pixel_options import PixelOptions
 from fastsimclr.data.sources import decoded
+from fastsimclr.distributed import SINGLE_PROCESS
 from fastsimclr.errors import UserError
 
 FILES = kinds()
@@ -198,3 +200,10 @@ def test_a_note_says_that_16_bits_become_8(tmp_path: Path) -> None:
         assert [("a.png has 16 bits" in note, "--data.pixels uint16" in note) for note in source.notes] == (
             [(True, True)] if noted else []
         )
+
+
+def test_the_note_is_printed_when_a_run_opens_its_images(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    (tmp_path / "a.png").write_bytes(png16_rgb(np.zeros((4, 5, 3), np.uint16)))
+    open_pair(str(tmp_path), None, SINGLE_PROCESS)
+    printed = "".join(capsys.readouterr())
+    assert printed.count("a.png has 16 bits per channel: as 8-bit RGB, images keep the upper 8 of 16 bits") == 1
