@@ -72,7 +72,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
                 continue
             epochs = max(1, int(60 * minutes / epoch))
             # kNN accuracy only at the start and the end.
-            metrics = train(Path(folder, f"{minutes:g}"), *common, f"--epochs={epochs}", f"--knn_every={epochs + 1}")
+            knn_options = [f"--knn_every={epochs + 1}", "--knn_at_start"]
+            metrics = train(Path(folder, f"{minutes:g}"), *common, f"--epochs={epochs}", *knn_options)
             knn = [line["knn_accuracy"] for line in metrics if "knn_accuracy" in line]
             run = {"minutes": minutes, "epochs": epochs, "knn_untrained": knn[0], "knn": knn[-1]}
             record["runs"].append(run | {"seconds_per_epoch": seconds_per_epoch(metrics)})

@@ -21,7 +21,7 @@ import torch
 from fastsimclr.data import open_source
 from fastsimclr.data.sources import EncodedSource
 from fastsimclr.environment import commit
-from fastsimclr.evaluation.labeled import class_balanced
+from fastsimclr.data.subsets import class_balanced
 from fastsimclr.precision import choose_precision
 
 RECIPE = {

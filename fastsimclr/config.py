@@ -20,7 +20,7 @@ Options = TypeVar("Options")
 
 LOGGERS = ("tensorboard", "wandb", "mlflow")
 DEMONSTRATION = "digits"  # preset of a run without --data.train
-FLAGS = ("--compile", "--force", "--profile")
+FLAGS = ("--compile", "--force", "--knn_at_start", "--profile")
 
 
 @dataclass(frozen=True)
@@ -181,9 +181,14 @@ class Config:
     """Epochs between measurements of kNN accuracy, if there are labels. It is also measured at the end. 0: never."""
     knn_k: int = 20
     """Number of neighbors that vote in kNN, weighted by exp(cosine / 0.07)."""
+    knn_images: int | None = 50_000
+    """Largest number of training images, and of validation images, in kNN; more are sampled by seed, the same share of
+    each class. null: all. Each rank keeps its part of the representations, in float16."""
+    knn_at_start: bool = False
+    """Measure kNN accuracy before the first step, too, to compare with the untrained encoder."""
 
     def __post_init__(self) -> None:
-        for name in ("batch_size", "micro_batch_size", "epochs", "max_steps", "keep_every", "knn_k"):
+        for name in ("batch_size", "micro_batch_size", "epochs", "max_steps", "keep_every", "knn_k", "knn_images"):
             value = getattr(self, name)
             if value is not None and value < 1:
                 raise UserError(f"--{name}: got {value}, expected at least 1")

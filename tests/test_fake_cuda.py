@@ -26,7 +26,8 @@ from fastsimclr.data.torchvision import _Crops
 from fastsimclr.distributed import World
 from fastsimclr.evaluation import linear
 from fastsimclr.evaluation.classifier import Classifier, Schedule, train_classifier
-from fastsimclr.evaluation.knn import knn_accuracy, knn_ranking, measure
+from fastsimclr.evaluation.features import Shard
+from fastsimclr.evaluation.knn import knn_ranking, measure
 from fastsimclr.loss import fused, tiled
 from fastsimclr.models import Encoder
 from fastsimclr.precision import choose_precision
@@ -157,15 +158,17 @@ def features_and_labels(rows: int) -> tuple[Tensor, Tensor]:
 
 
 def knn() -> None:
-    bank, queries = features_and_labels(40), features_and_labels(12)
+    labels = torch.zeros(40, dtype=torch.int64, device=GPU)
+    bank, queries = (
+        Shard.of(torch.arange(rows, device=GPU), torch.randn(rows, 16, device=GPU)) for rows in (len(labels), 12)
+    )
     for temperature in (0.07, None):
-        assert_on_gpu(knn_ranking(*bank, queries[0], 5, temperature=temperature), 12, 5, dtype=torch.int64)
-    assert_on_gpu(knn_ranking(*bank, bank[0], 5, leave_out=0), 40, 5, dtype=torch.int64)
-    knn_accuracy(*bank, *queries, 5)
+        assert_on_gpu(knn_ranking(bank, labels, queries, 5, temperature=temperature), 12, 5, dtype=torch.int64)
+    assert_on_gpu(knn_ranking(bank, labels, bank, 5, leave_one_out=True), 40, 5, dtype=torch.int64)
     source = real(open_source, "digits").subset(np.arange(16))
     model = real(small_encoder).to(GPU, memory_format=torch.channels_last)  # type: ignore[call-overload]
     chosen = choose_precision("auto", GPU)
-    measure(model, source, None, COLORFUL, LOADER, 5, autocast=chosen.autocast)
+    measure(model, source, None, COLORFUL, LOADER, 5, images=None, autocast=chosen.autocast)
 
 
 def logistic_regression() -> None:

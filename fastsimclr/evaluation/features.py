@@ -1,21 +1,44 @@
-"""Compute the representations of all images of a source, in its order, on all ranks."""
+"""Compute the representations of all images of a source: gathered on all ranks, or each rank's part."""
 
-from collections.abc import Iterator
-from dataclasses import replace
+from collections.abc import Callable, Generator
+from contextlib import closing
+from dataclasses import dataclass, replace
 
 import torch
 import torch.distributed as dist
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from fastsimclr.data import Source
 from fastsimclr.data.augmentation import Augmentation
 from fastsimclr.data.dataset import open_loader
 from fastsimclr.data.loader import LoaderConfig
-from fastsimclr.distributed import all_gather_rows, gather_sizes
+from fastsimclr.distributed import World, all_gather_rows, gather_sizes, raise_on_all_ranks
 from fastsimclr.errors import UserError
 from fastsimclr.models import Backbone, Encoder, count_features
 from fastsimclr.precision import autocast_to
 from fastsimclr.progress_bar import progress_bar
+
+Sync = Callable[[UserError | None], None]
+"""Called by all ranks at the same time, with this rank's error or None. Raises on all ranks to end the work on all."""
+
+
+@dataclass(frozen=True)
+class Shard:
+    """This rank's part of the representations of a source's images, on its device."""
+
+    images: Tensor
+    """(n,) int64: indices of the images in the source."""
+    features: Tensor
+    """(n, D) float16, normalized."""
+
+    @classmethod
+    def of(cls, images: Tensor, features: Tensor) -> "Shard":
+        """features: (n, D), any float dtype and length."""
+        return cls(images, F.normalize(features.float(), dim=1).half())
+
+    def __len__(self) -> int:
+        return len(self.images)
 
 
 def check_images(encoder: Encoder | Backbone, source: Source, augmentation: Augmentation) -> None:
@@ -34,7 +57,7 @@ def embed_batches(
     *,
     autocast: torch.dtype | None = None,
     title: str = "embedding",
-) -> Iterator[tuple[Tensor, Tensor, Tensor]]:
+) -> Generator[tuple[Tensor, Tensor, Tensor], None, None]:
     """Yield this rank's part of each batch, on the CPU: the images' indices in the source (B,), representations (B, D)
     float32, and labels (B,).
 
@@ -88,12 +111,60 @@ def embed(
     width: int = encoder.out_features  # type: ignore[assignment]  # nn.Module: any attribute may be a tensor
     empty = torch.empty(0, dtype=torch.int64), torch.empty(0, width), torch.empty(0, dtype=torch.int64)
     rows = list(embed_batches(encoder, source, augmentation, config, autocast=autocast, title=title)) or [empty]
-    index, features, labels = (torch.cat(column) for column in zip(*rows, strict=True))
-    if config.world.world_size > 1:
+    _, features, labels = gather_by_image(config.world, *(torch.cat(column) for column in zip(*rows, strict=True)))
+    return features, labels
+
+
+def gather_by_image(world: World, images: Tensor, *rows: Tensor) -> tuple[Tensor, ...]:
+    """Gather rows of all ranks, sorted by their images.
+
+    images: (n_r,) int64; rows: (n_r, ...) each. All are on the CPU. Returns all of them, (sum of n_r, ...), on all
+    ranks.
+    """
+    columns = [images, *rows]
+    if world.world_size > 1:
         group = dist.group.WORLD
         assert group is not None
-        sizes = gather_sizes(len(index), group, torch.device("cpu"))
-        index, features, labels = (all_gather_rows(part, sizes, group) for part in (index, features, labels))
-        order = index.argsort()
-        features, labels = features[order], labels[order]
-    return features, labels
+        sizes = gather_sizes(len(images), group, torch.device("cpu"))
+        columns = [all_gather_rows(column, sizes, group) for column in columns]
+    order = columns[0].argsort()
+    return tuple(column[order] for column in columns)
+
+
+def embed_shard(
+    encoder: nn.Module,
+    source: Source,
+    augmentation: Augmentation,
+    config: LoaderConfig,
+    *,
+    autocast: torch.dtype | None = None,
+    title: str = "embedding",
+    sync: Sync | None = None,
+) -> Shard:
+    """Return this rank's part of the representations of all images of `source`.
+
+    Raises on all ranks if one fails. sync: called between batches; default: only exchange errors. The other arguments
+    are those of `embed_batches`.
+    """
+    device, sync = config.world.device, sync or exchange_errors(config.world)
+    width: int = encoder.out_features  # type: ignore[assignment]  # nn.Module: any attribute may be a tensor
+    empty = torch.empty(0, dtype=torch.int64, device=device)
+    parts = [Shard(empty, torch.empty(0, width, dtype=torch.float16, device=device))]
+    batch_size = min(config.batch_size, len(source))
+    with closing(embed_batches(encoder, source, augmentation, config, autocast=autocast, title=title)) as batches:
+        for _ in range(0, len(source), batch_size):  # a rank may have no image in the last batch
+            batch, failure = None, None
+            try:
+                batch = next(batches, None)
+            except UserError as error:
+                failure = error
+            sync(failure)
+            if batch is not None:
+                images, features, _ = batch
+                parts.append(Shard.of(images.to(device), features.to(device)))
+    return Shard(torch.cat([part.images for part in parts]), torch.cat([part.features for part in parts]))
+
+
+def exchange_errors(world: World) -> Sync:
+    """Return a Sync that raises an error of one rank on all."""
+    return lambda failure: raise_on_all_ranks(failure, world)

@@ -2,6 +2,7 @@
 
 import os
 from collections.abc import Sequence
+from copy import copy
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -11,11 +12,10 @@ from numpy.typing import NDArray
 from fastsimclr.config import DataConfig
 from fastsimclr.data import Source
 from fastsimclr.data.dataset import open_dataset
-from fastsimclr.data.params import epoch_order
+from fastsimclr.data.subsets import check_classes, class_balanced, class_indices
 from fastsimclr.distributed import World
 from fastsimclr.errors import UserError
 
-_SUBSET, _HELD_OUT = 2**32 - 1, 2**32 - 2  # epochs that no run reaches: random orders that nothing else uses
 _SHOWN = 3  # names listed in an error
 
 
@@ -56,7 +56,8 @@ def open_labeled(data: DataConfig, labels: float | str, seed: int, world: World)
                 raise UserError(f"--data.{option}: got {path}, whose images have no labels; expected class folders")
         if val is not None:
             check_classes(train.classes, val.classes)
-        train, val = _dense(train), val and _dense(val)
+            val = _with_classes(val, train.classes)
+        train = _with_classes(train, train.classes)
         available = len(train)
         kept = _listed(train, labels) if isinstance(labels, str) else class_balanced(train, labels, seed)
         return train if kept is None else train.subset(kept), val
@@ -71,34 +72,6 @@ def open_labeled(data: DataConfig, labels: float | str, seed: int, world: World)
         select=select,
     )
     return LabeledData(train, val, train.classes, available)
-
-
-def class_balanced(source: Source, fraction: float, seed: int) -> NDArray[np.int64] | None:
-    """Return the indices of a random subset of `fraction` of the images with the same number per class, at least one.
-
-    A class with fewer images contributes all of them. The subset depends only on the seed. Returns None for all images.
-    """
-    if not 0 < fraction <= 1:
-        raise UserError(f"--labels: got {fraction}, expected a fraction above 0, at most 1, or a file of image names")
-    if fraction == 1:
-        return None
-    per_class = max(1, round(fraction * len(source) / len(source.classes)))
-    return np.sort(np.concatenate([of_class[:per_class] for of_class in _by_class(source, seed, _SUBSET)]))
-
-
-def hold_out(source: Source, fraction: float, seed: int) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
-    """Split the images by class; returns the indices of the rest, and of the held-out `fraction` of each class."""
-    classes = _by_class(source, seed, _HELD_OUT)
-    counts = [int(fraction * len(of_class)) for of_class in classes]
-    rest = [of_class[count:] for of_class, count in zip(classes, counts, strict=True)]
-    held = [of_class[:count] for of_class, count in zip(classes, counts, strict=True)]
-    return np.sort(np.concatenate(rest)), np.sort(np.concatenate(held))
-
-
-def _by_class(source: Source, seed: int, epoch: int) -> list[NDArray[np.int64]]:
-    """The indices of each class's images, in a random order that depends only on the seed and the epoch."""
-    order = epoch_order(seed, epoch, len(source))
-    return [order[source.labels[order] == label] for label in range(len(source.classes))]
 
 
 def _listed(source: Source, file: str) -> NDArray[np.int64]:
@@ -125,22 +98,8 @@ def _listed(source: Source, file: str) -> NDArray[np.int64]:
     return np.unique(np.array([at[0] for at in found]))
 
 
-def check_classes(train: Sequence[str], val: Sequence[str]) -> None:
-    """Raise UserError unless both lists name the same classes."""
-    differences = [f"{name} only in train" for name in sorted(set(train) - set(val))]
-    differences += [f"{name} only in val" for name in sorted(set(val) - set(train))]
-    if differences:
-        more = f" and {len(differences) - _SHOWN} more" if len(differences) > _SHOWN else ""
-        raise UserError(
-            f"--data.val: got classes that differ from --data.train's ({', '.join(differences[:_SHOWN])}{more}); "
-            "expected the same classes"
-        )
-
-
-def _dense(source: Source) -> Source:
-    """The source with labels that index its classes: the labels of tar shards may have gaps."""
-    if source.labels.max() < len(source.classes):
-        return source
-    dense = source.subset(np.arange(len(source)))
-    dense.labels = np.searchsorted(np.array(source.classes, dtype=np.int64), source.labels)
-    return dense
+def _with_classes(source: Source, classes: Sequence[str]) -> Source:
+    """Return the source with labels that index `classes`."""
+    indexed = copy(source)
+    indexed.labels, indexed.classes = class_indices(source, classes), classes
+    return indexed

@@ -7,13 +7,14 @@ from pathlib import Path
 from typing import Any
 
 import torch
-import torch.distributed as dist
 import yaml
 from torch import Tensor
 
 from fastsimclr.config import to_yaml
+from fastsimclr.data import Source
 from fastsimclr.data.loader import LoaderConfig
-from fastsimclr.distributed import World, all_gather_rows, run_on_all_ranks
+from fastsimclr.data.subsets import hold_out
+from fastsimclr.distributed import World, run_on_all_ranks
 from fastsimclr.environment import commit
 from fastsimclr.errors import UserError
 from fastsimclr.evaluation import linear
@@ -25,9 +26,9 @@ from fastsimclr.evaluation.config import (
     LinearConfig,
     SupervisedConfig,
 )
-from fastsimclr.evaluation.features import check_images, embed
+from fastsimclr.evaluation.features import Shard, check_images, embed, embed_shard, gather_by_image
 from fastsimclr.evaluation.knn import knn_ranking
-from fastsimclr.evaluation.labeled import hold_out, open_labeled
+from fastsimclr.evaluation.labeled import open_labeled
 from fastsimclr.evaluation.scores import rank_classes, score
 from fastsimclr.imports import is_object_reference
 from fastsimclr.models import Backbone, Encoder, EncoderSpec, as_encoder, build, import_module
@@ -109,25 +110,20 @@ class Evaluation:
     def _knn(self, config: KnnConfig) -> tuple[Tensor, Tensor]:
         """Rankings and labels of the queries; each rank classifies its part of them."""
         device, data = self.world.device, self.data
-        model = self.model
-        bank, bank_labels = self._embed(model, data.train, "training images")
-        queries, labels = (bank, bank_labels) if data.val is None else self._embed(model, data.val, "validation images")
+        bank = self._embed_shard(data.train, "training images")
+        queries = bank if data.val is None else self._embed_shard(data.val, "validation images")
         self.settings = {"k": config.k, "temperature": config.temperature, "leave_one_out": data.val is None}
-        sizes = [len(part) for part in torch.arange(len(queries)).tensor_split(self.world.world_size)]
-        first = sum(sizes[: self.world.rank])
-        local_queries = queries[first : first + sizes[self.world.rank]]
         ranking = knn_ranking(
-            bank.to(device),
-            bank_labels.to(device),
-            local_queries.to(device),
+            bank,
+            torch.from_numpy(data.train.labels).to(device),
+            queries,
             config.k,
             temperature=config.temperature,
-            leave_out=first if data.val is None else None,
-        ).cpu()
-        if self.world.world_size > 1:
-            assert dist.group.WORLD is not None
-            ranking = all_gather_rows(ranking, sizes, dist.group.WORLD)
-        return ranking, labels
+            leave_one_out=data.val is None,
+            world=self.world,
+        )
+        images, ranking = gather_by_image(self.world, queries.images.cpu(), ranking.cpu())
+        return ranking, torch.from_numpy((data.train if data.val is None else data.val).labels)[images]
 
     def _regression(self, config: LinearConfig) -> tuple[Tensor, Tensor]:
         """Rankings and labels of the validation images; every rank computes all of them, without communication."""
@@ -211,7 +207,12 @@ class Evaluation:
         assert config.encoder is not None
         return build(EncoderSpec(config.encoder, config.width, config.stem, size, channels))
 
-    def _embed(self, model: torch.nn.Module, source: Any, title: str) -> tuple[Tensor, Tensor]:
+    def _embed_shard(self, source: Source, title: str) -> Shard:
+        return embed_shard(
+            self.model, source, self.augmentation, self.loader, autocast=self.precision.autocast, title=title
+        )
+
+    def _embed(self, model: torch.nn.Module, source: Source, title: str) -> tuple[Tensor, Tensor]:
         return embed(
             model,
             source,

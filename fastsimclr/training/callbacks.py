@@ -50,7 +50,7 @@ class Callback:
     """
 
     def on_start(self, trainer: TrainerInterface) -> None:
-        """Called once before the first step of this process, after resuming and after measuring the untrained encoder.
+        """Called once before the first step of this process, after resuming and after `--knn_at_start`.
 
         An exception ends the run at once, without a checkpoint.
         """

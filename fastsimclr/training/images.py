@@ -10,9 +10,9 @@ from fastsimclr.data.dataset import Pair, check_augmentation, open_pair, prepare
 from fastsimclr.data.pixels import RGB8, dtype_name
 from fastsimclr.data.sources import Source
 from fastsimclr.data.statistics import with_statistics
+from fastsimclr.data.subsets import check_classes
 from fastsimclr.distributed import World, run_on_all_ranks
 from fastsimclr.errors import UserError
-from fastsimclr.evaluation.labeled import check_classes
 from fastsimclr.run_folder import RunFolder
 from fastsimclr.training.rank_sync import StopSignal
 

@@ -29,9 +29,20 @@ class Metrics:
         self._lagged = LaggedRecord()
         self._log: RunLog | None = None
 
-    def open(self, run: RunFolder, *, first_step: int, total_steps: int, epochs: int) -> None:
-        """Open the files. Only rank zero calls it."""
-        self._log = RunLog(run, first_step=first_step, total_steps=total_steps, epochs=epochs)
+    def open(
+        self, run: RunFolder, *, first_step: int, total_steps: int, epochs: int, is_epoch_finished: bool = True
+    ) -> None:
+        """Open the files. Only rank zero calls it.
+
+        is_epoch_finished: False if the run will repeat what follows the last step of an epoch, which is `first_step`.
+        """
+        self._log = RunLog(
+            run,
+            first_step=first_step,
+            total_steps=total_steps,
+            epochs=epochs,
+            is_epoch_finished=is_epoch_finished,
+        )
 
     def show_first_step(self, estimated_seconds: float | None) -> None:
         """Show that the first step is running, until it is done: on a CPU it may take minutes."""
@@ -84,9 +95,11 @@ class Metrics:
 class RunLog:
     """Writes records to metrics.jsonl, and shows the progress."""
 
-    def __init__(self, run: RunFolder, *, first_step: int, total_steps: int, epochs: int) -> None:
+    def __init__(
+        self, run: RunFolder, *, first_step: int, total_steps: int, epochs: int, is_epoch_finished: bool = True
+    ) -> None:
         self._path = run.metrics
-        self._drop_lines_after(first_step)
+        self._drop_lines_after(first_step, is_epoch_finished)
         self._file = open(self._path, "a", buffering=1)  # noqa: SIM115 - stays open during the run
         self._bar = tqdm(
             total=total_steps,
@@ -145,13 +158,17 @@ class RunLog:
     def write(self, record: dict[str, Any]) -> None:
         self._file.write(json.dumps(record) + "\n")
 
-    def _drop_lines_after(self, step: int) -> None:
-        """Drop the records of steps that a resumed run will repeat, and a last line that was cut off."""
+    def _drop_lines_after(self, step: int, is_epoch_finished: bool) -> None:
+        """Drop the records that a resumed run will repeat, and a last line that was cut off."""
         if not self._path.exists():
             return
         kept = []
         for line in self._path.read_text().splitlines(keepends=True):
-            if line.endswith("\n") and json.loads(line)["step"] <= step and step > 0:
+            if not line.endswith("\n"):
+                continue
+            record = json.loads(line)
+            is_repeated = record["step"] == step and "loss" not in record and not is_epoch_finished
+            if step > 0 and record["step"] <= step and not is_repeated:
                 kept.append(line)
         with replace_atomically(self._path) as partial:
             partial.write_text("".join(kept))

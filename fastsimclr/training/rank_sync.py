@@ -42,6 +42,10 @@ class StopSignal:
         self.received = number
 
 
+class Stopped(Exception):
+    """A stop signal has interrupted work between steps, on all ranks."""
+
+
 class RankSync:
     """Keeps the ranks in step: all train on the same batches, stop after the same step, and fail together."""
 
@@ -67,12 +71,12 @@ class RankSync:
 
         Raises UserError on all ranks if one of them cannot read its part, so that no rank waits in a collective.
         """
-        while not progress.is_done:
+        while not (progress.is_done or self.is_stopped):
             loader.set_epoch(progress.epoch)
             with contextlib.closing(iter(loader)) as batches:
                 while not progress.is_done:
                     batch = self._next(batches)
-                    self._exchange(0 if batch is None else len(batch.index))
+                    self.is_stopped = self._exchange(0 if batch is None else len(batch.index))
                     if self.is_stopped:
                         return
                     if batch is None:  # resumed past the end of an epoch, which other options have made shorter
@@ -81,6 +85,17 @@ class RankSync:
                     yield batch
                     if batch.ends_epoch:
                         break
+
+    def poll(self, failure: UserError | None) -> None:
+        """Exchange stop signals and failures between two parts of work that is not a step, such as kNN.
+
+        Raises on all ranks: UserError if `failure` is not None on any, Stopped if any has received a stop signal.
+        """
+        self._failure = failure
+        self._exchange(0)
+        if self.stop_signal:
+            self.is_stopped = True
+            raise Stopped
 
     def _next(self, batches: Iterator[Batch]) -> Batch | None:
         """The next batch; None at the end of the epoch, or if this rank cannot read one."""
@@ -94,8 +109,11 @@ class RankSync:
         finally:
             self.data_wait = time.perf_counter() - started
 
-    def _exchange(self, local_batch_size: int) -> None:
-        """Exchange batch size, stops and failure with all ranks through the CPU, without waiting for the GPU."""
+    def _exchange(self, local_batch_size: int) -> bool:
+        """Exchange batch size, stops and failure with all ranks through the CPU, without waiting for the GPU.
+
+        Returns whether any rank is to stop.
+        """
         own = torch.tensor([local_batch_size, self._stop.received, self._stop_requested, self._failure is not None])
         all_ranks = own[None]
         if self._world.world_size > 1:
@@ -106,4 +124,4 @@ class RankSync:
         if any(failures):
             raise_on_all_ranks(self._failure, self._world)
         self.stop_signal = max(signals)
-        self.is_stopped = any(signals) or any(requests)
+        return any(signals) or any(requests)

@@ -112,7 +112,8 @@ def describe_result(
     lines = [f"trained {last['step']} steps, last loss {last['loss']:.4f}"]
     if knn is not None:
         where = f"{len(data.val)} held-out images" if data.val is not None else "the training images, leave-one-out"
-        lines.append(f"kNN accuracy on {where}: {knn:.1%} trained, {untrained_knn:.1%} untrained")
+        untrained = f" trained, {untrained_knn:.1%} untrained" if untrained_knn is not None else ""
+        lines.append(f"kNN accuracy on {where}: {knn:.1%}{untrained}")
     has_tensorboard = folder.tensorboard.is_dir()
     return [
         *lines,

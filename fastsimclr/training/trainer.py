@@ -35,7 +35,7 @@ from fastsimclr.training.images import open_images, prepare_images, record_pixel
 from fastsimclr.training.loggers import make_loggers
 from fastsimclr.training.metrics import Metrics
 from fastsimclr.training.progress import Progress
-from fastsimclr.training.rank_sync import RankSync, StopSignal
+from fastsimclr.training.rank_sync import RankSync, Stopped, StopSignal
 from fastsimclr.training.step import Step
 
 
@@ -75,6 +75,8 @@ class Trainer:
         self.trace: Trace | None = None
         self.untrained_knn: float | None = None
         self.trained_knn: float | None = None
+        self.unfinished_epoch: dict[str, Any] | None = None
+        """The last record of an epoch that has ended, until its kNN accuracy is measured and the callbacks called."""
         self._checkpoint_requested = False
 
         with Phase("opening the images", visible=world.is_rank_zero):
@@ -123,7 +125,7 @@ class Trainer:
 
     def train(self) -> None:
         """Train to the last step, or until a signal or a callback stops the run."""
-        if self.progress.is_done:
+        if self.progress.is_done and self.unfinished_epoch is None:
             steps = f"{self.progress.step} of {self.progress.last_step} steps"
             self._print(f"{self.folder.checkpoint} has finished {steps}: nothing to do")
             return
@@ -139,7 +141,9 @@ class Trainer:
                     self.progress.advance(batch)
                     self._log(batch, lr, measured)
                     if batch.ends_epoch or self.progress.is_done:
-                        self.end_epoch(batch.epoch + 1)
+                        self.metrics.end_epoch()
+                        self.unfinished_epoch = self.metrics.last
+                        self.end_epoch()
                     if self.checkpoint_due():
                         self.save()
             if self.sync.is_stopped:
@@ -176,27 +180,42 @@ class Trainer:
             loss /= self.world.world_size
         return measured
 
-    def end_epoch(self, epochs_done: int) -> None:
-        """Log the epoch, and measure kNN accuracy if due. Also called after the last step of the run."""
-        self.metrics.end_epoch()
-        record = self.metrics.last
-        if self.measures_knn and (epochs_done % self.config.knn_every == 0 or self.progress.is_done):
+    def end_epoch(self) -> None:
+        """Measure kNN accuracy if due, and call the callbacks. Also called after the last step of the run.
+
+        The epoch stays unfinished if a stop signal interrupts the measurement: the resumed run then measures again.
+        """
+        record = self.unfinished_epoch
+        assert record is not None
+        if self.measures_knn and ((record["epoch"] + 1) % self.config.knn_every == 0 or self.progress.is_done):
+            self._write_checkpoint()  # a run that is killed while it measures does not repeat the epoch
             self.trained_knn = self.evaluate_knn()
+            if self.trained_knn is None:
+                return
             record = record | {"knn_accuracy": self.trained_knn}
+        self.unfinished_epoch = None
         self.callbacks.on_epoch(record)
         self.clock.restart()
 
-    def evaluate_knn(self) -> float:
-        """Measure and log kNN accuracy on the validation images, or leave-one-out on the training images."""
-        accuracy = measure(
-            self.model.encoder,  # type: ignore[arg-type]
-            self.data.train,
-            self.data.val,
-            self.augmentation,
-            self.loader_config,
-            self.config.knn_k,
-            autocast=self.precision.autocast,
-        )
+    def evaluate_knn(self) -> float | None:
+        """Measure and log kNN accuracy on the validation images, or leave-one-out on the training images.
+
+        Returns None if a stop signal interrupted it.
+        """
+        try:
+            accuracy = measure(
+                self.model.encoder,  # type: ignore[arg-type]
+                self.data.train,
+                self.data.val,
+                self.augmentation,
+                self.loader_config,
+                self.config.knn_k,
+                images=self.config.knn_images,
+                autocast=self.precision.autocast,
+                sync=self.sync.poll,
+            )
+        except Stopped:
+            return None
         self.metrics.event({"step": self.progress.step, "epoch": self.progress.epoch, "knn_accuracy": accuracy})
         return accuracy
 
@@ -212,7 +231,13 @@ class Trainer:
         return self._checkpoint_requested or self.progress.step % self.checkpoint_steps == 0 or self.progress.is_done
 
     def save(self) -> None:
-        """Replace the checkpoint. A step whose loss is not finite is never saved."""
+        """Replace the checkpoint, and call the callbacks. A step whose loss is not finite is never saved."""
+        self._write_checkpoint()
+        self._checkpoint_requested = False
+        self.callbacks.on_checkpoint(self.folder.checkpoint)
+        self.clock.restart()
+
+    def _write_checkpoint(self) -> None:
         self.metrics.flush()
         if self.world.is_rank_zero:
             self.folder.save(
@@ -226,12 +251,10 @@ class Trainer:
                     "data": self.progress.position,
                     "callbacks": self.callbacks.state_dict(),
                     "untrained_knn": self.untrained_knn,
+                    "unfinished_epoch": self.unfinished_epoch,
                     "config": to_yaml(self.config),
                 }
             )
-        self._checkpoint_requested = False
-        self.callbacks.on_checkpoint(self.folder.checkpoint)
-        self.clock.restart()
 
     def resume(self, file: Path) -> None:
         """Load a checkpoint."""
@@ -250,6 +273,8 @@ class Trainer:
         self.loader.load_state_dict(state["data"])
         self.progress.step, self.progress.position = state["step"], state["data"]
         self.untrained_knn = state["untrained_knn"]
+        self.unfinished_epoch = state.get("unfinished_epoch")
+        self.metrics.last = self.unfinished_epoch or {}
         self.callbacks.load_state_dict(state.get("callbacks", []))
         self._print(f"resumed from {file} at step {self.progress.step}")
 
@@ -276,7 +301,7 @@ class Trainer:
         return Step(model, self.loss, self.precision, config.micro_batch_size, self.scaler)
 
     def _start(self) -> None:
-        """Print the choices made, open the run's files, and measure the untrained encoder."""
+        """Print the choices made, open the run's files, and measure the untrained encoder if asked."""
         config, progress = self.config, self.progress
         lines = summary.describe_data(config, self.data, self.loader)
         lines += [self._statistics] if self._statistics else []
@@ -293,16 +318,23 @@ class Trainer:
             write_text(self.folder.config, to_yaml(self.config))
             write_text(self.folder.environment, json.dumps(self._environment(), indent=2) + "\n")
             self.metrics.open(
-                self.folder, first_step=progress.step, total_steps=progress.last_step, epochs=config.epochs
+                self.folder,
+                first_step=progress.step,
+                total_steps=progress.last_step,
+                epochs=config.epochs,
+                is_epoch_finished=self.unfinished_epoch is None,
             )
             if bad := len(self.data.train.bad):
                 self.metrics.event({"step": progress.step, "epoch": progress.epoch, "skipped_images": bad})
-        if self.measures_knn and self.untrained_knn is None:
+        if config.knn_at_start and self.measures_knn and progress.step == 0:
             self.untrained_knn = self.evaluate_knn()
         if config.profile and self.world.is_rank_zero:
             self.trace = Trace(self.folder.trace, self.world.device)
         self.callbacks.on_start()
         self.callbacks.raise_failure()
+        if self.unfinished_epoch is not None:  # the run was interrupted while it measured kNN accuracy
+            self.end_epoch()
+            self.save()
         self.metrics.show_first_step(estimate.step_seconds if estimate else None)
         self.clock.restart()
 

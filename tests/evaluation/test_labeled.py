@@ -15,7 +15,8 @@ from fastsimclr.data import open_source
 from fastsimclr.data.scan import scan
 from fastsimclr.distributed import SINGLE_PROCESS, World
 from fastsimclr.errors import UserError
-from fastsimclr.evaluation.labeled import class_balanced, hold_out, open_labeled
+from fastsimclr.data.subsets import class_balanced, hold_out
+from fastsimclr.evaluation.labeled import open_labeled
 
 
 def subset(fraction: float, seed: int) -> np.ndarray:

@@ -219,7 +219,7 @@ def real(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("real")
     write(folder / "photos", {f"{'ab'[i % 2]}/{i:03}.jpg": jpeg(photo(24, 24, seed=i)) for i in range(210)})
     options = ["--data.image_size=16", "--model.encoder=resnet18", "--model.stem=imagenet", "--model.hidden=32"]
-    options += ["--batch_size=64", "--epochs=2", "--knn_every=1", "--device=cpu", "--precision=fp32"]
+    options += ["--batch_size=64", "--epochs=2", "--knn_every=1", "--knn_at_start", "--device=cpu", "--precision=fp32"]
     threads = torch.get_num_threads()
     torch.set_num_threads(1)  # as one_thread does, for longer
     assert train.main([*options, f"--data.train={folder / 'photos'}", f"--output={folder / 'run'}"]) == 0

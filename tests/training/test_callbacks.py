@@ -92,7 +92,7 @@ def fail(trainer: Any) -> None:
 
 def test_order_and_records_of_the_calls(tmp_path: Path, photos: Path) -> None:
     recorder = Recorder()
-    train(tiny(photos, tmp_path, knn_every=1, checkpoint_every=2, max_steps=5), recorder)
+    train(tiny(photos, tmp_path, knn_every=1, knn_at_start=True, checkpoint_every=2, max_steps=5), recorder)
     steps_, knn = steps(tmp_path), [record for record in metrics(tmp_path) if "knn_accuracy" in record]
     assert len(steps_) == 5
     assert [record["step"] for record in knn] == [0, 3, 5]
@@ -278,7 +278,7 @@ def test_kept_checkpoints_load_and_resume(tmp_path: Path, photos: Path) -> None:
     assert sorted(file.name for file in run.checkpoint.parent.iterdir()) == names
     assert [load_checkpoint(run.epoch_checkpoint(epoch))["step"] for epoch in (2, 4)] == [6, 12]
     assert run.epoch_checkpoint(4).samefile(run.checkpoint), "a link, not a second file"
-    accuracies = [record["knn_accuracy"] for record in metrics(run.path) if "knn_accuracy" in record][1:]
+    accuracies = [record["knn_accuracy"] for record in metrics(run.path) if "knn_accuracy" in record]
     best_epoch = int(np.argmax(accuracies)) + 1
     best = load_checkpoint(run.best_checkpoint)
     assert best["step"] == 3 * best_epoch

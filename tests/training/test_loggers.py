@@ -21,6 +21,7 @@ TINY: dict[str, Any] = {
     "precision": "fp32",
     "device": "cpu",
     "knn_every": 1,
+    "knn_at_start": True,
 }
 
 
