@@ -20,8 +20,8 @@ import torch
 
 from fastsimclr.data import open_source
 from fastsimclr.data.sources import EncodedSource
-from fastsimclr.environment import commit
 from fastsimclr.data.subsets import class_balanced
+from fastsimclr.environment import commit
 from fastsimclr.precision import choose_precision
 
 RECIPE = {

@@ -32,8 +32,9 @@ class DataConfig(PixelOptions, Augmentation):
     '*.tar'), digits, cifar10[:ROOT], stl10[:ROOT], array.npy of (N, H, W, C), or mydata.py:NAME or package.module:NAME,
     a Dataset or array of your own code or a function that returns one. If not given, the built-in demonstration runs
     (preset digits)."""
-    val: str | None = None
-    """Labeled images to measure kNN accuracy on, in the same forms. If not given, built-in datasets use their held-out
+    val: float | str | None = None
+    """Labeled images to measure kNN accuracy on, in the same forms; or a fraction such as 0.1: that part of each class
+    of the training images, chosen by seed, is held out of training. If not given, built-in datasets use their held-out
     images; other labeled data uses the training images, each excluded from its own neighbors."""
     backend: Backend = "auto"
     """Backend that decodes and crops the images: dali, torchvision, or memory (images of one size, decoded once and
@@ -53,6 +54,8 @@ class DataConfig(PixelOptions, Augmentation):
     def __post_init__(self) -> None:
         Augmentation.__post_init__(self)
         PixelOptions.__post_init__(self)
+        is_fraction = isinstance(self.val, float)
+        self._expect("val", not is_fraction or 0 < self.val < 1, "a path, or a fraction between 0 and 1")  # type: ignore[operator]
         self._expect("max_bad", 0 <= self.max_bad <= 1, "a fraction from 0 to 1")
 
     def augmentation(self) -> Augmentation:

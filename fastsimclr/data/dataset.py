@@ -21,6 +21,7 @@ from fastsimclr.data.sampler import Sampler
 from fastsimclr.data.scan import check_same_images, check_values, read_labels
 from fastsimclr.data.sources import ArraySource, EncodedSource, Source
 from fastsimclr.data.statistics import with_statistics
+from fastsimclr.data.subsets import split
 from fastsimclr.distributed import SINGLE_PROCESS, World, gather_objects, run_on_all_ranks
 from fastsimclr.errors import UserError
 from fastsimclr.node import run_once_per_node
@@ -44,13 +45,14 @@ def open_dataset(
     pixels: PixelOptions | None = None,
     select: Callable[[Source, Source | None], tuple[Source, Source | None]] = lambda train, val: (train, val),
     workers: int | None = None,
+    seed: int = 0,
 ) -> Pair:
     """Open and prepare the training and validation images: `open_pair`, `select`, then `prepare_pair`.
 
     select: called with both sources before they are prepared; checks them, and may return subsets.
     Raises UserError on all ranks if data is missing, unreadable or rejected by `select`.
     """
-    pair = open_pair(train, val, world, pixels, workers)
+    pair = open_pair(train, val, world, pixels, workers, seed)
     selected = run_on_all_ranks(lambda: select(*pair), world)
     return prepare_pair(Pair(*selected), world=world, backend=backend, cache=cache)
 
@@ -61,18 +63,20 @@ def open_pair(
     world: World,
     pixels: PixelOptions | None = None,
     workers: int | None = None,
+    seed: int = 0,
     *,
     labels: bool = True,
 ) -> Pair:
     """Open the training and validation images without decoding files. Raises UserError on all ranks if one fails.
 
-    train, val: as for `open_source`. If `val` is None, a built-in dataset uses its own validation images.
+    train, val: as for `open_source`. If `val` is None, a built-in dataset uses its own validation images; if it is a
+        fraction, that part of each class of the training images is held out, chosen by `seed`.
     pixels: what the images must be. Both must have the same format.
     workers: processes per rank that read the items of a Dataset; None picks by the number of CPU cores.
     labels: whether labels are needed: those of some Datasets are known only after all items are read.
     """
     held_out = None
-    if val is not None or is_built_in(train):
+    if not isinstance(val, float) and (val is not None or is_built_in(train)):
         held_out = _open_once_per_node(train if val is None else val, "val", world)
     opened = _open_once_per_node(train, "train", world)
 
@@ -95,6 +99,8 @@ def open_pair(
             check_same_images(source, world)
             if labels:
                 read_labels(source, world, workers)
+    if isinstance(val, float):
+        return Pair(*run_on_all_ranks(lambda: split(opened, val, seed), world))
     return Pair(opened, held_out)
 
 

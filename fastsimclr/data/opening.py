@@ -59,7 +59,7 @@ def open_unread(data: Any, split: str) -> Source:
     path = os.fspath(data)
     if not path.strip():
         raise UserError(f"data: got an empty path, perhaps of an unset variable; expected {_EXPECTED}")
-    if path.startswith(_OBJECT):
+    if is_object(path):
         raise UserError(
             f"{path.removeprefix(_OBJECT)}: got the name of an object that a Python program passed to pretrain(), "
             f"expected {_EXPECTED}: pass the images again, or --data.train on the command line"
@@ -94,6 +94,11 @@ def listed_path(data: Any) -> str | None:
 def describe(data: Any) -> str:
     """Return the path of images, or for an object a name that `open_source` does not open, for the record of a run."""
     return os.fspath(data) if isinstance(data, str | os.PathLike) else f"{_OBJECT}{type(data).__name__}"
+
+
+def is_object(path: str) -> bool:
+    """Return whether `describe` has named an object, which is not a path, by this."""
+    return path.startswith(_OBJECT)
 
 
 def _call(imported: Any, reference: str) -> Any:

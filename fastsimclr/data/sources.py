@@ -127,6 +127,9 @@ class ArraySource(DecodedSource):
     def name(self, index: int) -> str:
         return f"{self.title}[{index}]" if self.origin is None else self.origin.name(index)
 
+    def key(self, index: int) -> str:
+        return super().key(index) if self.origin is None else self.origin.key(index)
+
     def class_name(self, label: int) -> str:
         return super().class_name(label) if self.origin is None else self.origin.class_name(label)
 

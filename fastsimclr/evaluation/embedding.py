@@ -31,6 +31,7 @@ from fastsimclr.evaluation import neighbors
 from fastsimclr.evaluation.config import FEATURE_FORMATS, PREPROCESSING
 from fastsimclr.evaluation.feature_file import FeatureFile, expect_one_disk
 from fastsimclr.evaluation.features import check_images, embed_batches
+from fastsimclr.evaluation.labeled import explain_recorded_path
 from fastsimclr.malloc import keep_freed_memory
 from fastsimclr.precision import Precision, choose_precision
 from fastsimclr.pretrained import Pretrained, describe, open_checkpoint
@@ -124,15 +125,16 @@ def _open(options: argparse.Namespace, world: World) -> Embedding:
 
     output, pretrained, data = run_on_all_ranks(check, world)
     method, why = run_on_all_ranks(lambda: neighbors.choose_method(options.map), world)
-    source, _ = open_dataset(
-        data,
-        None,
-        world=world,
-        backend=options.backend,
-        cache=options.cache,
-        pixels=PixelOptions.from_config((pretrained.config or {}).get("data", {})),
-        select=select,
-    )
+    with explain_recorded_path(options.checkpoint, pretrained):
+        source, _ = open_dataset(
+            data,
+            None,
+            world=world,
+            backend=options.backend,
+            cache=options.cache,
+            pixels=PixelOptions.from_config((pretrained.config or {}).get("data", {})),
+            select=select,
+        )
     augmentation = replace((pretrained.augmentation or Augmentation()).for_evaluation(), **options.preprocessing)
     check_images(pretrained.encoder, source, augmentation)
     return Embedding(

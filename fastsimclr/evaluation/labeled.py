@@ -1,7 +1,8 @@
 """Labeled images for an evaluation: training and validation sets of the same classes, and subsets of the labels."""
 
 import os
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from copy import copy
 from dataclasses import dataclass
 from pathlib import Path
@@ -15,6 +16,7 @@ from fastsimclr.data.dataset import open_dataset
 from fastsimclr.data.subsets import check_classes, class_balanced, class_indices
 from fastsimclr.distributed import World
 from fastsimclr.errors import UserError
+from fastsimclr.pretrained import Pretrained
 
 _SHOWN = 3  # names listed in an error
 
@@ -36,13 +38,14 @@ class LabeledData:
         return [f"{source.name(index)}: {reason}" for source in sources for index, reason in source.bad.items()]
 
 
-def open_labeled(data: DataConfig, labels: float | str, seed: int, world: World) -> LabeledData:
+def open_labeled(data: DataConfig, labels: float | str, seed: int, world: World, *, split_seed: int = 0) -> LabeledData:
     """Open the labeled images of --data.train and --data.val.
 
     Without --data.val, a built-in dataset uses its own validation images.
 
     labels: the fraction of the labels to use (the same number per class, chosen by seed), or a file that lists the
         images to keep.
+    split_seed: seed of the held-out images if --data.val is a fraction.
     Raises UserError if images have no labels, or if the classes of the two differ.
     """
     if data.train is None:
@@ -70,8 +73,24 @@ def open_labeled(data: DataConfig, labels: float | str, seed: int, world: World)
         cache=data.cache,
         pixels=data.pixel_options(),
         select=select,
+        seed=split_seed,
     )
     return LabeledData(train, val, train.classes, available)
+
+
+@contextmanager
+def explain_recorded_path(checkpoint: str | Path | None, pretrained: Pretrained | None) -> Iterator[None]:
+    """Add to an error about images, if their path is from the checkpoint, that this is where it comes from."""
+    recorded = (pretrained.config if pretrained is not None else None) or {}
+    paths = [path for path in map(recorded.get("data", {}).get, ("train", "val")) if isinstance(path, str)]
+    try:
+        yield
+    except UserError as error:
+        if not str(error).startswith(tuple(f"{path}: " for path in paths)):
+            raise
+        raise UserError(
+            f"{error}. The path is that of the training of {checkpoint}: if the images have moved, give theirs"
+        ) from error
 
 
 def _listed(source: Source, file: str) -> NDArray[np.int64]:

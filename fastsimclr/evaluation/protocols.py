@@ -28,7 +28,7 @@ from fastsimclr.evaluation.config import (
 )
 from fastsimclr.evaluation.features import Shard, check_images, embed, embed_shard, gather_by_image
 from fastsimclr.evaluation.knn import knn_ranking
-from fastsimclr.evaluation.labeled import open_labeled
+from fastsimclr.evaluation.labeled import explain_recorded_path, open_labeled
 from fastsimclr.evaluation.scores import rank_classes, score
 from fastsimclr.imports import is_object_reference
 from fastsimclr.models import Backbone, Encoder, EncoderSpec, as_encoder, build, import_module
@@ -64,7 +64,13 @@ class Evaluation:
         self.result = self.output / f"{config.name()}.json"
         self.weights = self.result.with_suffix(".pt")
         run_on_all_ranks(self._check_output, world)
-        self.data = open_labeled(config.data, getattr(config, "labels", 1.0), config.seed, world)
+        # Images that the run held out are held out here, whatever --seed is.
+        recorded = (pretrained.config if pretrained is not None else None) or {}
+        split_seed = recorded.get("seed", config.seed)
+        with explain_recorded_path(config.checkpoint, pretrained):
+            self.data = open_labeled(
+                config.data, getattr(config, "labels", 1.0), config.seed, world, split_seed=split_seed
+            )
         run_on_all_ranks(self._check_data, world)
         torch.manual_seed(config.seed)
         self.model = self._encoder()
@@ -230,14 +236,16 @@ class Evaluation:
     def _record(self, seconds: float) -> dict[str, Any]:
         config, data = self.config, self.data
         built = self.model
-        val = (config.data.val or config.data.train) if data.val is not None else None
+        val = None
+        if data.val is not None:
+            val = config.data.val if isinstance(config.data.val, str) else config.data.train
         return {
             "protocol": config.name(),
             "checkpoint": config.checkpoint,
             "origin": self.pretrained.origin if self.pretrained is not None else None,
             "encoder": asdict(built.spec) | {"features": built.out_features},
             "train": {"path": config.data.train, "images": len(data.train), "of": data.available_images},
-            "val": {"path": val, "images": len(data.val) if data.val is not None else len(data.train)},
+            "val": {"path": val, "images": len(data.train if data.val is None else data.val)},
             "skipped_images": data.skipped,
             "settings": self.settings,
             "options": yaml.safe_load(to_yaml(self.config)),
@@ -252,6 +260,8 @@ class Evaluation:
 
     def _summary(self, record: dict[str, Any]) -> str:
         held_out = f"of {record['val']['path']}" if self.data.val is not None else "leave-one-out"
+        if isinstance(self.config.data.val, float):
+            held_out = f"held out {held_out}"
         top5 = f", top-5 {record['top5']:.2%}" if len(self.data.classes) > 5 else ""
         return (
             f"{record['protocol']}: top-1 {record['top1']:.2%}{top5} on {record['val']['images']} images ({held_out}), "

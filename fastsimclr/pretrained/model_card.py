@@ -72,8 +72,9 @@ def _results(pretrained: Pretrained, run: RunFolder) -> Iterator[tuple[str, str,
         for line in run.metrics.read_text().splitlines():
             record = json.loads(line)
             if "knn_accuracy" in record and pretrained.origin == f"fastsimclr run, step {record['step']}":
-                data = config["data"].get("val") or config["data"]["train"]
-                yield "kNN in training", _name(data), f"{record['knn_accuracy']:.2%}"
+                val, train = config["data"].get("val"), config["data"]["train"]
+                data = _name(val if isinstance(val, str) else train)
+                yield "kNN in training", data, f"{record['knn_accuracy']:.2%}"
     for file in sorted(run.evaluate.glob("*.json")):
         record = json.loads(file.read_text())
         if record["origin"] == pretrained.origin and record["protocol"].startswith(_MEASURING):

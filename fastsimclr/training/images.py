@@ -1,5 +1,6 @@
 """The images of a run: open and check them, and set the options that depend on them."""
 
+import os
 from dataclasses import replace
 from typing import Any
 
@@ -7,6 +8,7 @@ from fastsimclr.config import Config
 from fastsimclr.data.augmentation import Augmentation
 from fastsimclr.data.checks import Stopped
 from fastsimclr.data.dataset import Pair, check_augmentation, open_pair, prepare_pair
+from fastsimclr.data.paths import absolute_path
 from fastsimclr.data.pixels import RGB8, dtype_name
 from fastsimclr.data.sources import Source
 from fastsimclr.data.statistics import with_statistics
@@ -27,7 +29,9 @@ def open_images(config: Config, train: Any, val: Any, world: World, *, rgb_optio
     train = config.data.train if train is None else train
     val = config.data.val if val is None else val
     needs_labels = config.knn_every > 0 or val is not None
-    pair = open_pair(train, val, world, config.data.pixel_options(), config.data.workers, labels=needs_labels)
+    pair = open_pair(
+        train, val, world, config.data.pixel_options(), config.data.workers, config.seed, labels=needs_labels
+    )
     channels = pair[0].pixels.channels
     if rgb_optional and channels != 3:
         config = replace(config, data=config.data.without_rgb())
@@ -45,6 +49,15 @@ def open_images(config: Config, train: Any, val: Any, world: World, *, rgb_optio
 
     run_on_all_ranks(check, world)
     return pair, config
+
+
+def with_absolute_paths(config: Config) -> Config:
+    """Return the configuration with absolute paths of the images and the output, for the record."""
+    data, output = config.data, config.output
+    assert data.train is not None
+    val = absolute_path(data.val) if isinstance(data.val, str) else data.val
+    data = replace(data, train=absolute_path(data.train), val=val)
+    return replace(config, data=data, output=None if output is None else os.path.abspath(output))
 
 
 def prepare_images(pair: Pair, config: Config, world: World, folder: RunFolder, stop: StopSignal) -> Pair:

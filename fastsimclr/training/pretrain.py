@@ -88,7 +88,8 @@ def pretrain(
         (N, F, h, w). A module is trained in place.
     augmentation: recipe of the views; None uses the default recipe, that of the paper for ImageNet, without hue,
         saturation and grayscale if the images are not RGB.
-    val: labeled images to measure kNN accuracy on, in the same forms as `data`.
+    val: labeled images to measure kNN accuracy on, in the same forms as `data`; or the fraction of each class of the
+        training images to hold out for it.
     output: folder of the run. The same call with the same folder resumes an interrupted run. None creates a new folder
         runs/DATA-ENCODER-TIME.
     callbacks: called during the run, in order; see `fastsimclr.training.callbacks`.
@@ -156,7 +157,8 @@ def _configure(
             raise UserError(f"{twice[0]}: got it in `augmentation` and as an option, expected one of them")
         section |= {name: getattr(augmentation, name) for name in recipe}
     sections = {name: value for name, value in options.items() if name not in of_data}
-    sections["data"] = section | {"train": describe(data), "val": None if val is None else describe(val)}
+    is_option = val is None or isinstance(val, float)
+    sections["data"] = section | {"train": describe(data), "val": val if is_option else describe(val)}
     model = sections.get("model", {})
     if "encoder" in model:
         raise UserError("model: got an encoder in it, expected it as the argument `encoder`")
@@ -168,4 +170,4 @@ def _configure(
 
 def _object(data: Any) -> Any:
     """Return `data` unless the configuration names it."""
-    return None if isinstance(data, str | Path) else data
+    return None if isinstance(data, float | str | Path) else data

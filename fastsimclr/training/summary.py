@@ -29,6 +29,9 @@ def describe_data(config: Config, data: Pair, loader: ViewLoader) -> list[str]:
     """The images, and the backend that loads them, with the reason."""
     source = data.train
     classes = f" in {len(source.classes)} classes" if source.has_labels else ", no labels"
+    if isinstance(config.data.val, float):
+        assert data.val is not None
+        classes += f", and {len(data.val)} held out"
     why = choose_backend(source, loader.device)[1] if config.data.backend == "auto" else "as requested"
     lines = [f"data: {config.data.train}, {len(source)} images{classes}; loaded by {loader.backend} ({why})"]
     if source.bad:

@@ -31,7 +31,7 @@ from fastsimclr.training import summary
 from fastsimclr.training.build import architecture, build_learner, check_architecture, check_weights
 from fastsimclr.training.callbacks import Callback, Callbacks, KeepCheckpoints
 from fastsimclr.training.estimate import Estimate, estimate_step
-from fastsimclr.training.images import open_images, prepare_images, record_pixels
+from fastsimclr.training.images import open_images, prepare_images, record_pixels, with_absolute_paths
 from fastsimclr.training.loggers import make_loggers
 from fastsimclr.training.metrics import Metrics
 from fastsimclr.training.progress import Progress
@@ -252,7 +252,7 @@ class Trainer:
                     "callbacks": self.callbacks.state_dict(),
                     "untrained_knn": self.untrained_knn,
                     "unfinished_epoch": self.unfinished_epoch,
-                    "config": to_yaml(self.config),
+                    "config": to_yaml(with_absolute_paths(self.config)),
                 }
             )
 
@@ -315,7 +315,7 @@ class Trainer:
         if estimate is not None:
             self._print(*summary.describe_estimate(config, estimate, progress.last_step - progress.step))
         if self.world.is_rank_zero:
-            write_text(self.folder.config, to_yaml(self.config))
+            write_text(self.folder.config, to_yaml(with_absolute_paths(self.config)))
             write_text(self.folder.environment, json.dumps(self._environment(), indent=2) + "\n")
             self.metrics.open(
                 self.folder,

@@ -13,9 +13,9 @@ from ranks import run_ranks
 from fastsimclr.config import DataConfig
 from fastsimclr.data import open_source
 from fastsimclr.data.scan import scan
+from fastsimclr.data.subsets import class_balanced, hold_out
 from fastsimclr.distributed import SINGLE_PROCESS, World
 from fastsimclr.errors import UserError
-from fastsimclr.data.subsets import class_balanced, hold_out
 from fastsimclr.evaluation.labeled import open_labeled
 
 
