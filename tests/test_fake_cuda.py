@@ -263,7 +263,7 @@ def moved_to_cpu(function: Callable[..., Any]) -> Callable[..., Any]:
         ("fastsimclr.data.native.on_device", HOPPER, loader, ("memory", torch.bfloat16)),
         ("fastsimclr.data.photometric._luma", TURING, loader, ("memory", torch.float16)),
         ("fastsimclr.data.crop._weights", TURING, loader, ("memory", torch.float16)),
-        ("fastsimclr.evaluation.knn.F.normalize", HOPPER, knn, ()),
+        ("fastsimclr.evaluation.features.F.normalize", HOPPER, knn, ()),
         ("fastsimclr.evaluation.linear._standardized", HOPPER, logistic_regression, ()),
     ],
 )
