@@ -13,6 +13,8 @@ from jsonargparse import ArgumentParser, Namespace, set_parsing_settings
 from fastsimclr.data.augmentation import Augmentation
 from fastsimclr.data.backends import Backend
 from fastsimclr.data.pixel_options import PixelOptions
+from fastsimclr.data.storage_options import StorageOptions
+from fastsimclr.data.urls import without_query
 from fastsimclr.errors import UserError
 from fastsimclr.presets import preset_file, preset_names
 
@@ -24,13 +26,14 @@ FLAGS = ("--compile", "--force", "--knn_at_start", "--profile")
 
 
 @dataclass(frozen=True)
-class DataConfig(PixelOptions, Augmentation):
+class DataConfig(StorageOptions, PixelOptions, Augmentation):
     """Training and validation data, data loading and the augmentation."""
 
     train: str | None = None
     """Training images: a folder of class folders, a flat folder of images, tar shards ('train-{000..127}.tar',
     '*.tar'), digits, cifar10[:ROOT], stl10[:ROOT], array.npy of (N, H, W, C), or mydata.py:NAME or package.module:NAME,
-    a Dataset or array of your own code or a function that returns one. If not given, the built-in demonstration runs
+    a Dataset or array of your own code or a function that returns one. Tar shards and folders also at s3://, gs:// and
+    hf://datasets/, tar shards at https://. If not given, the built-in demonstration runs
     (preset digits)."""
     val: float | str | None = None
     """Labeled images to measure kNN accuracy on, in the same forms; or a fraction such as 0.1: that part of each class
@@ -54,6 +57,10 @@ class DataConfig(PixelOptions, Augmentation):
     def __post_init__(self) -> None:
         Augmentation.__post_init__(self)
         PixelOptions.__post_init__(self)
+        StorageOptions.__post_init__(self)
+        for name in ("train", "val"):
+            if isinstance(path := getattr(self, name), str):
+                object.__setattr__(self, name, without_query(path))  # so that no record of the run has it
         is_fraction = isinstance(self.val, float)
         self._expect("val", not is_fraction or 0 < self.val < 1, "a path, or a fraction between 0 and 1")  # type: ignore[operator]
         self._expect("max_bad", 0 <= self.max_bad <= 1, "a fraction from 0 to 1")

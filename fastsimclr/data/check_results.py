@@ -8,10 +8,10 @@ are the same. So copies of the data share it wherever they lie, if they were mad
 
 import hashlib
 import json
-import os
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
+from functools import partial
 from importlib.metadata import version
 from pathlib import Path
 from typing import NamedTuple
@@ -22,6 +22,7 @@ from numpy.typing import NDArray
 from fastsimclr.data.cache_folder import write_to_cache
 from fastsimclr.data.checks import ImageCheck
 from fastsimclr.data.sources import EncodedSource
+from fastsimclr.data.storage import Storage
 from fastsimclr.distributed import World, broadcast_object
 
 FOLDER = "checks"
@@ -173,7 +174,8 @@ def _entries(source: EncodedSource, indices: NDArray[np.int64]) -> NDArray[np.vo
     part = source.subset(indices)
     files, file_index, _ = part.locations()
     with ThreadPoolExecutor(_STAT_THREADS) as pool:
-        stats = np.concatenate(list(pool.map(_stat, np.array_split(np.array(files, np.object_), _STAT_THREADS))))
+        parts = np.array_split(np.array(files, np.object_), _STAT_THREADS)
+        stats = np.concatenate(list(pool.map(partial(_stat, source.storage), parts)))
     rows = np.zeros(len(part), _ENTRY)
     rows["key"] = _keys(part)
     rows["bytes"], rows["mtime_ns"] = stats[file_index].T
@@ -187,13 +189,12 @@ def _keys(source: EncodedSource) -> NDArray[np.uint64]:
     return source.key_hashes() ^ np.frombuffer(hashlib.blake2b(decoded_as, digest_size=8).digest(), np.uint64)
 
 
-def _stat(files: NDArray[np.object_]) -> NDArray[np.int64]:
+def _stat(storage: Storage, files: NDArray[np.object_]) -> NDArray[np.int64]:
     """Return (files, 2): size in bytes and modification time in ns."""
     stats = np.empty((len(files), 2), np.int64)
     for row, file in zip(stats, files, strict=True):
         try:
-            stat = os.stat(file)
-            row[:] = stat.st_size, stat.st_mtime_ns
+            row[:] = storage.stat(file)
         except OSError:  # reported when the image is read
             row[:] = _NO_FILE, 0
     return stats

@@ -18,6 +18,7 @@ from fastsimclr.data.images import decode
 from fastsimclr.data.labels import Label
 from fastsimclr.data.pixels import PixelFormat, default_format
 from fastsimclr.data.sources import DecodedSource, EncodedSource, Source, WrongForm, reason_of
+from fastsimclr.data.storage import UnreachableStorage
 from fastsimclr.distributed import World, gather_objects
 from fastsimclr.errors import UserError
 from fastsimclr.progress_bar import progress_bar
@@ -87,7 +88,7 @@ def open_checks(source: Source, indices: NDArray[np.int64], workers: int | None)
     cores = max(1, len(os.sched_getaffinity(0)) // int(os.environ.get("LOCAL_WORLD_SIZE", "1")))
     if isinstance(source, DatasetSource):
         return _DatasetChecks(source, indices, cores if workers is None else workers)
-    return _ThreadChecks(source, indices, cores)
+    return _ThreadChecks(source, indices, max(cores, source.parallel_reads))
 
 
 class Checks(Protocol):
@@ -189,6 +190,8 @@ def _check_file(source: EncodedSource, index: int) -> ImageCheck:
         data = source.read(index)
         is_read = True
         _, height, width = decode(data, source.name(index), source.pixels, source.max_pixels).shape
+    except UnreachableStorage:
+        raise
     except UserError as error:
         no_memory = isinstance(error.__cause__, MemoryError) or "alloc" in str(error.__cause__)
         return ImageCheck(index, 0, 0, reason_of(error, source, index), cacheable=is_read and not no_memory)

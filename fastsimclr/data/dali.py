@@ -69,7 +69,7 @@ class DaliBackend:
     ) -> None:
         self.source, self.augmentation, self.device = source, augmentation, device
         self._decodes = isinstance(source, EncodedSource) and source.pixels == RGB8  # DALI decodes only 8-bit RGB
-        readers = max(2, threads) if source.thread_safe else 1
+        readers = max(2, threads, source.parallel_reads) if source.thread_safe else 1
         self._readers = ThreadPoolExecutor(readers, thread_name_prefix="fastsimclr-read")
         self._requests: Iterator[BatchRequest] = iter(())
         self._read_queue: deque[_Batch] = deque()

@@ -17,10 +17,12 @@ from fastsimclr.data.memory import DifferentSizes, MemoryBackend, decode_all
 from fastsimclr.data.opening import BUILT_IN, describe, listed_path, open_unread
 from fastsimclr.data.pixel_options import PixelOptions
 from fastsimclr.data.pixels import count_channels
+from fastsimclr.data.remote import use_local_cache
 from fastsimclr.data.sampler import Sampler
 from fastsimclr.data.scan import check_same_images, check_values, read_labels
 from fastsimclr.data.sources import ArraySource, EncodedSource, Source
 from fastsimclr.data.statistics import with_statistics
+from fastsimclr.data.storage_options import StorageOptions
 from fastsimclr.data.subsets import split
 from fastsimclr.distributed import SINGLE_PROCESS, World, gather_objects, run_on_all_ranks
 from fastsimclr.errors import UserError
@@ -43,6 +45,7 @@ def open_dataset(
     backend: str = "auto",
     cache: str | Path | None = None,
     pixels: PixelOptions | None = None,
+    storage: StorageOptions | None = None,
     select: Callable[[Source, Source | None], tuple[Source, Source | None]] = lambda train, val: (train, val),
     workers: int | None = None,
     seed: int = 0,
@@ -52,7 +55,7 @@ def open_dataset(
     select: called with both sources before they are prepared; checks them, and may return subsets.
     Raises UserError on all ranks if data is missing, unreadable or rejected by `select`.
     """
-    pair = open_pair(train, val, world, pixels, workers, seed)
+    pair = open_pair(train, val, world, pixels, workers, seed, storage=storage)
     selected = run_on_all_ranks(lambda: select(*pair), world)
     return prepare_pair(Pair(*selected), world=world, backend=backend, cache=cache)
 
@@ -66,6 +69,7 @@ def open_pair(
     seed: int = 0,
     *,
     labels: bool = True,
+    storage: StorageOptions | None = None,
 ) -> Pair:
     """Open the training and validation images without decoding files. Raises UserError on all ranks if one fails.
 
@@ -74,6 +78,7 @@ def open_pair(
     pixels: what the images must be. Both must have the same format.
     workers: processes per rank that read the items of a Dataset; None picks by the number of CPU cores.
     labels: whether labels are needed: those of some Datasets are known only after all items are read.
+    storage: how images at a URL are read.
     """
     held_out = None
     if not isinstance(val, float) and (val is not None or is_built_in(train)):
@@ -81,9 +86,11 @@ def open_pair(
     opened = _open_once_per_node(train, "train", world)
 
     def detect() -> None:
+        use_local_cache(opened, storage or StorageOptions())
         detect_pixels(opened, pixels or PixelOptions())
         check_values(opened)
         if held_out is not None:
+            use_local_cache(held_out, storage or StorageOptions())
             detect_pixels(held_out, pixels or PixelOptions())
             check_values(held_out)
             if held_out.pixels != opened.pixels:
@@ -187,6 +194,7 @@ def open_views(
     batch_size: int,
     *,
     pixels: PixelOptions | None = None,
+    storage: StorageOptions | None = None,
     cache: str | Path | None = None,
     device: str | torch.device = "cpu",
     rank: int = 0,
@@ -198,6 +206,7 @@ def open_views(
     It is an iterable of `Batch`, one epoch per iteration, with len(), set_epoch(), state_dict() and load_state_dict().
 
     data: a path: folder of class folders, flat folder of images, tar shards ("train-{000..127}.tar", "*.tar"),
+        the same at a URL ("s3://bucket/train-{000..127}.tar"; folders not at https://),
         "digits", "cifar10[:ROOT]", "stl10[:ROOT]", "array.npy" (memory-mapped; labels in array.labels.npy), or an
         object of your own code: "mydata.py:make_dataset" or "package.module:object".
         Or an object: a list of image files; a Dataset with __len__ and __getitem__, of images, (image, label, ...)
@@ -210,6 +219,7 @@ def open_views(
         smaller.
     pixels: what image files are decoded to; 8-bit RGB by default. `augmentation.mean` and `std` must have one number
         per channel or be "auto".
+    storage: how images at a URL are read, such as StorageOptions(local_cache="/local/cache").
     cache: folder of the results of `fastsimclr doctor --data`, which are used if they are there: by default,
         $XDG_CACHE_HOME/fastsimclr or ~/.cache/fastsimclr.
     device: device on which views are computed and returned.
@@ -224,6 +234,7 @@ def open_views(
     world = World(rank, world_size, torch.device(device))
     config = LoaderConfig(batch_size=batch_size, world=world, **options)
     source = open_unread(data, "train")
+    use_local_cache(source, storage or StorageOptions())
     detect_pixels(source, pixels or PixelOptions())
     check_values(source)
     read_labels(source, workers=config.workers)

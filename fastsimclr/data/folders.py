@@ -112,7 +112,31 @@ class _Notes:
 def open_folder(root: str) -> FolderSource:
     """Open the images in a folder. Raises UserError if it has none, or its layout is not one of the above."""
     notes = _Notes()
-    folders = _walk(os.fsencode(root), notes)
+    return _as_source(root, _walk(os.fsencode(root), notes), notes)
+
+
+def open_listed(root: str, names: Iterable[str]) -> FolderSource:
+    """Open the images among files of remote storage, which lists them all. Raises UserError like `open_folder`.
+
+    names: of the files, relative to the folder `root`.
+    """
+    notes = _Notes()
+    listed: defaultdict[bytes, defaultdict[str, list[bytes]]] = defaultdict(lambda: defaultdict(list))
+    for path, _, name in (os.fsencode(name).rpartition(b"/") for name in names):
+        kinds = [_kind_of_folder(part, _FOLDER) for part in path.split(b"/") if part]
+        passed_over = next((kind for kind in kinds if kind != _FOLDER), None)
+        if passed_over is None:
+            listed[path][_kind_of_file(name)].append(name)
+        else:
+            notes.add(passed_over, 1, path)
+    folders = [_from_entries(path, listed[path]) for path in sorted({b"", *listed})]
+    for folder in folders:
+        notes.add_entries(folder)
+    return _as_source(root, folders, notes)
+
+
+def _as_source(root: str, folders: list[_Folder], notes: _Notes) -> FolderSource:
+    """Return the images in the folders, of which the first is the root, with the labels of their layout."""
     if not any(folder.images for folder in folders):
         for folder in folders:
             folder.images = folder.arrays
@@ -227,6 +251,11 @@ def _list(root: bytes, path: bytes) -> _Folder:
                 names[_kind(entry)].append(entry.name)
     except OSError as error:
         return _Folder(path, error=error)
+    return _from_entries(path, names)
+
+
+def _from_entries(path: bytes, names: defaultdict[str, list[bytes]]) -> _Folder:
+    """names: of the folder's entries, by kind."""
     images, arrays = names.pop(_IMAGE, []), names.pop(_ARRAY, [])
     images += names.get(_BROKEN_IMAGE, [])
     folders, links = names.pop(_FOLDER, []), names.pop(_LINK, [])

@@ -18,6 +18,7 @@ from fastsimclr.data.loader import BatchRequest, CroppedBatch
 from fastsimclr.data.params import sample_batch_params
 from fastsimclr.data.replacement import read_or_replace
 from fastsimclr.data.sources import ArraySource, EncodedSource, Source, WrongForm, decoded, reason_of
+from fastsimclr.data.storage import UnreachableStorage
 from fastsimclr.errors import UserError
 from fastsimclr.profiling import stage
 from fastsimclr.progress_bar import progress_bar
@@ -54,6 +55,8 @@ def _one_size(source: Source) -> tuple[int, int] | None:
                 height, width = read_header(source.read(index), source.name(index)).upright_size
             else:
                 _, height, width = decoded(source, index).shape
+        except UnreachableStorage:
+            raise
         except UserError:  # the image is replaced when it is met
             continue
         if max(height, width) > _MAX_SIDE or one_size not in (None, (height, width)):
@@ -82,7 +85,7 @@ def decode_all(source: Source, *, visible: bool = True, stop: Callable[[], bool]
             return None
         try:
             return decoded(source, index).permute(1, 2, 0)
-        except WrongForm:
+        except (WrongForm, UnreachableStorage):
             raise
         except UserError as error:
             bad[index] = reason_of(error, source, index)
@@ -112,14 +115,14 @@ def decode_all(source: Source, *, visible: bool = True, stop: Callable[[], bool]
             )
         images[index] = image
 
-    cores = len(os.sched_getaffinity(0)) if source.thread_safe else 1
+    threads = max(len(os.sched_getaffinity(0)), source.parallel_reads) if source.thread_safe else 1
     progress = progress_bar(len(source), "decoding images", "image", visible=visible, delay=_PROGRESS_AFTER_S)
-    with closing(progress), ThreadPoolExecutor(cores, thread_name_prefix="fastsimclr-decode") as threads:
+    with closing(progress), ThreadPoolExecutor(threads, thread_name_prefix="fastsimclr-decode") as pool:
         try:
-            for _ in threads.map(store, range(len(source))):
+            for _ in pool.map(store, range(len(source))):
                 progress.update()
         except (UserError, Stopped):
-            threads.shutdown(cancel_futures=True)
+            pool.shutdown(cancel_futures=True)
             raise
     array = ArraySource("decoded", images, source.labels, source.classes, source)
     array.bad = dict(sorted(bad.items()))

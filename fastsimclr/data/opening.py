@@ -26,10 +26,12 @@ from torch.utils.data import IterableDataset
 from fastsimclr.data.arrays import is_array, open_array, open_array_file
 from fastsimclr.data.cache_folder import cache_folder
 from fastsimclr.data.datasets import DatasetSource, is_hugging_face, open_hugging_face
-from fastsimclr.data.folders import open_folder
+from fastsimclr.data.folders import open_folder, open_listed
+from fastsimclr.data.remote import RemoteFiles, examine_files, list_files
 from fastsimclr.data.scan import read_labels
-from fastsimclr.data.sources import NO_LABEL, ArraySource, FolderSource, Source
-from fastsimclr.data.tars import expand, is_tar_path, open_tars
+from fastsimclr.data.sources import NO_LABEL, ArraySource, EncodedSource, FolderSource, Source
+from fastsimclr.data.tars import expand, is_tar_path, open_tars, read_shards
+from fastsimclr.data.urls import is_url, query_of, without_query
 from fastsimclr.errors import UserError
 from fastsimclr.imports import describe_failure, import_object, is_object_reference
 
@@ -64,6 +66,8 @@ def open_unread(data: Any, split: str) -> Source:
             f"{path.removeprefix(_OBJECT)}: got the name of an object that a Python program passed to pretrain(), "
             f"expected {_EXPECTED}: pass the images again, or --data.train on the command line"
         )
+    if is_url(path):
+        return _open_url(without_query(path))
     kind, _, root = path.partition(":")
     if path == "digits":
         return _digits(split)
@@ -93,7 +97,9 @@ def listed_path(data: Any) -> str | None:
 
 def describe(data: Any) -> str:
     """Return the path of images, or for an object a name that `open_source` does not open, for the record of a run."""
-    return os.fspath(data) if isinstance(data, str | os.PathLike) else f"{_OBJECT}{type(data).__name__}"
+    if isinstance(data, str | os.PathLike):
+        return without_query(os.fspath(data))
+    return f"{_OBJECT}{type(data).__name__}"
 
 
 def is_object(path: str) -> bool:
@@ -132,6 +138,20 @@ def _open_object(data: Any) -> Source:
     if isinstance(data, Mapping):
         raise UserError(f"data: got {kind.__name__}, expected a Dataset, an array or a pair (images, labels)")
     return DatasetSource(data)
+
+
+def _open_url(url: str) -> EncodedSource:
+    if is_tar_path(url):
+        shards, query = expand(url), query_of(url)
+        files = RemoteFiles(examine_files(shards, query), query)
+        source: EncodedSource = read_shards(shards, files.open_shard)
+    else:
+        root = url.rstrip("/")
+        found = list_files(root)
+        files = RemoteFiles(found)
+        source = open_listed(root, [name.removeprefix(f"{root}/") for name in found])
+    source.storage = files
+    return source
 
 
 def _digits(split: str) -> ArraySource:

@@ -14,6 +14,7 @@ import numpy as np
 from fastsimclr.data.loader import BatchRequest
 from fastsimclr.data.params import REPLACEMENT, philox
 from fastsimclr.data.sources import WrongForm
+from fastsimclr.data.storage import UnreachableStorage
 from fastsimclr.errors import UserError
 
 MAX_BAD_IN_A_ROW = 32
@@ -39,7 +40,8 @@ def read_or_replace(
 
     images: number of images of the source. read(index) returns the image, or raises UserError if it is bad.
     Returns the index of the image used, what `read` returned for it, and the images that were found bad, with the
-    messages. Raises UserError if MAX_BAD_IN_A_ROW or all images are bad, and WrongForm as `read` does.
+    messages. Raises UserError if MAX_BAD_IN_A_ROW or all images are bad, and WrongForm and UnreachableStorage as `read`
+    does.
     """
     wanted = candidate = int(request.index[row])
     found: dict[int, str] = {}
@@ -47,7 +49,7 @@ def read_or_replace(
         if candidate not in request.bad and candidate not in found:
             try:
                 return candidate, read(candidate), found
-            except WrongForm:
+            except (WrongForm, UnreachableStorage):
                 raise
             except UserError as error:
                 found[candidate] = str(error)

@@ -3,7 +3,7 @@
 import hashlib
 import os
 from abc import ABC, abstractmethod
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from copy import copy
 from types import MappingProxyType
 from typing import TYPE_CHECKING, Any, ClassVar
@@ -17,6 +17,7 @@ from fastsimclr.data.images import decode
 from fastsimclr.data.names import Names
 from fastsimclr.data.pixel_options import PixelOptions
 from fastsimclr.data.pixels import RGB8, PixelFormat, default_format
+from fastsimclr.data.storage import LOCAL, Extent, Storage
 from fastsimclr.errors import UserError
 
 if TYPE_CHECKING:
@@ -50,6 +51,7 @@ class Source(ABC):
     bad: Mapping[int, str] = MappingProxyType({})
     notes: Sequence[str] = ()
     thread_safe: ClassVar[bool] = True  # whether threads may read images at the same time
+    parallel_reads = 1  # number of threads that must read to hide the latency of storage
 
     def __len__(self) -> int:
         return len(self.labels)
@@ -141,11 +143,34 @@ class ArraySource(DecodedSource):
 
 
 class EncodedSource(Source):
-    """Encoded images on disk, of any size."""
+    """Encoded images in files, of any size. storage: how the files are read."""
+
+    storage: Storage = LOCAL
+
+    @property
+    def parallel_reads(self) -> int:  # type: ignore[override]
+        return self.storage.parallel_reads
 
     @abstractmethod
+    def extent(self, index: int) -> Extent:
+        """Return where the bytes of image `index` are."""
+
     def read(self, index: int) -> NDArray[np.uint8]:
         """Return the encoded bytes of image `index`. Raises UserError if they cannot be read."""
+        path, offset, size = self.extent(index)
+        try:
+            data = self.storage.read(path, offset, size)
+        except OSError as error:
+            raise UserError(f"{self.name(index)}: cannot be read ({error.strerror})") from error
+        if size is not None and len(data) != size:
+            raise UserError(
+                f"{self.name(index)}: got {len(data)} of {size} bytes; the shard changed since it was opened"
+            )
+        return data
+
+    def plan_reads(self, indices: Iterable[int]) -> None:
+        """Announce that the images `indices` are read next, in this order: remote storage reads them ahead."""
+        self.storage.plan(self.extent(index) for index in indices)
 
     def key_hashes(self) -> NDArray[np.uint64]:
         """Return a 64-bit hash (N,) of the key of each image; in shards also of its place, as keys may be repeated."""
@@ -178,11 +203,8 @@ class FolderSource(EncodedSource):
     def _hash_keys(self) -> bytes:
         return self.names.digest()
 
-    def read(self, index: int) -> NDArray[np.uint8]:
-        try:
-            return np.fromfile(self.name(index), dtype=np.uint8)
-        except OSError as error:
-            raise UserError(f"{self.name(index)}: cannot be read ({error.strerror}); expected an image file") from error
+    def extent(self, index: int) -> Extent:
+        return self.name(index), 0, None
 
     def locations(self) -> tuple[Sequence[str], NDArray[np.int64], NDArray[np.int64]]:
         return [self.name(index) for index in range(len(self))], np.arange(len(self)), np.zeros(len(self), np.int64)
@@ -226,17 +248,9 @@ class TarSource(EncodedSource):
         shards = Names.of(map(os.path.basename, self.shards)).digest()
         return shards + self.members.digest() + self.extents[:, 0].tobytes()
 
-    def read(self, index: int) -> NDArray[np.uint8]:
-        shard, offset, size = self.extents[index]
-        try:
-            data = np.fromfile(self.shards[shard], dtype=np.uint8, count=size, offset=offset)
-        except OSError as error:
-            raise UserError(f"{self.name(index)}: cannot be read ({error.strerror})") from error
-        if len(data) != size:
-            raise UserError(
-                f"{self.name(index)}: got {len(data)} of {size} bytes; the shard changed since it was opened"
-            )
-        return data
+    def extent(self, index: int) -> Extent:
+        shard, offset, size = self.extents[index].tolist()
+        return self.shards[shard], offset, size
 
     def locations(self) -> tuple[Sequence[str], NDArray[np.int64], NDArray[np.int64]]:
         return self.shards, self.extents[:, 0], self.extents[:, 1]

@@ -28,9 +28,11 @@ from numpy.typing import NDArray
 
 from fastsimclr.data.images import EXTENSIONS
 from fastsimclr.data.names import Names
+from fastsimclr.data.remote import list_files
 from fastsimclr.data.sources import NO_LABEL, TarSource
 from fastsimclr.data.tar_headers import Archive, DamagedTar, ReadableFile, read_archives
 from fastsimclr.data.tar_index import MIN_IMAGES, index_file, load_index, save_index, stamps_of
+from fastsimclr.data.urls import is_pattern, is_url
 from fastsimclr.errors import UserError
 
 CLASSES_FILE = "classes.txt"
@@ -38,7 +40,6 @@ _ENDINGS = tuple(ending.encode() for ending in EXTENSIONS)
 _ARRAYS = (b".npy", b".NPY")
 _LABELS = (b".cls", b".json")
 _COMPRESSED = {b"\x1f\x8b": "gzip -d", b"BZh": "bzip2 -d", b"\xfd7zXZ": "xz -d", b"\x28\xb5\x2f\xfd": "zstd -d"}
-_PATTERN = "*?[{"
 _BRACES = re.compile(r"\{(?:(\d+)\.\.(\d+)|([^{}]*,[^{}]*))\}")
 _THREADS = 16  # their reads overlap; the headers are read under the GIL
 
@@ -100,11 +101,7 @@ class Notes:
 
 def is_tar_path(path: str) -> bool:
     """Return whether `path` means tar shards: by its ending, or as a pattern."""
-    return (
-        path.endswith((".tar", ".tgz", ".parquet"))
-        or ".tar." in os.path.basename(path)
-        or any(c in path for c in _PATTERN)
-    )
+    return path.endswith((".tar", ".tgz", ".parquet")) or ".tar." in os.path.basename(path) or is_pattern(path)
 
 
 def expand(pattern: str) -> list[str]:
@@ -123,6 +120,8 @@ def expand(pattern: str) -> list[str]:
             for file in expand(pattern[: braces.start()] + part + pattern[braces.end() :])
         ]
         return list(dict.fromkeys(files))
+    if is_url(pattern):
+        return list(list_files(pattern)) if is_pattern(pattern) else [pattern]
     if not glob.has_magic(pattern):
         return [pattern]
     folder, name = os.path.split(pattern)

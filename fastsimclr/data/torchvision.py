@@ -1,10 +1,12 @@
 """The torchvision backend: decode and crop in the workers of a DataLoader."""
 
 import os
+from collections import deque
 from collections.abc import Generator, Iterator
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
 from torch.utils.data import Dataset, default_collate
 from torchvision.transforms import InterpolationMode
@@ -18,7 +20,7 @@ from fastsimclr.data.loader import BatchRequest, CroppedBatch
 from fastsimclr.data.params import ViewParams, sample_batch_params
 from fastsimclr.data.pixels import RGB8, PixelFormat
 from fastsimclr.data.replacement import read_or_replace
-from fastsimclr.data.sources import ArraySource, Source, decoded
+from fastsimclr.data.sources import ArraySource, EncodedSource, Source, decoded
 from fastsimclr.data.workers import WorkerLoader
 from fastsimclr.errors import UserError
 from fastsimclr.profiling import stage
@@ -29,17 +31,19 @@ class TorchvisionBackend:
 
     def __init__(self, source: Source, augmentation: Augmentation, device: torch.device, workers: int) -> None:
         self.device = device
-        self._requests: Iterator[BatchRequest] = iter(())
+        # A worker gets every workers-th request. It is told the images of its next one, whose reads begin before.
+        self._ahead = max(1, workers) if source.parallel_reads > 1 else 0
+        self._requests: Iterator[_Task] = iter(())
         self._loader: WorkerLoader[CroppedBatch | UserError] = WorkerLoader(
             _Crops(source, augmentation), self, workers, pin_memory=device.type == "cuda"
         )
 
-    def __iter__(self) -> Iterator[BatchRequest]:
+    def __iter__(self) -> "Iterator[_Task]":
         """Yield the requests, as the sampler of the DataLoader."""
         return self._requests
 
     def crops(self, requests: Iterator[BatchRequest]) -> Generator[CroppedBatch, None, None]:
-        self._requests = requests
+        self._requests = _with_next(requests, self._ahead)
         for batch in self._loader:
             if isinstance(batch, UserError):
                 raise batch
@@ -57,6 +61,21 @@ class TorchvisionBackend:
         self._loader.close()
 
 
+_Task = tuple[BatchRequest, NDArray[np.int64]]  # a request, and the images to read next
+
+
+def _with_next(requests: Iterator[BatchRequest], ahead: int) -> Iterator[_Task]:
+    """Yield each request with the images of the one that comes `ahead` later; none if `ahead` is 0."""
+    none = np.empty(0, np.int64)
+    queue: deque[BatchRequest] = deque()
+    for request in requests:
+        queue.append(request)
+        if len(queue) > ahead:
+            yield queue.popleft(), request.index if ahead else none
+    while queue:
+        yield queue.popleft(), none
+
+
 class _Crops(Dataset[CroppedBatch | UserError]):
     """Dataset that maps a request to its batch. It returns a UserError instead of raising it."""
 
@@ -65,7 +84,11 @@ class _Crops(Dataset[CroppedBatch | UserError]):
             source.images.share_memory_()  # workers get a handle, not a copy
         self.source, self.augmentation = source, augmentation
 
-    def __getitem__(self, request: BatchRequest) -> CroppedBatch | UserError:
+    def __getitem__(self, task: _Task) -> CroppedBatch | UserError:
+        request, following = task
+        if isinstance(self.source, EncodedSource):
+            planned = [index for index in (*request.index.tolist(), *following.tolist()) if index not in request.bad]
+            self.source.plan_reads(planned)
         recipes = self.augmentation.recipes
         crops: list[list[Tensor]] = [[] for _ in recipes]
         params: list[list[ViewParams]] = [[] for _ in recipes]

@@ -72,6 +72,7 @@ def open_labeled(data: DataConfig, labels: float | str, seed: int, world: World,
         backend=data.backend,
         cache=data.cache,
         pixels=data.pixel_options(),
+        storage=data.storage_options(),
         select=select,
         seed=split_seed,
     )

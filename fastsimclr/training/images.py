@@ -28,9 +28,16 @@ def open_images(config: Config, train: Any, val: Any, world: World, *, rgb_optio
     """
     train = config.data.train if train is None else train
     val = config.data.val if val is None else val
-    needs_labels = config.knn_every > 0 or val is not None
+    data, needs_labels = config.data, config.knn_every > 0 or val is not None
     pair = open_pair(
-        train, val, world, config.data.pixel_options(), config.data.workers, config.seed, labels=needs_labels
+        train,
+        val,
+        world,
+        data.pixel_options(),
+        data.workers,
+        config.seed,
+        labels=needs_labels,
+        storage=data.storage_options(),
     )
     channels = pair[0].pixels.channels
     if rgb_optional and channels != 3:

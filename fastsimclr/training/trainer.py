@@ -19,6 +19,7 @@ from fastsimclr.config import Config, to_yaml
 from fastsimclr.data import Batch
 from fastsimclr.data.dataset import open_loader
 from fastsimclr.data.loader import LoaderConfig
+from fastsimclr.data.urls import redacted
 from fastsimclr.distributed import World, run_on_all_ranks
 from fastsimclr.environment import commit, examine
 from fastsimclr.errors import UserError
@@ -64,7 +65,7 @@ class Trainer:
         """
         stop = stop or StopSignal()  # never received
         self.config, self.world = config, world
-        self._command = list(command)
+        self._command = list(map(redacted, command))
         self.folder = RunFolder(distributed.broadcast_object(config.output or _new_folder(config), world))
         self.sync = RankSync(world, stop)
         self.clock = StageClock(world.device)
