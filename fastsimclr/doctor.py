@@ -46,7 +46,7 @@ def check(options: argparse.Namespace) -> int:
     from fastsimclr.data.scan import write_lines
     from fastsimclr.training.rank_sync import StopSignal
 
-    pixels = PixelOptions(options.pixels, options.channels)
+    pixels = PixelOptions(options.pixels, options.channels, max_pixels=options.max_pixels)
     try:
         with StopSignal() as stop:
             world = distributed.start("cpu")
@@ -89,6 +89,13 @@ def _options(arguments: Sequence[str] | None) -> argparse.Namespace:
     data.add_argument("--cache", metavar="DIR", help="folder of the results; default: ~/.cache/fastsimclr")
     data.add_argument("--pixels", choices=("uint8", "uint16", "float32"), help="as data.pixels of train")
     data.add_argument("--channels", type=int, metavar="N", help="as data.channels of train")
+    data.add_argument(
+        "--max_pixels",
+        type=int,
+        default=200_000_000,
+        metavar="N",
+        help="as data.max_pixels of train; default: 200000000",
+    )
     return parser.parse_args(arguments)
 
 

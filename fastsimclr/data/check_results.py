@@ -29,7 +29,7 @@ FOLDER = "checks"
 _STAT_THREADS = 16  # stat is bound by latency on network storage, not by the CPU
 _SAMPLE = 64  # images by which the file of a data set is found
 
-# key: hash of the image's name in its data set and of the format to which it is decoded. bytes, mtime_ns: size and
+# key: hash of the image's name in its data set and of how it is decoded. bytes, mtime_ns: size and
 # modification time of its file. height, width: of the upright image; 0 if it cannot be used, -1 if it is not checked.
 _ENTRY = np.dtype([("key", "<u8"), ("bytes", "<i8"), ("mtime_ns", "<i8"), ("height", "<i4"), ("width", "<i4")])
 _SAME = ("key", "bytes", "mtime_ns")  # what an entry has in common with its image
@@ -185,7 +185,7 @@ def _entries(source: EncodedSource, indices: NDArray[np.int64]) -> NDArray[np.vo
 
 def _keys(source: EncodedSource) -> NDArray[np.uint64]:
     """Return the key (N,) of each image's entry."""
-    decoded_as = f"{source.pixels.channels} {source.pixels.dtype}".encode()
+    decoded_as = f"{source.pixels.channels} {source.pixels.dtype} {source.max_pixels}".encode()
     return source.key_hashes() ^ np.frombuffer(hashlib.blake2b(decoded_as, digest_size=8).digest(), np.uint64)
 
 

@@ -341,6 +341,8 @@ def test_images_of_another_format_are_checked_for_it(tmp_path: Path, decoded: li
     assert source.sizes is None
     scan(source, cache=tmp_path)
     assert len(decoded) == 6
+    source.max_pixels = 10  # fewer than an image has
+    assert len(scan(source, cache=tmp_path).bad) == 3
 
 
 # Long checks and ranks
