@@ -26,6 +26,7 @@ class RunFolder:
         self.best_checkpoint = self.checkpoint.with_name("best.pt")
         self.config = self.path / "config.yaml"
         self.environment = self.path / "environment.json"
+        self.images = self.path / "images.npz"
         self.metrics = self.path / "metrics.jsonl"
         self.tensorboard = self.path / "tensorboard"
         self.trace = self.path / "trace.json.gz"

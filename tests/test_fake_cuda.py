@@ -74,7 +74,7 @@ def open_training(folder: Path, *more: str) -> Trainer:
     options = ["--data.train=digits", "--data.image_size=16", "--model.encoder=resnet18", "--model.hidden=32"]
     options += ["--model.out=16", "--batch_size=8", "--optim.clip_grad=1.0", f"--output={folder}", *more]
     with pytest.MonkeyPatch.context() as patch:
-        for name in ("images.open_pair", "images.check_pair", "build.build", "build.projector"):
+        for name in ("images.open_pair", "images.prepare", "build.build", "build.projector"):
             full_name = f"fastsimclr.training.{name}"
             patch.setattr(full_name, with_real_tensors(resolve_name(full_name)))
         return Trainer(parse(options), WORLD)
@@ -83,7 +83,7 @@ def open_training(folder: Path, *more: str) -> Trainer:
 def train(folder: Path, *more: str) -> None:
     training = open_training(folder, *more)
     with training.clock.running():
-        for batch in itertools.islice(training.sync.batches(training.loader, training.progress), 2):
+        for batch in itertools.islice(training.sync.batches(training.loader, training.progress, training.skipped), 2):
             lr = training.schedule.apply(training.optimizer, training.progress.step)
             measured = training.train_step(batch)
             training.progress.advance(batch)

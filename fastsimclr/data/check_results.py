@@ -101,7 +101,8 @@ def use_results(source: EncodedSource, folder: Path, world: World) -> None:
     """
     known = broadcast_object(_known(source, folder) if world.is_rank_zero else None, world)
     if known is not None:
-        source.sizes, source.bad = known
+        source.sizes, found = known
+        source.bad = {**found, **source.bad}
 
 
 def _known(source: EncodedSource, folder: Path) -> KnownResults | None:

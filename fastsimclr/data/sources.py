@@ -25,6 +25,7 @@ if TYPE_CHECKING:
 
 NO_LABEL = -1
 _ODD = 0x9E3779B97F4A7C15  # 2^64 divided by the golden ratio: a product with it spreads over all bits
+_GONE = "no such file; it was there when the run started"
 
 
 class WrongForm(UserError):
@@ -176,6 +177,39 @@ class EncodedSource(Source):
         """Return a 64-bit hash (N,) of the key of each image; in shards also of its place, as keys may be repeated."""
         return Names.of(map(self.key, range(len(self)))).hashes()
 
+    def keys(self) -> Names:
+        """Return the keys of all images."""
+        return Names.of(map(self.key, range(len(self))))
+
+    def aligned(self, keys: Names, labels: NDArray[np.int64], classes: Sequence[str]) -> "Self":
+        """Return a source of the images `keys` (K,), in that order, with the labels and classes that they had.
+
+        Those that this source lacks are bad. Its other images are left out; `notes` counts them.
+        """
+        positions: dict[str, list[int]] = {}  # several if shards of the same name have members of the same name
+        for index, key in enumerate(self.keys()):
+            positions.setdefault(key, []).append(index)
+        found = np.array([at.pop(0) if (at := positions.get(key)) else -1 for key in keys], np.int64)
+        source = self.subset(np.maximum(found, 0))
+        source.labels, source.classes, source.sizes = labels, classes, None
+        source._set_keys(keys, found < 0)
+        source.bad = {
+            new: _GONE if old < 0 else self.bad[old]
+            for new, old in enumerate(found.tolist())
+            if old < 0 or old in self.bad
+        }
+        gone = int((found < 0).sum())
+        added = len(self) - (len(keys) - gone)
+        if gone:
+            source.notes = [*source.notes, f"{gone} of the run's {len(keys)} images are gone; others replace them"]
+        if added:
+            source.notes = [*source.notes, f"{added} images are new since the run started; left out until a new run"]
+        return source
+
+    @abstractmethod
+    def _set_keys(self, keys: Names, gone: NDArray[np.bool_]) -> None:
+        """Set the keys (N,) of the images; those that are `gone` (N,) have been those of others."""
+
     @abstractmethod
     def locations(self) -> tuple[Sequence[str], NDArray[np.int64], NDArray[np.int64]]:
         """Return the files, and for each image (N,) the index of its file and its byte offset in it."""
@@ -199,6 +233,12 @@ class FolderSource(EncodedSource):
 
     def key_hashes(self) -> NDArray[np.uint64]:
         return self.names.hashes()
+
+    def keys(self) -> Names:
+        return self.names
+
+    def _set_keys(self, keys: Names, gone: NDArray[np.bool_]) -> None:
+        self.names = keys
 
     def _hash_keys(self) -> bytes:
         return self.names.digest()
@@ -243,6 +283,16 @@ class TarSource(EncodedSource):
         shards = Names.of(map(os.path.basename, self.shards)).hashes()
         places = shards[self.extents[:, 0]] + self.extents[:, 1].astype(np.uint64)
         return self.members.hashes() ^ (places * np.uint64(_ODD))  # equal members of two shards differ
+
+    def _set_keys(self, keys: Names, gone: NDArray[np.bool_]) -> None:
+        members, shards = list(self.members), list(self.shards)
+        for index in np.flatnonzero(gone).tolist():
+            name, _, members[index] = keys[index].rpartition(": ")
+            numbers = [number for number, shard in enumerate(shards) if os.path.basename(shard) == name]
+            if not numbers:
+                shards.append(name)
+            self.extents[index] = numbers[0] if numbers else len(shards) - 1, 0, 0
+        self.members, self.shards = Names.of(members), shards
 
     def _hash_keys(self) -> bytes:
         shards = Names.of(map(os.path.basename, self.shards)).digest()

@@ -59,7 +59,7 @@ def embed_batches(
     title: str = "embedding",
 ) -> Generator[tuple[Tensor, Tensor, Tensor], None, None]:
     """Yield this rank's part of each batch, on the CPU: the images' indices in the source (B,), representations (B, D)
-    float32, and labels (B,).
+    float32, and labels (B,). Images that cannot be used are left out.
 
     Images are prepared by `augmentation.for_evaluation()`; the encoder runs in eval mode.
 
@@ -86,7 +86,8 @@ def embed_batches(
             with torch.inference_mode(), autocast_to(config.world.device, autocast):
                 images = batch.views[0] if autocast else batch.views[0].to(dtype)
                 features = encoder(images).float().cpu()
-            yield batch.index.cpu(), features, batch.label.cpu()
+            kept = ~batch.replaced  # rows of replacements would count twice
+            yield batch.index.cpu()[kept], features[kept], batch.label.cpu()[kept]
             bar.update(len(features) * config.world.world_size)
     finally:
         bar.close()

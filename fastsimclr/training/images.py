@@ -2,20 +2,25 @@
 
 import os
 from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
+import numpy as np
+
+from fastsimclr import distributed
 from fastsimclr.config import Config
 from fastsimclr.data.augmentation import Augmentation
 from fastsimclr.data.checks import Stopped
 from fastsimclr.data.dataset import Pair, check_augmentation, open_pair, prepare_pair
+from fastsimclr.data.names import Names
 from fastsimclr.data.paths import absolute_path
 from fastsimclr.data.pixels import RGB8, dtype_name
-from fastsimclr.data.sources import Source
+from fastsimclr.data.sources import EncodedSource, Source
 from fastsimclr.data.statistics import with_statistics
 from fastsimclr.data.subsets import check_classes
 from fastsimclr.distributed import World, run_on_all_ranks
 from fastsimclr.errors import UserError
-from fastsimclr.run_folder import RunFolder
+from fastsimclr.run_folder import RunFolder, replace_atomically
 from fastsimclr.training.rank_sync import StopSignal
 
 
@@ -81,6 +86,53 @@ def prepare_images(pair: Pair, config: Config, world: World, folder: RunFolder, 
         if world.is_rank_zero:
             print(f"stopped while decoding images; rerun with --output {folder} to resume", flush=True)
         raise
+
+
+def record_images(source: Source, folder: RunFolder) -> None:
+    """Record which images a run is for, so that it can be resumed after files have appeared or vanished."""
+    if not isinstance(source, EncodedSource):
+        return
+    text, ends = source.keys().arrays()
+    class_text, class_ends = Names.of(source.classes).arrays()
+    with replace_atomically(folder.images) as partial, open(partial, "wb") as file:
+        np.savez_compressed(
+            file,
+            digest=np.frombuffer(source.digest(), np.uint8),
+            text=text,
+            ends=ends,
+            labels=source.labels,
+            class_text=class_text,
+            class_ends=class_ends,
+        )
+
+
+def as_recorded(source: Source, checkpoint: Path | None, world: World) -> Source:
+    """Return the images in the order of the run that is resumed from `checkpoint`: the same unless files have changed.
+
+    Only rank zero needs to see the run's folder.
+    """
+    run = RunFolder.of(checkpoint)
+    if run is None or not isinstance(source, EncodedSource):
+        return source
+    is_recorded = distributed.broadcast_object(run.images.exists(), world)
+    if not is_recorded:
+        return source
+
+    def load(*names: str) -> Any:
+        with np.load(run.images) as file:
+            return [file[name] for name in names]
+
+    digest = distributed.broadcast_object(load("digest")[0].tobytes() if world.is_rank_zero else None, world)
+    if all(distributed.gather_objects(digest == source.digest(), world)):
+        return source
+    names = "text", "ends", "labels", "class_text", "class_ends"
+    recorded = distributed.broadcast_object(load(*names) if world.is_rank_zero else None, world)
+    text, ends, labels, class_text, class_ends = recorded
+    aligned = source.aligned(Names(text, ends), labels, list(Names(class_text, class_ends)))
+    if world.is_rank_zero:
+        for note in aligned.notes[len(source.notes) :]:
+            print(f"data: {note}", flush=True)
+    return aligned
 
 
 def record_pixels(

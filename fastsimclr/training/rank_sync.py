@@ -15,6 +15,7 @@ from fastsimclr.errors import UserError
 from fastsimclr.profiling import stage
 from fastsimclr.progress_bar import Phase
 from fastsimclr.training.progress import Progress
+from fastsimclr.training.skipped import SkippedImages
 
 STOP_SIGNALS = (signal.SIGTERM, signal.SIGINT)
 
@@ -53,7 +54,7 @@ class RankSync:
         self.stop_signal = 0
         """The stop signal that any rank has received, or 0; the same on all ranks."""
         self.is_stopped = False
-        """Whether a stop signal or a call of `stop` on any rank ends the run early; the same on all ranks."""
+        """Whether a stop signal, a call of `stop` or bad images on any rank end the run early; the same on all."""
         self.local_batch_sizes = [0]
         """Images of the current batch on each rank."""
         self.data_wait = 0.0
@@ -61,22 +62,23 @@ class RankSync:
         self._world, self._stop = world, stop
         self._stop_requested = False
         self._failure: UserError | None = None
+        self._any_failure = self._any_request = False
 
     def stop(self) -> None:
         """End the run on all ranks before the next step."""
         self._stop_requested = True
 
-    def batches(self, loader: ViewLoader, progress: Progress) -> Iterator[Batch]:
+    def batches(self, loader: ViewLoader, progress: Progress, skipped: SkippedImages) -> Iterator[Batch]:
         """Yield the batches of all epochs, until the last step of the run or until a rank is to stop.
 
-        Raises UserError on all ranks if one of them cannot read its part, so that no rank waits in a collective.
+        That includes that one of them cannot read its part, and that too many images are bad: `raise_failure`.
         """
         while not (progress.is_done or self.is_stopped):
             loader.set_epoch(progress.epoch)
             with contextlib.closing(iter(loader)) as batches:
                 while not progress.is_done:
                     batch = self._next(batches)
-                    self.is_stopped = self._exchange(0 if batch is None else len(batch.index))
+                    self._exchange_step(0 if batch is None else len(batch.index), skipped)
                     if self.is_stopped:
                         return
                     if batch is None:  # resumed past the end of an epoch, which other options have made shorter
@@ -92,10 +94,16 @@ class RankSync:
         Raises on all ranks: UserError if `failure` is not None on any, Stopped if any has received a stop signal.
         """
         self._failure = failure
-        self._exchange(0)
+        self._exchange()
+        self.raise_failure()
         if self.stop_signal:
             self.is_stopped = True
             raise Stopped
+
+    def raise_failure(self) -> None:
+        """Raise UserError on all ranks if the run ends because of its images."""
+        if self._any_failure:
+            raise_on_all_ranks(self._failure, self._world)
 
     def _next(self, batches: Iterator[Batch]) -> Batch | None:
         """The next batch; None at the end of the epoch, or if this rank cannot read one."""
@@ -109,19 +117,27 @@ class RankSync:
         finally:
             self.data_wait = time.perf_counter() - started
 
-    def _exchange(self, local_batch_size: int) -> bool:
-        """Exchange batch size, stops and failure with all ranks through the CPU, without waiting for the GPU.
+    def _exchange_step(self, local_batch_size: int, skipped: SkippedImages) -> None:
+        """Exchange batch sizes and bad images, and set whether any rank is to stop."""
+        self.local_batch_sizes, news = self._exchange(local_batch_size, skipped.news)
+        skipped.add(sum(self.local_batch_sizes), any(news))
+        self._failure = self._failure or skipped.error
+        self._any_failure = self._any_failure or skipped.error is not None
+        self.is_stopped = self._any_failure or self._any_request or self.stop_signal != 0
 
-        Returns whether any rank is to stop.
+    def _exchange(self, *values: int) -> list[list[int]]:
+        """Exchange stops, failures and `values` with all ranks through the CPU, without waiting for the GPU.
+
+        Returns each value on all ranks.
         """
-        own = torch.tensor([local_batch_size, self._stop.received, self._stop_requested, self._failure is not None])
+        stops = [self._stop.received, self._stop_requested, self._failure is not None]
+        own = torch.tensor([*stops, *values])
         all_ranks = own[None]
         if self._world.world_size > 1:
             with stage("rank_wait"), Phase("waiting for the other ranks", visible=self._world.is_rank_zero):
                 all_ranks = own.new_empty(self._world.world_size, len(own))
                 all_gather(all_ranks, own[None])
-        self.local_batch_sizes, signals, requests, failures = all_ranks.T.tolist()
-        if any(failures):
-            raise_on_all_ranks(self._failure, self._world)
+        signals, requests, failures, *columns = all_ranks.T.tolist()
         self.stop_signal = max(signals)
-        return any(signals) or any(requests)
+        self._any_request, self._any_failure = any(requests), any(failures)
+        return columns

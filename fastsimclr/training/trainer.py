@@ -32,11 +32,19 @@ from fastsimclr.training import summary
 from fastsimclr.training.build import architecture, build_learner, check_architecture, check_weights
 from fastsimclr.training.callbacks import Callback, Callbacks, KeepCheckpoints
 from fastsimclr.training.estimate import Estimate, estimate_step
-from fastsimclr.training.images import open_images, prepare_images, record_pixels, with_absolute_paths
+from fastsimclr.training.images import (
+    as_recorded,
+    open_images,
+    prepare_images,
+    record_images,
+    record_pixels,
+    with_absolute_paths,
+)
 from fastsimclr.training.loggers import make_loggers
 from fastsimclr.training.metrics import Metrics
 from fastsimclr.training.progress import Progress
 from fastsimclr.training.rank_sync import RankSync, Stopped, StopSignal
+from fastsimclr.training.skipped import SkippedImages
 from fastsimclr.training.step import Step
 
 
@@ -78,6 +86,7 @@ class Trainer:
         self.trained_knn: float | None = None
         self.unfinished_epoch: dict[str, Any] | None = None
         """The last record of an epoch that has ended, until its kNN accuracy is measured and the callbacks called."""
+        self._reported_skipped = 0
         self._checkpoint_requested = False
 
         with Phase("opening the images", visible=world.is_rank_zero):
@@ -85,6 +94,8 @@ class Trainer:
         channels = sources[0].pixels.channels
         # Before the images are checked, which may take long: errors in these options are reported at once.
         file = distributed.broadcast_object(self._file_to_resume(), world)
+        self._source = as_recorded(sources.train, file, world)
+        sources = sources._replace(train=self._source)
         # DistributedDataParallel copies the weights of rank zero to the others.
         weights = config.model.weights if world.is_rank_zero and file is None else None
         learner = run_on_all_ranks(
@@ -112,6 +123,7 @@ class Trainer:
         self.loader = run_on_all_ranks(
             lambda: open_loader(self.data.train, self.augmentation, self.loader_config), world
         )
+        self.skipped = SkippedImages(self.loader, self.folder, world, config.data.max_bad, config.batch_size)
         steps_per_epoch = len(self.loader)
         self.checkpoint_steps = max(1, round(config.checkpoint_every * steps_per_epoch))
         self.schedule = LRSchedule.over_epochs(
@@ -134,7 +146,8 @@ class Trainer:
         try:
             self._start()
             with self.clock.running():
-                for batch in self.sync.batches(self.loader, self.progress):
+                for batch in self.sync.batches(self.loader, self.progress, self.skipped):
+                    self._report_skipped(batch.epoch)
                     if self.freezing.start_epoch(batch.epoch):
                         self.stepper = self._build_stepper()
                     lr = self.schedule.apply(self.optimizer, self.progress.step)
@@ -149,6 +162,7 @@ class Trainer:
                         self.save()
             if self.sync.is_stopped:
                 self.save()
+            self.sync.raise_failure()
             self.callbacks.raise_failure()
         finally:
             self.close()
@@ -250,6 +264,7 @@ class Trainer:
                     "optimizer": self.optimizer.state_dict(),
                     "grad_scaler": self.scaler.state_dict(),
                     "data": self.progress.position,
+                    "skipped_images": self.skipped.state_dict(),
                     "callbacks": self.callbacks.state_dict(),
                     "untrained_knn": self.untrained_knn,
                     "unfinished_epoch": self.unfinished_epoch,
@@ -273,8 +288,9 @@ class Trainer:
             self.scaler.load_state_dict(state["grad_scaler"])
         self.loader.load_state_dict(state["data"])
         self.progress.step, self.progress.position = state["step"], state["data"]
+        self.skipped.load_state_dict(state["skipped_images"])
         self.untrained_knn = state["untrained_knn"]
-        self.unfinished_epoch = state.get("unfinished_epoch")
+        self.unfinished_epoch = state["unfinished_epoch"]
         self.metrics.last = self.unfinished_epoch or {}
         self.callbacks.load_state_dict(state.get("callbacks", []))
         self._print(f"resumed from {file} at step {self.progress.step}")
@@ -317,6 +333,7 @@ class Trainer:
             self._print(*summary.describe_estimate(config, estimate, progress.last_step - progress.step))
         if self.world.is_rank_zero:
             write_text(self.folder.config, to_yaml(with_absolute_paths(self.config)))
+            record_images(self._source, self.folder)
             write_text(self.folder.environment, json.dumps(self._environment(), indent=2) + "\n")
             self.metrics.open(
                 self.folder,
@@ -325,8 +342,8 @@ class Trainer:
                 epochs=config.epochs,
                 is_epoch_finished=self.unfinished_epoch is None,
             )
-            if bad := len(self.data.train.bad):
-                self.metrics.event({"step": progress.step, "epoch": progress.epoch, "skipped_images": bad})
+        self.skipped.start()
+        self._report_skipped(progress.epoch)
         if config.knn_at_start and self.measures_knn and progress.step == 0:
             self.untrained_knn = self.evaluate_knn()
         if config.profile and self.world.is_rank_zero:
@@ -338,6 +355,12 @@ class Trainer:
             self.save()
         self.metrics.show_first_step(estimate.step_seconds if estimate else None)
         self.clock.restart()
+
+    def _report_skipped(self, epoch: int) -> None:
+        """Write the number of bad images to the metrics if it has changed."""
+        if len(self.skipped) != self._reported_skipped:
+            self._reported_skipped = len(self.skipped)
+            self.metrics.event({"step": self.progress.step, "epoch": epoch, "skipped_images": self._reported_skipped})
 
     def _estimate_step(self) -> Estimate | None:
         """Estimate a step on a CPU; None on a GPU, whose steps are short, and with several ranks."""
@@ -360,7 +383,10 @@ class Trainer:
         """The lines to print at the end."""
         if self.sync.is_stopped:
             return [summary.describe_stop(self.sync.stop_signal, self.progress.step, self.folder)]
-        lines = summary.describe_result(self.metrics.last, self.data, self.trained_knn, self.untrained_knn, self.folder)
+        lines = self.skipped.describe()
+        lines += summary.describe_result(
+            self.metrics.last, self.data, self.trained_knn, self.untrained_knn, self.folder
+        )
         return lines if self.trace is None else [*lines, summary.describe_trace(self.trace)]
 
     def _environment(self) -> dict[str, Any]:

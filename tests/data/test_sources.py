@@ -5,11 +5,11 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from pictures import SHARED_DATA, jpeg, open_encoded, photo, write
+from pictures import SHARED_DATA, jpeg, open_encoded, photo, write, write_tar
 from torchvision.datasets import STL10
 
 from fastsimclr.data import open_source
-from fastsimclr.data.sources import ArraySource
+from fastsimclr.data.sources import ArraySource, EncodedSource
 from fastsimclr.errors import UserError
 
 SMALL = jpeg(photo(8, 8))
@@ -93,3 +93,31 @@ def test_real_shards() -> None:
     cifar = open_encoded(SHARED_DATA / "cifar10" / "train-{0..4}.tar")
     assert cifar.has_labels
     assert len(set(cifar.labels)) == len(cifar.classes) == 10
+
+
+@pytest.mark.parametrize("kind", ["folder", "tar"])
+def test_aligned_source_keeps_the_order_of_the_run(tmp_path: Path, kind: str) -> None:
+    files = {f"{name[0]}/{name}.jpg": jpeg(photo(20, 20, seed=n)) for n, name in enumerate(("a1", "b1", "c1"))}
+
+    def open_files(files: dict[str, bytes], name: str) -> EncodedSource:
+        if kind == "folder":
+            return open_encoded(write(tmp_path / name, files))
+        write_tar(tmp_path / name / "photos.tar", list(files.items()))
+        return open_encoded(tmp_path / name / "photos.tar")
+
+    (tmp_path / "before").mkdir()
+    (tmp_path / "after").mkdir()
+    before = open_files(files, "before")
+    after = {"a/a0.jpg": files["a/a1.jpg"], "aa/a2.jpg": files["a/a1.jpg"], "c/c1.jpg": files["c/c1.jpg"]}
+    opened = open_files(after | {"b/b1.jpg": files["b/b1.jpg"]}, "after")
+    aligned = opened.aligned(before.keys(), before.labels, before.classes)
+    assert list(aligned.keys()) == list(before.keys())
+    assert aligned.digest() == before.digest()
+    assert aligned.labels.tolist() == [0, 1, 2]
+    assert list(aligned.classes) == ["a", "b", "c"], "classes keep their numbers"
+    assert aligned.bad == {0: "no such file; it was there when the run started"}
+    assert "a/a1.jpg" in aligned.name(0)
+    for index, key in ((1, "b/b1.jpg"), (2, "c/c1.jpg")):
+        assert aligned.read(index).tobytes() == files[key]
+    assert [note.partition(" ")[0] for note in aligned.notes] == ["1", "2"], "one is gone, two are new"
+    assert opened.bad == {}

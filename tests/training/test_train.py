@@ -14,7 +14,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from pictures import jpeg, photo, photo_folder, write
+from pictures import photo_folder, write
 from PIL import Image
 from weights import metrics, steps
 
@@ -266,6 +266,10 @@ def test_micro_batches_give_the_gradients_of_the_whole_batch(tmp_path: Path, vie
         (["--data.train=nowhere"], ["nowhere", "nothing at that path", "expected a folder"]),
         (["--data.train={empty}"], ["no images", "expected files ending in"]),
         (["--data.train={short}"], ["truncated or damaged", "short.tar", "expected a complete"]),
+        (
+            ["--data.train={unreadable}"],
+            ["--data.max_bad: got 1 of 16", "07.jpg: got", "do not decode", "repair", "skipped_images.txt"],
+        ),
         (["--data.train={photos}", "--data.max_bad=2"], ["--data.max_bad", "got 2.0", "expected a fraction"]),
         (["--data.train={photos}", "--batch_size=41"], ["batch_size", "got 41", "40 images", "expected at most 40"]),
         (["--data.train={photos}", "--batch_size=1"], ["batch_size", "got 1", "expected at least 2"]),
@@ -310,26 +314,6 @@ def test_user_error_is_one_line_with_exit_code_2(
     assert "Traceback" not in lines[0]
     for words in expected:
         assert words in lines[0]
-
-
-@pytest.mark.slow
-def test_signal_stops_the_scan(tmp_path: Path) -> None:
-    large = write(tmp_path, {"large.jpg": jpeg(photo(500, 500).repeat(12, 0).repeat(12, 1))}) / "large.jpg"
-    (tmp_path / "photos").mkdir()
-    for number in range(500):  # links to one file that take minutes to decode
-        (tmp_path / "photos" / f"{number}.jpg").symlink_to(large)
-    process = start(f"--data.train={tmp_path / 'photos'}", f"--output={tmp_path / 'run'}")
-    deadline = time.monotonic() + 120
-    while not (tmp_path / "run" / "image_scan.npz").exists():
-        assert time.monotonic() < deadline
-        assert process.poll() is None, process.communicate()
-        time.sleep(0.01)
-    time.sleep(1)
-    process.send_signal(signal.SIGINT)
-    said = end(process, timeout=60)
-    assert f"stopped while checking images; rerun with --output {tmp_path / 'run'} to resume" in said
-    with np.load(tmp_path / "run" / "image_scan.npz") as saved:
-        assert 0 < len(saved["entries"]) < 500
 
 
 def test_checkpoint_of_another_architecture_raises(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
