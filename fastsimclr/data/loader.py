@@ -34,8 +34,8 @@ class Batch(NamedTuple):
     position: dict[str, Any]
     """The loader's state after this batch, for `load_state_dict`: "epoch", "position" (images consumed in this epoch
     over all ranks), and "images" and "seed", which must match when it is loaded."""
-    replaced: Tensor
-    """(B,) bool, on the CPU: whether the image stands in for one that cannot be used (`ViewLoader.bad`)."""
+    replaced: NDArray[np.bool_]
+    """(B,): whether the image stands in for one that cannot be used (`ViewLoader.bad`)."""
 
     @property
     def ends_epoch(self) -> bool:
@@ -255,5 +255,5 @@ class ViewLoader:
             index=native.on_device(cropped.used, self.device),
             label=native.on_device(self.source.labels[cropped.used], self.device),
             position=self.state_dict(),
-            replaced=torch.from_numpy(cropped.used != batch.index),
+            replaced=cropped.used != batch.index,
         )

@@ -4,6 +4,7 @@ from collections.abc import Callable, Generator
 from contextlib import closing
 from dataclasses import dataclass, replace
 
+import numpy as np
 import torch
 import torch.distributed as dist
 import torch.nn.functional as F
@@ -86,7 +87,7 @@ def embed_batches(
             with torch.inference_mode(), autocast_to(config.world.device, autocast):
                 images = batch.views[0] if autocast else batch.views[0].to(dtype)
                 features = encoder(images).float().cpu()
-            kept = ~batch.replaced  # rows of replacements would count twice
+            kept = torch.from_numpy(np.flatnonzero(~batch.replaced))  # rows of replacements would count twice
             yield batch.index.cpu()[kept], features[kept], batch.label.cpu()[kept]
             bar.update(len(features) * config.world.world_size)
     finally:

@@ -41,7 +41,7 @@ def run(loader: ViewLoader, epochs: int = EPOCHS) -> list[Batch]:
 
 
 def column(batches: list[Batch], name: str) -> Tensor:
-    return torch.cat([getattr(batch, name) for batch in batches])
+    return torch.cat([torch.as_tensor(getattr(batch, name)) for batch in batches])
 
 
 def views(batches: list[Batch]) -> Tensor:
