@@ -25,12 +25,12 @@ _MAX_TRIED = 100  # images at the start of a source that may be bad
 
 
 def detect_pixels(source: Source, options: PixelOptions) -> None:
-    """Set `source.pixels` and `source.max_pixels`. Raises UserError if the images contradict the options.
+    """Set `source.pixels`, `max_pixels` and `scaled_decode`. Raises UserError if the images contradict the options.
 
     Image files are 8-bit RGB, unless the options ask for another format, or they are .npy arrays: then they have the
     format of the first one that decodes. If the first has 16 bits, a note says that they become 8.
     """
-    source.max_pixels = options.max_pixels
+    source.max_pixels, source.scaled_decode = options.max_pixels, options.scaled_decode
     named, found = "", source.pixels
     if isinstance(source, EncodedSource):
         named, found = _of_files(source, options)

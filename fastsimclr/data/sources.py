@@ -6,7 +6,7 @@ from abc import ABC, abstractmethod
 from collections.abc import Iterable, Mapping, Sequence
 from copy import copy
 from types import MappingProxyType
-from typing import TYPE_CHECKING, Any, ClassVar
+from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
 import numpy as np
 import torch
@@ -37,6 +37,7 @@ class Source(ABC):
 
     labels: (N,) int64, -1 for unlabeled images. classes: names of the classes. pixels: format of the decoded images.
     max_pixels: largest image that is decoded, in pixels.
+    scaled_decode: whether large JPEGs may be decoded at a fraction of their size (`PixelOptions`).
     sizes: (N, 2), height and width of each upright image as far as known, otherwise 0; None if none is known. They come
         from an earlier check, so they are only a hint. Workers do not get them.
     bad: the images known to be unusable, by index, and why.
@@ -48,6 +49,7 @@ class Source(ABC):
     classes: Sequence[str]
     pixels: PixelFormat = RGB8
     max_pixels: int = PixelOptions.max_pixels
+    scaled_decode: Literal["auto", "off"] = "auto"
     sizes: NDArray[np.int32] | None = None
     bad: Mapping[int, str] = MappingProxyType({})
     notes: Sequence[str] = ()

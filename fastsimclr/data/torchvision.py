@@ -2,7 +2,8 @@
 
 import os
 from collections import deque
-from collections.abc import Generator, Iterator
+from collections.abc import Generator, Iterator, Sequence
+from functools import partial
 
 import numpy as np
 import torch
@@ -16,10 +17,13 @@ from fastsimclr.data import native
 from fastsimclr.data.arrays import MappedSource
 from fastsimclr.data.augmentation import Augmentation
 from fastsimclr.data.crop import crop as crop_batch
+from fastsimclr.data.headers import read_header
+from fastsimclr.data.images import decode
 from fastsimclr.data.loader import BatchRequest, CroppedBatch
 from fastsimclr.data.params import ViewParams, sample_batch_params
 from fastsimclr.data.pixels import RGB8, PixelFormat
 from fastsimclr.data.replacement import read_or_replace
+from fastsimclr.data.scaled import crop_exactly, decode_scaled, may_be_scaled
 from fastsimclr.data.sources import ArraySource, EncodedSource, Source, decoded
 from fastsimclr.data.workers import WorkerLoader
 from fastsimclr.errors import UserError
@@ -89,28 +93,50 @@ class _Crops(Dataset[CroppedBatch | UserError]):
         if isinstance(self.source, EncodedSource):
             planned = [index for index in (*request.index.tolist(), *following.tolist()) if index not in request.bad]
             self.source.plan_reads(planned)
-        recipes = self.augmentation.recipes
-        crops: list[list[Tensor]] = [[] for _ in recipes]
-        params: list[list[ViewParams]] = [[] for _ in recipes]
+        crops: list[list[Tensor]] = []
+        params: list[list[ViewParams]] = []
         used = request.index.copy()
         bad: dict[int, str] = {}
         for row in range(len(used)):
+            read = partial(self._crops, request=request, row=row)
             try:
-                used[row], image, found = read_or_replace(request, row, len(self.source), self._read)
+                used[row], (image_crops, image_params), found = read_or_replace(request, row, len(self.source), read)
             except UserError as error:
                 return error  # raised in a worker, it would be wrapped in a traceback
             bad |= found
-            wanted, size = request.index[row : row + 1], np.array([image.shape[1:]])
-            image_params = sample_batch_params(self.augmentation, request.seed, request.epoch, wanted, size)
-            for view, recipe in enumerate(recipes):
-                params[view].append(image_params[view])
-                crops[view].append(crop(image, recipe, image_params[view], self.source.pixels))
+            crops.append(image_crops)
+            params.append(image_params)
         # In a worker, default_collate stacks into shared memory.
-        views = tuple(map(default_collate, crops))
-        return CroppedBatch(views, [np.concatenate(view_params) for view_params in params], used, bad)
+        views = tuple(default_collate(list(view)) for view in zip(*crops, strict=True))
+        return CroppedBatch(views, [np.concatenate(view) for view in zip(*params, strict=True)], used, bad)
 
-    def _read(self, index: int) -> Tensor:
-        return decoded(self.source, index)
+    def _crops(self, index: int, request: BatchRequest, row: int) -> tuple[list[Tensor], list[ViewParams]]:
+        """Return each view's crop (S, S, C) of image `index`, and its parameters (1,) for a row of the request.
+
+        Raises UserError.
+        """
+        source, recipes = self.source, self.augmentation.recipes
+
+        def sample(size: Sequence[int]) -> list[ViewParams]:
+            wanted, sizes = request.index[row : row + 1], np.array([size])
+            return sample_batch_params(self.augmentation, request.seed, request.epoch, wanted, sizes)
+
+        if isinstance(source, EncodedSource) and source.pixels == RGB8:
+            data, name = source.read(index), source.name(index)
+            header = read_header(data, name)
+            header.check_pixels(source.max_pixels, name)
+            params = sample(header.upright_size)
+            if may_be_scaled(source, header) and (scaled := decode_scaled(data, header, self.augmentation, params)):
+                crops = [
+                    crop_exactly(scaled.image, recipe, box, each["flip"][0])
+                    for recipe, box, each in zip(recipes, scaled.boxes, params, strict=True)
+                ]
+                return crops, params
+            image = decode(data, name, source.pixels, source.max_pixels)
+        else:
+            image = decoded(source, index)
+            params = sample(image.shape[1:])
+        return [crop(image, recipe, each, source.pixels) for recipe, each in zip(recipes, params, strict=True)], params
 
 
 def crop(image: Tensor, recipe: Augmentation, params: ViewParams, pixels: PixelFormat = RGB8) -> Tensor:
