@@ -28,7 +28,7 @@ from torchvision.transforms.v2.functional import resize
 
 from benchmarks import view_peers as peers
 from benchmarks.dali_colors import DaliColors
-from benchmarks.images import four_to_three, photographs, small_images
+from benchmarks.images import four_to_three, large_photographs, photographs, small_images
 from benchmarks.memory import settle_heap
 from benchmarks.suite import CORES, DEVICE, ON_GPU, SMALL, Check, Suite
 from benchmarks.view_contenders import (
@@ -54,6 +54,7 @@ from fastsimclr.data.dali import DaliBackend
 from fastsimclr.data.images import decode
 from fastsimclr.data.params import sample_batch_params
 from fastsimclr.data.photometric import photometric
+from fastsimclr.data.pixel_options import PixelOptions
 from fastsimclr.data.sources import ArraySource, EncodedSource
 from fastsimclr.data.torchvision import TorchvisionBackend
 from fastsimclr.data.torchvision import crop as crop_with_torchvision
@@ -183,6 +184,26 @@ def test_photographs(suite: Suite, photos: Images) -> None:
     }
     task = f"two augmented views of photos, {AUGMENTATION.image_size}x{AUGMENTATION.image_size}"
     compare(suite, contenders, SETTING, photos, AUGMENTATION.image_size, torch.float32, readme_task=task)
+
+
+@pytest.mark.benchmark(group="two crops of large photos")
+def test_large_photographs(suite: Suite, photos: Images, tmp_path: Path) -> None:
+    """JPEGs of 12 megapixels, decoded at a fraction of their size or in full; without color operations."""
+    data, origin = large_photographs(*((2, (1600, 1200)) if SMALL else (12, (4000, 3000))))
+    named = {f"{i:02}.jpg": file for i, file in enumerate(data)}
+    large = write(tmp_path, named)
+    in_full = PixelOptions(scaled_decode="off")
+    contenders = {
+        **default_first(
+            {"fastsimclr, torchvision": our_views("torchvision"), "fastsimclr, DALI": our_views("dali")},
+            "fastsimclr, DALI",
+        ),
+        "fastsimclr, torchvision, full decode": our_views("torchvision", in_full),
+        "fastsimclr, DALI, full decode": our_views("dali", in_full),
+        "torchvision on Pillow": Contender(in_workers(peers.open_pillow, peers.views_on_pillow)),
+    }
+    setting = Setting(CROPS, 2 if SMALL else 4, WORKERS)
+    compare(suite, contenders, setting, Images(large, large, large, origin), CROPS.image_size, torch.float32)
 
 
 @pytest.mark.benchmark(group="two augmented views of small images")

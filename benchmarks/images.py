@@ -36,6 +36,24 @@ def photographs(count: int) -> tuple[list[bytes], str]:
         return [file.read() for file in files if file is not None], archive.name
 
 
+def large_photographs(count: int, size: tuple[int, int]) -> tuple[list[bytes], str]:
+    """Return `count` JPEG files of `size` (width, height): photographs enlarged, with added detail."""
+    rng = np.random.default_rng(0)
+    width, height = size
+    photos, origin = photographs(count)
+    files = []
+    for photo in photos:
+        with Image.open(io.BytesIO(photo)) as opened:
+            picture = np.array(opened.convert("RGB").resize(size, Image.Resampling.LANCZOS), np.float32)
+        for scale, levels in ((8, 10), (4, 8), (2, 6), (1, 3)):  # detail of several sizes, then noise
+            detail = Image.fromarray(rng.normal(0, levels, (height // scale, width // scale)).astype(np.float32))
+            picture += np.asarray(detail.resize(size, Image.Resampling.BICUBIC))[..., None]
+        file = io.BytesIO()
+        Image.fromarray(picture.clip(0, 255).astype(np.uint8)).save(file, "JPEG", quality=90)
+        files.append(file.getvalue())
+    return files, f"{origin}, enlarged"
+
+
 def synthetic(count: int) -> list[bytes]:
     """Generate JPEG files of coarse blobs and fine noise, 500×400, of about 110 KB."""
     rng = np.random.default_rng(0)

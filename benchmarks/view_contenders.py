@@ -28,6 +28,7 @@ from fastsimclr import Augmentation
 from fastsimclr.data import open_source, open_views
 from fastsimclr.data.dali import DaliBackend
 from fastsimclr.data.loader import BatchRequest, CropBackend
+from fastsimclr.data.pixel_options import PixelOptions
 from fastsimclr.data.sampler import Sampler
 from fastsimclr.data.sources import ArraySource
 from fastsimclr.data.torchvision import TorchvisionBackend
@@ -172,11 +173,12 @@ def compare(
 class OurViews:
     """`open_views`, returning pairs of views."""
 
-    def __init__(self, data: Any, setting: Setting, backend: str) -> None:
+    def __init__(self, data: Any, setting: Setting, backend: str, pixels: PixelOptions | None = None) -> None:
         self._loader = open_views(
             str(data.folder) if isinstance(data, Photos) else data,
             setting.augmentation,
             setting.batch_size,
+            pixels=pixels,
             backend=backend,
             device=DEVICE,
             workers=setting.workers,
@@ -227,8 +229,8 @@ class OurCrops:
         self._crop_backend.close()
 
 
-def our_views(backend: str) -> Contender:
-    return Contender(functools.partial(OurViews, backend=backend), same_params=True)
+def our_views(backend: str, pixels: PixelOptions | None = None) -> Contender:
+    return Contender(functools.partial(OurViews, backend=backend, pixels=pixels), same_params=True)
 
 
 def our_module() -> Contender:
