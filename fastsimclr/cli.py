@@ -19,6 +19,7 @@ COMMANDS = {
     "embed": "write the features of all images, a map of them and their nearest neighbors",
     "export": "convert an encoder for torchvision, safetensors, ONNX or timm",
     "preview": "draw the views that an encoder will see",
+    "shard": "pack images into tar shards",
     "report": "write an HTML report of one run, or a comparison of several",
     "doctor": "show what is installed, what will be used, and why; check the images of a data set",
 }

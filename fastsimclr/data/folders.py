@@ -34,7 +34,7 @@ from fastsimclr.errors import UserError
 _THREADS = 16  # network storage answers them at the same time; on a local disk they neither gain nor cost time
 _ENDINGS = tuple(map(os.fsencode, EXTENSIONS))
 _ARRAY_ENDING = b".npy"
-_SYSTEM_FOLDERS = (
+SYSTEM_FOLDERS = (
     *(b"@eaDir", b"#recycle", b"#snapshot", b"@Recycle", b"@Recently-Snapshot"),  # of Synology and QNAP
     *(b"__MACOSX", b"lost+found", b"$RECYCLE.BIN", b"System Volume Information"),
 )
@@ -302,4 +302,4 @@ def _kind_of_file(name: bytes) -> str:
 def _kind_of_folder(name: bytes, kind: str) -> str:
     if name.startswith(b"."):
         return _HIDDEN_FOLDER
-    return _SYSTEM_FOLDER if name in _SYSTEM_FOLDERS else kind
+    return _SYSTEM_FOLDER if name in SYSTEM_FOLDERS else kind

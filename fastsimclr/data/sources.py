@@ -261,7 +261,12 @@ class FolderSource(EncodedSource):
 
 
 class TarSource(EncodedSource):
-    """Images in uncompressed tar shards, read at the byte offsets of their members."""
+    """Images in uncompressed tar shards, read at the byte offsets of their members.
+
+    classes_are_names: whether `classes` has a name for each label; else it has the labels that occur, as numbers.
+    """
+
+    classes_are_names: bool = False
 
     def __init__(
         self,
@@ -303,6 +308,9 @@ class TarSource(EncodedSource):
     def extent(self, index: int) -> Extent:
         shard, offset, size = self.extents[index].tolist()
         return self.shards[shard], offset, size
+
+    def class_name(self, label: int) -> str:
+        return self.classes[label] if self.classes_are_names else super().class_name(label)
 
     def locations(self) -> tuple[Sequence[str], NDArray[np.int64], NDArray[np.int64]]:
         return self.shards, self.extents[:, 0], self.extents[:, 1]

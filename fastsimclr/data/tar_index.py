@@ -13,6 +13,7 @@ from fastsimclr.data.cache_folder import write_to_cache
 from fastsimclr.data.names import Names
 from fastsimclr.data.sources import TarSource
 
+INDEX_FILE = "index.npz"  # beside the shards
 _VERSION = 1  # of the file and of the rules in tars.py
 MIN_IMAGES = 10_000  # fewer are found as fast
 
@@ -38,7 +39,7 @@ def load_index(file: Path, shards: Sequence[str], stamps: Sequence[tuple[int, in
             source = TarSource(
                 shards, Names(arrays["text"], arrays["ends"]), arrays["extents"], arrays["labels"], about["classes"]
             )
-            source.notes = about["notes"]
+            source.classes_are_names, source.notes = about["classes_are_names"], about["notes"]
             return source
     except (OSError, ValueError, KeyError, EOFError, zipfile.BadZipFile):
         return None
@@ -46,7 +47,13 @@ def load_index(file: Path, shards: Sequence[str], stamps: Sequence[tuple[int, in
 
 def save_index(file: Path, source: TarSource, stamps: Sequence[tuple[int, int]]) -> None:
     """Write the images of a source as the index of its shards. Where that fails, a note on stderr says so."""
-    about = {"version": _VERSION, "stamps": stamps, "classes": source.classes, "notes": source.notes}
+    about = {
+        "version": _VERSION,
+        "stamps": stamps,
+        "classes": source.classes,
+        "classes_are_names": source.classes_are_names,
+        "notes": source.notes,
+    }
     text, ends = source.members.arrays()
 
     def write(partial: Path) -> None:

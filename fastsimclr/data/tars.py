@@ -1,6 +1,6 @@
 """Open tar shards: which files a pattern means, which members are images, and what their labels are.
 
-images    members with the endings of images, in the order of the shards. Hidden ones (._1.jpg, __MACOSX/) are none.
+images    members with the endings of images, in the order of the shards. Not hidden ones: ._1.jpg, @eaDir/.
 key       WebDataset's: the name up to the first dot after the last slash. 0.seg.png beside 0.jpg is a mask, no image;
           where there is no plain image of that key, as in 0.left.jpg and 0.right.jpg, all are images.
 label     of x/0.v2.jpg: the text of x/0.v2.cls or, by its key, of x/0.cls; else "label" or "cls" in the .json member
@@ -26,12 +26,13 @@ from pathlib import Path
 import numpy as np
 from numpy.typing import NDArray
 
+from fastsimclr.data.folders import SYSTEM_FOLDERS
 from fastsimclr.data.images import EXTENSIONS
-from fastsimclr.data.names import Names
+from fastsimclr.data.names import Names, printable
 from fastsimclr.data.remote import list_files
 from fastsimclr.data.sources import NO_LABEL, TarSource
 from fastsimclr.data.tar_headers import Archive, DamagedTar, ReadableFile, read_archives
-from fastsimclr.data.tar_index import MIN_IMAGES, index_file, load_index, save_index, stamps_of
+from fastsimclr.data.tar_index import INDEX_FILE, MIN_IMAGES, index_file, load_index, save_index, stamps_of
 from fastsimclr.data.urls import is_pattern, is_url
 from fastsimclr.errors import UserError
 
@@ -41,6 +42,7 @@ _ARRAYS = (b".npy", b".NPY")
 _LABELS = (b".cls", b".json")
 _COMPRESSED = {b"\x1f\x8b": "gzip -d", b"BZh": "bzip2 -d", b"\xfd7zXZ": "xz -d", b"\x28\xb5\x2f\xfd": "zstd -d"}
 _BRACES = re.compile(r"\{(?:(\d+)\.\.(\d+)|([^{}]*,[^{}]*))\}")
+_HIDDEN = re.compile(rb"(?:^|/)(?:\.(?!\.?/)|(?:%s)/)" % b"|".join(map(re.escape, SYSTEM_FOLDERS)))
 _THREADS = 16  # their reads overlap; the headers are read under the GIL
 
 OpenShard = Callable[[str], AbstractContextManager[ReadableFile]]
@@ -96,7 +98,9 @@ class Notes:
 
     def lines(self) -> list[str]:
         """Return one line per reason."""
-        return [f"{reason}: {count:,} (first: {self._first[reason]})" for reason, count in self.counts.items()]
+        return [
+            f"{reason}: {count:,} (first: {printable(self._first[reason])})" for reason, count in self.counts.items()
+        ]
 
 
 def is_tar_path(path: str) -> bool:
@@ -144,19 +148,26 @@ def _alternatives(braces: "re.Match[str]") -> Iterable[str]:
 
 
 def open_tars(shards: Sequence[str], cache: Path) -> TarSource:
-    """Open tar shards on disk, from their index in the folder `cache` if they have not changed. Raises UserError."""
+    """Open tar shards on disk, from their index if they have not changed. Raises UserError.
+
+    The index is beside the shards, as fastsimclr shard writes it, or in the folder `cache`, where this one writes it.
+    """
     classes = Path(shards[0]).with_name(CLASSES_FILE)
     try:
         stamps = stamps_of([*shards, *([str(classes)] if classes.is_file() else [])])
     except OSError as error:
         raise _unreadable(str(error.filename), error) from error
     file = index_file(cache, shards)
-    source = load_index(file, shards, stamps)
+    source = load_index(classes.with_name(INDEX_FILE), shards, stamps) or load_index(file, shards, stamps)
     if source is None:
-        source = read_shards(shards, lambda path: closing(LocalShard(path)))
+        source = read_local_shards(shards)
         if len(source) >= MIN_IMAGES:
             save_index(file, source, stamps)
     return source
+
+
+def read_local_shards(shards: Sequence[str]) -> TarSource:
+    return read_shards(shards, lambda path: closing(LocalShard(path)))
 
 
 def read_shards(shards: Sequence[str], open_shard: OpenShard) -> TarSource:
@@ -168,11 +179,12 @@ def read_shards(shards: Sequence[str], open_shard: OpenShard) -> TarSource:
     notes = Notes()
     for part in parts:
         notes.merge(part.notes)
-    labels, classes = _label(shards, parts, notes)
+    labels, classes, are_names = _label(shards, parts, notes)
     counts = [len(part.names) for part in parts]
     extents = np.concatenate([part.extents for part in parts])
     extents = np.column_stack([np.repeat(np.arange(len(shards)), counts), extents])
     source = TarSource(shards, Names.join([part.names for part in parts]), extents, labels, classes)
+    source.classes_are_names = are_names
     arrays = np.concatenate(
         [start + np.array(part.arrays, np.int64) for start, part in zip(np.cumsum([0, *counts]), parts, strict=False)]
     )
@@ -183,8 +195,11 @@ def read_shards(shards: Sequence[str], open_shard: OpenShard) -> TarSource:
     return source
 
 
-def _label(shards: Sequence[str], parts: Sequence[Shard], notes: Notes) -> tuple[NDArray[np.int64], Sequence[str]]:
-    """Return the labels of the images (N,) and the names of the classes: by labels in the shards, else by folders."""
+def _label(shards: Sequence[str], parts: Sequence[Shard], notes: Notes) -> tuple[NDArray[np.int64], list[str], bool]:
+    """Return the labels of the images (N,), by labels in the shards or else by folders, and the classes.
+
+    The last value is that of `TarSource.classes_are_names`.
+    """
     missing = "images without a label in a .cls or .json, unlike others"
     texts = {text for part in parts for text in part.texts} - {None}
     if not texts:
@@ -193,14 +208,14 @@ def _label(shards: Sequence[str], parts: Sequence[Shard], notes: Notes) -> tuple
         texts = {text for part in parts for text in part.texts} - {None}
         if len(texts) == 1:  # photos/0.jpg, photos/1.jpg, …: the folder that was packed
             texts = set()
-    values, classes = _classes([text for text in texts if text is not None], shards)
+    values, classes, are_names = _classes([text for text in texts if text is not None], shards)
     labels = [np.array([values.get(text, NO_LABEL) for text in part.texts], np.int64)[part.labels] for part in parts]
     if texts:
         for path, part in zip(shards, parts, strict=True):
             if None in part.texts:
                 unlabeled = np.flatnonzero(part.labels == part.texts.index(None))
                 notes.add(missing, len(unlabeled), f"{path}: {part.names[int(unlabeled[0])]}")
-    return np.concatenate(labels), classes
+    return np.concatenate(labels), classes, are_names
 
 
 def read_shard(path: str, open_shard: OpenShard) -> Shard:
@@ -235,7 +250,7 @@ def _lay_out(path: str, archives: Iterable[Archive]) -> Shard:
         pass_over("links to no file of their shard passed over", [*filter(_is_image, archive.dead_links)])
         pass_over("sparse files passed over", [*filter(_is_image, archive.sparse)])
         images = [member for member in archive.members if _is_image(member[0])]
-        hidden = [name for name, _, _ in images if is_hidden(name)]
+        hidden = [name for name, _, _ in images if _HIDDEN.search(name)]
         pass_over("hidden images passed over", hidden)
         passed = set(hidden)
         dotted = {name for name, _, _ in images if name.count(b".", name.rfind(b"/") + 1) > 1} - passed
@@ -265,14 +280,6 @@ def _lay_out(path: str, archives: Iterable[Archive]) -> Shard:
 
 def _is_image(name: bytes) -> bool:
     return name.lower().endswith(_ENDINGS)
-
-
-def is_hidden(name: bytes) -> bool:
-    """Return whether a folder or file in the name is hidden: .name, or macOS's __MACOSX."""
-    if name[:1] != b"." and b"/." not in name and b"__MACOSX/" not in name:  # most names
-        return False
-    parts = name.split(b"/")
-    return b"__MACOSX" in parts or any(part[:1] == b"." and part not in (b".", b"..") for part in parts)
 
 
 def _label_of(archive: Archive, key: bytes) -> str | None:
@@ -321,22 +328,22 @@ def _folder(name: str) -> str | None:
     return None if folder in ("", "..") else folder
 
 
-def _classes(texts: Sequence[str], shards: Sequence[str]) -> tuple[dict[str | None, int], list[str]]:
-    """Return the label of each text but "", and the names of the classes."""
+def _classes(texts: Sequence[str], shards: Sequence[str]) -> tuple[dict[str | None, int], list[str], bool]:
+    """Return the label of each text but "", the classes, and whether these are names by label."""
     names = sorted(text for text in texts if text)
     if not all(name.isascii() and name.isdigit() and len(name) < 19 for name in names):
-        return {name: label for label, name in enumerate(names)}, names
+        return {name: label for label, name in enumerate(names)}, names, True
     values: dict[str | None, int] = {name: int(name) for name in names}
     used = sorted(set(values.values()))
     file = Path(shards[0]).with_name(CLASSES_FILE)
     if used and {Path(shard).parent for shard in shards} == {file.parent} and file.is_file():
-        named = file.read_text(encoding="utf-8").splitlines()
+        named = file.read_text(encoding="utf-8", errors="surrogateescape").rstrip("\n").split("\n")
         if len(named) <= used[-1]:
             raise UserError(
                 f"{file}: got {len(named)} names of classes for labels up to {used[-1]}, expected a line each"
             )
-        return values, named
-    return values, [str(label) for label in used]
+        return values, named, True
+    return values, [str(label) for label in used], False
 
 
 def _explain(path: str, head: bytes, error: DamagedTar) -> UserError:

@@ -389,7 +389,14 @@ def test_classes_are_named_by_a_file_beside_the_shards(tmp_path: Path) -> None:
 
 
 def test_a_mask_beside_its_image_is_none(tmp_path: Path) -> None:
-    members = ["0.jpg", "0.seg.png", "0.depth.png", ("0.cls", b"1"), "v1.2/1.left.jpg", "v1.2/1.right.jpg"]
+    members: list[str | tuple[str, bytes]] = [
+        "0.jpg",
+        "0.seg.png",
+        "0.depth.png",
+        ("0.cls", b"1"),
+        "v1.2/1.left.jpg",
+        "v1.2/1.right.jpg",
+    ]
     members += [("v1.2/1.cls", b"2"), "img.v2.jpg", ("img.v2.cls", b"3"), "img.v3.jpg", ("img.v3.cls", b"4")]
     source = open_members(tmp_path / "s.tar", members)
     kept = ["0.jpg", "v1.2/1.left.jpg", "v1.2/1.right.jpg", "img.v2.jpg", "img.v3.jpg"]
