@@ -212,7 +212,7 @@ def test_classifier_trains_in_float16(frozen: bool, one_thread: None) -> None:
         classifier = Classifier(SmallEncoder(), 10, frozen=frozen)  # type: ignore[arg-type]
         chosen = choose_precision(name, CPU)
         losses[name] = train_classifier(classifier, source, views, schedule, loader, chosen, title="")
-        features[name], _ = embed(classifier, source, views, loader, autocast=chosen.autocast)
+        _, features[name], _ = embed(classifier, source, views, loader, autocast=chosen.autocast)
     assert losses["fp16"][-1] < losses["fp16"][0]
     assert losses["fp16"] != losses["fp32"]
     assert losses["fp16"] == pytest.approx(losses["fp32"], rel=0.01)

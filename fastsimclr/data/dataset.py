@@ -285,6 +285,7 @@ def open_loader(source: Source, augmentation: Augmentation, config: LoaderConfig
         config.dtype,
         backend,
         read_ahead=config.read_ahead,
+        max_bad=config.max_bad,
     )
 
 

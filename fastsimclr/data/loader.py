@@ -19,6 +19,7 @@ from fastsimclr.data.photometric import photometric
 from fastsimclr.data.sampler import SampledBatch, Sampler
 from fastsimclr.data.sources import Source, reason_of
 from fastsimclr.distributed import SINGLE_PROCESS, World
+from fastsimclr.errors import UserError
 from fastsimclr.profiling import stage
 
 
@@ -57,7 +58,7 @@ class LoaderConfig:
     backend: str = "auto"
     """Backend that decodes and crops: "dali" (on a GPU or with its CPU operators), "torchvision" (a DataLoader) or
     "memory" (images of one size, decoded once and kept on the device). "auto": memory for built-in datasets and for
-    small images that a scan found to be of one size; otherwise dali on a GPU and torchvision on a CPU."""
+    small images of one size; otherwise dali on a GPU and torchvision on a CPU."""
     world: World = SINGLE_PROCESS
     """This rank, the number of ranks that share each batch, and the device of the views."""
     seed: int = 0
@@ -75,6 +76,9 @@ class LoaderConfig:
     """Dtype of the views."""
     read_ahead: bool = True
     """Start to read the next epoch before the current one ends. Turn it off to read a single epoch."""
+    max_bad: float = 0.01
+    """Largest fraction of bad images among those that this rank has met, after 1,000 or an epoch: UserError above it.
+    Also the largest fraction of all images that may be known to be bad before."""
 
 
 class BatchRequest(NamedTuple):
@@ -119,6 +123,8 @@ class CropBackend(Protocol):
         ...
 
 
+_MIN_MET = 1000  # images, before the fraction of bad ones is limited
+_MAX_NAMED = 3  # bad images named in an error
 _Stream = Generator[tuple[SampledBatch, CroppedBatch | None], None, None]
 
 
@@ -168,6 +174,7 @@ class ViewLoader:
         backend: str,
         *,
         read_ahead: bool = True,
+        max_bad: float = 1.0,
     ) -> None:
         self.source, self.augmentation, self.device, self.dtype, self.backend = (
             source,
@@ -177,6 +184,9 @@ class ViewLoader:
             backend,
         )
         self.bad = dict(source.bad)
+        self._max_bad, self._known_bad = max_bad, len(self.bad)
+        self._met = 0  # images
+        self._limit_bad(len(self.bad), len(source))
         self._sampler, self._crop_backend, self._read_ahead = sampler, crop_backend, read_ahead
         self._stream: _Stream | None = None  # its next batch is that of `_stream_position`
         self._stream_position = (0, 0)
@@ -242,9 +252,22 @@ class ViewLoader:
             self._stream.close()
             self._stream = None
 
+    def _limit_bad(self, bad: int, images: int) -> None:
+        """Raise UserError if more than `max_bad` of `images` are bad."""
+        if bad > self._max_bad * images:
+            named = [f"{self.source.name(index)}: {self.bad[index]}" for index in list(self.bad)[-bad:][:_MAX_NAMED]]
+            raise UserError(
+                f"max_bad: got {bad} of {images} images that cannot be used, expected a fraction of at most "
+                f"{self._max_bad:g}: {'; '.join(named)}{'; …' if bad > len(named) else ''}; repair or restore them, or "
+                "raise the limit"
+            )
+
     def _finish(self, batch: SampledBatch, cropped: CroppedBatch) -> Batch:
         for index, message in cropped.bad.items():
             self.bad.setdefault(index, reason_of(message, self.source, index))
+        self._met += len(batch.index)
+        if self._met >= _MIN_MET or batch.next_position == 0:
+            self._limit_bad(len(self.bad) - self._known_bad, self._met)
         with stage("views"):
             views = tuple(
                 photometric(orient(crops, params, recipe), params, recipe, self.dtype)

@@ -82,6 +82,10 @@ class Source(ABC):
     def _hash_keys(self) -> bytes:
         return Names.of(map(self.key, range(len(self)))).digest()
 
+    def describe_bad(self) -> list[str]:
+        """Return a line for each bad image: its name and the reason."""
+        return [f"{self.name(index)}: {reason}" for index, reason in self.bad.items()]
+
     def class_name(self, label: int) -> str:
         """Return the name of the class. A numeric class is named by its label, as numbers may have gaps."""
         return str(label) if all(name.isdigit() for name in self.classes) else self.classes[label]

@@ -22,7 +22,7 @@ from fastsimclr.data.dataset import is_built_in, open_dataset
 from fastsimclr.data.loader import LoaderConfig
 from fastsimclr.data.params import epoch_order
 from fastsimclr.data.pixel_options import PixelOptions
-from fastsimclr.data.scan import SKIPPED_FILE
+from fastsimclr.data.scan import SKIPPED_FILE, write_skipped_images
 from fastsimclr.data.sources import NO_LABEL
 from fastsimclr.distributed import World, run_on_all_ranks
 from fastsimclr.environment import installed
@@ -30,7 +30,7 @@ from fastsimclr.errors import UserError
 from fastsimclr.evaluation import neighbors
 from fastsimclr.evaluation.config import FEATURE_FORMATS, PREPROCESSING
 from fastsimclr.evaluation.feature_file import FeatureFile, expect_one_disk
-from fastsimclr.evaluation.features import check_images, embed_batches
+from fastsimclr.evaluation.features import check_images, embed_batches, gather_bad
 from fastsimclr.evaluation.labeled import explain_recorded_path
 from fastsimclr.malloc import keep_freed_memory
 from fastsimclr.precision import Precision, choose_precision
@@ -54,8 +54,6 @@ class Embedding:
     source: Source
     available: int
     """Number of images before --images selects a sample."""
-    skipped: int
-    """Number of images left out because they do not decode."""
     output: Path
     precision: Precision
     method: str
@@ -82,12 +80,19 @@ def embed_images(options: argparse.Namespace) -> None:
         run_on_all_ranks(features.create if world.is_rank_zero else lambda: None, world)
         expect_one_disk(features.partial, world)
         run_on_all_ranks(lambda: features.fill(_batches(embedding, options, world)), world)
+        gather_bad(embedding.source, world)
         seconds = time.perf_counter() - started
         if world.is_rank_zero:
+            skipped = embedding.source.describe_bad()
+            if skipped:
+                good = np.setdiff1d(np.arange(len(embedding.source)), list(embedding.source.bad))
+                embedding = replace(embedding, source=embedding.source.subset(good))
+                features.keep(good, embedding.source)
             record = _record(embedding, options, world, seconds) | {
-                "skipped_images": embedding.skipped,
+                "skipped_images": len(skipped),
                 "images_there": embedding.available,
             }
+            write_skipped_images(embedding.output, skipped)
             _publish(embedding, features, record)
     finally:
         if world.is_rank_zero:
@@ -143,7 +148,6 @@ def _open(options: argparse.Namespace, world: World) -> Embedding:
         data=data,
         source=source,
         available=available,
-        skipped=len(source.bad),
         output=output,
         precision=choose_precision(options.precision, world.device),
         method=method,
@@ -163,7 +167,13 @@ def _batches(
         model,
         embedding.source,
         embedding.augmentation,
-        LoaderConfig(batch_size=options.batch_size, backend=options.backend, world=world, workers=options.workers),
+        LoaderConfig(
+            batch_size=options.batch_size,
+            backend=options.backend,
+            world=world,
+            workers=options.workers,
+            max_bad=options.max_bad,
+        ),
         autocast=embedding.precision.autocast,
         title="embedding",
     )

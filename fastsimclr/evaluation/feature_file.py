@@ -32,10 +32,13 @@ class FeatureFile:
         """path: ends in .npy, or in .safetensors, which also holds the labels, if any, and `metadata`."""
         self.path, self.partial = path, temporary_path(path)
         self.shape = (len(source), features)
-        self._source = source
-        self._head = _npy_head(self.shape)
-        if path.suffix == ".safetensors":
-            self._head = _safetensors_head(self.shape, source.labels, metadata)
+        self._source, self._metadata = source, metadata
+        self._head = self._make_head()
+
+    def _make_head(self) -> bytes:
+        if self.path.suffix == ".safetensors":
+            return _safetensors_head(self.shape, self._source.labels, self._metadata)
+        return _npy_head(self.shape)
 
     def create(self) -> None:
         """Create the file on the first rank: its header, and space reserved for all rows."""
@@ -55,17 +58,19 @@ class FeatureFile:
         """Write this rank's rows. Raises UserError if they cannot be written or are not finite."""
         with open(self.partial, "r+b") as file:
             for index, features, _ in batches:
-                first, last = int(index[0]), int(index[-1])
-                assert last - first == len(index) - 1, "without shuffling, a rank's indices are consecutive"
-                bad = (~features.isfinite().all(dim=1)).nonzero().flatten().tolist()
-                if bad:
+                not_finite = index[~features.isfinite().all(dim=1)].tolist()
+                if not_finite:
                     raise UserError(
-                        f"--checkpoint: got features of {self._source.name(first + bad[0])} that are not finite; "
+                        f"--checkpoint: got features of {self._source.name(not_finite[0])} that are not finite; "
                         "expected finite ones: use a checkpoint from before training diverged"
                     )
+                images, rows = index.numpy(), features.contiguous().numpy().astype("<f4", copy=False)
+                gaps = np.flatnonzero(np.diff(images) != 1) + 1  # at images that were left out
                 with self._disk_errors("which cannot be written"):
-                    file.seek(len(self._head) + 4 * self.shape[1] * first)
-                    file.write(features.contiguous().numpy().astype("<f4", copy=False).data)
+                    for numbers, part in zip(np.split(images, gaps), np.split(rows, gaps), strict=True):
+                        if len(numbers):
+                            file.seek(self._offset(int(numbers[0])))
+                            file.write(part.data)
                     file.flush()
             with self._disk_errors("which cannot be written"):
                 os.fsync(file.fileno())
@@ -77,6 +82,27 @@ class FeatureFile:
             yield
         except OSError as error:
             raise UserError(f"--output: got {self.path}, {what} ({error.strerror})") from error
+
+    def keep(self, rows: NDArray[np.int64], source: Source) -> None:
+        """Keep only the rows (K,), in ascending order. source: their images."""
+        old = [self._offset(row) for row in rows.tolist()]
+        self.shape, self._source = (len(rows), self.shape[1]), source
+        self._head = self._make_head()
+        with self._disk_errors("which cannot be written"), open(self.partial, "r+b") as file:
+            for row, offset in enumerate(old):  # forward, as the head does not grow
+                if offset != self._offset(row):
+                    file.seek(offset)
+                    values = file.read(4 * self.shape[1])
+                    file.seek(self._offset(row))
+                    file.write(values)
+            file.truncate(self._offset(len(rows)))
+            file.seek(0)
+            file.write(self._head)
+            file.flush()
+            os.fsync(file.fileno())
+
+    def _offset(self, row: int) -> int:
+        return len(self._head) + 4 * self.shape[1] * row
 
     def publish(self) -> None:
         """Give the complete file its name."""

@@ -14,7 +14,7 @@ from fastsimclr.data import Source
 from fastsimclr.data.augmentation import Augmentation
 from fastsimclr.data.dataset import open_loader
 from fastsimclr.data.loader import LoaderConfig
-from fastsimclr.distributed import World, all_gather_rows, gather_sizes, raise_on_all_ranks
+from fastsimclr.distributed import World, all_gather_rows, gather_objects, gather_sizes, raise_on_all_ranks
 from fastsimclr.errors import UserError
 from fastsimclr.models import Backbone, Encoder, count_features
 from fastsimclr.precision import autocast_to
@@ -60,7 +60,7 @@ def embed_batches(
     title: str = "embedding",
 ) -> Generator[tuple[Tensor, Tensor, Tensor], None, None]:
     """Yield this rank's part of each batch, on the CPU: the images' indices in the source (B,), representations (B, D)
-    float32, and labels (B,). Images that cannot be used are left out.
+    float32, and labels (B,). Images that cannot be used are left out, and added to `source.bad`.
 
     Images are prepared by `augmentation.for_evaluation()`; the encoder runs in eval mode.
 
@@ -91,6 +91,7 @@ def embed_batches(
             yield batch.index.cpu()[kept], features[kept], batch.label.cpu()[kept]
             bar.update(len(features) * config.world.world_size)
     finally:
+        source.bad = loader.bad
         bar.close()
         loader.close()
         for module, mode in training.items():
@@ -105,16 +106,24 @@ def embed(
     *,
     autocast: torch.dtype | None = None,
     title: str = "embedding",
-) -> tuple[Tensor, Tensor]:
-    """Return representations (N, D) float32 and labels (N,) of all images of `source`, in its order.
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Return indices (N,), representations (N, D) float32 and labels (N,) of all images of `source`, in its order.
 
-    Both are on the CPU, on every rank. The arguments are those of `embed_batches`.
+    All are on the CPU, on every rank. Images that cannot be used are left out, and added to `source.bad`. The arguments
+    are those of `embed_batches`.
     """
     width: int = encoder.out_features  # type: ignore[assignment]  # nn.Module: any attribute may be a tensor
     empty = torch.empty(0, dtype=torch.int64), torch.empty(0, width), torch.empty(0, dtype=torch.int64)
     rows = list(embed_batches(encoder, source, augmentation, config, autocast=autocast, title=title)) or [empty]
-    _, features, labels = gather_by_image(config.world, *(torch.cat(column) for column in zip(*rows, strict=True)))
-    return features, labels
+    images, features, labels = gather_by_image(config.world, *(torch.cat(column) for column in zip(*rows, strict=True)))
+    gather_bad(source, config.world)
+    return images, features, labels
+
+
+def gather_bad(source: Source, world: World) -> None:
+    """Add the images that other ranks have found bad to `source.bad`."""
+    found = gather_objects(dict(source.bad), world)
+    source.bad = dict(sorted((index, reason) for of_rank in found for index, reason in of_rank.items()))
 
 
 def gather_by_image(world: World, images: Tensor, *rows: Tensor) -> tuple[Tensor, ...]:

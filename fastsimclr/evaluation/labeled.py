@@ -35,7 +35,7 @@ class LabeledData:
     def skipped(self) -> list[str]:
         """For each image left out, its name and the reason."""
         sources = [self.train] if self.val is None else [self.train, self.val]
-        return [f"{source.name(index)}: {reason}" for source in sources for index, reason in source.bad.items()]
+        return [line for source in sources for line in source.describe_bad()]
 
 
 def open_labeled(data: DataConfig, labels: float | str, seed: int, world: World, *, split_seed: int = 0) -> LabeledData:

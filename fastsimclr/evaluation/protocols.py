@@ -26,7 +26,7 @@ from fastsimclr.evaluation.config import (
     LinearConfig,
     SupervisedConfig,
 )
-from fastsimclr.evaluation.features import Shard, check_images, embed, embed_shard, gather_by_image
+from fastsimclr.evaluation.features import Shard, check_images, embed, embed_shard, gather_bad, gather_by_image
 from fastsimclr.evaluation.knn import knn_ranking
 from fastsimclr.evaluation.labeled import explain_recorded_path, open_labeled
 from fastsimclr.evaluation.scores import rank_classes, score
@@ -57,6 +57,7 @@ class Evaluation:
             world=world,
             seed=config.seed,
             workers=config.data.workers,
+            max_bad=config.data.max_bad,
         )
         self.settings: dict[str, Any] = {}
         """Settings that the protocol used, for the record."""
@@ -107,6 +108,8 @@ class Evaluation:
             ranking, labels = self._regression(config)
         else:
             ranking, labels = self._classifier(config)
+        for source in filter(None, (self.data.train, self.data.val)):
+            gather_bad(source, self.world)
         scores = score(ranking, labels, len(self.data.classes)).to_json(self.data.classes)
         if self.world.is_rank_zero:
             record = self._record(time.monotonic() - started) | scores
@@ -136,11 +139,13 @@ class Evaluation:
         device, data = self.world.device, self.data
         model, classes = self.model, len(data.classes)
         assert data.val is not None
-        features, labels = (part.to(device) for part in self._embed(model, data.train, "training images"))
-        val_features, val_labels = self._embed(model, data.val, "validation images")
+        images, *embedded = self._embed(model, data.train, "training images")
+        features, labels = (part.to(device) for part in embedded)
+        _, val_features, val_labels = self._embed(model, data.val, "validation images")
         c, accuracy_of_c = config.c, dict[float, float]()
         if c == "auto":
-            c, accuracy_of_c = linear.choose_c(features, labels, classes, *hold_out(data.train, HELD_OUT, config.seed))
+            parts = hold_out(data.train.subset(images.numpy()), HELD_OUT, config.seed)
+            c, accuracy_of_c = linear.choose_c(features, labels, classes, *parts)
         fitted = linear.fit(features, labels, classes, c)
         held_out_accuracy = {f"{each:g}": accuracy for each, accuracy in accuracy_of_c.items()}
         self.settings = {"solver": "lbfgs", "c": c, "held_out_accuracy": held_out_accuracy}
@@ -165,7 +170,7 @@ class Evaluation:
         )
         self.settings = vars(schedule) | {"epoch_losses": losses}
         self._save(classifier)
-        logits, labels = self._embed(classifier, self.data.val, "validation images")
+        _, logits, labels = self._embed(classifier, self.data.val, "validation images")
         return rank_classes(logits), labels
 
     def _schedule(self, config: LinearConfig | FinetuneConfig | SupervisedConfig) -> Schedule:
@@ -218,7 +223,7 @@ class Evaluation:
             self.model, source, self.augmentation, self.loader, autocast=self.precision.autocast, title=title
         )
 
-    def _embed(self, model: torch.nn.Module, source: Source, title: str) -> tuple[Tensor, Tensor]:
+    def _embed(self, model: torch.nn.Module, source: Source, title: str) -> tuple[Tensor, Tensor, Tensor]:
         return embed(
             model,
             source,
@@ -244,8 +249,8 @@ class Evaluation:
             "checkpoint": config.checkpoint,
             "origin": self.pretrained.origin if self.pretrained is not None else None,
             "encoder": asdict(built.spec) | {"features": built.out_features},
-            "train": {"path": config.data.train, "images": len(data.train), "of": data.available_images},
-            "val": {"path": val, "images": len(data.train if data.val is None else data.val)},
+            "train": {"path": config.data.train, "images": _usable(data.train), "of": data.available_images},
+            "val": {"path": val, "images": _usable(data.train if data.val is None else data.val)},
             "skipped_images": data.skipped,
             "settings": self.settings,
             "options": yaml.safe_load(to_yaml(self.config)),
@@ -267,3 +272,7 @@ class Evaluation:
             f"{record['protocol']}: top-1 {record['top1']:.2%}{top5} on {record['val']['images']} images ({held_out}), "
             f"{record['train']['images']} labels, {record['seconds']:.0f} s; {self.result}"
         )
+
+
+def _usable(source: Source) -> int:
+    return len(source) - len(source.bad)

@@ -119,6 +119,7 @@ class Trainer:
             min_local_batch=2,  # with one image a rank has no negatives, and batch norm no variance
             workers=config.data.workers,
             dtype=learner.precision.view_dtype,
+            max_bad=1.0,  # `self.skipped` limits them, over all ranks
         )
         self.loader = run_on_all_ranks(
             lambda: open_loader(self.data.train, self.augmentation, self.loader_config), world
@@ -217,6 +218,7 @@ class Trainer:
 
         Returns None if a stop signal interrupted it.
         """
+        self.data.train.bad = dict(self.loader.bad)  # these are not read again
         try:
             accuracy = measure(
                 self.model.encoder,  # type: ignore[arg-type]

@@ -161,7 +161,7 @@ def test_items_that_fail_are_known_once_all_are_read_for_their_labels() -> None:
     read.clear()
     assert open_pair(Items(fails), None, SINGLE_PROCESS, labels=False).train.labels.tolist() == [-1] * 12
     assert read == [0], "without labels, only for the form"
-    loader = open_views(Items(fails), SMALL, 4, backend="torchvision", workers=0)
+    loader = open_views(Items(fails), SMALL, 4, backend="torchvision", workers=0, max_bad=0.2)
     assert not {1, 7} & {int(index) for batch in loader for index in batch.index}
     assert loader.bad == {1: "KeyError: 'x'", 7: "KeyError: 'x'"}
 

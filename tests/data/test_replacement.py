@@ -49,7 +49,7 @@ def views(batches: list[Batch]) -> Tensor:
 
 
 def open_damaged(folder: Path, backend: str = "torchvision", workers: int = 0, **options: int) -> ViewLoader:
-    return open_views(str(folder), PLAIN, BATCH, backend=backend, workers=workers, seed=1, **options)
+    return open_views(str(folder), PLAIN, BATCH, backend=backend, workers=workers, seed=1, max_bad=1, **options)
 
 
 # The choice of the replacement
@@ -199,7 +199,7 @@ def test_images_that_go_bad_between_two_epochs_are_replaced(tmp_path: Path) -> N
     files = [Path(name) for name in map(open_encoded(folder).name, range(12))]
     for backend, workers in (("torchvision", 1), ("dali", 1)):
         whole = files[4].read_bytes()
-        loader = open_views(str(folder), PLAIN, 4, backend=backend, workers=workers, seed=2)
+        loader = open_views(str(folder), PLAIN, 4, backend=backend, workers=workers, seed=2, max_bad=1)
         list(loader)
         files[4].unlink()
         batches = [batch for _ in range(3) for batch in loader]  # of the first, some may have been read before

@@ -396,7 +396,7 @@ def test_long_check_saves_its_results_periodically(tmp_path: Path, monkeypatch: 
     monkeypatch.setattr(checks, "decode", decode_and_read_cache)
     scan(open_encoded(folder), cache=tmp_path)
     assert 0 < entries[-1] < 30
-    assert len(set(entries)) > 3
+    assert len(set(entries)) > 2
 
 
 @pytest.mark.parametrize(("terminal", "slow"), [(True, True), (True, False), (False, True)])

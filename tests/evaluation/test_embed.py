@@ -16,7 +16,7 @@ import numpy as np
 import pytest
 import torch
 from numpy.typing import NDArray
-from pictures import jpeg, photo, photo_folder, write, write_tar
+from pictures import broken, jpeg, photo, photo_folder, write, write_tar
 from PIL import Image
 from ranks import run_ranks
 from safetensors import safe_open
@@ -230,6 +230,36 @@ def test_class_numbers_with_gaps_are_kept(run: Path, tmp_path: Path) -> None:
 
 
 # Errors
+
+
+@pytest.mark.parametrize("kind", ["npy", "safetensors"])
+def test_bad_images_are_left_out_and_listed(
+    run: Path, photos: str, tmp_path: Path, capsys: pytest.CaptureFixture[str], kind: str
+) -> None:
+    good = {str(f.relative_to(photos)): f.read_bytes() for f in Path(photos).rglob("*.jpg")}
+    folder = write(tmp_path / "photos", good | {"a/005.jpg": broken()["half.jpg"]})
+    whole = embed(run, tmp_path / "whole", f"--data={folder}", "--max_bad=0.1")
+    (folder / "a" / "005.jpg").unlink()
+    options = [f"--checkpoint={run}", f"--data={folder}", f"--output={tmp_path / 'out'}", f"--format={kind}", *QUICK]
+    assert main(options) == 0
+    expected = read_features(tmp_path / "out", kind)
+    assert len(expected) == len(whole) == len(good)
+    np.testing.assert_allclose(whole, expected, rtol=1e-4, atol=1e-5)  # other images are in their batches
+
+    write(folder, {"a/005.jpg": broken()["half.jpg"]})
+    assert main([*options, "--force"]) == 2
+    assert f"max_bad: got 1 of {len(good) + 1} images that cannot be used" in capsys.readouterr().err
+    assert main([*options, "--force", "--max_bad=0.1"]) == 0
+    np.testing.assert_allclose(read_features(tmp_path / "out", kind), expected, rtol=1e-4, atol=1e-5)
+    assert "left out 1 that cannot be used, see skipped_images.txt" in capsys.readouterr().out
+    assert (tmp_path / "out" / "skipped_images.txt").read_text().startswith(f"{folder}/a/005.jpg: got ")
+    assert "a/005" not in str(read_table(tmp_path / "out"))
+
+
+def read_features(folder: Path, kind: str) -> NDArray[np.float32]:
+    if kind == "npy":
+        return np.load(folder / "features.npy")  # type: ignore[no-any-return]
+    return load_file(folder / "features.safetensors")["features"].numpy()  # type: ignore[no-any-return]
 
 
 def test_existing_files_are_overwritten_only_with_force(

@@ -56,7 +56,9 @@ def features(run: Path, source: Source) -> tuple[np.ndarray, np.ndarray]:
     """Return the representations in float64 and the labels."""
     opened = open_pretrained(run)
     assert opened.augmentation is not None
-    values, labels = embed(opened.encoder, source, opened.augmentation, LoaderConfig(batch_size=256, backend="memory"))
+    _, values, labels = embed(
+        opened.encoder, source, opened.augmentation, LoaderConfig(batch_size=256, backend="memory")
+    )
     return values.double().numpy(), labels.numpy()
 
 
