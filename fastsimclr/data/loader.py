@@ -265,7 +265,7 @@ class ViewLoader:
     def _finish(self, batch: SampledBatch, cropped: CroppedBatch) -> Batch:
         for index, message in cropped.bad.items():
             self.bad.setdefault(index, reason_of(message, self.source, index))
-        self._met += len(batch.index)
+        self._met += len(cropped.used) + len(cropped.bad)
         if self._met >= _MIN_MET or batch.next_position == 0:
             self._limit_bad(len(self.bad) - self._known_bad, self._met)
         with stage("views"):

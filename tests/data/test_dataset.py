@@ -47,7 +47,9 @@ def test_results_of_a_full_check_are_used(folder: Path, cache_home: Path, tmp_pa
         option = None if cache == cache_home else str(cache)
         data = open_dataset(str(folder), None, world=SINGLE_PROCESS, backend="torchvision", cache=option)
         assert data.train.bad == result.bad == {1: "got 8 bytes that do not decode as an image (unknown format)"}
-        loader = open_views(str(folder), Augmentation(image_size=8), 2, backend="torchvision", cache=option)
+        loader = open_views(
+            str(folder), Augmentation(image_size=8), 2, backend="torchvision", cache=option, max_bad=0.5
+        )
         assert loader.source.bad == result.bad
         loader.close()
 
@@ -61,7 +63,7 @@ def test_small_images_are_decoded_once_and_keep_their_names(folder: Path) -> Non
     assert decoded.name(1) == f"{folder}/a/3.jpg"
     assert decoded.bad == {1: "got 8 bytes that do not decode as an image (unknown format)"}
     assert decoded.images[1].count_nonzero() == 0
-    assert open_views(decoded, Augmentation(image_size=8), 2).source is decoded
+    assert open_views(decoded, Augmentation(image_size=8), 2, max_bad=0.5).source is decoded
 
 
 def open_pair_on_a_rank(rank: int, path: str) -> tuple[list[str], bytes]:

@@ -182,7 +182,9 @@ def test_bad_images_are_read_once(damaged: Path, backend: str) -> None:
     assert isinstance(files, FolderSource)
     source = Reads(files.names, files.labels, files.classes, files.root)
     source.reads, source.bad = [], {1: "known from a check"}
-    loader = open_loader(source, PLAIN, LoaderConfig(batch_size=BATCH, backend=backend, workers=0, read_ahead=False))
+    loader = open_loader(
+        source, PLAIN, LoaderConfig(batch_size=BATCH, backend=backend, workers=0, read_ahead=False, max_bad=1)
+    )
     for _ in loader:
         pass
     bad = set(loader.bad)
