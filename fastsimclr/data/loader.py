@@ -184,8 +184,8 @@ class ViewLoader:
             backend,
         )
         self.bad = dict(source.bad)
-        self._max_bad, self._known_bad = max_bad, len(self.bad)
-        self._met = 0  # images
+        self._max_bad = max_bad
+        self._met = self._met_bad = 0  # images
         self._limit_bad(len(self.bad), len(source))
         self._sampler, self._crop_backend, self._read_ahead = sampler, crop_backend, read_ahead
         self._stream: _Stream | None = None  # its next batch is that of `_stream_position`
@@ -265,9 +265,10 @@ class ViewLoader:
     def _finish(self, batch: SampledBatch, cropped: CroppedBatch) -> Batch:
         for index, message in cropped.bad.items():
             self.bad.setdefault(index, reason_of(message, self.source, index))
+        self._met_bad += len(cropped.bad)
         self._met += len(cropped.used) + len(cropped.bad)
         if self._met >= _MIN_MET or batch.next_position == 0:
-            self._limit_bad(len(self.bad) - self._known_bad, self._met)
+            self._limit_bad(self._met_bad, self._met)
         with stage("views"):
             views = tuple(
                 photometric(orient(crops, params, recipe), params, recipe, self.dtype)
