@@ -48,8 +48,9 @@ class DataConfig(StorageOptions, PixelOptions, Augmentation):
     drop_last: bool = False
     """Drop the last batch of an epoch if it is smaller than the others."""
     max_bad: float = 0.01
-    """Largest fraction of images that may fail to decode. They are skipped and listed in skipped_images.txt in the
-    run's folder; if there are more, the run stops with an error."""
+    """Largest fraction of images that may be unusable, of those met so far, after 1,000 or an epoch. They are replaced
+    by others and listed in skipped_images.txt in the run's folder; if there are more, the run stops with a
+    checkpoint."""
     cache: str | None = None
     """Folder shared by all runs, for lists of files and results of `fastsimclr doctor --data`; null uses
     $XDG_CACHE_HOME/fastsimclr or ~/.cache/fastsimclr."""

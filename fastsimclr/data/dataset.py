@@ -55,7 +55,7 @@ def open_dataset(
     select: called with both sources before they are prepared; checks them, and may return subsets.
     Raises UserError on all ranks if data is missing, unreadable or rejected by `select`.
     """
-    pair = open_pair(train, val, world, pixels, workers, seed, storage=storage)
+    pair = open_pair(train, val, world, pixels, workers, seed, storage=storage, cache=cache)
     selected = run_on_all_ranks(lambda: select(*pair), world)
     return prepare_pair(Pair(*selected), world=world, backend=backend, cache=cache)
 
@@ -70,6 +70,7 @@ def open_pair(
     *,
     labels: bool = True,
     storage: StorageOptions | None = None,
+    cache: str | Path | None = None,
 ) -> Pair:
     """Open the training and validation images without decoding files. Raises UserError on all ranks if one fails.
 
@@ -78,12 +79,12 @@ def open_pair(
     pixels: what the images must be. Both must have the same format.
     workers: processes per rank that read the items of a Dataset; None picks by the number of CPU cores.
     labels: whether labels are needed: those of some Datasets are known only after all items are read.
-    storage: how images at a URL are read.
+    storage: how images at a URL are read. cache: the cache folder, --data.cache, for indexes of tar shards.
     """
     held_out = None
     if not isinstance(val, float) and (val is not None or is_built_in(train)):
-        held_out = _open_once_per_node(train if val is None else val, "val", world)
-    opened = _open_once_per_node(train, "train", world)
+        held_out = _open_once_per_node(train if val is None else val, "val", world, cache)
+    opened = _open_once_per_node(train, "train", world, cache)
 
     def detect() -> None:
         use_local_cache(opened, storage or StorageOptions())
@@ -111,9 +112,9 @@ def open_pair(
     return Pair(opened, held_out)
 
 
-def _open_once_per_node(data: Any, split: str, world: World) -> Source:
+def _open_once_per_node(data: Any, split: str, world: World, cache: str | Path | None) -> Source:
     """Open images, with files listed by one rank of each node."""
-    return run_once_per_node(lambda: open_unread(data, split), listed_path(data), world)
+    return run_once_per_node(lambda: open_unread(data, split, cache), listed_path(data), world)
 
 
 def print_notes(source: Source, data: Any) -> None:
@@ -233,7 +234,7 @@ def open_views(
     """
     world = World(rank, world_size, torch.device(device))
     config = LoaderConfig(batch_size=batch_size, world=world, **options)
-    source = open_unread(data, "train")
+    source = open_unread(data, "train", cache)
     use_local_cache(source, storage or StorageOptions())
     detect_pixels(source, pixels or PixelOptions())
     check_values(source)

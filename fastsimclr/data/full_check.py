@@ -91,7 +91,7 @@ def check_data(
     Stopped once `stop` returns True on any rank; what was checked until then is not checked again.
     """
     started = time.monotonic()
-    source = open_pair(data, None, world, pixels).train
+    source = open_pair(data, None, world, pixels, cache=cache).train
     result = scan(source, cache=cache_folder(cache), world=world, stop=stop)
     source.bad = result.bad
     of_good = result.sizes[result.sizes[:, 0] > 0]

@@ -51,8 +51,11 @@ def open_source(data: Any, *, split: str = "train") -> Source:
     return source
 
 
-def open_unread(data: Any, split: str) -> Source:
-    """Open images like `open_source`, but leave labels unread that need all items of a Dataset: see `read_labels`."""
+def open_unread(data: Any, split: str, cache: str | os.PathLike[str] | None = None) -> Source:
+    """Open images like `open_source`, but leave labels unread that need all items of a Dataset: see `read_labels`.
+
+    cache: the cache folder, --data.cache, for the indexes of tar shards.
+    """
     assert split in ("train", "val"), split
     if isinstance(data, Source):
         return data
@@ -74,13 +77,13 @@ def open_unread(data: Any, split: str) -> Source:
     if kind in ("cifar10", "stl10"):
         return _from_torchvision(kind, os.path.expanduser(root) or "data", split)
     if is_object_reference(path):
-        return open_unread(_call(import_object(path), path), split)
+        return open_unread(_call(import_object(path), path), split, cache)
     folder = Path(path).expanduser()
     if folder.is_file() and folder.suffix == ".npy":
         return open_array_file(str(folder))
     if not folder.is_dir():
         if is_tar_path(path):
-            return open_tars(expand(path), cache_folder())
+            return open_tars(expand(path), cache_folder(cache))
         got = "a file" if folder.exists() else "nothing at that path"
         raise UserError(f"{path}: got {got}, expected {_EXPECTED}")
     return open_folder(str(folder))

@@ -221,8 +221,11 @@ class _Images:
         if isinstance(self.source, EncodedSource):
             data = self.source.read(index)
             ending = os.path.splitext(name)[1].lower()
-            if self.resize is not None and min(read_header(data, name).upright_size) > self.resize:
-                return _resized(data, self.resize, name)
+            if self.resize is not None:
+                header = read_header(data, name)
+                header.check_pixels(self.source.max_pixels, name)
+                if min(header.upright_size) > self.resize:
+                    return _resized(data, self.resize, name)
             return ending if ending in EXTENSIONS else ".jpg", data.tobytes()
         assert isinstance(self.source, DecodedSource)
         image = self.source.image(index)

@@ -43,6 +43,7 @@ def open_images(config: Config, train: Any, val: Any, world: World, *, rgb_optio
         config.seed,
         labels=needs_labels,
         storage=data.storage_options(),
+        cache=data.cache,
     )
     channels = pair[0].pixels.channels
     if rgb_optional and channels != 3:
