@@ -51,7 +51,7 @@ def open_source(data: Any, *, split: str = "train") -> Source:
     return source
 
 
-def open_unread(data: Any, split: str, cache: str | os.PathLike[str] | None = None) -> Source:
+def open_unread(data: Any, split: str, cache: str | Path | None = None) -> Source:
     """Open images like `open_source`, but leave labels unread that need all items of a Dataset: see `read_labels`.
 
     cache: the cache folder, --data.cache, for the indexes of tar shards.
