@@ -327,4 +327,4 @@ def test_the_documented_callback_runs(working_directory: Path, capsys: pytest.Ca
     exec(code, {"__name__": "__main__"})
     said = capsys.readouterr().out
     assert re.findall(r"^epoch (\d): loss", said, flags=re.MULTILINE) == list("1234")
-    assert len(metrics(working_directory / "runs" / "digits")) == 24 + 5
+    assert len(metrics(working_directory / "runs" / "digits")) == 24 + 4
