@@ -16,7 +16,7 @@ from nvidia.dali import pipeline_def
 from torch import Tensor
 
 from fastsimclr.data.augmentation import Augmentation
-from fastsimclr.data.headers import read_header
+from fastsimclr.data.headers import is_regular_jpeg, read_header
 from fastsimclr.data.images import as_ppm, decode
 from fastsimclr.data.loader import BatchRequest, CroppedBatch
 from fastsimclr.data.params import VIEW_PARAMS, ViewParams, sample_batch_params
@@ -77,6 +77,7 @@ class DaliBackend:
     - large JPEGs at a fraction of their size (data/scaled.py), also if the device is a GPU. Decoded in full there, a
       photograph of 4000x3000 takes 36 MB of its memory instead of 0.6 to 2, and its views would differ from those of
       the other backends. `scaled_decode="off"` leaves them to the GPU;
+    - JPEGs whose header has a fault: DALI's parser then corrupts memory;
     - JPEGs that DALI refuses, though our decoder does not (damaged ones). Such an image is found when it fails the
       pipeline, which is then built again and given the same batches.
     """
@@ -156,7 +157,8 @@ class DaliBackend:
             params = self._sample(request, slice(row, row + 1), [size])
             if scaled := decode_scaled(data, header, self.augmentation, params):
                 return _Image(as_ppm(scaled.image), False, size, scaled.boxes)
-        if header.format == "JPEG" and header.orientation == 1 and index not in self._refused:
+        is_plain = header.format == "JPEG" and header.orientation == 1 and is_regular_jpeg(data)
+        if is_plain and index not in self._refused:
             return _Image(data, True, size)
         return _Image(as_ppm(decode(data, name, self.source.pixels, self.source.max_pixels)), False, size)
 

@@ -181,6 +181,26 @@ def _read_jpeg(data: memoryview) -> Header:
     return Header("JPEG", *size, orientation or 1)
 
 
+def is_regular_jpeg(data: NDArray[np.uint8]) -> bool:
+    """Return whether the header of a JPEG is without faults: what DALI's parser, which corrupts memory at one, expects.
+
+    Its segments follow one another without a gap up to the scan. The only frame is baseline or progressive, of 8 bits,
+    and of one, three or four channels.
+    """
+    view, at, frames = data.data, 2, 0
+    while at < len(view) - 10 and view[at] == 0xFF and 0xC0 <= view[at + 1] <= 0xFE:
+        marker, length = view[at + 1], view[at + 2] << 8 | view[at + 3]
+        if marker == 0xDA:
+            return frames == 1 and at + 2 + length < len(view)
+        if 0xC0 <= marker <= 0xCF and marker not in (0xC4, 0xCC):
+            bits, channels = view[at + 4], view[at + 9]
+            if marker > 0xC2 or bits != 8 or channels not in (1, 3, 4) or length != 8 + 3 * channels:
+                return False
+            frames += 1
+        at += 2 + length
+    return False
+
+
 def _read_png(data: memoryview) -> Header:
     _, kind, width, height, bits = struct.unpack_from(">I4sIIB", data, 8)
     if kind != b"IHDR":

@@ -10,7 +10,7 @@ from numpy.typing import NDArray
 from pictures import ORIENTATIONS, encode, exif, jpeg, kinds, photo
 from PIL import Image
 
-from fastsimclr.data.headers import Header, read_header
+from fastsimclr.data.headers import Header, is_regular_jpeg, read_header
 from fastsimclr.data.images import decode
 from fastsimclr.errors import UserError
 
@@ -142,3 +142,20 @@ def expect_size_or_error(data: bytes) -> None:
     assert found.height >= 1
     assert found.width >= 1
     assert 1 <= found.orientation <= 8
+
+
+def test_regular_jpegs_have_a_header_without_faults() -> None:
+    image = Image.fromarray(photo(24, 30))
+    progressive = io.BytesIO()
+    image.save(progressive, "JPEG", progressive=True)
+    cmyk = io.BytesIO()
+    image.convert("CMYK").save(cmyk, "JPEG")
+    plain = jpeg(photo(24, 30))
+    frame, scan = plain.index(b"\xff\xc0"), plain.index(b"\xff\xda")
+    for good in (plain, progressive.getvalue(), cmyk.getvalue(), jpeg(photo(24, 30), exif=b"Exif\0\0" + bytes(20))):
+        assert is_regular_jpeg(np.frombuffer(good, np.uint8))
+    two_channels = plain[: frame + 9] + b"\x02" + plain[frame + 10 :]
+    lossless = plain[: frame + 1] + b"\xc3" + plain[frame + 2 :]
+    gap = plain[:frame] + b"\0" + plain[frame:]
+    for bad in (plain[:scan], plain[: frame + 5], two_channels, lossless, gap, plain[:2]):
+        assert not is_regular_jpeg(np.frombuffer(bad, np.uint8))
