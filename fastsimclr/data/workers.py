@@ -9,6 +9,7 @@ import weakref
 from collections import ChainMap
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
+from functools import partial
 from multiprocessing import forkserver, get_context, parent_process, resource_tracker
 from multiprocessing.context import BaseContext
 from multiprocessing.reduction import ForkingPickler
@@ -43,7 +44,7 @@ class WorkerLoader(Generic[Item]):
             persistent_workers=workers > 0,
             pin_memory=pin_memory,
             multiprocessing_context=_forkserver() if workers else None,
-            worker_init_fn=_exit_with_parent,
+            worker_init_fn=partial(_start_worker, dict(os.environ)),
         )
         # Also at exit, before multiprocessing's own handler, which sends SIGTERM to the workers and waits for them.
         self.close = weakref.finalize(self, _stop_workers, self._loader)
@@ -142,7 +143,10 @@ def _without_main_module() -> Iterator[None]:
         main.__file__, main.__spec__ = file, spec
 
 
-def _exit_with_parent(_: int) -> None:
+def _start_worker(environment: dict[str, str], _: int) -> None:
+    """environment: of this process's parent; the forkserver's is as it was when that started."""
+    os.environ.clear()
+    os.environ.update(environment)
     for number in _SIGNALS:
         signal.signal(number, signal.SIG_IGN)
 

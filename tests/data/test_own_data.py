@@ -332,6 +332,24 @@ def test_workers_read_a_dataset_of_an_unguarded_script_and_of_a_notebook(tmp_pat
 
 
 @pytest.mark.slow
+def test_workers_have_the_environment_of_their_start(tmp_path: Path) -> None:
+    script = """
+import os, torch
+from fastsimclr import Augmentation, open_views
+class Mine:
+    def __len__(self): return 4
+    def __getitem__(self, index): return torch.full((3, 8, 8), int(os.environ["SHADE"]), dtype=torch.uint8)
+for shade in ("0", "255"):
+    os.environ["SHADE"] = shade
+    plain = Augmentation(image_size=8, mean=(0, 0, 0), std=(1, 1, 1)).for_evaluation()
+    loader = open_views(Mine(), plain, 4, backend="torchvision", workers=1)
+    print([float(batch.views[0].max()) for batch in loader])
+    loader.close()
+"""
+    assert run_script(tmp_path / "script.py", script) == "[0.0]\n[1.0]\n"
+
+
+@pytest.mark.slow
 def test_workers_read_own_data_like_this_process(tmp_path: Path) -> None:
     np.save(tmp_path / "array.npy", PIXELS)
     mapped = np.load(tmp_path / "array.npy", mmap_mode="r")
