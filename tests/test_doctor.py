@@ -52,7 +52,7 @@ def test_doctor_reports_what_will_be_used_and_why(found: dict[str, Any]) -> None
 
 
 def test_doctor_reports_the_backend_of_a_folder_of_images(found: dict[str, Any], tmp_path: Path) -> None:
-    Image.new("RGB", (8, 8)).save(tmp_path / "1.png")
+    Image.new("RGB", (120, 120)).save(tmp_path / "1.png")  # too large to be decoded once and kept
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     backend, why = data.choose_backend(open_source(str(tmp_path)), device)
     assert found["views_of_a_folder"] == {"backend": backend, "why": why}
