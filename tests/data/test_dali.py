@@ -125,7 +125,8 @@ whole = {
 for i in range(count):
     kind = ("jpg", "jpg", "png", "webp")[i % 4]
     file = bytearray(whole[kind][i // 4 % len(whole[kind])])
-    at = int(rng.integers(len(file)))
+    in_header = kind == "jpg" and i % 4 == 0  # where faults corrupted the memory of DALI's parser
+    at = int(rng.integers(2, file.index(bytes([0xFF, 0xDA])) if in_header else len(file)))
     match i // 4 % 5:
         case 0:
             file[at] ^= 1 << int(rng.integers(8))
@@ -158,4 +159,4 @@ def test_mutated_files_are_decoded_or_replaced(tmp_path: Path) -> None:
     done = subprocess.run(program, capture_output=True, text=True, timeout=300)
     assert done.returncode == 0, done.stderr[-2000:]
     good = int(done.stdout.split()[-1])
-    assert 200 < good < 500  # most flips leave a JPEG readable, most damages no PNG
+    assert 150 < good < 500  # most flips leave a JPEG readable, most damages no PNG
