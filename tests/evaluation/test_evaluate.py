@@ -100,6 +100,11 @@ def computed(request: pytest.FixtureRequest, run: Path) -> Features:
     return Features(options, *features(run, sources[0]), *features(run, sources[1]))
 
 
+def as_stored(values: np.ndarray) -> np.ndarray:
+    """Return representations as kNN keeps them: normalized, in float16."""
+    return (values / np.linalg.norm(values, axis=1, keepdims=True)).astype(np.float32).astype(np.float16).astype(float)
+
+
 @pytest.mark.parametrize(("k", "temperature"), [(1, None), (20, None), (20, 0.07), (200, 0.07)])
 @pytest.mark.slow
 def test_knn_matches_scikit_learn(
@@ -107,7 +112,8 @@ def test_knn_matches_scikit_learn(
 ) -> None:
     weights: Any = "uniform" if temperature is None else lambda distance: np.exp(-distance / temperature)
     theirs = KNeighborsClassifier(k, metric="cosine", weights=weights, algorithm="brute")
-    expected = theirs.fit(computed.bank, computed.bank_labels).score(computed.queries, computed.labels)
+    bank, queries = (as_stored(values) for values in (computed.bank, computed.queries))
+    expected = theirs.fit(bank, computed.bank_labels).score(queries, computed.labels)
     word = "none" if temperature is None else str(temperature)
     record = evaluate(tmp_path, "knn", f"--checkpoint={run}", f"--k={k}", f"--temperature={word}", *computed.options)
     assert 0.1 < expected < 1
