@@ -103,7 +103,7 @@ def test_views_from_a_failing_s3_server_are_those_from_disk(
     url: str, path: str, backend: str, workers: int, cached: bool, s3: Proxy, data: Path, tmp_path: Path
 ) -> None:
     expected = views(str(data / path.removeprefix("s3://bucket/")), backend, workers, epochs=2)
-    s3.fault_rate = 0.1
+    s3.fault_rate, s3.fail_next = 0.1, 1  # at least one of the few requests fails
     s3.failed.clear()
     got = views(url, backend, workers, epochs=2, local_cache=str(tmp_path / "cache") if cached else None)
     s3.fault_rate = 0
