@@ -266,7 +266,7 @@ class ViewLoader:
         for index, message in cropped.bad.items():
             self.bad.setdefault(index, reason_of(message, self.source, index))
         self._met_bad += len(cropped.bad)
-        self._met += len(cropped.used) + len(cropped.bad)
+        self._met += len(batch.index) + len(cropped.bad.keys() - set(batch.index.tolist()))
         if self._met >= _MIN_MET or batch.next_position == 0:
             self._limit_bad(self._met_bad, self._met)
         with stage("views"):
