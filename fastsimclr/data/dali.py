@@ -160,7 +160,7 @@ class DaliBackend:
         is_plain = header.format == "JPEG" and header.orientation == 1 and is_regular_jpeg(data)
         if is_plain and index not in self._refused:
             return _Image(data, True, size)
-        return _Image(as_ppm(decode(data, name, self.source.pixels, self.source.max_pixels)), False, size)
+        return _Image(as_ppm(decode(data, name, header=header)), False, size)
 
     def _sample(self, request: BatchRequest, rows: slice, sizes: Sequence[tuple[int, int]]) -> list[ViewParams]:
         index = request.index[rows]

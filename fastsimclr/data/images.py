@@ -30,7 +30,11 @@ _WEBP_EXIF, _WEBP_ANIMATION = 0x08, 0x02  # flags of an extended WebP's header
 
 
 def decode(
-    data: NDArray[np.uint8], name: str, pixels: PixelFormat = RGB8, max_pixels: int = PixelOptions.max_pixels
+    data: NDArray[np.uint8],
+    name: str,
+    pixels: PixelFormat = RGB8,
+    max_pixels: int = PixelOptions.max_pixels,
+    header: Header | None = None,
 ) -> Tensor:
     """Decode the image in `data` to (C, H, W) in the format `pixels`, upright by its EXIF orientation.
 
@@ -38,11 +42,12 @@ def decode(
     signed and 32-bit integers, and .npy arrays of another format are refused. For any other `pixels`, the image must
     have that format. Of an animation, the first image is decoded; so is the first page of a TIFF as 8-bit RGB.
     name: name of the image in an error. max_pixels: largest number of pixels, checked before decoding.
+    header: that of `data`, if it has been read and its pixels checked.
     Raises UserError if the image cannot be decoded completely, is larger, has another format, or has values that are
     not finite or not in the format's range.
     """
     if (pixels.channels, pixels.dtype) == (RGB8.channels, RGB8.dtype):
-        return _decode(data, name, max_pixels, _to_rgb8)
+        return _decode(data, name, max_pixels, _to_rgb8, header)
     image = decode_raw(data, name, max_pixels)
     pixels.check(image, name)
     return image
@@ -57,10 +62,15 @@ def decode_raw(data: NDArray[np.uint8], name: str, max_pixels: int = PixelOption
 
 
 def _decode(
-    data: NDArray[np.uint8], name: str, max_pixels: int, decoder: Callable[[NDArray[np.uint8], Header], Tensor]
+    data: NDArray[np.uint8],
+    name: str,
+    max_pixels: int,
+    decoder: Callable[[NDArray[np.uint8], Header], Tensor],
+    header: Header | None = None,
 ) -> Tensor:
-    header = read_header(data, name)
-    header.check_pixels(max_pixels, name)
+    if header is None:
+        header = read_header(data, name)
+        header.check_pixels(max_pixels, name)
     try:
         image = decoder(data, header)
         if tuple(image.shape[1:]) != header.upright_size:

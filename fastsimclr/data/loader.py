@@ -78,7 +78,7 @@ class LoaderConfig:
     """Start to read the next epoch before the current one ends. Turn it off to read a single epoch."""
     max_bad: float = 0.01
     """Largest fraction of bad images among those that this rank has met, after 1,000 or an epoch: UserError above it.
-    Also the largest fraction of all images that may be known to be bad before."""
+    Also the largest fraction of all images that may be known to be bad beforehand."""
 
 
 class BatchRequest(NamedTuple):

@@ -140,7 +140,7 @@ class MemoryBackend:
         for request in requests:
             with stage("views"):
                 used = request.index.copy()
-                for row in np.flatnonzero(np.isin(used, list(request.bad))):
+                for row in np.flatnonzero(np.isin(used, list(request.bad))) if request.bad else ():
                     used[row] = read_or_replace(request, int(row), len(self.images), lambda index: None)[0]
                 sizes = np.tile(self.images.shape[1:3], (len(used), 1))
                 params = sample_batch_params(self.augmentation, request.seed, request.epoch, request.index, sizes)

@@ -132,7 +132,7 @@ class _Crops(Dataset[CroppedBatch | UserError]):
                     for recipe, box, each in zip(recipes, scaled.boxes, params, strict=True)
                 ]
                 return crops, params
-            image = decode(data, name, source.pixels, source.max_pixels)
+            image = decode(data, name, header=header)
         else:
             image = decoded(source, index)
             params = sample(image.shape[1:])
