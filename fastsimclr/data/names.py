@@ -13,7 +13,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-_HASHED_AT_ONCE = 1 << 16  # bounds the memory of the digests
+_AT_ONCE = 1 << 16  # bounds the memory of their digests, and of their ends as Python's integers
 
 
 class Names:
@@ -65,17 +65,24 @@ class Names:
         return Names(text[positions], new_ends)
 
     def __iter__(self) -> Iterator[str]:
-        return map(self.__getitem__, range(len(self)))
+        return map(os.fsdecode, self._iter_bytes())
+
+    def _iter_bytes(self) -> Iterator[bytes]:
+        text, ends = self._text.numpy().data, self._ends.numpy()
+        start = 0
+        for first in range(0, len(ends), _AT_ONCE):
+            for end in ends[first : first + _AT_ONCE].tolist():
+                yield bytes(text[start:end])
+                start = end
 
     def hashes(self) -> NDArray[np.uint64]:
         """Return a 64-bit hash of each name (N,)."""
-        text, ends = self._text.numpy().data, self._ends.numpy()
-        hashed = np.empty(len(ends), np.uint64)
-        for first in range(0, len(ends), _HASHED_AT_ONCE):
-            part = ends[first : first + _HASHED_AT_ONCE].tolist()
-            bounds = itertools.pairwise([int(ends[first - 1]) if first else 0, *part])
-            digests = b"".join([hashlib.blake2b(text[start:end], digest_size=8).digest() for start, end in bounds])
-            hashed[first : first + len(part)] = np.frombuffer(digests, "<u8")
+        hashed = np.empty(len(self), np.uint64)
+        names = self._iter_bytes()
+        for first in range(0, len(self), _AT_ONCE):
+            part = itertools.islice(names, _AT_ONCE)
+            digests = b"".join([hashlib.blake2b(name, digest_size=8).digest() for name in part])
+            hashed[first : first + _AT_ONCE] = np.frombuffer(digests, "<u8")
         return hashed
 
     def digest(self) -> bytes:

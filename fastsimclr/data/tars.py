@@ -10,6 +10,7 @@ classes   integers stay what they are; beside the shards, classes.txt may name t
           labels are the names of classes, which are sorted.
 """
 
+import functools
 import glob
 import json
 import os
@@ -20,7 +21,6 @@ from collections.abc import Callable, Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import AbstractContextManager, closing
 from dataclasses import dataclass, replace
-from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -223,7 +223,7 @@ def read_shard(path: str, open_shard: OpenShard) -> Shard:
     try:
         with open_shard(path) as file:
             try:
-                return _lay_out(path, read_archives(file, _LABELS, partial(_read_label, path)))
+                return _lay_out(path, read_archives(file, _LABELS, functools.partial(_read_label, path)))
             except DamagedTar as error:
                 raise _explain(path, file.read(0, 8), error) from error
     except OSError as error:
@@ -318,14 +318,19 @@ def _as_label(text: str) -> str:
 
 def _labeled_by_folder(part: Shard) -> Shard:
     texts: dict[str | None, int] = {}
-    labels = [texts.setdefault(_folder(name), len(texts)) for name in part.names]
+
+    @functools.cache  # there are far fewer folders than images
+    def label_of(folder: str) -> int:
+        return texts.setdefault(_folder_name(folder), len(texts))
+
+    labels = [label_of(name[: name.rfind("/") + 1]) for name in part.names]
     return replace(part, labels=np.array(labels, np.int64), texts=list(texts))
 
 
-def _folder(name: str) -> str | None:
-    """Return the name of the folder that holds a member. None at the top: ./0.jpg."""
-    folder = os.path.basename(os.path.dirname(os.path.normpath(name)))
-    return None if folder in ("", "..") else folder
+def _folder_name(path: str) -> str | None:
+    """Return the name of a folder of members. None for the top: that of ./0.jpg."""
+    name = os.path.basename(os.path.normpath(path))
+    return None if name in ("", ".", "..") else name
 
 
 def _classes(texts: Sequence[str], shards: Sequence[str]) -> tuple[dict[str | None, int], list[str], bool]:
