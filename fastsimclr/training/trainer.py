@@ -22,15 +22,15 @@ from fastsimclr.data.loader import LoaderConfig
 from fastsimclr.data.urls import redacted
 from fastsimclr.distributed import World, run_on_all_ranks
 from fastsimclr.environment import commit, examine
-from fastsimclr.errors import UserError
 from fastsimclr.evaluation.knn import measure
 from fastsimclr.optim import LRSchedule
 from fastsimclr.profiling import StageClock, Trace, stage
 from fastsimclr.progress_bar import Phase
-from fastsimclr.run_folder import RunFolder, load_checkpoint, write_text
+from fastsimclr.run_folder import RunFolder, write_text
 from fastsimclr.training import summary
-from fastsimclr.training.build import architecture, build_learner, check_architecture, check_weights
+from fastsimclr.training.build import build_learner
 from fastsimclr.training.callbacks import Callback, Callbacks, KeepCheckpoints
+from fastsimclr.training.checkpoints import file_to_resume, resume, write_checkpoint
 from fastsimclr.training.estimate import Estimate, estimate_step
 from fastsimclr.training.images import (
     as_recorded,
@@ -93,7 +93,7 @@ class Trainer:
             sources, config = open_images(config, train, val, world, rgb_optional=rgb_optional)
         channels = sources[0].pixels.channels
         # Before the images are checked, which may take long: errors in these options are reported at once.
-        file = distributed.broadcast_object(self._file_to_resume(), world)
+        file = distributed.broadcast_object(file_to_resume(config, self.folder), world)
         self._source = as_recorded(sources.train, file, world)
         sources = sources._replace(train=self._source)
         # DistributedDataParallel copies the weights of rank zero to the others.
@@ -133,7 +133,7 @@ class Trainer:
         last_step = min(self.schedule.total_steps, config.max_steps or self.schedule.total_steps)
         self.progress = Progress(self.loader.state_dict(), last_step)
         if file is not None:
-            run_on_all_ranks(partial(self.resume, file), world)
+            run_on_all_ranks(partial(resume, self, file), world)
         self.freezing.start_epoch(self.progress.epoch)
         self.stepper = self._build_stepper()
 
@@ -204,7 +204,7 @@ class Trainer:
         record = self.unfinished_epoch
         assert record is not None
         if self.measures_knn and ((record["epoch"] + 1) % self.config.knn_every == 0 or self.progress.is_done):
-            self._write_checkpoint()  # a run that is killed while it measures does not repeat the epoch
+            write_checkpoint(self)  # a run that is killed while it measures does not repeat the epoch
             self.trained_knn = self.evaluate_knn()
             if self.trained_knn is None:
                 return
@@ -249,53 +249,10 @@ class Trainer:
 
     def save(self) -> None:
         """Replace the checkpoint, and call the callbacks. A step whose loss is not finite is never saved."""
-        self._write_checkpoint()
+        write_checkpoint(self)
         self._checkpoint_requested = False
         self.callbacks.on_checkpoint(self.folder.checkpoint)
         self.clock.restart()
-
-    def _write_checkpoint(self) -> None:
-        self.metrics.flush()
-        if self.world.is_rank_zero:
-            self.folder.save(
-                {
-                    "step": self.progress.step,
-                    "batch_size": self.config.batch_size,
-                    "architecture": architecture(self.config, self.model),
-                    "model": self.model.state_dict(),
-                    "optimizer": self.optimizer.state_dict(),
-                    "grad_scaler": self.scaler.state_dict(),
-                    "data": self.progress.position,
-                    "skipped_images": self.skipped.state_dict(),
-                    "callbacks": self.callbacks.state_dict(),
-                    "untrained_knn": self.untrained_knn,
-                    "unfinished_epoch": self.unfinished_epoch,
-                    "config": to_yaml(with_absolute_paths(self.config)),
-                }
-            )
-
-    def resume(self, file: Path) -> None:
-        """Load a checkpoint."""
-        state = load_checkpoint(file)
-        check_architecture(file, state["architecture"], architecture(self.config, self.model))
-        if state["batch_size"] != self.config.batch_size:
-            raise UserError(
-                f"--batch_size: got {self.config.batch_size}, but {file} is from a run with {state['batch_size']}; "
-                "expected the same, because the schedule counts steps: use that, or --resume never"
-            )
-        check_weights(file, state["model"], self.model)
-        self.model.load_state_dict(state["model"])
-        self.optimizer.load_state_dict(state["optimizer"])
-        if state.get("grad_scaler"):  # empty if the checkpoint's precision needs no scale; this run's then starts new
-            self.scaler.load_state_dict(state["grad_scaler"])
-        self.loader.load_state_dict(state["data"])
-        self.progress.step, self.progress.position = state["step"], state["data"]
-        self.skipped.load_state_dict(state["skipped_images"])
-        self.untrained_knn = state["untrained_knn"]
-        self.unfinished_epoch = state["unfinished_epoch"]
-        self.metrics.last = self.unfinished_epoch or {}
-        self.callbacks.load_state_dict(state.get("callbacks", []))
-        self._print(f"resumed from {file} at step {self.progress.step}")
 
     def close(self) -> None:
         """Close the files, stop the loader's workers and end the callbacks."""
@@ -304,12 +261,6 @@ class Trainer:
         self.metrics.close()
         self.loader.close()
         self.callbacks.on_end()
-
-    def _file_to_resume(self) -> Path | None:
-        """The checkpoint that --resume selects; None to start with the first step."""
-        wanted = self.config.resume
-        file = self.folder.checkpoint if wanted == "auto" else Path(wanted)
-        return None if wanted == "never" or (wanted == "auto" and not file.exists()) else file
 
     def _build_stepper(self) -> Step:
         config, device = self.config, self.world.device
