@@ -27,10 +27,11 @@ from fastsimclr.data.arrays import is_array, open_array, open_array_file
 from fastsimclr.data.cache_folder import cache_folder
 from fastsimclr.data.datasets import DatasetSource, is_hugging_face, open_hugging_face
 from fastsimclr.data.folders import open_folder, open_listed
-from fastsimclr.data.remote import RemoteFiles, examine_files, list_files
+from fastsimclr.data.remote import RemoteFiles
+from fastsimclr.data.remote_requests import examine_files, list_files
 from fastsimclr.data.scan import read_labels
 from fastsimclr.data.sources import NO_LABEL, ArraySource, EncodedSource, FolderSource, Source
-from fastsimclr.data.tars import expand, is_tar_path, open_tars, read_shards
+from fastsimclr.data.tars import expand, is_tar_path, open_indexed, open_tars, read_shards
 from fastsimclr.data.urls import is_url, query_of, without_query
 from fastsimclr.errors import UserError
 from fastsimclr.imports import describe_failure, import_object, is_object_reference
@@ -70,7 +71,7 @@ def open_unread(data: Any, split: str, cache: str | Path | None = None) -> Sourc
             f"expected {_EXPECTED}: pass the images again, or --data.train on the command line"
         )
     if is_url(path):
-        return _open_url(without_query(path))
+        return _open_url(without_query(path), cache_folder(cache))
     kind, _, root = path.partition(":")
     if path == "digits":
         return _digits(split)
@@ -143,11 +144,12 @@ def _open_object(data: Any) -> Source:
     return DatasetSource(data)
 
 
-def _open_url(url: str) -> EncodedSource:
+def _open_url(url: str, cache: Path) -> EncodedSource:
     if is_tar_path(url):
         shards, query = expand(url), query_of(url)
         files = RemoteFiles(examine_files(shards, query), query)
-        source: EncodedSource = read_shards(shards, files.open_shard)
+        stamps = [files.stat(shard) for shard in shards]
+        source: EncodedSource = open_indexed(shards, stamps, cache, lambda: read_shards(shards, files.open_shard))
     else:
         root = url.rstrip("/")
         found = list_files(root)

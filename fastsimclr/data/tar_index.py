@@ -12,15 +12,16 @@ import numpy as np
 from fastsimclr.data.cache_folder import write_to_cache
 from fastsimclr.data.names import Names
 from fastsimclr.data.sources import TarSource
+from fastsimclr.data.urls import is_url
 
 INDEX_FILE = "index.npz"  # beside the shards
 _VERSION = 1  # of the file and of the rules in tars.py
-MIN_IMAGES = 10_000  # fewer are found as fast
+MIN_IMAGES = 10_000  # on disk, fewer are found as fast
 
 
 def index_file(folder: Path, shards: Sequence[str]) -> Path:
     """Return the index of these shards in the cache folder."""
-    paths = b"\0".join(os.fsencode(os.path.realpath(shard)) for shard in shards)
+    paths = b"\0".join(os.fsencode(shard if is_url(shard) else os.path.realpath(shard)) for shard in shards)
     return folder / "tars" / f"{hashlib.blake2b(paths, digest_size=16).hexdigest()}.npz"
 
 

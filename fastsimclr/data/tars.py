@@ -29,7 +29,7 @@ from numpy.typing import NDArray
 from fastsimclr.data.folders import SYSTEM_FOLDERS
 from fastsimclr.data.images import EXTENSIONS
 from fastsimclr.data.names import Names, printable
-from fastsimclr.data.remote import list_files
+from fastsimclr.data.remote_requests import list_files
 from fastsimclr.data.sources import NO_LABEL, TarSource
 from fastsimclr.data.tar_headers import Archive, DamagedTar, ReadableFile, read_archives
 from fastsimclr.data.tar_index import INDEX_FILE, MIN_IMAGES, index_file, load_index, save_index, stamps_of
@@ -157,11 +157,22 @@ def open_tars(shards: Sequence[str], cache: Path) -> TarSource:
         stamps = stamps_of([*shards, *([str(classes)] if classes.is_file() else [])])
     except OSError as error:
         raise _unreadable(str(error.filename), error) from error
+    beside = load_index(classes.with_name(INDEX_FILE), shards, stamps)
+    return beside or open_indexed(shards, stamps, cache, lambda: read_local_shards(shards))
+
+
+def open_indexed(
+    shards: Sequence[str], stamps: Sequence[tuple[int, int]], cache: Path, read: Callable[[], TarSource]
+) -> TarSource:
+    """Open tar shards from their index in the folder `cache`; if there is none of these stamps, read them and write it.
+
+    stamps: two numbers per file that change with its content.
+    """
     file = index_file(cache, shards)
-    source = load_index(classes.with_name(INDEX_FILE), shards, stamps) or load_index(file, shards, stamps)
+    source = load_index(file, shards, stamps)
     if source is None:
-        source = read_local_shards(shards)
-        if len(source) >= MIN_IMAGES:
+        source = read()
+        if len(source) >= MIN_IMAGES or is_url(shards[0]):
             save_index(file, source, stamps)
     return source
 
