@@ -1,0 +1,42 @@
+"""Fixtures of the fault tests. FAULTS=long selects their long form, run by hand; its figures: docs/reliability.md."""
+
+import os
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import pytest
+from faults import runs
+
+LONG = os.environ.get("FAULTS") == "long"
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """All tests in this folder are slow."""
+    for item in items:
+        if item.path.parent == Path(__file__).parent:
+            item.add_marker("slow")
+
+
+@pytest.fixture(scope="session")
+def is_long() -> bool:
+    """Whether to run the long form of a test."""
+    return LONG
+
+
+@pytest.fixture(autouse=True)
+def nothing_left() -> Iterator[Callable[..., None]]:
+    """A function that fails if processes, shared memory or incomplete files in the given folders are left.
+
+    It waits 10 s for them to vanish. After the test, the processes that it has started are killed.
+    """
+    before = runs.shared_memory()
+
+    def check(*folders: Path, seconds: float = 10) -> None:
+        deadline = time.monotonic() + seconds
+        while left := runs.leftovers(before, *folders):
+            assert time.monotonic() < deadline, left
+            time.sleep(0.05)
+
+    yield check
+    runs.kill_all()
