@@ -11,6 +11,7 @@ from fastsimclr._extension import describe_build, why_unavailable
 from fastsimclr.distributed import resolve_group
 from fastsimclr.errors import UserError
 from fastsimclr.loss import fused
+from fastsimclr.loss.autograd_modes import is_in_transform
 from fastsimclr.loss.reference import nt_xent_reference
 from fastsimclr.loss.tiled import nt_xent_tiled
 
@@ -51,8 +52,9 @@ def nt_xent(
     decoupled: if True, leave the positive out of the denominator (Yeh et al., arXiv 2110.06848).
 
     Returns a 0-dim or (2N,) tensor in float32 (float64 for float64 inputs). Non-finite projections give a non-finite
-    loss, without a CPU-GPU synchronization. Differentiable once: "fused" and "tiled" raise RuntimeError on a second
-    derivative.
+    loss, without a CPU-GPU synchronization. Differentiable once by torch.autograd: "fused" and "tiled" raise
+    RuntimeError on a second derivative, in forward-mode AD and in torch.func's grad, jvp, jacrev, ...; vmap calls them
+    once per sample. "reference" has all of these.
     Raises ValueError for invalid shapes, dtypes or options, or if `backend` cannot compute the loss of these inputs.
     """
     _check(z1, z2, temperature, backend, precision, reduction)
@@ -63,7 +65,7 @@ def nt_xent(
     value: float | None = None
     if not isinstance(temperature, Tensor):
         value = float(temperature)
-    elif temperature.device.type == "cpu" and not torch.compiler.is_compiling():  # else symbolic
+    elif temperature.device.type == "cpu" and not (torch.compiler.is_compiling() or is_in_transform()):
         value = float(temperature.detach())
     if value is not None and not (value > 0 and math.isfinite(value)):
         raise ValueError(f"temperature: got {value}, expected a positive number")

@@ -14,6 +14,7 @@ from torch import Tensor
 from fastsimclr import _extension
 from fastsimclr._extension import why_unavailable
 from fastsimclr.distributed import all_gather_rows, gather_sizes, group_name, group_of, start_gather_rows
+from fastsimclr.loss.autograd_modes import define_modes, refuse_transforms
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 MAX_WIDTH = 2048
@@ -49,6 +50,7 @@ def nt_xent_fused(
     temperature: the tensor, if one is given. temperature_value: its value, if known without waiting for a GPU. At least
     one is not None.
     """
+    refuse_transforms("fused")
     return fused_forward(z1, z2, temperature, group_name(group), mean, decoupled, precision, temperature_value)[0]
 
 
@@ -211,6 +213,7 @@ def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]
 def _backward(ctx: Any, dloss: Tensor | None, *_: Any) -> tuple[Tensor | None, ...]:
     if dloss is None:  # gradcheck calls it without any gradient
         return (None,) * 8
+    refuse_transforms("fused")
     *saved, temperature = ctx.saved_tensors
     dz1, dz2, z_dot_dz = fused_backward(dloss, *saved, temperature, ctx.group, ctx.temperature_value)
     dtemperature = None
@@ -220,6 +223,7 @@ def _backward(ctx: Any, dloss: Tensor | None, *_: Any) -> tuple[Tensor | None, .
 
 
 fused_forward.register_autograd(_backward, setup_context=_setup_context)
+define_modes("fused", fused_forward, fused_backward)
 
 
 class _Kernels:

@@ -28,6 +28,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from fastsimclr.distributed import all_gather_rows, gather_sizes, group_name, group_of
+from fastsimclr.loss.autograd_modes import define_modes, refuse_transforms
 
 LOG2_E = math.log2(math.e)
 NORM_EPS = 1e-12  # as in torch.nn.functional.normalize
@@ -44,6 +45,7 @@ def nt_xent_tiled(
     temperature_value: float | None,
 ) -> Tensor:
     """Arguments and result as in `fastsimclr.nt_xent`. temperature_value: the temperature, if known on the CPU."""
+    refuse_transforms("tiled")
     return tiled_forward(z1, z2, temperature, group_name(group), mean, decoupled, precision, temperature_value)[0]
 
 
@@ -176,6 +178,7 @@ def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]
 def _backward(ctx: Any, dloss: Tensor | None, *_: Any) -> tuple[Tensor | None, ...]:
     if dloss is None:  # gradcheck calls it without any gradient
         return (None,) * 8
+    refuse_transforms("tiled")
     z, norm, all_z, stats, sizes, temperature = ctx.saved_tensors
     dz, dtemperature = tiled_backward(
         dloss, z, norm, all_z, stats, sizes, temperature, ctx.group, ctx.precision, ctx.temperature_value
@@ -185,6 +188,7 @@ def _backward(ctx: Any, dloss: Tensor | None, *_: Any) -> tuple[Tensor | None, .
 
 
 tiled_forward.register_autograd(_backward, setup_context=_setup_context)
+define_modes("tiled", tiled_forward, tiled_backward)
 
 
 def _negative_sums(z: Tensor, all_z: Tensor, offset: int) -> Tensor:
