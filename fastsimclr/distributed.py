@@ -3,6 +3,8 @@
 import gc
 import os
 import re
+import time
+import uuid
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -12,6 +14,7 @@ from typing import Any, TypeVar, cast
 import torch
 import torch.distributed as dist
 from torch import Tensor
+from torch.distributed.rendezvous import rendezvous
 
 from fastsimclr.errors import OtherRankError, UserError
 from fastsimclr.profiling import stage
@@ -89,9 +92,40 @@ def start(device: str) -> World:
     if world_size > 1:
         backend = "cpu:gloo,cuda:nccl" if chosen.type == "cuda" else "gloo"
         with _waiting(int(os.environ["RANK"])):
-            device_id = chosen if chosen.type == "cuda" else None
-            dist.init_process_group(backend, device_id=device_id, timeout=_TIMEOUT)
+            store, rank, world_size = next(rendezvous("env://", timeout=_TIMEOUT))
+            dist.init_process_group(
+                backend,
+                device_id=chosen if chosen.type == "cuda" else None,
+                timeout=_TIMEOUT,
+                store=_without_old_keys(store, rank, world_size),
+                rank=rank,
+                world_size=world_size,
+            )
     return World(rank=int(os.environ.get("RANK", "0")), world_size=world_size, device=chosen)
+
+
+def _without_old_keys(store: dist.Store, rank: int, world_size: int) -> dist.Store:
+    """Return `store` with a prefix that only these processes have.
+
+    torchrun's store outlives them: after `--max-restarts` has started new ones, torch would connect them to the
+    addresses of the old ones. TORCHELASTIC_RESTART_COUNT is no prefix, as it differs between nodes. Each rank therefore
+    asks under a name of its own, which rank 0 answers with its prefix, until all have confirmed that one.
+    """
+    own = uuid.uuid4().hex
+    if rank > 0:
+        store.set(f"question of rank {rank}", own)
+        prefix = store.get(f"answer to {own}").decode()
+        store.set(f"{prefix}/confirmed by rank {rank}", "")
+        return dist.PrefixStore(prefix, store)
+    deadline = time.monotonic() + _TIMEOUT.total_seconds()
+    for other in range(1, world_size):
+        while not store.check([f"{own}/confirmed by rank {other}"]):
+            if store.check([question := f"question of rank {other}"]):  # may still be that of an old process
+                store.set(f"answer to {store.get(question).decode()}", own)
+            if time.monotonic() > deadline:
+                raise RuntimeError(f"timed out: rank {other} did not come")
+            time.sleep(0.01)
+    return dist.PrefixStore(own, store)
 
 
 @contextmanager
