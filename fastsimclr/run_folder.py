@@ -28,6 +28,7 @@ class RunFolder:
         self.environment = self.path / "environment.json"
         self.images = self.path / "images.npz"
         self.metrics = self.path / "metrics.jsonl"
+        self.damaged_metrics = self.path / "metrics_damaged.txt"
         self.tensorboard = self.path / "tensorboard"
         self.trace = self.path / "trace.json.gz"
         self.report = self.path / "report.html"

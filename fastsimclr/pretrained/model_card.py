@@ -7,6 +7,7 @@ from typing import Any
 
 import yaml
 
+from fastsimclr.metrics_file import read_records
 from fastsimclr.models import USER_MODULE
 from fastsimclr.pretrained.libraries import describe
 from fastsimclr.pretrained.load import Pretrained
@@ -69,8 +70,7 @@ def _results(pretrained: Pretrained, run: RunFolder) -> Iterator[tuple[str, str,
     """The protocol, data and top-1 accuracy of what was measured with the exported weights."""
     config = pretrained.config or {}
     if run.metrics.is_file():
-        for line in run.metrics.read_text().splitlines():
-            record = json.loads(line)
+        for record in read_records(run.metrics):
             if "knn_accuracy" in record and pretrained.origin == f"fastsimclr run, step {record['step']}":
                 val, train = config["data"].get("val"), config["data"]["train"]
                 data = _name(val if isinstance(val, str) else train)

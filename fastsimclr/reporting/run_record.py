@@ -12,6 +12,7 @@ import numpy as np
 import yaml
 
 from fastsimclr.errors import UserError
+from fastsimclr.metrics_file import read_lines
 from fastsimclr.reporting.curves import Floats
 from fastsimclr.run_folder import RunFolder
 
@@ -172,8 +173,8 @@ def read_run(folder: RunFolder) -> Run:
         raise UserError(
             f"{folder.config}: got no options as YAML ({error}), expected the file that train wrote"
         ) from error
-    steps, stages, knn, skipped = _read_metrics(folder.metrics)
     warnings: list[str] = []
+    steps, stages, knn, skipped = _read_metrics(folder.metrics, warnings)
     environment: dict[str, Any] = {}
     if folder.environment.is_file():
         try:
@@ -207,32 +208,26 @@ def flattened(values: dict[str, Any], prefix: str = "") -> Iterator[tuple[str, s
             yield f"{prefix}{key}", value if isinstance(value, str) else json.dumps(value, default=str)
 
 
-def _read_metrics(file: Path) -> tuple[dict[str, Floats], dict[str, Floats], list[Knn], int | None]:
+def _read_metrics(
+    file: Path, warnings: list[str]
+) -> tuple[dict[str, Floats], dict[str, Floats], list[Knn], int | None]:
     numbers = array("d")
     stages: list[dict[str, float]] = []
     knn: list[Knn] = []
     skipped: int | None = None
-    with open(file, "rb") as lines:
-        for number, line in enumerate(lines, start=1):
-            try:
-                record = json.loads(line)
-                step = int(record["step"])
-                if "loss" in record:
-                    values = [float(record.get(name, np.nan)) for name in STEP_NUMBERS]
-                    stages.append({name: float(ms) for name, ms in record.get("stages_ms", {}).items()})
-                    numbers.extend(values)
-                elif "knn_accuracy" in record:
-                    knn.append(Knn(step, int(record["epoch"]), float(record["knn_accuracy"])))
-                elif "skipped_images" in record:
-                    skipped = int(record["skipped_images"])
-            except (ValueError, TypeError, KeyError, AttributeError, OverflowError) as error:
-                if not line.endswith(b"\n"):
-                    break  # an incomplete last line: the run was killed, or is writing it
-                shown = line[:60].decode(errors="replace").strip()
-                raise UserError(
-                    f"{file}: got {shown!r} in line {number}, expected a JSON object as written by train; "
-                    "remove this line"
-                ) from error
+    damaged = 0
+    for line, record in read_lines(file):
+        if record is None:
+            damaged += line.endswith(b"\n")  # otherwise the run was killed while it wrote the line, or is writing it
+        elif "loss" in record:
+            numbers.extend(float(record.get(name, np.nan)) for name in STEP_NUMBERS)
+            stages.append(record.get("stages_ms", {}))
+        elif "knn_accuracy" in record:
+            knn.append(Knn(record["step"], record["epoch"], record["knn_accuracy"]))
+        elif "skipped_images" in record:
+            skipped = record["skipped_images"]
+    if damaged:
+        warnings.append(f"{file.name} has {damaged} damaged line{'s' * (damaged > 1)}")
     if not stages:
         raise UserError(f"{file}: got no step, expected at least one; wait for the first step, or train again")
     columns = np.array(numbers).reshape(-1, len(STEP_NUMBERS)).T

@@ -37,7 +37,7 @@ def file_to_resume(config: Config, folder: RunFolder) -> Path | None:
 
 def write_checkpoint(trainer: ResumableTrainer) -> None:
     """Replace the checkpoint of the run. All ranks call it; rank zero writes."""
-    trainer.metrics.flush()
+    trainer.metrics.sync()
     if trainer.world.is_rank_zero:
         trainer.folder.save(
             {

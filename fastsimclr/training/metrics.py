@@ -1,6 +1,5 @@
 """Check the metrics of a run, write them to metrics.jsonl, and show them."""
 
-import json
 import math
 from collections import deque
 from collections.abc import Callable, Sequence
@@ -12,8 +11,9 @@ from torch import Tensor
 from tqdm import tqdm
 
 from fastsimclr.errors import UserError
+from fastsimclr.metrics_file import MetricsFile
 from fastsimclr.progress_bar import LineTimer, Phase, duration, print_line
-from fastsimclr.run_folder import RunFolder, replace_atomically
+from fastsimclr.run_folder import RunFolder
 
 
 class Metrics:
@@ -57,10 +57,16 @@ class Metrics:
         """Wait for the device, and complete the record of the latest step."""
         self._complete(self._lagged.flush())
 
+    def sync(self) -> None:
+        """Complete the record of the latest step, and flush the file to disk, before a checkpoint is written."""
+        self.flush()
+        if self._log is not None:
+            self._log.sync()
+
     def event(self, record: dict[str, Any]) -> None:
         """Write a record that does not belong to a step."""
         if self._log is not None:
-            self._log.write(record)
+            self._log.event(record)
 
     def end_epoch(self) -> None:
         """Complete the epoch's last record, and print a line where there is no progress bar."""
@@ -98,9 +104,7 @@ class RunLog:
     def __init__(
         self, run: RunFolder, *, first_step: int, total_steps: int, epochs: int, is_epoch_finished: bool = True
     ) -> None:
-        self._path = run.metrics
-        self._drop_lines_after(first_step, is_epoch_finished)
-        self._file = open(self._path, "a", buffering=1)  # noqa: SIM115 - stays open during the run
+        self._file = MetricsFile(run, step=first_step, is_epoch_finished=is_epoch_finished)
         self._bar = tqdm(
             total=total_steps,
             initial=first_step,
@@ -119,13 +123,21 @@ class RunLog:
         self._shown.enter_context(self._phase)
         self._phase.restart(f"first step (about {duration(estimated_seconds)})" if estimated_seconds else "first step")
 
+    def event(self, record: dict[str, Any]) -> None:
+        """Write a record that does not belong to a step."""
+        self._file.write(record)
+
+    def sync(self) -> None:
+        """Flush the file to disk."""
+        self._file.sync()
+
     def step(self, record: dict[str, Any]) -> None:
         """Write a step's record, and show it: in the progress bar, or from time to time in a line."""
         if self._bar.disable:
             self._phase.restart(f"step {record['step'] + 1}/{self._total_steps}")
         else:
             self._shown.close()
-        self.write(record)
+        self._file.write(record)
         self._speed.append((record["step_ms"] / 1000, record["images"]))
         self._bar.set_postfix_str(self._status(record), refresh=False)
         self._bar.update()
@@ -154,24 +166,6 @@ class RunLog:
         return (
             f"loss {record['loss']:.4f}, lr {record['lr']:.3g}, {images / seconds:.0f} images/s, {duration(left)} left"
         )
-
-    def write(self, record: dict[str, Any]) -> None:
-        self._file.write(json.dumps(record) + "\n")
-
-    def _drop_lines_after(self, step: int, is_epoch_finished: bool) -> None:
-        """Drop the records that a resumed run will repeat, and a last line that was cut off."""
-        if not self._path.exists():
-            return
-        kept = []
-        for line in self._path.read_text().splitlines(keepends=True):
-            if not line.endswith("\n"):
-                continue
-            record = json.loads(line)
-            is_repeated = record["step"] == step and "loss" not in record and not is_epoch_finished
-            if step > 0 and record["step"] <= step and not is_repeated:
-                kept.append(line)
-        with replace_atomically(self._path) as partial:
-            partial.write_text("".join(kept))
 
 
 class LaggedRecord:

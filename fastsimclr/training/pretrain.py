@@ -1,7 +1,6 @@
 """Pre-train from Python: the same run that the command line starts."""
 
 import atexit
-import json
 import signal
 from collections.abc import Sequence
 from dataclasses import fields
@@ -20,6 +19,7 @@ from fastsimclr.data.checks import Stopped
 from fastsimclr.data.opening import describe
 from fastsimclr.errors import UserError
 from fastsimclr.malloc import keep_freed_memory
+from fastsimclr.metrics_file import read_records
 from fastsimclr.pretrained import load_encoder
 from fastsimclr.progress_bar import Phase
 from fastsimclr.run_folder import RunFolder
@@ -49,8 +49,7 @@ class Run:
         and "knn_step", the number of steps before it was measured, have one value per measurement.
         """
         columns: dict[str, list[float]] = {}
-        for line in RunFolder(self.folder).metrics.read_text().splitlines():
-            record = json.loads(line)
+        for record in read_records(RunFolder(self.folder).metrics):
             if "loss" not in record:  # an event between steps
                 record = {"knn_accuracy": record.get("knn_accuracy"), "knn_step": record["step"]}
                 if record["knn_accuracy"] is None:
