@@ -1,6 +1,7 @@
 """The console script `fastsimclr COMMAND`, and the argument parser and exit codes of all commands.
 
-Exit codes: 0: success; 2: a user error, reported as one line on stderr; 1: an internal error, with its traceback.
+Exit codes: 0: success; 2: a user error, reported as one line on stderr; 1: a run that failed
+for a reason outside it, in one line, or an internal error, with its traceback.
 """
 
 import argparse
@@ -10,7 +11,7 @@ import sys
 from collections.abc import Callable, Sequence
 from typing import Any
 
-from fastsimclr.errors import OtherRankError, UserError
+from fastsimclr.errors import OtherRankError, RunError, UserError
 from fastsimclr.version import __version__
 
 COMMANDS = {
@@ -66,10 +67,10 @@ class Parser(argparse.ArgumentParser):
 
 
 def exit_code(command: str, work: Callable[[], object]) -> int:
-    """Run `work` and return the exit code of fastsimclr.`command`: 2 after a UserError, 1 after OtherRankError.
+    """Run `work` and return the exit code of fastsimclr.`command`: 2 after a UserError, 1 after a RunError.
 
-    Otherwise it is 0, or the integer that `work` returns. Rank 0 prints the UserError. Other exceptions are internal
-    errors and propagate.
+    It is 1 after OtherRankError, too. Otherwise it is 0, or the integer that `work` returns. Rank 0 prints the
+    UserError, and the rank that raised it a RunError. Other exceptions are internal errors and propagate.
     """
     try:
         code = work()
@@ -77,6 +78,9 @@ def exit_code(command: str, work: Callable[[], object]) -> int:
         if os.environ.get("RANK", "0") == "0":
             print(f"fastsimclr.{command}: error: {' '.join(str(error).split())}", file=sys.stderr)
         return 2
+    except RunError as error:
+        print(f"fastsimclr.{command}: error: {' '.join(str(error).split())}", file=sys.stderr)
+        return 1
     except OtherRankError:  # that rank prints it
         return 1
     return code if isinstance(code, int) else 0

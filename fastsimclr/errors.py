@@ -7,3 +7,7 @@ class UserError(ValueError):
 
 class OtherRankError(RuntimeError):
     """An internal error of another rank, which reports it with its traceback. Commands exit with code 1."""
+
+
+class RunError(RuntimeError):
+    """A run that could not do its work for a reason outside it, such as a full disk. Commands exit with code 1."""

@@ -1,18 +1,14 @@
-"""A run folder: the names of its files, its checkpoints, and atomic writing of files."""
+"""A run folder: the names of its files, its newest good checkpoint, and atomic writing of files."""
 
 import contextlib
 import os
-import pickle
 import shutil
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Any
 
-import torch
-
+from fastsimclr.checkpoint_format import load_checkpoint
 from fastsimclr.errors import UserError
 
-FORMAT = 1
 MAP, GALLERY = "map.png", "gallery.png"
 """The images in the output folder of fastsimclr.embed."""
 
@@ -23,6 +19,7 @@ class RunFolder:
     def __init__(self, path: str | Path) -> None:
         self.path = Path(path)
         self.checkpoint = self.path / "checkpoints" / "last.pt"
+        self.previous_checkpoint = self.checkpoint.with_name("previous.pt")
         self.best_checkpoint = self.checkpoint.with_name("best.pt")
         self.config = self.path / "config.yaml"
         self.environment = self.path / "environment.json"
@@ -67,43 +64,40 @@ class RunFolder:
             raise UserError("--output: got none, and --checkpoint is not in a run folder; expected a folder")
         return run
 
-    def save(self, state: dict[str, Any]) -> None:
-        """Replace the checkpoint atomically. state: tensors, numbers, strings and containers of them."""
-        with replace_atomically(self.checkpoint) as partial, open(partial, "wb") as file:
-            torch.save(state | {"format": FORMAT}, file)
+    def newest_checkpoint(self) -> tuple[Path | None, list[str]]:
+        """Find the newest good checkpoint: last.pt, the one before it, or the latest of --keep_every.
+
+        Returns its path, or None if the run has no checkpoint, and a line about each newer one that is not good.
+        Raises UserError if there are checkpoints, but none is good.
+        """
+        newest_first = [self.checkpoint, self.previous_checkpoint]
+        newest_first += sorted(self.checkpoint.parent.glob("epoch-*.pt"), reverse=True)
+        problems: list[str] = []
+        for path in filter(os.path.lexists, newest_first):
+            try:
+                load_checkpoint(path, mmap=True)
+            except UserError as error:
+                problems.append(str(error))
+            else:
+                return path, problems
+        if problems:
+            others = f"; so are {len(problems) - 1} others" if len(problems) > 1 else ""
+            raise UserError(f"{problems[0]}{others}; to start again, use another --output or --resume never")
+        return None, []
 
     def keep(self, checkpoint: Path, kept: Path) -> None:
         """Keep a checkpoint as the file `kept`: a hard link, or a copy where the file system has no links.
 
         Replaces `kept` atomically. Raises OSError if that fails.
         """
+        if kept.exists() and kept.samefile(checkpoint):
+            return
         with replace_atomically(kept) as partial:
             partial.unlink(missing_ok=True)  # from an interrupted process
             try:
                 os.link(checkpoint, partial)
             except OSError:
                 shutil.copyfile(checkpoint, partial)
-
-
-def load_checkpoint(path: Path) -> dict[str, Any]:
-    """Load the state that `RunFolder.save` wrote, on the CPU. Never runs code from the file.
-
-    Raises UserError if the file is missing, damaged or not a checkpoint of fastsimclr.
-    """
-    try:
-        state = torch.load(path, map_location="cpu", weights_only=True)
-    except FileNotFoundError as error:
-        raise UserError(f"{path}: got no such file, expected a checkpoint (RUN/checkpoints/last.pt)") from error
-    except (OSError, RuntimeError, EOFError, pickle.UnpicklingError) as error:
-        raise UserError(f"{path}: got a damaged file or no checkpoint, expected one of a fastsimclr run") from error
-    if not is_checkpoint(state):
-        raise UserError(f"{path}: got another kind of file, expected a checkpoint of a fastsimclr run")
-    return state
-
-
-def is_checkpoint(state: Any) -> bool:
-    """Return whether `RunFolder.save` wrote this state, in the current format."""
-    return isinstance(state, dict) and state.get("format") == FORMAT
 
 
 def check_new(output: Path, force: bool, option: str = "--output") -> None:
@@ -136,13 +130,20 @@ def temporary_path(path: Path) -> Path:
 
 
 def rename_atomically(partial: Path, path: Path) -> None:
-    """Flush a complete file to disk and rename it to `path`."""
-    descriptor = os.open(partial, os.O_RDONLY)
+    """Flush a complete file to disk, rename it to `path`, and flush the folder, which has the new name."""
+    flush(partial)
+    os.replace(partial, path)
+    with contextlib.suppress(OSError):  # some file systems cannot flush a folder
+        flush(path.parent)
+
+
+def flush(path: Path) -> None:
+    """Flush a file or a folder to disk."""
+    descriptor = os.open(path, os.O_RDONLY)
     try:
         os.fsync(descriptor)
     finally:
         os.close(descriptor)
-    os.replace(partial, path)
 
 
 def write_text(path: Path, text: str) -> None:

@@ -18,8 +18,7 @@ LAYERS = (
     {"config", "data", "environment", "pretrained"},
     {"loss", "models", "optim"},
     {"distributed", "node", "precision", "profiling", "progress_bar", "malloc", "run_folder", "presets", "slurm"}
-    | {"metrics_file"}
-    | {"errors", "imports", "version", "_lazy", "_extension", "_C", "_emulated"},
+    | {"checkpoint_format", "errors", "imports", "metrics_file", "version", "_lazy", "_extension", "_C", "_emulated"},
 )
 """The modules and packages of fastsimclr, top to bottom. Each imports only from its own layer and those below."""
 

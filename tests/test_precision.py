@@ -15,6 +15,7 @@ from torch.amp import GradScaler
 from weights import steps
 
 from fastsimclr import Augmentation, nt_xent, precision
+from fastsimclr.checkpoint_format import load_checkpoint
 from fastsimclr.config import parse
 from fastsimclr.data import open_source
 from fastsimclr.data.loader import LoaderConfig
@@ -23,7 +24,6 @@ from fastsimclr.evaluation.classifier import Classifier, Schedule, train_classif
 from fastsimclr.evaluation.features import embed
 from fastsimclr.models import EncoderSpec
 from fastsimclr.precision import choose_precision
-from fastsimclr.run_folder import load_checkpoint
 from fastsimclr.train import main
 from fastsimclr.training.step import Step
 from fastsimclr.training.trainer import Trainer

@@ -6,9 +6,11 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 import torch
+from checkpoints import make_state
 from torch import Tensor, nn
 
 from fastsimclr import SimCLR, projector
+from fastsimclr.checkpoint_format import write_checkpoint
 from fastsimclr.config import parse, to_yaml
 from fastsimclr.models import Backbone, Encoder
 from fastsimclr.run_folder import RunFolder
@@ -49,14 +51,11 @@ def save_run(folder: Path, encoder: Encoder | Backbone, *options: str) -> Path:
     spec = encoder.spec
     model = {"encoder": spec.name, "width": spec.width, "stem": spec.stem}
     config = parse(["--data.train=photos", *(f"--model.{name}={value}" for name, value in model.items()), *options])
-    state = {
-        "step": 7,
-        "batch_size": 256,
-        "architecture": {"encoder": asdict(spec)},
-        "model": SimCLR(encoder, projector(encoder.out_features, hidden=8, out=8)).state_dict(),
-        "config": to_yaml(config),
-    }
-    RunFolder(folder).save(state)
+    architecture = {"encoder": asdict(spec), "hidden": 8, "out": 8, "layers": 2, "optimizer": "lars"}
+    weights = SimCLR(encoder, projector(encoder.out_features, hidden=8, out=8)).state_dict()
+    checkpoint = RunFolder(folder).checkpoint
+    checkpoint.parent.mkdir(parents=True)
+    write_checkpoint(make_state(architecture=architecture, model=weights, config=to_yaml(config)), checkpoint)
     (folder / "config.yaml").write_text(to_yaml(config))
     return folder
 

@@ -1,18 +1,20 @@
 """Read an encoder's tensors, and what is recorded about it, from a file: a run, an export, or another project's."""
 
 import json
+import warnings
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from torch import Tensor
 
+from fastsimclr.checkpoint_format import has_checksum, is_checkpoint, load_checkpoint
 from fastsimclr.data.augmentation import Augmentation
 from fastsimclr.errors import UserError
 from fastsimclr.models import ENCODERS, EncoderSpec
 from fastsimclr.pretrained.layouts import Weights, architecture_of, find_tensors, find_weights
 from fastsimclr.pretrained.safe_pickle import read_foreign
-from fastsimclr.run_folder import RunFolder, is_checkpoint
+from fastsimclr.run_folder import RunFolder
 
 FOLDER_FILES = ("config.json", "model.safetensors")
 """The files of an exported folder, ours or timm's."""
@@ -51,8 +53,11 @@ def read(path: Path, name: str | None) -> Saved:
 def _read(path: Path, name: str | None) -> Saved:
     if path.is_dir():
         run = RunFolder(path)
-        if run.checkpoint.is_file():
-            return _read(run.checkpoint, name)
+        newest, problems = run.newest_checkpoint()
+        for problem in problems:
+            warnings.warn(f"{problem}; using {newest} instead", stacklevel=2)
+        if newest is not None:
+            return _read(newest, name)
         if all((path / file).is_file() for file in FOLDER_FILES):
             return _from_folder(path, name)
         raise UserError(
@@ -68,8 +73,9 @@ def _read(path: Path, name: str | None) -> Saved:
         )
     if path.suffix == ".safetensors":
         return _from_weights(path, _read_safetensors(path), name)
-    contents = read_foreign(path)
-    return _from_run(contents) if is_checkpoint(contents) else _from_weights(path, contents, name)
+    if has_checksum(path) or is_checkpoint(contents := read_foreign(path)):
+        return _from_run(load_checkpoint(path))
+    return _from_weights(path, contents, name)
 
 
 def _from_run(state: dict[str, Any]) -> Saved:

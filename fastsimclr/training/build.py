@@ -28,10 +28,17 @@ from fastsimclr.models import (
     synchronize_batch_norm,
     unused_parameters,
 )
-from fastsimclr.optim import Recipe, build_optimizer, choose_optimizer, choose_recipe, excluded_from_decay
+from fastsimclr.optim import LARS, Recipe, build_optimizer, choose_optimizer, choose_recipe, excluded_from_decay
 from fastsimclr.precision import Precision, choose_precision
 from fastsimclr.pretrained import initialize
 from fastsimclr.training.freeze import Freezing
+
+_OPTIMIZER_STATE: dict[type[Optimizer], set[str]] = {
+    LARS: {"momentum_buffer"},
+    torch.optim.SGD: {"momentum_buffer"},
+    torch.optim.AdamW: {"step", "exp_avg", "exp_avg_sq"},
+}
+"""What an optimizer keeps of each parameter after a step."""
 
 
 @dataclass(frozen=True)
@@ -162,8 +169,7 @@ def check_architecture(file: Path, saved: dict[str, Any], expected: dict[str, An
 
 def check_weights(file: Path, saved: dict[str, Tensor], model: nn.Module) -> None:
     """Raise UserError, naming the first differences, unless the weights have the names and shapes of the model's."""
-    got = {name: tuple(tensor.shape) for name, tensor in saved.items()}
-    expected = {name: tuple(tensor.shape) for name, tensor in model.state_dict().items()}
+    got, expected = ({name: _form(tensor) for name, tensor in state.items()} for state in (saved, model.state_dict()))
     differences = [
         f"{name} {got.get(name, 'missing')} instead of {expected.get(name, 'none')}"
         for name in got | expected
@@ -174,6 +180,36 @@ def check_weights(file: Path, saved: dict[str, Tensor], model: nn.Module) -> Non
             f"{file}: got weights of another encoder ({len(differences)} differ: {', '.join(differences[:3])}); "
             "expected those of this run's: pass the same module, or use another --output or --resume never"
         )
+
+
+def check_optimizer(file: Path, saved: dict[str, Any], optimizer: Optimizer) -> None:
+    """Raise UserError, naming a difference, unless the state is one of this optimizer and its parameters."""
+    groups, expected = saved["param_groups"], optimizer.state_dict()["param_groups"]
+    parameters = [parameter for group in optimizer.param_groups for parameter in group["params"]]
+    indices = [group["params"] for group in expected]
+    problem = None
+    if [group["params"] for group in groups] != indices:
+        problem = f"{[len(group['params']) for group in groups]} parameters instead of {[*map(len, indices)]}"
+    elif any(got.keys() != group.keys() for got, group in zip(groups, expected, strict=True)):
+        problem = f"the options {', '.join(groups[0])} instead of {', '.join(expected[0])}"
+    names = _OPTIMIZER_STATE[type(optimizer)]
+    for index, state in saved["state"].items():
+        if not 0 <= index < len(parameters):
+            problem = problem or f"a state of parameter {index} of {len(parameters)}"
+        elif state and state.keys() != names:
+            problem = problem or f"{', '.join(map(str, state))} of parameter {index} instead of {', '.join(names)}"
+        elif any(isinstance(x, Tensor) and x.shape not in (parameters[index].shape, ()) for x in state.values()):
+            problem = problem or f"a state of another shape than parameter {index}, {tuple(parameters[index].shape)}"
+    if problem is not None:
+        raise UserError(
+            f"{file}: got the state of another optimizer ({problem}); expected that of this run: use the same "
+            "--optim options, or another --output or --resume never"
+        )
+
+
+def _form(tensor: Tensor) -> str:
+    """Return the shape of a tensor, and whether it holds integers."""
+    return f"{tuple(tensor.shape)}{'' if tensor.is_floating_point() else ' of integers'}"
 
 
 def _options(architecture: dict[str, Any]) -> dict[str, Any]:

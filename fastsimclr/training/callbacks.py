@@ -31,6 +31,10 @@ class TrainerInterface(Protocol):
     untrained_knn: float | None
     """kNN accuracy before the first step, a fraction; None if not measured."""
 
+    @property
+    def saved_step(self) -> int:
+        """Finished steps in the newest checkpoint of this run; 0 if there is none."""
+
     def stop(self) -> None:
         """End the run on all ranks before the next step, with a checkpoint. One rank's call is enough."""
 
@@ -69,9 +73,10 @@ class Callback:
         """
 
     def on_checkpoint(self, trainer: TrainerInterface, path: Path) -> None:
-        """Called after a checkpoint. path: the file.
+        """Called before a step, or at the end of an epoch or of the run, once a checkpoint is complete. path: the file.
 
-        It is complete when rank zero's call starts. Other ranks do not wait for it: they need a barrier to read it.
+        Checkpoints are written in the background: it holds `trainer.saved_step` finished steps, which may be fewer than
+        `trainer.progress.step`. Not called for a checkpoint that could not be written.
         """
 
     def on_end(self, trainer: TrainerInterface) -> None:
@@ -263,12 +268,14 @@ class KeepCheckpoints(Callback):
         self.best_epoch = 0
         """Epochs done when it was measured; 0 if it has not been."""
         self._due: list[Path] = []
+        self._due_step = 0  # of the checkpoint to keep as them
 
     def on_start(self, trainer: TrainerInterface) -> None:
         if self.best == "knn":
             check_measures_knn("--keep_best", trainer)
 
     def on_epoch(self, trainer: TrainerInterface, record: dict[str, Any]) -> None:
+        self._due, self._due_step = [], trainer.progress.step  # earlier ones could not be written
         epochs_done = trainer.progress.epoch
         is_complete = record["epoch"] < epochs_done  # max_steps may end the run within an epoch
         if self.every is not None and is_complete and epochs_done % self.every == 0:
@@ -281,12 +288,13 @@ class KeepCheckpoints(Callback):
             trainer.request_checkpoint()
 
     def on_checkpoint(self, trainer: TrainerInterface, path: Path) -> None:
-        for kept in self._due if trainer.world.is_rank_zero else []:
+        if not trainer.world.is_rank_zero or trainer.saved_step != self._due_step:
+            return
+        for kept in self._due:
             try:
                 trainer.folder.keep(path, kept)
             except OSError as error:
                 print_line(f"{kept}: not kept ({error.strerror}); the run continues")
-        self._due = []
 
     def state_dict(self) -> dict[str, Any]:
         return {"best_accuracy": self.best_accuracy, "best_epoch": self.best_epoch}

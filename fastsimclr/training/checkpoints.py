@@ -1,4 +1,4 @@
-"""The checkpoint of a run: what it holds, how it is written, and how a run resumes from it."""
+"""The checkpoint of a run: which one a run resumes from, what it holds, and how it is restored."""
 
 from pathlib import Path
 from typing import Any, Protocol
@@ -6,12 +6,15 @@ from typing import Any, Protocol
 from torch.amp import GradScaler
 from torch.optim.optimizer import Optimizer
 
+from fastsimclr.checkpoint_format import load_checkpoint
 from fastsimclr.config import Config, to_yaml
 from fastsimclr.data import ViewLoader
 from fastsimclr.errors import UserError
-from fastsimclr.run_folder import RunFolder, load_checkpoint
-from fastsimclr.training.build import architecture, check_architecture, check_weights
+from fastsimclr.progress_bar import print_line
+from fastsimclr.run_folder import RunFolder
+from fastsimclr.training.build import architecture, check_architecture, check_optimizer, check_weights
 from fastsimclr.training.callbacks import Callbacks, TrainerInterface
+from fastsimclr.training.checkpoint_writer import CheckpointWriter
 from fastsimclr.training.images import with_absolute_paths
 from fastsimclr.training.metrics import Metrics
 from fastsimclr.training.skipped import SkippedImages
@@ -26,35 +29,43 @@ class ResumableTrainer(TrainerInterface, Protocol):
     skipped: SkippedImages
     metrics: Metrics
     callbacks: Callbacks
+    checkpoints: CheckpointWriter
     unfinished_epoch: dict[str, Any] | None
 
 
 def file_to_resume(config: Config, folder: RunFolder) -> Path | None:
-    """Return the checkpoint that --resume selects; None to start with the first step."""
-    file = folder.checkpoint if config.resume == "auto" else Path(config.resume)
-    return None if config.resume == "never" or (config.resume == "auto" and not file.exists()) else file
+    """Return the checkpoint that --resume selects; None to start with the first step. Only rank zero calls it.
+
+    Where a newer checkpoint of the run is not good, prints a warning. Raises UserError if none is good, or the file
+    of --resume is not.
+    """
+    if config.resume == "never":
+        return None
+    if config.resume != "auto":
+        load_checkpoint(Path(config.resume), mmap=True)
+        return Path(config.resume)
+    file, problems = folder.newest_checkpoint()
+    for problem in problems:
+        print_line(f"warning: {problem}; using {file} instead")
+    return file
 
 
-def write_checkpoint(trainer: ResumableTrainer) -> None:
-    """Replace the checkpoint of the run. All ranks call it; rank zero writes."""
-    trainer.metrics.sync()
-    if trainer.world.is_rank_zero:
-        trainer.folder.save(
-            {
-                "step": trainer.progress.step,
-                "batch_size": trainer.config.batch_size,
-                "architecture": architecture(trainer.config, trainer.model),
-                "model": trainer.model.state_dict(),
-                "optimizer": trainer.optimizer.state_dict(),
-                "grad_scaler": trainer.scaler.state_dict(),
-                "data": trainer.progress.position,
-                "skipped_images": trainer.skipped.state_dict(),
-                "callbacks": trainer.callbacks.state_dict(),
-                "untrained_knn": trainer.untrained_knn,
-                "unfinished_epoch": trainer.unfinished_epoch,
-                "config": to_yaml(with_absolute_paths(trainer.config)),
-            }
-        )
+def state_of(trainer: ResumableTrainer) -> dict[str, Any]:
+    """Return what a checkpoint holds: the keys of `fastsimclr.checkpoint_format.CONTENTS`."""
+    return {
+        "step": trainer.progress.step,
+        "batch_size": trainer.config.batch_size,
+        "architecture": architecture(trainer.config, trainer.model),
+        "model": trainer.model.state_dict(),
+        "optimizer": trainer.optimizer.state_dict(),
+        "grad_scaler": trainer.scaler.state_dict(),
+        "data": trainer.progress.position,
+        "skipped_images": trainer.skipped.state_dict(),
+        "callbacks": trainer.callbacks.state_dict(),
+        "untrained_knn": trainer.untrained_knn,
+        "unfinished_epoch": trainer.unfinished_epoch,
+        "config": to_yaml(with_absolute_paths(trainer.config)),
+    }
 
 
 def resume(trainer: ResumableTrainer, file: Path) -> None:
@@ -68,16 +79,18 @@ def resume(trainer: ResumableTrainer, file: Path) -> None:
             "expected the same, because the schedule counts steps: use that, or --resume never"
         )
     check_weights(file, state["model"], model)
+    check_optimizer(file, state["optimizer"], trainer.optimizer)
     model.load_state_dict(state["model"])
     trainer.optimizer.load_state_dict(state["optimizer"])
-    if state.get("grad_scaler"):  # empty if the checkpoint's precision needs no scale; this run's then starts new
+    if state["grad_scaler"]:  # empty if the checkpoint's precision needs no scale; this run's then starts new
         trainer.scaler.load_state_dict(state["grad_scaler"])
     trainer.loader.load_state_dict(state["data"])
     trainer.progress.step, trainer.progress.position = state["step"], state["data"]
+    trainer.checkpoints.resumed_from(file, trainer.progress.step)
     trainer.skipped.load_state_dict(state["skipped_images"])
     trainer.untrained_knn = state["untrained_knn"]
     trainer.unfinished_epoch = state["unfinished_epoch"]
     trainer.metrics.last = trainer.unfinished_epoch or {}
-    trainer.callbacks.load_state_dict(state.get("callbacks", []))
+    trainer.callbacks.load_state_dict(state["callbacks"])
     if trainer.world.is_rank_zero:
         print(f"resumed from {file} at step {trainer.progress.step}", flush=True)

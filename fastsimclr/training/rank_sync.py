@@ -14,6 +14,7 @@ from fastsimclr.distributed import World, all_gather, raise_on_all_ranks
 from fastsimclr.errors import UserError
 from fastsimclr.profiling import stage
 from fastsimclr.progress_bar import Phase
+from fastsimclr.training.checkpoint_writer import CheckpointWriter
 from fastsimclr.training.progress import Progress
 from fastsimclr.training.skipped import SkippedImages
 
@@ -57,6 +58,8 @@ class RankSync:
         """Whether a stop signal, a call of `stop` or bad images on any rank end the run early; the same on all."""
         self.local_batch_sizes = [0]
         """Images of the current batch on each rank."""
+        self.is_checkpoint_ready = False
+        """Whether rank zero has written the checkpoint that it was writing, or has failed to; the same on all."""
         self.data_wait = 0.0
         """Seconds that this rank waited for the current batch."""
         self._world, self._stop = world, stop
@@ -68,7 +71,9 @@ class RankSync:
         """End the run on all ranks before the next step."""
         self._stop_requested = True
 
-    def batches(self, loader: ViewLoader, progress: Progress, skipped: SkippedImages) -> Iterator[Batch]:
+    def batches(
+        self, loader: ViewLoader, progress: Progress, skipped: SkippedImages, checkpoints: CheckpointWriter
+    ) -> Iterator[Batch]:
         """Yield the batches of all epochs, until the last step of the run or until a rank is to stop.
 
         That includes that one of them cannot read its part, and that too many images are bad: `raise_failure`.
@@ -78,7 +83,7 @@ class RankSync:
             with contextlib.closing(iter(loader)) as batches:
                 while not progress.is_done:
                     batch = self._next(batches)
-                    self._exchange_step(0 if batch is None else len(batch.index), skipped)
+                    self._exchange_step(0 if batch is None else len(batch.index), skipped, checkpoints.is_ready)
                     if self.is_stopped:
                         return
                     if batch is None:  # resumed past the end of an epoch, which other options have made shorter
@@ -117,9 +122,10 @@ class RankSync:
         finally:
             self.data_wait = time.perf_counter() - started
 
-    def _exchange_step(self, local_batch_size: int, skipped: SkippedImages) -> None:
-        """Exchange batch sizes and bad images, and set whether any rank is to stop."""
-        self.local_batch_sizes, news = self._exchange(local_batch_size, skipped.news)
+    def _exchange_step(self, local_batch_size: int, skipped: SkippedImages, is_checkpoint_ready: bool) -> None:
+        """Exchange batch sizes, bad images and written checkpoints, and set whether any rank is to stop."""
+        self.local_batch_sizes, news, ready = self._exchange(local_batch_size, skipped.news, is_checkpoint_ready)
+        self.is_checkpoint_ready = any(ready)
         skipped.add(sum(self.local_batch_sizes), any(news))
         self._failure = self._failure or skipped.error
         self._any_failure = self._any_failure or skipped.error is not None

@@ -3,7 +3,7 @@
 import json
 import re
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -30,7 +30,8 @@ from fastsimclr.run_folder import RunFolder, write_text
 from fastsimclr.training import summary
 from fastsimclr.training.build import build_learner
 from fastsimclr.training.callbacks import Callback, Callbacks, KeepCheckpoints
-from fastsimclr.training.checkpoints import file_to_resume, resume, write_checkpoint
+from fastsimclr.training.checkpoint_writer import CheckpointWriter
+from fastsimclr.training.checkpoints import file_to_resume, resume, state_of
 from fastsimclr.training.estimate import Estimate, estimate_step
 from fastsimclr.training.images import (
     as_recorded,
@@ -81,6 +82,7 @@ class Trainer:
         loggers = run_on_all_ranks(lambda: make_loggers(config, world), world)
         self.callbacks = Callbacks(self, [keep, *loggers, *callbacks])
         self.metrics = Metrics(self.callbacks.on_step)
+        self.checkpoints = CheckpointWriter(self.folder, world)
         self.trace: Trace | None = None
         self.untrained_knn: float | None = None
         self.trained_knn: float | None = None
@@ -93,7 +95,8 @@ class Trainer:
             sources, config = open_images(config, train, val, world, rgb_optional=rgb_optional)
         channels = sources[0].pixels.channels
         # Before the images are checked, which may take long: errors in these options are reported at once.
-        file = distributed.broadcast_object(file_to_resume(config, self.folder), world)
+        found = run_on_all_ranks(lambda: file_to_resume(config, self.folder) if world.is_rank_zero else None, world)
+        file = distributed.broadcast_object(found, world)
         self._source = as_recorded(sources.train, file, world)
         sources = sources._replace(train=self._source)
         # DistributedDataParallel copies the weights of rank zero to the others.
@@ -147,7 +150,9 @@ class Trainer:
         try:
             self._start()
             with self.clock.running():
-                for batch in self.sync.batches(self.loader, self.progress, self.skipped):
+                for batch in self.sync.batches(self.loader, self.progress, self.skipped, self.checkpoints):
+                    if self.sync.is_checkpoint_ready:
+                        self.checkpoints.finish()
                     self._report_skipped(batch.epoch)
                     if self.freezing.start_epoch(batch.epoch):
                         self.stepper = self._build_stepper()
@@ -163,8 +168,10 @@ class Trainer:
                         self.save()
             if self.sync.is_stopped:
                 self.save()
+            self.checkpoints.finish()
             self.sync.raise_failure()
             self.callbacks.raise_failure()
+            self.checkpoints.raise_failure()
         finally:
             self.close()
         self._print(*self._result())
@@ -204,12 +211,13 @@ class Trainer:
         record = self.unfinished_epoch
         assert record is not None
         if self.measures_knn and ((record["epoch"] + 1) % self.config.knn_every == 0 or self.progress.is_done):
-            write_checkpoint(self)  # a run that is killed while it measures does not repeat the epoch
+            self._start_checkpoint()  # a run that is killed while it measures does not repeat the epoch
             self.trained_knn = self.evaluate_knn()
             if self.trained_knn is None:
                 return
             record = record | {"knn_accuracy": self.trained_knn}
         self.unfinished_epoch = None
+        self.checkpoints.finish()  # before the callbacks ask for the next one
         self.callbacks.on_epoch(record)
         self.clock.restart()
 
@@ -248,14 +256,26 @@ class Trainer:
         return self._checkpoint_requested or self.progress.step % self.checkpoint_steps == 0 or self.progress.is_done
 
     def save(self) -> None:
-        """Replace the checkpoint, and call the callbacks. A step whose loss is not finite is never saved."""
-        write_checkpoint(self)
+        """Start to write a checkpoint; the callbacks are called when it is complete.
+
+        A step whose loss is not finite is never saved.
+        """
+        self._start_checkpoint(self.callbacks.on_checkpoint)
         self._checkpoint_requested = False
-        self.callbacks.on_checkpoint(self.folder.checkpoint)
         self.clock.restart()
 
+    def _start_checkpoint(self, on_written: Callable[[Path], None] | None = None) -> None:
+        self.metrics.sync()
+        self.checkpoints.start(self.progress.step, lambda: state_of(self), on_written)
+
+    @property
+    def saved_step(self) -> int:
+        """Finished steps in the newest checkpoint of this run."""
+        return self.checkpoints.saved_step
+
     def close(self) -> None:
-        """Close the files, stop the loader's workers and end the callbacks."""
+        """Complete the checkpoint, close the files, stop the loader's workers and end the callbacks."""
+        self.checkpoints.close()
         if self.trace is not None:
             self.trace.close()
         self.metrics.close()
@@ -284,6 +304,7 @@ class Trainer:
         estimate = self._estimate_step()
         if estimate is not None:
             self._print(*summary.describe_estimate(config, estimate, progress.last_step - progress.step))
+        self.checkpoints.open()
         if self.world.is_rank_zero:
             write_text(self.folder.config, to_yaml(with_absolute_paths(self.config)))
             record_images(self._source, self.folder)

@@ -25,9 +25,9 @@ from torch import nn
 from weights import outputs, randomize_norms, save_run
 
 from fastsimclr import Augmentation, UserError, encoder, import_weights, load_encoder
+from fastsimclr.checkpoint_format import load_checkpoint
 from fastsimclr.models import EncoderSpec
 from fastsimclr.pretrained import open_pretrained
-from fastsimclr.run_folder import load_checkpoint
 from fastsimclr.train import main as train
 
 pytestmark = pytest.mark.usefixtures("one_thread")

@@ -8,16 +8,18 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from checkpoints import make_state
 from PIL import Image
 from ranks import run_ranks
 from weights import metrics, steps
 
 from fastsimclr import UserError, load_encoder
+from fastsimclr.checkpoint_format import load_checkpoint, write_checkpoint
 from fastsimclr.cli import exit_code
 from fastsimclr.config import Config, from_options
 from fastsimclr.distributed import SINGLE_PROCESS, World
 from fastsimclr.errors import OtherRankError
-from fastsimclr.run_folder import RunFolder, load_checkpoint
+from fastsimclr.run_folder import RunFolder
 from fastsimclr.training.callbacks import Callback, EarlyStopping, KeepCheckpoints
 from fastsimclr.training.trainer import Trainer
 
@@ -79,7 +81,7 @@ class Recorder(Callback):
         self.calls.append(("epoch", record))
 
     def on_checkpoint(self, trainer: Any, path: Path) -> None:
-        step = load_checkpoint(path)["step"] if trainer.world.is_rank_zero else trainer.progress.step
+        step = load_checkpoint(path)["step"] if trainer.world.is_rank_zero else trainer.saved_step
         self.calls.append(("checkpoint", step))
 
     def on_end(self, trainer: Any) -> None:
@@ -211,8 +213,8 @@ class Stub:
 
     def __init__(self, folder: Path) -> None:
         self.world, self.folder, self.measures_knn = SINGLE_PROCESS, RunFolder(folder), True
-        self.progress = SimpleNamespace(epoch=0)
-        self.stops = 0
+        self.progress = SimpleNamespace(epoch=0, step=0)
+        self.stops = self.saved_step = 0
         self.requested = False
 
     def stop(self) -> None:
@@ -222,11 +224,16 @@ class Stub:
         self.requested = True
 
     def end_epoch(self, callback: Any, accuracy: float) -> None:
-        """End an epoch as the trainer does; its checkpoint holds the number of epochs done."""
+        """End an epoch as the trainer does; each has one step."""
         self.progress.epoch += 1
+        self.progress.step += 1
         callback.on_epoch(self, {"epoch": self.progress.epoch - 1, "knn_accuracy": accuracy})
         if self.requested:
-            self.folder.save({"epochs": self.progress.epoch, "best": callback.state_dict()})
+            self.saved_step = self.progress.step
+            state = make_state(step=self.saved_step, callbacks=[("KeepCheckpoints", callback.state_dict())])
+            self.folder.checkpoint.parent.mkdir(exist_ok=True)
+            self.folder.checkpoint.unlink(missing_ok=True)  # kept ones are links to it
+            write_checkpoint(state, self.folder.checkpoint)
             callback.on_checkpoint(self, self.folder.checkpoint)
         self.requested = False
 
@@ -274,7 +281,7 @@ def test_kept_checkpoints_load_and_resume(tmp_path: Path, photos: Path) -> None:
     config = {"epochs": 4, "knn_every": 1, "checkpoint_every": 10, "keep_every": 2, "keep_best": "knn"}
     train(tiny(photos, tmp_path / "run", **config))
     run = RunFolder(tmp_path / "run")
-    names = ["best.pt", "epoch-0002.pt", "epoch-0004.pt", "last.pt"]
+    names = ["best.pt", "epoch-0002.pt", "epoch-0004.pt", "last.pt", "previous.pt"]
     assert sorted(file.name for file in run.checkpoint.parent.iterdir()) == names
     assert [load_checkpoint(run.epoch_checkpoint(epoch))["step"] for epoch in (2, 4)] == [6, 12]
     assert run.epoch_checkpoint(4).samefile(run.checkpoint), "a link, not a second file"
@@ -297,14 +304,14 @@ def test_first_of_equal_best_checkpoints_is_kept_also_after_a_resume(tmp_path: P
     trainer, keep = Stub(tmp_path), KeepCheckpoints(best="knn")
     for accuracy in (0.5, 0.7, 0.7, 0.6):
         trainer.end_epoch(keep, accuracy)
-    assert load_checkpoint(trainer.folder.best_checkpoint)["epochs"] == 2
+    assert load_checkpoint(trainer.folder.best_checkpoint)["step"] == 2
     resumed = KeepCheckpoints(best="knn")
     resumed.load_state_dict(keep.state_dict())
     trainer.end_epoch(resumed, 0.65)
-    assert load_checkpoint(trainer.folder.best_checkpoint)["epochs"] == 2
+    assert load_checkpoint(trainer.folder.best_checkpoint)["step"] == 2
     trainer.end_epoch(resumed, 0.8)
     best = load_checkpoint(trainer.folder.best_checkpoint)
-    assert (best["epochs"], best["best"]) == (6, {"best_accuracy": 0.8, "best_epoch": 6})
+    assert (best["step"], best["callbacks"][0][1]) == (6, {"best_accuracy": 0.8, "best_epoch": 6})
 
 
 def test_file_that_cannot_be_kept_does_not_end_the_run(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -10,12 +10,12 @@ from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
 from fastsimclr import encoder
+from fastsimclr.checkpoint_format import load_checkpoint
 from fastsimclr.config import Config, parse
 from fastsimclr.distributed import SINGLE_PROCESS, World
 from fastsimclr.errors import UserError
 from fastsimclr.models import synchronize_batch_norm
 from fastsimclr.optim import LARS
-from fastsimclr.run_folder import load_checkpoint
 from fastsimclr.train import main
 from fastsimclr.training.build import build_learner
 from fastsimclr.training.trainer import Trainer

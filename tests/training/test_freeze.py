@@ -11,12 +11,12 @@ from torch import nn
 from weights import steps
 
 from fastsimclr import NTXentLoss, SimCLR, UserError, encoder, projector
+from fastsimclr.checkpoint_format import load_checkpoint
 from fastsimclr.config import parse
 from fastsimclr.distributed import World
 from fastsimclr.models import as_encoder
 from fastsimclr.optim import build_optimizer
 from fastsimclr.precision import choose_precision
-from fastsimclr.run_folder import load_checkpoint
 from fastsimclr.train import main
 from fastsimclr.training.freeze import Freezing
 from fastsimclr.training.step import Step

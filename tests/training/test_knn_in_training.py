@@ -12,7 +12,8 @@ from torch import Tensor, nn
 from weights import metrics
 
 from fastsimclr import pretrain
-from fastsimclr.run_folder import RunFolder, load_checkpoint
+from fastsimclr.checkpoint_format import load_checkpoint
+from fastsimclr.run_folder import RunFolder
 from fastsimclr.training.callbacks import Callback
 
 pytestmark = pytest.mark.usefixtures("one_thread")

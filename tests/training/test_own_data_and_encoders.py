@@ -12,8 +12,9 @@ from torch import Tensor, nn
 from torch.utils.data import Dataset
 
 from fastsimclr import load_encoder, pretrain
+from fastsimclr.checkpoint_format import load_checkpoint
 from fastsimclr.evaluate import main as evaluate
-from fastsimclr.run_folder import RunFolder, load_checkpoint
+from fastsimclr.run_folder import RunFolder
 
 pytestmark = [pytest.mark.slow, pytest.mark.usefixtures("one_thread")]
 

@@ -15,7 +15,8 @@ from torch import nn
 from weights import metrics, steps
 
 from fastsimclr import Augmentation, UserError, load_encoder, pretrain
-from fastsimclr.run_folder import RunFolder, load_checkpoint
+from fastsimclr.checkpoint_format import load_checkpoint
+from fastsimclr.run_folder import RunFolder
 from fastsimclr.train import main as train
 
 pytestmark = pytest.mark.usefixtures("one_thread")

@@ -11,8 +11,8 @@ from test_train import TINY, end, start, weights
 from weights import metrics, steps
 
 from fastsimclr import pretrain
+from fastsimclr.checkpoint_format import load_checkpoint
 from fastsimclr.data.sampler import Sampler
-from fastsimclr.run_folder import load_checkpoint
 from fastsimclr.train import main
 from fastsimclr.training.callbacks import Callback
 

@@ -18,7 +18,7 @@ from pictures import photo_folder, write
 from PIL import Image
 from weights import metrics, steps
 
-from fastsimclr.run_folder import load_checkpoint
+from fastsimclr.checkpoint_format import load_checkpoint
 from fastsimclr.train import main
 
 # Steps take a fraction of a second: small images, an early downsampling stem and a small batch.
