@@ -120,6 +120,7 @@ CONTENTS: dict[str, Any] = {
         ),
     ),
     "config": TEXT,
+    "options": Kind("options by name", lambda value: _is_dict(value, lambda _: True)),
 }
 """What a checkpoint holds: each key with the kind of its value, or with the keys within it."""
 

@@ -22,7 +22,7 @@ Options = TypeVar("Options")
 
 LOGGERS = ("tensorboard", "wandb", "mlflow")
 DEMONSTRATION = "digits"  # preset of a run without --data.train
-FLAGS = ("--compile", "--force", "--knn_at_start", "--profile")
+FLAGS = ("--compile", "--force", "--knn_at_start", "--profile", "--resume_changed")
 
 
 @dataclass(frozen=True)
@@ -175,6 +175,10 @@ class Config:
     """Seed of the initial weights, the order of the images and the random parameters of the views."""
     resume: str = "auto"
     """Checkpoint to resume from: auto (the checkpoint in output, if there is one), never, or a checkpoint file."""
+    resume_changed: bool = False
+    """Resume even if options of the recipe differ from those of the checkpoint: the augmentation, the loss, the
+    optimizer, the precision, the seed. They change after the step of the checkpoint. The architecture, the batch size
+    and the number of images cannot change."""
     output: str | None = None
     """Folder of the run. null creates a new folder runs/DATA-ENCODER-TIME each time, so resume=auto finds no
     checkpoint."""

@@ -20,6 +20,12 @@ class Precision(NamedTuple):
     """The choice and its reason, for logs."""
 
     @property
+    def name(self) -> str:
+        """The precision: "bf16", "fp16", "fp32" or "fp64"."""
+        without_autocast = "fp64" if self.dtype == torch.float64 else "fp32"
+        return next((name for name, dtype in _AUTOCAST.items() if dtype == self.autocast), without_autocast)
+
+    @property
     def view_dtype(self) -> torch.dtype:
         """Dtype in which a loader delivers views: that of autocast, which saves a conversion."""
         return self.autocast or torch.float32

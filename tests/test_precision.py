@@ -268,9 +268,9 @@ def test_resumed_run_is_bit_identical_including_the_scale(
 
 def test_resume_with_another_precision(tmp_path: Path, small_encoder: None) -> None:
     assert main(options(tmp_path, "--max_steps=1", "--precision=fp32")) == 0
-    assert main(options(tmp_path, "--max_steps=2")) == 0
+    assert main(options(tmp_path, "--max_steps=2", "--resume_changed")) == 0
     assert load_checkpoint(tmp_path / "checkpoints" / "last.pt")["grad_scaler"]["scale"] <= 2.0**16
-    assert main(options(tmp_path, "--max_steps=3", "--precision=fp32")) == 0
+    assert main(options(tmp_path, "--max_steps=3", "--precision=fp32", "--resume_changed")) == 0
     assert load_checkpoint(tmp_path / "checkpoints" / "last.pt")["grad_scaler"] == {}
     assert [line.get("grad_scale") for line in steps(tmp_path)] == [None, 2.0**16, None]
 

@@ -9,10 +9,9 @@ from torch.optim.optimizer import Optimizer
 from fastsimclr.checkpoint_format import load_checkpoint
 from fastsimclr.config import Config, to_yaml
 from fastsimclr.data import ViewLoader
-from fastsimclr.errors import UserError
 from fastsimclr.progress_bar import print_line
 from fastsimclr.run_folder import RunFolder
-from fastsimclr.training.build import architecture, check_architecture, check_optimizer, check_weights
+from fastsimclr.training.build import architecture, check_optimizer, check_weights
 from fastsimclr.training.callbacks import Callbacks, TrainerInterface
 from fastsimclr.training.checkpoint_writer import CheckpointWriter
 from fastsimclr.training.images import with_absolute_paths
@@ -23,6 +22,7 @@ from fastsimclr.training.skipped import SkippedImages
 class ResumableTrainer(TrainerInterface, Protocol):
     """The parts of `Trainer` that a checkpoint stores and restores."""
 
+    options: dict[str, Any]
     optimizer: Optimizer
     scaler: GradScaler
     loader: ViewLoader
@@ -65,6 +65,7 @@ def state_of(trainer: ResumableTrainer) -> dict[str, Any]:
         "untrained_knn": trainer.untrained_knn,
         "unfinished_epoch": trainer.unfinished_epoch,
         "config": to_yaml(with_absolute_paths(trainer.config)),
+        "options": trainer.options,
     }
 
 
@@ -72,20 +73,20 @@ def resume(trainer: ResumableTrainer, file: Path) -> None:
     """Restore the state of the trainer from a checkpoint. Raises UserError if it is not one of this run."""
     state = load_checkpoint(file)
     config, model = trainer.config, trainer.model
-    check_architecture(file, state["architecture"], architecture(config, model))
-    if state["batch_size"] != config.batch_size:
-        raise UserError(
-            f"--batch_size: got {config.batch_size}, but {file} is from a run with {state['batch_size']}; "
-            "expected the same, because the schedule counts steps: use that, or --resume never"
-        )
     check_weights(file, state["model"], model)
     check_optimizer(file, state["optimizer"], trainer.optimizer)
     model.load_state_dict(state["model"])
+    of_options = [
+        {name: value for name, value in group.items() if name != "params"} for group in trainer.optimizer.param_groups
+    ]
     trainer.optimizer.load_state_dict(state["optimizer"])
+    for group, options in zip(trainer.optimizer.param_groups, of_options, strict=True):
+        group.update(options)  # the checkpoint's may be other ones: --resume_changed
     if state["grad_scaler"]:  # empty if the checkpoint's precision needs no scale; this run's then starts new
         trainer.scaler.load_state_dict(state["grad_scaler"])
-    trainer.loader.load_state_dict(state["data"])
-    trainer.progress.step, trainer.progress.position = state["step"], state["data"]
+    position = state["data"] | {"seed": config.seed}
+    trainer.loader.load_state_dict(position)
+    trainer.progress.step, trainer.progress.position = state["step"], position
     trainer.checkpoints.resumed_from(file, trainer.progress.step)
     trainer.skipped.load_state_dict(state["skipped_images"])
     trainer.untrained_knn = state["untrained_knn"]

@@ -24,6 +24,7 @@ from fastsimclr.pretrained import load_encoder
 from fastsimclr.progress_bar import Phase
 from fastsimclr.run_folder import RunFolder
 from fastsimclr.training.callbacks import Callback
+from fastsimclr.training.options_check import check_ranks
 from fastsimclr.training.rank_sync import StopSignal
 from fastsimclr.training.trainer import Trainer
 
@@ -127,6 +128,7 @@ def train(config: Config, command: Sequence[str], **objects: Any) -> Trainer | N
     """
     with StopSignal() as stop:
         world = distributed.start(config.device)
+        check_ranks(config, world)
         if world.device.type == "cpu":
             keep_freed_memory()
         try:

@@ -1,6 +1,7 @@
 """A pre-training run: open the data, train, evaluate, save and resume."""
 
 import json
+import random
 import re
 import time
 from collections.abc import Callable, Sequence
@@ -28,7 +29,7 @@ from fastsimclr.profiling import StageClock, Trace, stage
 from fastsimclr.progress_bar import Phase
 from fastsimclr.run_folder import RunFolder, write_text
 from fastsimclr.training import summary
-from fastsimclr.training.build import build_learner
+from fastsimclr.training.build import architecture, build_learner
 from fastsimclr.training.callbacks import Callback, Callbacks, KeepCheckpoints
 from fastsimclr.training.checkpoint_writer import CheckpointWriter
 from fastsimclr.training.checkpoints import file_to_resume, resume, state_of
@@ -43,6 +44,7 @@ from fastsimclr.training.images import (
 )
 from fastsimclr.training.loggers import make_loggers
 from fastsimclr.training.metrics import Metrics
+from fastsimclr.training.options_check import check_resumed, run_options
 from fastsimclr.training.progress import Progress
 from fastsimclr.training.rank_sync import RankSync, Stopped, StopSignal
 from fastsimclr.training.skipped import SkippedImages
@@ -108,6 +110,9 @@ class Trainer:
         self.precision, self.scaler, self.recipe = learner.precision, learner.scaler, learner.recipe
         self.loss, self.loss_backend = learner.loss, learner.loss_backend
         self.freezing, self._weights = learner.freezing, learner.weights
+        self.options = run_options(config, learner, world)
+        if file is not None:
+            check_resumed(file, config, self.options, architecture(config, self.model), world)
         self.data = prepare_images(sources, config, world, self.folder, stop)
         self.config, self.augmentation, self._statistics = record_pixels(
             config, learner.augmentation, self.data.train, world
@@ -183,9 +188,11 @@ class Trainer:
         All ranks skip it together, because DDP has averaged the gradients. The learning rate schedule and the data
         advance all the same.
         """
-        # Dropout masks are a function of the seed, the step and the rank, so that a resumed run has the same.
-        masks = np.random.SeedSequence((self.config.seed % 2**64, self.progress.step, self.world.rank))
-        torch.manual_seed(int(masks.generate_state(1)[0]))
+        # What the model draws, such as dropout masks, is a function of the seed, the step and the rank, so that a
+        # resumed run draws the same. A user's module may draw from Python's or NumPy's generator.
+        drawn = np.random.SeedSequence((self.config.seed % 2**64, self.progress.step, self.world.rank))
+        for set_seed in (torch.manual_seed, np.random.seed, random.seed):
+            set_seed(int(drawn.generate_state(1)[0]))
         loss = self.stepper.backward(batch.views, max(self.sync.local_batch_sizes))
         measured = {"loss": loss}
         if self.scaler.is_enabled():
