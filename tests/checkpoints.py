@@ -22,4 +22,5 @@ def make_state(**changes: Any) -> dict[str, Any]:
         "untrained_knn": None,
         "unfinished_epoch": None,
         "config": "epochs: 2\n",
+        "options": {"optim.lr": 0.1},
     } | changes
