@@ -63,7 +63,7 @@ class Parser(argparse.ArgumentParser):
     """An argparse parser that reports errors in one line."""
 
     def error(self, message: str) -> Any:
-        raise UserError(f"{message}; see {self.prog} --help")
+        raise UserError(f"{message.removeprefix('argument ')}; see {self.prog} --help")
 
 
 def exit_code(command: str, work: Callable[[], object]) -> int:

@@ -1,14 +1,9 @@
-"""Options of a run as dataclasses; the command line, the YAML files and --help are generated from their fields."""
+"""Options of a run as dataclasses; options.py makes the command line, the YAML files and --help of their fields."""
 
-import difflib
-import re
 import sys
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field, fields
-from pathlib import Path
-from typing import Any, Literal, TypeVar
-
-from jsonargparse import ArgumentParser, Namespace, set_parsing_settings
+from typing import Annotated, Any, ClassVar, Literal
 
 from fastsimclr.data.augmentation import Augmentation
 from fastsimclr.data.backends import Backend
@@ -16,18 +11,21 @@ from fastsimclr.data.pixel_options import PixelOptions
 from fastsimclr.data.storage_options import StorageOptions
 from fastsimclr.data.urls import without_query
 from fastsimclr.errors import UserError
-from fastsimclr.presets import preset_file, preset_names
-
-Options = TypeVar("Options")
+from fastsimclr.options import from_dict, parse_as, plain
+from fastsimclr.presets import preset_file
+from fastsimclr.ranges import Count, Index, NonNegative, Positive, Probability, Range, Seed, Workers, check_fields
 
 LOGGERS = ("tensorboard", "wandb", "mlflow")
+Width = Annotated[float, Range(0, 64, above=True)]
+Features = Annotated[int, Range(1, 2**20)]
 DEMONSTRATION = "digits"  # preset of a run without --data.train
-FLAGS = ("--compile", "--force", "--knn_at_start", "--profile", "--resume_changed")
 
 
 @dataclass(frozen=True)
 class DataConfig(StorageOptions, PixelOptions, Augmentation):
     """Training and validation data, data loading and the augmentation."""
+
+    _prefix: ClassVar[str] = "--data."
 
     train: str | None = None
     """Training images: a folder of class folders, a flat folder of images, tar shards ('train-{000..127}.tar',
@@ -35,19 +33,19 @@ class DataConfig(StorageOptions, PixelOptions, Augmentation):
     a Dataset or array of your own code or a function that returns one. Tar shards and folders also at s3://, gs:// and
     hf://datasets/, tar shards at https://. If not given, the built-in demonstration runs
     (preset digits)."""
-    val: float | str | None = None
+    val: Annotated[float, Range(0, 1, above=True, below=True)] | str | None = None
     """Labeled images to measure kNN accuracy on, in the same forms; or a fraction such as 0.1: that part of each class
     of the training images, chosen by seed, is held out of training. If not given, built-in datasets use their held-out
     images; other labeled data uses the training images, each excluded from its own neighbors."""
     backend: Backend = "auto"
     """Backend that decodes and crops the images: dali, torchvision, or memory (images of one size, decoded once and
     kept on the device). auto picks by the images and the device."""
-    workers: int | None = None
+    workers: Workers | None = None
     """Worker processes (torchvision) or threads (dali) per rank that read and decode images; null picks by the number
     of CPU cores."""
     drop_last: bool = False
     """Drop the last batch of an epoch if it is smaller than the others."""
-    max_bad: float = 0.01
+    max_bad: Probability = 0.01
     """Largest fraction of images that may be unusable, of those met so far, after 1,000 or an epoch. They are replaced
     by others and listed in skipped_images.txt in the run's folder; if there are more, the run stops with a
     checkpoint."""
@@ -56,15 +54,11 @@ class DataConfig(StorageOptions, PixelOptions, Augmentation):
     $XDG_CACHE_HOME/fastsimclr or ~/.cache/fastsimclr."""
 
     def __post_init__(self) -> None:
-        Augmentation.__post_init__(self)
+        Augmentation.__post_init__(self)  # checks all fields
         PixelOptions.__post_init__(self)
-        StorageOptions.__post_init__(self)
         for name in ("train", "val"):
             if isinstance(path := getattr(self, name), str):
                 object.__setattr__(self, name, without_query(path))  # so that no record of the run has it
-        is_fraction = isinstance(self.val, float)
-        self._expect("val", not is_fraction or 0 < self.val < 1, "a path, or a fraction between 0 and 1")  # type: ignore[operator]
-        self._expect("max_bad", 0 <= self.max_bad <= 1, "a fraction from 0 to 1")
 
     def augmentation(self) -> Augmentation:
         """Return only the augmentation."""
@@ -79,16 +73,16 @@ class ModelConfig:
     """Encoder: resnet18, resnet34, resnet50, resnet101 or resnet152; timm/NAME or torchvision/NAME for any image
     backbone of timm or torchvision, listed by `fastsimclr doctor --encoders`; or FILE.py:NAME or PACKAGE.MODULE:NAME
     for an nn.Module of your own, its class or a function that returns it."""
-    width: float = 1
+    width: Width = 1
     """Width multiplier: multiplies the number of channels of every layer. A multiple of 1/64, such as 0.5 or 2."""
     stem: Literal["auto", "imagenet", "small"] = "auto"
     """First layers of the encoder: imagenet (7x7 convolution of stride 2, max-pooling) or small (3x3 convolution of
     stride 1, no pooling), which takes about 16 times the operations. auto picks small for images of up to 40 pixels."""
-    hidden: int | None = None
+    hidden: Features | None = None
     """Hidden features of the projection head; null uses the encoder's number of features."""
-    out: int = 128
+    out: Features = 128
     """Output features of the projection head."""
-    layers: int = 2
+    layers: Annotated[int, Range(2, 3)] = 2
     """Number of linear layers in the projection head: 2 or 3."""
     weights: str | None = None
     """Weights to start the encoder from: imagenet (published by torchvision or timm), or a file or run that
@@ -96,7 +90,7 @@ class ModelConfig:
     freeze: str | None = None
     """Modules or parameters of the encoder that do not train, separated by commas, such as conv1,bn1,layer1. Their
     batch normalization uses its running statistics."""
-    freeze_epochs: int = 0
+    freeze_epochs: Index = 0
     """Number of epochs, at the start, in which the whole encoder is frozen and only the projection head trains."""
     sync_bn: bool = True
     """Synchronize batch normalization statistics across ranks."""
@@ -106,7 +100,7 @@ class ModelConfig:
 class LossConfig:
     """The NT-Xent loss."""
 
-    temperature: float = 0.1
+    temperature: Positive = 0.1
     """Temperature; the cosine similarities are divided by it."""
     backend: Literal["auto", "fused", "tiled", "reference"] = "auto"
     """Implementation of the loss: fused (CUDA kernels), tiled (PyTorch, O(N D) memory) or reference (PyTorch, O(N^2)
@@ -127,20 +121,20 @@ class OptimConfig:
     name: Literal["auto", "lars", "sgd", "adamw"] = "auto"
     """Optimizer: lars (as in the paper), sgd or adamw. auto: adamw for encoders with layer normalization or attention
     or without batch normalization (ViT, ConvNeXt), otherwise lars."""
-    lr: float | Literal["auto"] = "auto"
+    lr: Positive | Literal["auto"] = "auto"
     """Peak learning rate; auto scales it with the batch size as set by lr_rule."""
     lr_rule: Literal["auto", "linear", "sqrt"] = "auto"
     """Scaling of the learning rate with the batch size. For lars: linear is 0.3 * batch_size / 256 and sqrt is 0.075 *
     sqrt(batch_size). Both are equal at 4096; sqrt is better below 1024. auto: for adamw on the encoders named above,
     linear, which is MoCo v3's 1.5e-4 * batch_size / 256; otherwise sqrt."""
-    momentum: float = 0.9
+    momentum: Annotated[float, Range(0, 1, below=True)] = 0.9
     """Momentum; beta1 for adamw."""
-    weight_decay: float | Literal["auto"] = "auto"
+    weight_decay: NonNegative | Literal["auto"] = "auto"
     """Weight decay; not applied to normalization parameters, biases, scales, position embeddings and class tokens.
     auto: 0.1 for adamw on the encoders named above, as in MoCo v3; otherwise 1e-6, as in SimCLR."""
-    warmup_epochs: float = 10.0
+    warmup_epochs: NonNegative = 10.0
     """Epochs of linear warm-up, limited to a tenth of all epochs."""
-    clip_grad: float | None = None
+    clip_grad: Positive | None = None
     """Maximum norm of the gradient over all parameters; null disables clipping."""
 
 
@@ -152,14 +146,14 @@ class Config:
     model: ModelConfig = field(default_factory=ModelConfig)
     loss: LossConfig = field(default_factory=LossConfig)
     optim: OptimConfig = field(default_factory=OptimConfig)
-    batch_size: int = 256
+    batch_size: Count = 256
     """Global batch size: images per step over all ranks. Each image yields data.num_views views."""
-    micro_batch_size: int | None = None
+    micro_batch_size: Count | None = None
     """Images that a rank encodes at a time; the loss still covers the whole batch. Saves memory at the cost of a second
     forward pass. Batch normalization statistics are then per micro-batch. null encodes the whole batch at once."""
-    epochs: int = 100
+    epochs: Count = 100
     """Number of epochs; the learning-rate schedule spans them."""
-    max_steps: int | None = None
+    max_steps: Count | None = None
     """Stop after this many steps, without changing the schedule; null runs all epochs."""
     precision: Literal["auto", "bf16", "fp16", "fp32", "fp64"] = "auto"
     """Precision of the encoder: autocast to bf16 or fp16, or float32 or float64 throughout. auto: bf16 if the hardware
@@ -171,7 +165,7 @@ class Config:
     """Compile the model with torch.compile."""
     profile: bool = False
     """Trace 20 steps with torch.profiler to trace.json.gz in the run's folder, for ui.perfetto.dev or chrome://tracing."""
-    seed: int = 0
+    seed: Seed = 0
     """Seed of the initial weights, the order of the images and the random parameters of the views."""
     resume: str = "auto"
     """Checkpoint to resume from: auto (the checkpoint in output, if there is one), never, or a checkpoint file."""
@@ -182,9 +176,9 @@ class Config:
     output: str | None = None
     """Folder of the run. null creates a new folder runs/DATA-ENCODER-TIME each time, so resume=auto finds no
     checkpoint."""
-    checkpoint_every: float = 1.0
+    checkpoint_every: Positive = 1.0
     """Epochs between checkpoints (0.1: ten per epoch). One is also written at the end and on SIGTERM and SIGINT."""
-    keep_every: int | None = None
+    keep_every: Count | None = None
     """Keep the checkpoint of every N-th epoch as checkpoints/epoch-0010.pt; null keeps only the last one."""
     keep_best: Literal["knn"] | None = None
     """Keep the checkpoint with the highest kNN accuracy as checkpoints/best.pt: knn, or null for none. It is compared
@@ -192,30 +186,20 @@ class Config:
     log: str | None = "tensorboard"
     """Loggers of the metrics, besides metrics.jsonl: tensorboard, wandb, mlflow, several separated by commas, or null.
     pip install 'fastsimclr[wandb,mlflow]' installs the last two."""
-    knn_every: int = 10
+    knn_every: Index = 10
     """Epochs between measurements of kNN accuracy, if there are labels. It is also measured at the end. 0: never."""
-    knn_k: int = 20
+    knn_k: Count = 20
     """Number of neighbors that vote in kNN, weighted by exp(cosine / 0.07)."""
-    knn_images: int | None = 50_000
+    knn_images: Count | None = 50_000
     """Largest number of training images, and of validation images, in kNN; more are sampled by seed, the same share of
     each class. null: all. Each rank keeps its part of the representations, in float16."""
     knn_at_start: bool = False
     """Measure kNN accuracy before the first step, too, to compare with the untrained encoder."""
 
     def __post_init__(self) -> None:
-        for name in ("batch_size", "micro_batch_size", "epochs", "max_steps", "keep_every", "knn_k", "knn_images"):
-            value = getattr(self, name)
-            if value is not None and value < 1:
-                raise UserError(f"--{name}: got {value}, expected at least 1")
-        for name, value in (("checkpoint_every", self.checkpoint_every), ("loss.temperature", self.loss.temperature)):
-            if not value > 0:
-                raise UserError(f"--{name}: got {value}, expected a number above 0")
-        if not 0 <= self.model.freeze_epochs < self.epochs:
+        check_fields(self, "--")
+        if self.model.freeze_epochs >= self.epochs:
             raise UserError(f"--model.freeze_epochs: got {self.model.freeze_epochs}, expected 0 to --epochs minus 1")
-        if self.optim.lr != "auto" and not self.optim.lr > 0:
-            raise UserError(f"--optim.lr: got {self.optim.lr}, expected a number above 0, or auto")
-        if self.optim.weight_decay != "auto" and not self.optim.weight_decay >= 0:
-            raise UserError(f"--optim.weight_decay: got {self.optim.weight_decay}, expected a number from 0, or auto")
         if self.keep_best is not None and self.knn_every == 0:
             raise UserError("--keep_best: got knn with knn_every 0; expected knn_every of at least 1")
         if unknown := set(self.loggers) - set(LOGGERS):
@@ -225,20 +209,6 @@ class Config:
     def loggers(self) -> list[str]:
         """The names of the loggers."""
         return [] if self.log is None else list(dict.fromkeys(name.strip() for name in self.log.split(",")))
-
-
-class _Parser(ArgumentParser):
-    def error(self, message: str, ex: Exception | None = None) -> Any:
-        """Raise UserError with jsonargparse's multi-line message as one line: the option, what was got and expected."""
-        message = " ".join(message.split())
-        invalid = re.match(r'Parser key "(.+?)": (.*?)(?:Given value type.*)?(?:Given|Got) value: (.*)', message)
-        if invalid:
-            option, reason, value = invalid.groups()
-            expected = [kind or choices for kind, choices in re.findall(r"<class '(\w+)'>|Literal\[(.*?)\]", reason)]
-            expected = list(dict.fromkeys("none" if kind == "NoneType" else kind for kind in expected))
-            raise UserError(f"--{option}: got {value}, expected {' or '.join(expected)}")
-        message = re.sub(r'Parser key "(.+?)":', r"--\1:", message)
-        raise UserError(f"{message}; see {self.prog} --help")
 
 
 def parse(arguments: Sequence[str] | None = None) -> Config:
@@ -254,110 +224,16 @@ def parse(arguments: Sequence[str] | None = None) -> Config:
     return config
 
 
-def to_yaml(options: Any) -> str:
-    """Return the options (a dataclass of dataclasses) as YAML, which --config reads."""
-    import yaml  # here, so that --help does not wait for it
-
-    return yaml.safe_dump(_plain(asdict(options)), sort_keys=False)
-
-
-def _plain(value: Any) -> Any:
-    """Convert tuples to lists, as YAML has no tuples."""
-    if isinstance(value, dict):
-        return {name: _plain(item) for name, item in value.items()}
-    return [_plain(item) for item in value] if isinstance(value, list | tuple) else value
-
-
-def parse_as(
-    kind: type[Options],
-    arguments: Sequence[str],
-    program: str,
-    about: str,
-    *,
-    preset: Path | None = None,
-    defaults: dict[str, Any] | None = None,
-) -> Options:
-    """Parse the options of `python -m fastsimclr.{program}` into `kind`.
-
-    kind: dataclass of the options. about: description shown by --help.
-    preset: YAML file whose values replace the dataclass's defaults. defaults: the same as a dict, by option name
-        ("data.image_size").
-    Raises UserError for unknown options and invalid values.
-    """
-    parser = _parser(kind, program, about, preset)
-    parser.set_defaults(defaults or {})
-    return _instantiate(kind, parser, parser.parse_args(_as_yaml(arguments)))
-
-
 def from_options(options: dict[str, Any]) -> Config:
     """Return the configuration with these options; sections are dicts. The other options have their defaults.
 
     Raises UserError, whose text has no "--" before an option, for unknown options and invalid values.
     """
-    _check_names(options, Config)
-    parser = _parser(Config, "train", "")
-    try:
-        namespace = parser.parse_object(_plain(options))
-        return _instantiate(Config, parser, namespace)
-    except UserError as error:
-        raise UserError(str(error).removeprefix("--").removesuffix(f"; see {parser.prog} --help")) from error
+    return from_dict(Config, options, "train")
 
 
-def _check_names(options: dict[str, Any], kind: type[Any], section: str = "") -> None:
-    """Raise UserError for a name that is not a field of the dataclass `kind`, and for a section that is not a dict."""
-    known: dict[str, Any] = {f.name: f.default_factory for f in fields(kind)}
-    for name, value in options.items():
-        if name not in known:
-            nearest = difflib.get_close_matches(name, known, n=3, cutoff=0.0)
-            raise UserError(f"{section}{name}: got an unknown option, expected one such as {', '.join(nearest)}")
-        if isinstance(known[name], type):  # the class of a section
-            if not isinstance(value, dict):
-                raise UserError(f"{name}: got {value!r}, expected a dict of its options")
-            _check_names(value, known[name], f"{name}.")
+def to_yaml(options: Any) -> str:
+    """Return the options (a dataclass of dataclasses) as YAML, which --config reads."""
+    import yaml  # here, so that --help does not wait for it
 
-
-def _parser(kind: type[Any], program: str, about: str, preset: Path | None = None) -> "_Parser":
-    """Return the parser of the options `kind`, a dataclass."""
-    set_parsing_settings(docstring_parse_attribute_docstrings=True)
-    parser = _Parser(
-        prog=f"python -m fastsimclr.{program}",
-        description=about,
-        default_config_files=[str(preset)] if preset else None,
-    )
-    parser.add_argument(
-        "--config",
-        action="config",
-        help=f"YAML file of options, or a preset: {', '.join(preset_names())}. Options that follow it override it.",
-    )
-    parser.add_class_arguments(kind, nested_key=None)
-    return parser
-
-
-def _as_yaml(arguments: Sequence[str]) -> list[str]:
-    """Translate the arguments for jsonargparse: "none" to null, a bare flag to true, a preset to its file."""
-    arguments = list(arguments)
-    for position, argument in enumerate(arguments):
-        option, _, value = argument.partition("=")
-        if argument == "none" or (option.startswith("--") and value == "none"):
-            arguments[position] = argument.removesuffix("none") + "null"
-        if argument in FLAGS and arguments[position + 1 : position + 2] not in (["true"], ["false"]):
-            arguments[position] = f"{argument}=true"
-        if option == "--config" and value:
-            arguments[position] = f"--config={_config_file(value)}"
-        elif position > 0 and arguments[position - 1] == "--config":
-            arguments[position] = str(_config_file(argument))
-    return arguments
-
-
-def _config_file(value: str) -> Path:
-    return Path(value) if Path(value).is_file() else preset_file(value)
-
-
-def _instantiate(kind: type[Options], parser: _Parser, namespace: Namespace) -> Options:
-    try:
-        values = parser.instantiate(namespace)
-        return kind(**{f.name: values[f.name] for f in fields(kind)})  # type: ignore[arg-type]  # a dataclass
-    except UserError:
-        raise
-    except ValueError as error:  # from the checks of Augmentation
-        raise UserError(f"--data.{error}") from error
+    return yaml.safe_dump(plain(asdict(options)), sort_keys=False)

@@ -17,6 +17,7 @@ from pathlib import Path
 
 from fastsimclr.cli import Parser, exit_code
 from fastsimclr.errors import UserError
+from fastsimclr.ranges import Channels, Count, number
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -88,10 +89,10 @@ def _options(arguments: Sequence[str] | None) -> argparse.Namespace:
     data.add_argument("--list", metavar="FILE", help="write the bad images and the reasons to this file, one a line")
     data.add_argument("--cache", metavar="DIR", help="folder of the results; default: ~/.cache/fastsimclr")
     data.add_argument("--pixels", choices=("uint8", "uint16", "float32"), help="as data.pixels of train")
-    data.add_argument("--channels", type=int, metavar="N", help="as data.channels of train")
+    data.add_argument("--channels", type=number(Channels), metavar="N", help="as data.channels of train")
     data.add_argument(
         "--max_pixels",
-        type=int,
+        type=number(Count),
         default=200_000_000,
         metavar="N",
         help="as data.max_pixels of train; default: 200000000",

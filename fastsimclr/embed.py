@@ -15,8 +15,8 @@ from collections.abc import Sequence
 from fastsimclr.cli import ENCODER_HELP, Parser, exit_code
 from fastsimclr.config import parse
 from fastsimclr.data.backends import BACKENDS
-from fastsimclr.errors import UserError
-from fastsimclr.evaluation.config import FEATURE_FORMATS, MAP_METHODS, MAX_QUERIES, PREPROCESSING
+from fastsimclr.evaluation.config import FEATURE_FORMATS, MAP_METHODS, PREPROCESSING, Queries
+from fastsimclr.ranges import Count, Probability, Seed, Workers, number
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -46,34 +46,33 @@ def _options(arguments: Sequence[str] | None) -> argparse.Namespace:
     )
     parser.add_argument("--output", metavar="DIR", help="output folder; default: embed/ in the run's folder")
     parser.add_argument("--format", choices=FEATURE_FORMATS, default="npy", help="file format; default: npy")
-    parser.add_argument("--images", type=int, metavar="N", help="embed a random sample of N images; default: all")
+    parser.add_argument(
+        "--images", type=number(Count), metavar="N", help="embed a random sample of N images; default: all"
+    )
     parser.add_argument(
         "--map", choices=("auto", *MAP_METHODS, "none"), default="auto", help="auto: umap if installed, else tsne"
     )
-    parser.add_argument("--gallery", type=int, default=8, metavar="N", help="rows of the gallery; 0: none; default: 8")
-    parser.add_argument("--batch_size", type=int, default=256, metavar="N", help="global batch size; default: 256")
-    parser.add_argument("--workers", type=int, metavar="N", help="data loading workers; default: automatic")
+    parser.add_argument(
+        "--gallery", type=number(Queries), default=8, metavar="N", help="rows of the gallery; 0: none; default: 8"
+    )
+    parser.add_argument(
+        "--batch_size", type=number(Count), default=256, metavar="N", help="global batch size; default: 256"
+    )
+    parser.add_argument("--workers", type=number(Workers), metavar="N", help="data loading workers; default: automatic")
     parser.add_argument("--backend", choices=BACKENDS, default="auto", help="decoding backend; default: auto")
     parser.add_argument("--device", default="auto", help="cuda, cpu or auto")
     parser.add_argument("--precision", choices=("auto", "bf16", "fp16", "fp32"), default="auto", help="default: auto")
     parser.add_argument("--cache", metavar="DIR", help="results of fastsimclr doctor; default: ~/.cache/fastsimclr")
-    parser.add_argument("--max_bad", type=float, default=0.01, metavar="F", help="tolerated bad files; default: 0.01")
-    parser.add_argument("--seed", type=int, default=0, metavar="N", help="seed of the sample, the map and the gallery")
+    parser.add_argument(
+        "--max_bad", type=number(Probability), default=0.01, metavar="F", help="tolerated bad files; default: 0.01"
+    )
+    parser.add_argument(
+        "--seed", type=number(Seed), default=0, metavar="N", help="seed of the sample, the map and the gallery"
+    )
     parser.add_argument("--force", action="store_true", help="overwrite earlier results in the output folder")
     for name in PREPROCESSING:
         parser.add_argument(f"--data.{name}", metavar="V", help="as for train; default: the encoder's training value")
     options = parser.parse_args(arguments)
-    for name, least, most in (
-        ("images", 1, None),
-        ("batch_size", 1, None),
-        ("workers", 0, None),
-        ("gallery", 0, MAX_QUERIES),
-        ("max_bad", 0, 1),
-    ):
-        value = getattr(options, name)
-        if value is not None and (value < least or (most is not None and value > most)):
-            expected = f"at least {least}" if most is None else f"{least} to {most}"
-            raise UserError(f"--{name}: got {value}, expected {expected}")
     given = {name: getattr(options, f"data.{name}") for name in PREPROCESSING}
     given = {name: value for name, value in given.items() if value is not None}
     # Parse the values as train does.

@@ -12,11 +12,11 @@ from dataclasses import asdict, fields
 from typing import TYPE_CHECKING, Any
 
 from fastsimclr.cli import exit_code
-from fastsimclr.config import parse_as
 from fastsimclr.data.augmentation import Augmentation
 from fastsimclr.data.pixel_options import PixelOptions
 from fastsimclr.errors import UserError
 from fastsimclr.evaluation.config import PROTOCOLS, EvaluationConfig, SupervisedConfig
+from fastsimclr.options import parse_as
 
 if TYPE_CHECKING:
     from fastsimclr.pretrained import Pretrained

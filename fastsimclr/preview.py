@@ -11,12 +11,15 @@ import argparse
 import sys
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Annotated
 
 from fastsimclr.cli import Parser, exit_code
 from fastsimclr.data.backends import BACKENDS
 from fastsimclr.errors import UserError
+from fastsimclr.ranges import Range, Seed, number
 
-MAX_IMAGES = 100  # Agg draws no more than 2^16 pixels in one direction
+Rows = Annotated[int, Range(1, 100)]  # Agg draws no more than 2^16 pixels in one direction
+Epoch = Annotated[int, Range(0, 2**32 - 1)]
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -56,9 +59,9 @@ def _options(arguments: Sequence[str] | None) -> tuple[argparse.Namespace, list[
         choices=BACKENDS,
         help="backend that decodes and crops; default: auto",
     )
-    parser.add_argument("--images", type=int, default=8, metavar="N", help="rows of the sheet; default: 8")
-    parser.add_argument("--epoch", type=int, default=0, metavar="N", help="epoch to show, from 0; default: 0")
-    parser.add_argument("--seed", type=int, metavar="N", help="random seed; default: from --config, else 0")
+    parser.add_argument("--images", type=number(Rows), default=8, metavar="N", help="rows of the sheet; default: 8")
+    parser.add_argument("--epoch", type=number(Epoch), default=0, metavar="N", help="epoch to show, from 0; default: 0")
+    parser.add_argument("--seed", type=number(Seed), metavar="N", help="random seed; default: from --config, else 0")
     parser.add_argument("--unshuffled", action="store_true", help="show the dataset's first images instead")
     parser.add_argument(
         "--show_channels",
@@ -74,9 +77,6 @@ def _options(arguments: Sequence[str] | None) -> tuple[argparse.Namespace, list[
     for option in others:
         if option.startswith("--") and not option.startswith("--data."):
             parser.error(f"{option}: got an unknown option, expected one of preview's or --data.*")
-    for name, least, most in (("images", 1, MAX_IMAGES), ("epoch", 0, 2**32 - 1)):
-        if not least <= getattr(options, name) <= most:
-            raise UserError(f"--{name}: got {getattr(options, name)}, expected {least} to {most}")
     if Path(options.output).suffix.lower() != ".png":
         raise UserError(f"--output: got {options.output}, expected a file name that ends in .png")
     return options, others

@@ -14,6 +14,7 @@ from pathlib import Path
 
 from fastsimclr.cli import Parser, exit_code
 from fastsimclr.errors import UserError
+from fastsimclr.ranges import Count, Side, Workers, number
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -40,23 +41,21 @@ def _options(arguments: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--output", required=True, metavar="DIR", help="folder for the shards")
     parser.add_argument(
         "--resize",
-        type=int,
+        type=number(Side),
         metavar="N",
         help="scale images whose shorter side is above N pixels to N, upright: JPEG of quality 95 if they are JPEG, "
         "else PNG; images that do not decode are skipped; default: bytes unchanged",
     )
-    parser.add_argument("--shard_mb", type=int, default=256, metavar="MB", help="approximate size; default: 256")
-    parser.add_argument("--workers", type=int, metavar="N", help="processes; default: one per core")
+    parser.add_argument(
+        "--shard_mb", type=number(Count), default=256, metavar="MB", help="approximate size; default: 256"
+    )
+    parser.add_argument("--workers", type=number(Workers), metavar="N", help="processes; default: one per core")
     parser.add_argument(
         "--verify", action="store_true", help="compare the shards in --output with their manifest instead"
     )
     options = parser.parse_args(arguments)
     if options.verify == (options.data is not None):
         raise UserError("got " + ("PATH and" if options.verify else "neither PATH nor") + " --verify, expected one")
-    for name, least in (("resize", 1), ("shard_mb", 1), ("workers", 0)):
-        value = getattr(options, name)
-        if value is not None and value < least:
-            raise UserError(f"--{name}: got {value}, expected {least} or more")
     if options.workers is None:
         options.workers = len(os.sched_getaffinity(0))
     return options

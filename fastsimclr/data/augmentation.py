@@ -2,28 +2,17 @@
 
 from dataclasses import dataclass, fields, replace
 from functools import cached_property
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Literal
 
+from fastsimclr.errors import UserError
 from fastsimclr.presets import preset_file
+from fastsimclr.ranges import Finite, Fraction, NonNegative, Positive, Probability, Range, Side, check_fields
 
 if TYPE_CHECKING:
     import torch
     from typing_extensions import Self  # typing's from Python 3.11
 
     from fastsimclr.data.view_module import ViewModule
-
-INTERPOLATIONS = ("bilinear", "bicubic")
-CROPS = ("random", "center")
-PROBABILITIES = (
-    "flip_prob",
-    "vertical_flip_prob",
-    "rotate90_prob",
-    "jitter_prob",
-    "grayscale_prob",
-    "blur_prob",
-    "solarize_prob",
-    "channel_drop_prob",
-)
 
 
 @dataclass(frozen=True)
@@ -32,97 +21,84 @@ class Augmentation:
 
     A view is cropped, resized to (image_size, image_size), flipped and rotated; then, in this order: color jitter,
     gain, grayscale, blur, solarize, normalize, channel drop. Saturation, hue and grayscale need RGB images. Raises
-    ValueError for an option out of range, naming the option.
+    UserError (a ValueError) for an option out of range, naming the option.
     """
 
-    image_size: int = 224
+    _prefix: ClassVar[str] = ""
+    """Text before an option's name in errors."""
+
+    image_size: Side = 224
     """Height and width of a view in pixels."""
-    crop: str = "random"
+    crop: Literal["random", "center"] = "random"
     """Crop: random (random area, aspect ratio and position) or center (the central square, for evaluation)."""
-    scale: tuple[float, float] = (0.08, 1.0)
+    scale: tuple[Fraction, Fraction] = (0.08, 1.0)
     """Range of a random crop's area, as a fraction of the image's area."""
-    ratio: tuple[float, float] = (3 / 4, 4 / 3)
+    ratio: tuple[Positive, Positive] = (3 / 4, 4 / 3)
     """Range of a random crop's aspect ratio (width / height)."""
-    center_fraction: float = 0.875
+    center_fraction: Fraction = 0.875
     """Side of a center crop, as a fraction of the image's shorter side."""
-    interpolation: str = "bicubic"
+    interpolation: Literal["bilinear", "bicubic"] = "bicubic"
     """Interpolation of the resize: bilinear or bicubic, always antialiased."""
-    flip_prob: float = 0.5
+    flip_prob: Probability = 0.5
     """Probability of a horizontal flip."""
-    vertical_flip_prob: float = 0.0
+    vertical_flip_prob: Probability = 0.0
     """Probability of a vertical flip, for images without an up, as of microscopes and satellites."""
-    rotate90_prob: float = 0.0
+    rotate90_prob: Probability = 0.0
     """Probability of a rotation by one, two or three quarter turns (0.75: all four orientations are equally likely)."""
-    jitter_prob: float = 0.8
+    jitter_prob: Probability = 0.8
     """Probability of color jitter: brightness, contrast, saturation and hue, in random order."""
-    brightness: float = 0.8
+    brightness: NonNegative = 0.8
     """Brightness jitter b: the factor is sampled from U(max(0, 1 - b), 1 + b)."""
-    contrast: float = 0.8
+    contrast: NonNegative = 0.8
     """Contrast jitter c: the factor, about the view's mean gray level, is sampled from U(max(0, 1 - c), 1 + c)."""
-    saturation: float = 0.8
+    saturation: NonNegative = 0.8
     """Saturation jitter s: the factor is sampled from U(max(0, 1 - s), 1 + s)."""
-    hue: float = 0.2
+    hue: Annotated[float, Range(0, 0.5)] = 0.2
     """Hue jitter h: the hue shift is sampled from U(-h, h), as a fraction of the color circle; 0 to 0.5."""
-    gain: float = 0.0
+    gain: NonNegative = 0.0
     """Gain g: each channel is multiplied by its own factor from U(max(0, 1 - g), 1 + g)."""
-    grayscale_prob: float = 0.2
+    grayscale_prob: Probability = 0.2
     """Probability of converting the view to grayscale."""
-    blur_prob: float = 0.5
+    blur_prob: Probability = 0.5
     """Probability of Gaussian blur."""
-    blur_sigma: tuple[float, float] = (0.1, 2.0)
+    blur_sigma: tuple[Positive, Positive] = (0.1, 2.0)
     """Range of the blur's standard deviation, in pixels of the view; sampled from U(low, high)."""
-    blur_kernel: float = 0.1
+    blur_kernel: Fraction = 0.1
     """Size of the blur kernel, as a fraction of image_size; rounded to an odd number of pixels."""
-    solarize_prob: float = 0.0
+    solarize_prob: Probability = 0.0
     """Probability of solarize, which inverts levels of 128 and above (used by BYOL, arXiv 2006.07733)."""
-    channel_drop_prob: float = 0.0
+    channel_drop_prob: Probability = 0.0
     """Probability of dropping a channel, chosen at random: it becomes its mean, which is 0 after normalization."""
-    mean: tuple[float, ...] | Literal["auto"] = (0.485, 0.456, 0.406)
+    mean: tuple[Finite, ...] | Literal["auto"] = (0.485, 0.456, 0.406)
     """Mean of each channel in [0, 1], subtracted from the view; by default ImageNet's for red, green and blue. auto:
     measured on up to 1,000 images, as by default for images that do not have three channels."""
-    std: tuple[float, ...] | Literal["auto"] = (0.229, 0.224, 0.225)
+    std: tuple[Positive, ...] | Literal["auto"] = (0.229, 0.224, 0.225)
     """Standard deviation of each channel in [0, 1], by which the view is divided; auto as for the mean."""
-    num_views: int = 2
+    num_views: Annotated[int, Range(1, 64)] = 2
     """Number of views per image."""
     per_view: tuple[dict[str, Any], ...] = ()
     """Options that override these for each view, one dict per view. BYOL's pair is ({"blur_prob": 1.0},
     {"blur_prob": 0.1, "solarize_prob": 0.2}). Empty: all views use the same options."""
 
     def __post_init__(self) -> None:
-        for name in PROBABILITIES:
-            self._expect(name, 0 <= getattr(self, name) <= 1, "a probability")
-        for name in ("brightness", "contrast", "saturation", "gain"):
-            self._expect(name, getattr(self, name) >= 0, "at least 0")
+        check_fields(self, self._prefix)
         for name in ("ratio", "blur_sigma", "scale"):
             low, high = getattr(self, name)
-            self._expect(name, 0 < low <= high, "0 < low <= high")
-        self._expect("scale", self.scale[1] <= 1, "at most 1")
-        self._expect("hue", 0 <= self.hue <= 0.5, "from 0 to 0.5")
-        self._expect("image_size", self.image_size >= 1, "at least 1")
-        self._expect("num_views", self.num_views >= 1, "at least 1")
-        self._expect("center_fraction", 0 < self.center_fraction <= 1, "above 0, at most 1")
-        self._expect("blur_kernel", 0 < self.blur_kernel <= 1, "above 0, at most 1")
-        if self.std != "auto":
-            self._expect("std", min(self.std, default=0) > 0, "positive numbers, one per channel, or auto")
+            self._expect(name, low <= high, "low <= high")
         if "auto" not in (self.mean, self.std):
             self._expect("mean", len(self.mean) == len(self.std), f"as many numbers as in std, {len(self.std)}")
-        self._expect("interpolation", self.interpolation in INTERPOLATIONS, f"one of {', '.join(INTERPOLATIONS)}")
-        self._expect("crop", self.crop in CROPS, f"one of {', '.join(CROPS)}")
+        self._expect("std", len(self.std) > 0, "a number for each channel, or auto")
         expected = f"one dict for each of {self.num_views} views, or none"
         self._expect("per_view", len(self.per_view) in (0, self.num_views), expected)
-        defaults = {f.name: f.default for f in fields(Augmentation) if f.name not in ("num_views", "per_view")}
+        options = [f.name for f in fields(Augmentation) if f.name not in ("num_views", "per_view")]
         for overrides in self.per_view:
-            self._expect("per_view", set(overrides) <= set(defaults), f"options of a view: {', '.join(defaults)}")
-            for name, value in overrides.items():
-                expected = f"a value for {name} such as {defaults[name]}"
-                allowed = _is_numbers(value) if name in ("mean", "std") else _same_type(value, defaults[name])
-                self._expect("per_view", allowed, expected)
+            self._expect("per_view", set(overrides) <= set(options), f"options of a view: {', '.join(options)}")
         if self.per_view:
             _ = self.recipes  # runs the checks of each view's options
 
     def _expect(self, name: str, holds: bool, expected: str) -> None:
         if not holds:
-            raise ValueError(f"{name}: got {getattr(self, name)!r}, expected {expected}")
+            raise UserError(f"{self._prefix}{name}: got {getattr(self, name)!r}, expected {expected}")
 
     @cached_property
     def recipes(self) -> tuple["Augmentation", ...]:
@@ -238,17 +214,3 @@ class Augmentation:
 def _to_tuple(value: Any) -> Any:
     """Convert a list, as YAML has it, to a tuple."""
     return tuple(value) if isinstance(value, list) else value
-
-
-def _is_numbers(value: Any) -> bool:
-    """Return whether a value read from YAML is a list or tuple of numbers."""
-    return isinstance(value, list | tuple) and all(_same_type(item, 0.0) for item in value)
-
-
-def _same_type(value: Any, default: Any) -> bool:
-    """Return whether a value read from YAML has the default's type; an int passes for a float, a list for a tuple."""
-    if isinstance(default, tuple):
-        return isinstance(value, list | tuple) and len(value) == len(default) and all(map(_same_type, value, default))
-    if isinstance(default, float):
-        return isinstance(value, int | float) and not isinstance(value, bool)
-    return type(value) is type(default)

@@ -2,7 +2,7 @@
 
 from dataclasses import dataclass
 
-from fastsimclr.errors import UserError
+from fastsimclr.ranges import Positive, check_fields
 
 
 @dataclass(frozen=True)
@@ -12,12 +12,11 @@ class StorageOptions:
     local_cache: str | None = None
     """Folder on a local disk that keeps the images read from a URL, so that a node fetches each of them once. All its
     ranks, workers and runs share it. null: images are fetched again in every epoch."""
-    local_cache_gb: float = 200.0
+    local_cache_gb: Positive = 200.0
     """Size limit of local_cache in GB (10^9 bytes). When it is full, the least recently used images are removed."""
 
     def __post_init__(self) -> None:
-        if not self.local_cache_gb > 0:
-            raise UserError(f"--data.local_cache_gb: got {self.local_cache_gb:g}, expected a number above 0")
+        check_fields(self, "--data.")
 
     def storage_options(self) -> "StorageOptions":
         """Return only these options."""

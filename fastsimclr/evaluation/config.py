@@ -2,10 +2,10 @@
 
 from abc import ABC, abstractmethod
 from dataclasses import dataclass, field
-from typing import Literal
+from typing import Annotated, Literal
 
-from fastsimclr.config import DataConfig
-from fastsimclr.errors import UserError
+from fastsimclr.config import DataConfig, Width
+from fastsimclr.ranges import Count, Fraction, NonNegative, Positive, Range, Seed, check_fields
 
 
 @dataclass(frozen=True)
@@ -20,14 +20,14 @@ class EvaluationConfig(ABC):
     your own: the function that makes it, such as mymodel.py:make_encoder."""
     data: DataConfig = field(default_factory=DataConfig)
     """Labeled images. Of the augmentation, only crops and flips are used."""
-    batch_size: int = 256
+    batch_size: Count = 256
     """Images per step, over all ranks."""
     precision: Literal["auto", "bf16", "fp16", "fp32", "fp64"] = "auto"
     """Precision of the encoder: bf16 or fp16 autocast, float32 or float64. auto: bf16 where the hardware supports it,
     else fp16 on a GPU with tensor cores (V100, T4), else float32."""
     device: str = "auto"
     """cuda, cpu or auto; under torchrun each rank uses its own GPU."""
-    seed: int = 0
+    seed: Seed = 0
     """Random seed of the subset of labels, new weights, the order of images, crops and flips."""
     output: str | None = None
     """Output folder; null: evaluate/ in the run's folder."""
@@ -35,14 +35,7 @@ class EvaluationConfig(ABC):
     """Overwrite existing results."""
 
     def __post_init__(self) -> None:
-        for name in ("batch_size", "k", "epochs"):
-            value = getattr(self, name, None)
-            if value is not None and value < 1:
-                raise UserError(f"--{name}: got {value}, expected at least 1")
-        for name in ("lr", "c", "temperature"):
-            value = getattr(self, name, None)
-            if isinstance(value, float | int) and not value > 0:
-                raise UserError(f"--{name}: got {value}, expected a number above 0")
+        check_fields(self, "--")
 
     @abstractmethod
     def name(self) -> str:
@@ -56,9 +49,9 @@ class KnnConfig(EvaluationConfig):
     Without --data.val, each training image is classified by the other training images.
     """
 
-    k: int = 200
+    k: Count = 200
     """Number of neighbors."""
-    temperature: float | None = 0.07
+    temperature: Positive | None = 0.07
     """Each neighbor's vote has weight exp(cosine / temperature); null: weight 1."""
 
     def name(self) -> str:
@@ -67,7 +60,7 @@ class KnnConfig(EvaluationConfig):
 
 @dataclass(frozen=True)
 class _WithLabels(EvaluationConfig):
-    labels: float | str = 1.0
+    labels: Fraction | str = 1.0
     """Labels of --data.train to use: a fraction such as 0.01 (the same number per class, chosen by seed), or a file
     that lists the images, such as the public 1 % and 10 % lists of ImageNet."""
 
@@ -82,13 +75,13 @@ class LinearConfig(_WithLabels):
     solver: Literal["sgd", "lbfgs"] = "sgd"
     """sgd: the paper's protocol, with random crops and flips; lbfgs: logistic regression, solved to convergence on
     representations that are computed once."""
-    epochs: int = 90
+    epochs: Count = 90
     """sgd: number of epochs."""
-    lr: float | Literal["auto"] = "auto"
+    lr: Positive | Literal["auto"] = "auto"
     """sgd: peak learning rate; auto: 0.1 batch_size / 256."""
-    weight_decay: float = 0.0
+    weight_decay: NonNegative = 0.0
     """sgd: weight decay."""
-    c: float | Literal["auto"] = "auto"
+    c: Positive | Literal["auto"] = "auto"
     """lbfgs: inverse regularization strength, as scikit-learn's C; auto selects the best of 1e-6 to 100 on a held-out
     fifth of the training images, then fits all of them."""
 
@@ -101,11 +94,11 @@ class FinetuneConfig(_WithLabels):
     """Fine-tune the whole encoder with labels (arXiv 2002.05709, appendix B.5). Transformers and ConvNeXt train with
     AdamW, as in DeiT (arXiv 2012.12877): lr 5e-4 batch_size / 512, weight decay 0.05."""
 
-    epochs: int | Literal["auto"] = "auto"
+    epochs: Count | Literal["auto"] = "auto"
     """Number of epochs; auto: 60 with at most 2 % of the labels, else 30."""
-    lr: float | Literal["auto"] = "auto"
+    lr: Positive | Literal["auto"] = "auto"
     """Peak learning rate; auto: 0.05 batch_size / 256, or DeiT's for transformers and ConvNeXt."""
-    weight_decay: float | Literal["auto"] = "auto"
+    weight_decay: NonNegative | Literal["auto"] = "auto"
     """Weight decay; norms, biases and position embeddings are excluded. auto: 0, or DeiT's."""
 
     def name(self) -> str:
@@ -118,17 +111,17 @@ class SupervisedConfig(_WithLabels):
     --checkpoint is used; --encoder, --width and --stem specify it without a checkpoint. Transformers and ConvNeXt train
     with AdamW, as in DeiT (arXiv 2012.12877): lr 5e-4 batch_size / 512, weight decay 0.05."""
 
-    width: float = 1
+    width: Width = 1
     """Without --checkpoint: width multiplier of all layers."""
     stem: Literal["auto", "imagenet", "small"] = "auto"
     """Without --checkpoint: first layers; auto: small for images of up to 40 pixels, else imagenet."""
-    epochs: int = 90
+    epochs: Count = 90
     """Number of epochs."""
-    lr: float | Literal["auto"] = "auto"
+    lr: Positive | Literal["auto"] = "auto"
     """Peak learning rate; auto: 0.1 batch_size / 256, or DeiT's for transformers and ConvNeXt."""
-    weight_decay: float | Literal["auto"] = "auto"
+    weight_decay: NonNegative | Literal["auto"] = "auto"
     """Weight decay; norms, biases and position embeddings are excluded. auto: 1e-4, or DeiT's."""
-    warmup_epochs: float = 5.0
+    warmup_epochs: NonNegative = 5.0
     """Epochs of linear warm-up, at most a tenth of all epochs."""
 
     def name(self) -> str:
@@ -146,7 +139,7 @@ FEATURE_FORMATS = ("npy", "safetensors")
 """File formats of embed's features."""
 MAP_METHODS = ("umap", "tsne", "pca")
 """Projection methods of embed's map."""
-MAX_QUERIES = 100
-"""Maximum number of rows of embed's gallery."""
+Queries = Annotated[int, Range(0, 100)]
+"""Number of rows of embed's gallery."""
 PREPROCESSING = ("image_size", "center_fraction", "interpolation", "mean", "std")
 """Fields of Augmentation that affect how an image is prepared for embedding."""

@@ -127,7 +127,7 @@ def test_resumed_run_must_have_the_same_encoder(
             ],
             "got timm/vit_tiny_patch16_224 on images of 3 x 48 x 48, which fails: AssertionError: Input height",
         ),
-        (["--optim.weight_decay=-1"], "--optim.weight_decay: got -1.0, expected a number from 0, or auto"),
+        (["--optim.weight_decay=-1"], "--optim.weight_decay: got -1.0, expected at least 0, or auto"),
     ],
 )
 def test_errors_come_before_the_first_step(options: list[str], message: str, tmp_path: Path) -> None:

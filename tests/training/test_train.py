@@ -279,7 +279,7 @@ def test_micro_batches_give_the_gradients_of_the_whole_batch(tmp_path: Path, vie
             ["--data.train={photos}", "--model.encoder=resnet51"],
             ["encoder: got 'resnet51'", "the nearest are timm/resnet51q"],
         ),
-        (["--data.train={photos}", "--data.flip_prob=2"], ["--data.flip_prob", "got 2.0", "expected a probability"]),
+        (["--data.train={photos}", "--data.flip_prob=2"], ["--data.flip_prob", "got 2.0", "expected from 0 to 1"]),
         (["--data.train={mixed}", "--data.backend=memory"], ["003.jpg: got 81x75 pixels", "images of one size"]),
         (["--data.train={photos}", "--resume={unreadable}/a/07.jpg"], ["07.jpg", "no checkpoint", "expected"]),
         (["--data.train={photos}", "--resume=gone.pt"], ["gone.pt", "no such file", "expected a checkpoint"]),
