@@ -1,10 +1,11 @@
-"""Show what is installed, what will be used and why; with --data, check every image of a data set.
+"""Show what is installed, what will be used and why; with --data, check every image of a data set; with --run, show
+whether a run is alive.
 
 With --data all images are decoded, on all cores, and under torchrun on all ranks. An interrupted check is resumed by
 the same command. Its results are kept in the cache folder, where runs on the same data find them.
 
 Exit codes: 0, even if something is missing; with --data 1 if images are bad, and 143 or 130 if SIGTERM or SIGINT ended
-the check; 2 for a user error.
+the check; with --run 1 if the run has stopped before its last step or was killed; 2 for a user error.
 """
 
 import argparse
@@ -28,6 +29,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
 def run(options: argparse.Namespace) -> int:
     if options.data is not None:
         return check(options)
+    if options.run is not None:
+        return show_run(options)
     if options.encoders is not None:
         print(*list_encoders(options.encoders), sep="\n")
         return 0
@@ -67,6 +70,16 @@ def check(options: argparse.Namespace) -> int:
     return 1 if found.bad else 0
 
 
+def show_run(options: argparse.Namespace) -> int:
+    """Print the state of --run, and return the exit code."""
+    from fastsimclr.reporting.run_status import read_status
+    from fastsimclr.run_folder import RunFolder
+
+    status = read_status(RunFolder(options.run))
+    print(json.dumps(asdict(status), indent=2) if options.json else status.describe())
+    return 0 if status.is_well else 1
+
+
 def list_encoders(pattern: str) -> list[str]:
     """Return the names of encoders that match, and a line with their number. Raises UserError if none does."""
     from fastsimclr.models import encoder_names, nearest_encoders
@@ -84,6 +97,9 @@ def _options(arguments: Sequence[str] | None) -> argparse.Namespace:
     parser = Parser(prog="python -m fastsimclr.doctor", description=__doc__)
     parser.add_argument("--json", action="store_true", help="print JSON")
     parser.add_argument("--encoders", metavar="PATTERN", help="list the encoders whose names match, such as '*vit*'")
+    parser.add_argument(
+        "--run", metavar="RUN", help="show the state of this run: alive, phase, speed, checkpoint, skipped images"
+    )
     data = parser.add_argument_group("full check of a data set")
     data.add_argument("--data", metavar="PATH", help="check every image: a path that train takes as --data.train")
     data.add_argument("--list", metavar="FILE", help="write the bad images and the reasons to this file, one a line")

@@ -6,6 +6,7 @@ Each line is a JSON object with "step". Lines with "loss" are steps; the others 
 import contextlib
 import json
 import os
+import threading
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -50,7 +51,7 @@ def _parse(line: bytes) -> dict[str, Any] | None:
 
 
 class MetricsFile:
-    """metrics.jsonl, open for writing.
+    """metrics.jsonl, open for writing, by several threads.
 
     If a line cannot be written, as on a full disk, it is kept in memory and written with a later one.
     """
@@ -60,19 +61,23 @@ class MetricsFile:
         self._path = run.metrics
         _repair(run, step, is_epoch_finished)
         self._descriptor = os.open(self._path, os.O_WRONLY | os.O_APPEND | os.O_CREAT, 0o666)
+        self._lock = threading.Lock()
         self._pending = bytearray()
         self._has_warned = False
 
     def write(self, record: dict[str, Any]) -> None:
         """Append a line. Warns once, instead of raising, if that fails."""
-        self._pending += json.dumps(record).encode() + b"\n"
-        try:
-            while self._pending:
-                del self._pending[: os.write(self._descriptor, self._pending)]
-        except OSError as error:
-            if not self._has_warned:
-                print_line(f"warning: {self._path} cannot be written ({error.strerror}); its lines are kept in memory")
-            self._has_warned = True
+        with self._lock:
+            self._pending += json.dumps(record).encode() + b"\n"
+            try:
+                while self._pending:
+                    del self._pending[: os.write(self._descriptor, self._pending)]
+                return
+            except OSError as error:
+                reason = error.strerror
+            has_warned, self._has_warned = self._has_warned, True
+        if not has_warned:
+            print_line(f"warning: {self._path} cannot be written ({reason}); its lines are kept in memory")
 
     def sync(self) -> None:
         """Flush the file to disk, so that after a power cut it has all steps of a checkpoint that is written next."""

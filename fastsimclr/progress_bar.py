@@ -73,7 +73,7 @@ class Phase:
     """A part of a program that may take long, named in a line while no other line appears: 5 s after its start, and
     whenever 30 s have passed without a line.
 
-    A context; within an inner one, only that is named.
+    A context; within an inner one, only that is named. `current_phase` also returns those that are not visible.
     """
 
     last_line: ClassVar[float] = 0.0
@@ -93,27 +93,26 @@ class Phase:
 
     def __enter__(self) -> "Phase":
         self.restart(self._title)
-        if self._visible:
-            with self._lock:
-                self._entered.append(self)
-                if not Phase._is_reporting:
-                    Phase._is_reporting = True
-                    threading.Thread(target=self._report, daemon=True).start()
+        with self._lock:
+            self._entered.append(self)
+            if self._visible and not Phase._is_reporting:
+                Phase._is_reporting = True
+                threading.Thread(target=self._report, daemon=True).start()
         return self
 
     def __exit__(self, *_: object) -> None:
-        if self._visible:
-            with self._lock:
-                self._entered.remove(self)
+        with self._lock:
+            self._entered.remove(self)
 
     @classmethod
     def _report(cls) -> None:
         while True:
             with cls._lock:
-                if not cls._entered:
+                visible = [phase for phase in cls._entered if phase._visible]
+                if not visible:
                     Phase._is_reporting = False
                     return
-                cls._entered[-1]._show_if_due()
+                visible[-1]._show_if_due()
             time.sleep(POLL_SECONDS)
 
     def _show_if_due(self) -> None:
@@ -123,6 +122,15 @@ class Phase:
             self._show(text)
         elif now >= (self.last_line + LINE_SECONDS if self.last_line >= started else started + FIRST_LINE_SECONDS):
             print_line(text)
+
+
+def current_phase() -> tuple[str, float] | None:
+    """Return the title of this process's innermost phase and the seconds since its start, or None outside of any."""
+    with Phase._lock:
+        if not Phase._entered:
+            return None
+        phase = Phase._entered[-1]
+        return phase._title, time.monotonic() - phase._started
 
 
 def duration(seconds: float) -> str:

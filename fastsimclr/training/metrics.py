@@ -14,6 +14,7 @@ from fastsimclr.errors import UserError
 from fastsimclr.metrics_file import MetricsFile
 from fastsimclr.progress_bar import LineTimer, Phase, duration, print_line
 from fastsimclr.run_folder import RunFolder
+from fastsimclr.training.heartbeat import Heartbeat
 
 
 class Metrics:
@@ -105,6 +106,7 @@ class RunLog:
         self, run: RunFolder, *, first_step: int, total_steps: int, epochs: int, is_epoch_finished: bool = True
     ) -> None:
         self._file = MetricsFile(run, step=first_step, is_epoch_finished=is_epoch_finished)
+        self._heartbeat = Heartbeat(self._file.write, first_step, total_steps)
         self._bar = tqdm(
             total=total_steps,
             initial=first_step,
@@ -138,6 +140,7 @@ class RunLog:
         else:
             self._shown.close()
         self._file.write(record)
+        self._heartbeat.step = record["step"]
         self._speed.append((record["step_ms"] / 1000, record["images"]))
         self._bar.set_postfix_str(self._status(record), refresh=False)
         self._bar.update()
@@ -153,6 +156,7 @@ class RunLog:
     def close(self) -> None:
         self._shown.close()
         self._bar.close()
+        self._heartbeat.close()
         self._file.close()
 
     def _print(self, record: dict[str, Any]) -> None:

@@ -162,7 +162,8 @@ class Trainer:
                     if self.freezing.start_epoch(batch.epoch):
                         self.stepper = self._build_stepper()
                     lr = self.schedule.apply(self.optimizer, self.progress.step)
-                    measured = self.train_step(batch)
+                    with Phase("training step", visible=False):
+                        measured = self.train_step(batch)
                     self.progress.advance(batch)
                     self._log(batch, lr, measured)
                     if batch.ends_epoch or self.progress.is_done:
@@ -235,17 +236,18 @@ class Trainer:
         """
         self.data.train.bad = dict(self.loader.bad)  # these are not read again
         try:
-            accuracy = measure(
-                self.model.encoder,  # type: ignore[arg-type]
-                self.data.train,
-                self.data.val,
-                self.augmentation,
-                self.loader_config,
-                self.config.knn_k,
-                images=self.config.knn_images,
-                autocast=self.precision.autocast,
-                sync=self.sync.poll,
-            )
+            with Phase("measuring kNN accuracy", visible=False):
+                accuracy = measure(
+                    self.model.encoder,  # type: ignore[arg-type]
+                    self.data.train,
+                    self.data.val,
+                    self.augmentation,
+                    self.loader_config,
+                    self.config.knn_k,
+                    images=self.config.knn_images,
+                    autocast=self.precision.autocast,
+                    sync=self.sync.poll,
+                )
         except Stopped:
             return None
         self.metrics.event({"step": self.progress.step, "epoch": self.progress.epoch, "knn_accuracy": accuracy})

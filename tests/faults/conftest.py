@@ -1,6 +1,5 @@
-"""Fixtures of the fault tests. FAULTS=long selects their long form, run by hand; its figures: docs/reliability.md."""
+"""Fixtures of the fault tests."""
 
-import os
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -8,20 +7,12 @@ from pathlib import Path
 import pytest
 from faults import runs
 
-LONG = os.environ.get("FAULTS") == "long"
-
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     """All tests in this folder are slow."""
     for item in items:
         if item.path.parent == Path(__file__).parent:
             item.add_marker("slow")
-
-
-@pytest.fixture(scope="session")
-def is_long() -> bool:
-    """Whether to run the long form of a test."""
-    return LONG
 
 
 @pytest.fixture(autouse=True)
