@@ -27,7 +27,7 @@ def read_lines(file: Path) -> Iterator[tuple[bytes, dict[str, Any] | None]]:
     """
     with open(file, "rb") as lines:
         for line in lines:
-            yield line, _parse(line)
+            yield line, parse_record(line)
 
 
 def read_records(file: Path) -> Iterator[dict[str, Any]]:
@@ -35,7 +35,8 @@ def read_records(file: Path) -> Iterator[dict[str, Any]]:
     return (record for _, record in read_lines(file) if record is not None)
 
 
-def _parse(line: bytes) -> dict[str, Any] | None:
+def parse_record(line: bytes) -> dict[str, Any] | None:
+    """Return the record of a line with its line break; None for a damaged line."""
     try:
         record = json.loads(line)
     except (ValueError, RecursionError):

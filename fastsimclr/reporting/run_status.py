@@ -1,11 +1,11 @@
 """What a run is doing, as its folder tells: `fastsimclr doctor --run`."""
 
-import json
 import time
 from dataclasses import dataclass
 from typing import Any
 
 from fastsimclr.errors import UserError
+from fastsimclr.metrics_file import parse_record
 from fastsimclr.progress_bar import duration
 from fastsimclr.run_folder import RunFolder
 
@@ -65,7 +65,7 @@ class RunStatus:
 def read_status(folder: RunFolder) -> RunStatus:
     """Read the state of a run. Raises UserError if the folder is not that of a run."""
     try:
-        lines = folder.metrics.read_bytes().splitlines()
+        lines = folder.metrics.read_bytes().splitlines(keepends=True)
     except OSError as error:
         raise UserError(
             f"--run: got {folder}, whose metrics.jsonl cannot be read ({error.strerror}); expected the --output of "
@@ -106,11 +106,8 @@ def _last(lines: list[bytes], key: bytes, count: int) -> list[dict[str, Any]]:
     """Return the last `count` records with this key, the latest first. Damaged lines are passed over."""
     found: list[dict[str, Any]] = []
     for line in reversed(lines):
-        if key in line:
-            try:
-                found.append(json.loads(line))
-            except ValueError:
-                continue
+        if key in line and (record := parse_record(line)) is not None:
+            found.append(record)
             if len(found) == count:
                 break
     return found

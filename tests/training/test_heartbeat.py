@@ -53,7 +53,7 @@ def test_status_tells_a_running_run_from_one_that_has_ended_or_was_killed(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     log = RunLog(RunFolder(tmp_path), first_step=0, total_steps=3, epochs=1)
-    log.write({"step": 0, "epoch": 0, "skipped_images": 4})
+    log.event({"step": 0, "epoch": 0, "skipped_images": 4})
     log.step({"step": 1, **RECORD})
     log.step({"step": 2, **RECORD})
     running = status(tmp_path)
