@@ -63,7 +63,7 @@ COUNT = Kind("an integer of at least 0", _is_at_least(0))
 POSITIVE = Kind("an integer of at least 1", _is_at_least(1))
 INTEGER = Kind("an integer", lambda value: isinstance(value, int) and not isinstance(value, bool))
 TEXT = Kind("text", lambda value: isinstance(value, str))
-RECORD = {"step": COUNT, "epoch": COUNT, "loss": Kind("a finite number", _is_number)}
+RECORD = {"step": COUNT, "epoch": COUNT, "loss": Kind("a number", lambda value: isinstance(value, float))}
 
 CONTENTS: dict[str, Any] = {
     "format": Kind(f"{FORMAT}, the format of this version of fastsimclr", lambda value: value == FORMAT),
@@ -108,6 +108,7 @@ CONTENTS: dict[str, Any] = {
             "a list of (index, key, reason)", lambda value: isinstance(value, list) and all(map(_is_bad_image, value))
         ),
     },
+    "skipped_steps": {"total": COUNT, "in_a_row": COUNT},
     "callbacks": Kind(
         "a list of (class name, state)", lambda value: isinstance(value, list) and all(map(_is_callback, value))
     ),

@@ -155,6 +155,9 @@ class Config:
     """Number of epochs; the learning-rate schedule spans them."""
     max_steps: Count | None = None
     """Stop after this many steps, without changing the schedule; null runs all epochs."""
+    max_skipped: Count = 10
+    """Stop after this many steps in a row whose loss or gradient is not finite. Each is skipped: it leaves the weights
+    unchanged."""
     precision: Literal["auto", "bf16", "fp16", "fp32", "fp64"] = "auto"
     """Precision of the encoder: autocast to bf16 or fp16, or float32 or float64 throughout. auto: bf16 if the hardware
     supports it, else fp16 on a GPU with tensor cores (V100, T4), else float32. fp16 scales the gradients and skips a

@@ -5,6 +5,7 @@ Each line is a JSON object with "step". Lines with "loss" are steps; the others 
 
 import contextlib
 import json
+import math
 import os
 import threading
 from collections.abc import Iterator
@@ -18,6 +19,8 @@ _NUMBERS = (
     *("epoch", "loss", "lr", "images_per_second", "data_wait", "step_ms", "images"),
     *("knn_accuracy", "skipped_images"),
 )
+
+_OF_SKIPPED_STEPS = ("loss", "gradient_norm")  # null in the file where they are not finite, because JSON has no NaN
 
 
 def read_lines(file: Path) -> Iterator[tuple[bytes, dict[str, Any] | None]]:
@@ -45,6 +48,9 @@ def parse_record(line: bytes) -> dict[str, Any] | None:
         return None
     if "knn_accuracy" in record and "epoch" not in record:
         return None
+    for name in _OF_SKIPPED_STEPS:
+        if record.get(name, 0) is None:
+            record[name] = math.nan
     stages = record.get("stages_ms", {})
     numbers = [record.get(name, 0) for name in _NUMBERS]
     numbers += stages.values() if isinstance(stages, dict) else [None]
@@ -68,8 +74,9 @@ class MetricsFile:
 
     def write(self, record: dict[str, Any]) -> None:
         """Append a line. Warns once, instead of raising, if that fails."""
+        null = {name: None for name in _OF_SKIPPED_STEPS if not math.isfinite(record.get(name, 0))}
         with self._lock:
-            self._pending += json.dumps(record).encode() + b"\n"
+            self._pending += json.dumps(record | null).encode() + b"\n"
             try:
                 while self._pending:
                     del self._pending[: os.write(self._descriptor, self._pending)]

@@ -43,6 +43,10 @@ class RunFolder:
         """Return the path of the checkpoint that --keep_every keeps after `epoch` epochs."""
         return self.checkpoint.with_name(f"epoch-{epoch:04d}.pt")
 
+    def non_finite(self, rank: int) -> Path:
+        """Return the path of the views and norms of the step at which the run ended, as its loss was not finite."""
+        return self.path / f"non_finite-rank{rank}.pt"
+
     def logger_id(self, logger: str) -> Path:
         """Return the path of the file with this run's id at a logger: wandb or mlflow."""
         return self.path / f"{logger}_id.txt"

@@ -59,6 +59,7 @@ def fake_cuda(capability: tuple[int, int] = (9, 0)) -> Iterator[torch.device]:
         # bool: LBFGS has converged.
         for name, value in {"item": 0.0, "__float__": 0.0, "__int__": 9, "__bool__": True}.items():
             patch.setattr(Tensor, name, _reader(getattr(Tensor, name), value))
+        patch.setattr(torch, "_fused_sgd_", _fused_sgd)  # PyTorch's has no fake implementation
         patch.setattr(torch.autograd, "backward", backward)
         patch.setattr(GradScaler, "get_scale", lambda self: 2.0**16)
         patch.setattr(_extension, "compiled", _Kernels())
@@ -78,6 +79,14 @@ def _reader(original: Callable[[Tensor], Any], value: float) -> Callable[[Tensor
             return value
 
     return read
+
+
+def _fused_sgd(
+    params: list[Tensor], grads: list[Tensor], momenta: list[Tensor], *, found_inf: Tensor | None = None, **_: Any
+) -> None:
+    for tensor in (*params, *grads, *momenta, *([] if found_inf is None else [found_inf])):
+        if tensor.device != GPU:
+            raise ValueError(f"got a tensor on {tensor.device}, expected {GPU}")
 
 
 def _clear_caches() -> None:

@@ -277,7 +277,10 @@ def test_resume_with_another_precision(tmp_path: Path, small_encoder: None) -> N
 
 @pytest.mark.parametrize(
     ("scale", "lr", "expected"),
-    [(0.5, "0.01", ["grad_scale: got 0.5 at step 1", "expected at least 1"]), (1.0, "1e30", ["loss: got nan at step"])],
+    [
+        (0.5, "0.01", ["grad_scale: got 0.5 at step 1", "expected at least 1"]),
+        (4.0, "1e30", ["loss: got nan and", "2 skipped steps in a row"]),
+    ],
 )
 def test_run_that_overflows_float16_ends_with_one_line_error(
     tmp_path: Path,
@@ -289,7 +292,9 @@ def test_run_that_overflows_float16_ends_with_one_line_error(
     expected: Sequence[str],
 ) -> None:
     set_scaler_options(monkeypatch, init_scale=scale)
-    assert main(options(tmp_path, "--max_steps=4", f"--optim.lr={lr}", "--optim.warmup_epochs=0")) == 2
-    (line,) = capsys.readouterr().err.splitlines()
+    assert (
+        main(options(tmp_path, "--max_steps=4", "--max_skipped=2", f"--optim.lr={lr}", "--optim.warmup_epochs=0")) == 2
+    )
+    line = capsys.readouterr().err.splitlines()[-1]
     assert all(words in line for words in (*expected, "--precision fp32"))
     assert not (tmp_path / "checkpoints" / "last.pt").exists()

@@ -52,8 +52,13 @@ def build_optimizer(
         {"params": [p for p in trainable if not exclude(p)], "weight_decay": weight_decay},
         {"params": [p for p in trainable if exclude(p)], "weight_decay": 0.0},
     ]
+    fused = trainable[0].is_cuda  # one launch, and `step_if_finite` can skip it without waiting for the GPU
     if name == "sgd":
-        return torch.optim.SGD(groups, lr=lr, momentum=momentum, nesterov=nesterov)
+        sgd = torch.optim.SGD(groups, lr=lr, momentum=momentum, nesterov=nesterov, fused=fused)
+        for p in trainable if fused and momentum else []:
+            # Otherwise SGD allocates the momentum in its first step, and leaves it uninitialized if that is skipped.
+            sgd.state[p]["momentum_buffer"] = torch.zeros_like(p)
+        return sgd
     if name == "adamw":
-        return torch.optim.AdamW(groups, lr=lr, betas=(momentum, 0.999))
+        return torch.optim.AdamW(groups, lr=lr, betas=(momentum, 0.999), fused=fused)
     raise ValueError(f"optimizer is {name!r}, expected 'lars', 'sgd' or 'adamw'")

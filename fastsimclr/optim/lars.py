@@ -47,6 +47,9 @@ class LARS(Optimizer):
         lr, momentum, weight_decay and trust_coefficient can be set per group and changed between steps.
     exclude: function of a parameter; by default True for tensors of at most one dimension (norms and biases).
 
+    As in PyTorch's fused optimizers, a step changes nothing if the attribute `found_inf`, a float32 tensor on the GPU,
+    is 1. With that attribute the update is one fused kernel, which rounds differently.
+
     Parameters without a gradient are not updated. A step never synchronizes with the device and does not modify p.grad.
     On a CPU the optimizer holds a scratch buffer per dtype, of 2^20 elements or the size of the largest adapted tensor;
     it is not part of the state_dict.
@@ -115,6 +118,9 @@ class LARS(Optimizer):
     def _update_excluded(self, params: list[Tensor], group: dict[str, Any]) -> None:
         if not params:
             return
+        if self._found_inf() is not None:
+            self._update_unless_found_inf(params, torch._foreach_mul(_gradients(params), group["lr"]), group)
+            return
         velocities = self._velocities(params)
         torch._foreach_mul_(velocities, group["momentum"])
         torch._foreach_add_(velocities, _gradients(params), alpha=group["lr"])
@@ -133,11 +139,36 @@ class LARS(Optimizer):
         g_norms = torch.stack(torch._foreach_norm(grads, 2, dtype=norm_dtype))  # (T,)
         nonzero = (w_norms > 0) & (g_norms > 0)
         rates = torch.where(nonzero, group["trust_coefficient"] * w_norms / g_norms, 1.0) * group["lr"]  # (T,)
+        if self._found_inf() is not None:
+            self._update_unless_found_inf(params, torch._foreach_mul(grads, rates.unbind()), group)
+            return
         velocities = self._velocities(params)
         torch._foreach_mul_(velocities, group["momentum"])
         # The rates stay tensors, as .item() would synchronize with the GPU; addcmul takes them without a temporary.
         torch._foreach_addcmul_(velocities, grads, rates.unbind())
         torch._foreach_sub_(params, velocities)
+
+    def _found_inf(self) -> Tensor | None:
+        return getattr(self, "found_inf", None)
+
+    def _update_unless_found_inf(
+        self, params: list[Tensor], scaled: tuple[Tensor, ...] | list[Tensor], group: dict[str, Any]
+    ) -> None:
+        """v ← momentum · v + scaled, w ← w − v, in the kernel of SGD, which checks `found_inf` on the device."""
+        has_momentum = group["momentum"] != 0  # without it the kernel takes no velocities
+        torch._fused_sgd_(
+            params,
+            scaled,
+            self._velocities(params) if has_momentum else [],
+            weight_decay=0.0,
+            momentum=group["momentum"],
+            lr=1.0,
+            dampening=0.0,
+            nesterov=False,
+            maximize=False,
+            is_first_step=False,
+            found_inf=self._found_inf(),
+        )
 
     def _velocities(self, params: list[Tensor]) -> list[Tensor]:
         for p in params:

@@ -123,7 +123,8 @@ class Run:
         A mean, because the last batch of an epoch may be smaller than the others.
         """
         losses, length = self.steps["loss"], self._last_epoch
-        return losses[len(losses) % length :].reshape(-1, length).mean(axis=1)
+        epochs = losses[len(losses) % length :].reshape(-1, length)
+        return np.ma.masked_invalid(epochs).mean(axis=1).filled(np.nan)  # skipped steps have no loss
 
     @property
     def uniform_loss(self) -> float:

@@ -16,6 +16,7 @@ from fastsimclr.training.callbacks import Callbacks, TrainerInterface
 from fastsimclr.training.checkpoint_writer import CheckpointWriter
 from fastsimclr.training.images import with_absolute_paths
 from fastsimclr.training.metrics import Metrics
+from fastsimclr.training.non_finite import NonFiniteSteps
 from fastsimclr.training.skipped import SkippedImages
 
 
@@ -27,6 +28,7 @@ class ResumableTrainer(TrainerInterface, Protocol):
     scaler: GradScaler
     loader: ViewLoader
     skipped: SkippedImages
+    non_finite: NonFiniteSteps
     metrics: Metrics
     callbacks: Callbacks
     checkpoints: CheckpointWriter
@@ -61,6 +63,7 @@ def state_of(trainer: ResumableTrainer) -> dict[str, Any]:
         "grad_scaler": trainer.scaler.state_dict(),
         "data": trainer.progress.position,
         "skipped_images": trainer.skipped.state_dict(),
+        "skipped_steps": trainer.non_finite.state_dict(),
         "callbacks": trainer.callbacks.state_dict(),
         "untrained_knn": trainer.untrained_knn,
         "unfinished_epoch": trainer.unfinished_epoch,
@@ -79,6 +82,9 @@ def resume(trainer: ResumableTrainer, file: Path) -> None:
     of_options = [
         {name: value for name, value in group.items() if name != "params"} for group in trainer.optimizer.param_groups
     ]
+    for group in state["optimizer"]["param_groups"]:
+        if "fused" in group:  # a choice of this machine, not of the run
+            group["fused"] = trainer.optimizer.defaults["fused"]
     trainer.optimizer.load_state_dict(state["optimizer"])
     for group, options in zip(trainer.optimizer.param_groups, of_options, strict=True):
         group.update(options)  # the checkpoint's may be other ones: --resume_changed
@@ -89,6 +95,7 @@ def resume(trainer: ResumableTrainer, file: Path) -> None:
     trainer.progress.step, trainer.progress.position = state["step"], position
     trainer.checkpoints.resumed_from(file, trainer.progress.step)
     trainer.skipped.load_state_dict(state["skipped_images"])
+    trainer.non_finite.load_state_dict(state["skipped_steps"])
     trainer.untrained_knn = state["untrained_knn"]
     trainer.unfinished_epoch = state["unfinished_epoch"]
     trainer.metrics.last = trainer.unfinished_epoch or {}

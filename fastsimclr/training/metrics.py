@@ -1,6 +1,5 @@
 """Check the metrics of a run, write them to metrics.jsonl, and show them."""
 
-import math
 from collections import deque
 from collections.abc import Callable, Sequence
 from contextlib import ExitStack
@@ -21,12 +20,15 @@ class Metrics:
     """The metrics of each step. Every rank checks them; rank zero writes them.
 
     on_step: called on every rank with the record of each step when it is complete.
+    check: called before that; returns the error to raise after it, if the run is to end.
     """
 
-    def __init__(self, on_step: Callable[[dict[str, Any]], None]) -> None:
+    def __init__(
+        self, on_step: Callable[[dict[str, Any]], None], check: Callable[[dict[str, Any]], UserError | None]
+    ) -> None:
         self.last: dict[str, Any] = {}
         """The record of the latest completed step."""
-        self._on_step = on_step
+        self._on_step, self._check = on_step, check
         self._lagged = LaggedRecord()
         self._log: RunLog | None = None
 
@@ -82,21 +84,13 @@ class Metrics:
     def _complete(self, record: dict[str, Any] | None) -> None:
         if record is None:
             return
-        step, lr = record["step"], record["lr"]
-        if not math.isfinite(record["loss"]):
-            raise UserError(
-                f"loss: got {record['loss']} at step {step} (lr {lr:.4g}); expected a finite one: lower --optim.lr or "
-                "use --precision fp32. The latest checkpoint, if any, is older than this step"
-            )
-        if record.get("grad_scale", 1.0) < 1.0:
-            raise UserError(
-                f"grad_scale: got {record['grad_scale']:.4g} at step {step} (lr {lr:.4g}); expected at least 1: "
-                "gradients overflow float16 even unscaled; lower --optim.lr or use --precision fp32"
-            )
+        error = self._check(record)
         self.last = record
         if self._log is not None:
             self._log.step(record)
         self._on_step(record)
+        if error is not None:
+            raise error
 
 
 class RunLog:

@@ -11,7 +11,6 @@ from typing import Any
 
 import numpy as np
 import torch
-import torch.distributed as dist
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
@@ -44,6 +43,13 @@ from fastsimclr.training.images import (
 )
 from fastsimclr.training.loggers import make_loggers
 from fastsimclr.training.metrics import Metrics
+from fastsimclr.training.non_finite import (
+    NonFiniteError,
+    NonFiniteSteps,
+    clip_gradients,
+    mean_over_ranks,
+    step_if_finite,
+)
 from fastsimclr.training.options_check import check_resumed, run_options
 from fastsimclr.training.progress import Progress
 from fastsimclr.training.rank_sync import RankSync, Stopped, StopSignal
@@ -83,7 +89,6 @@ class Trainer:
         keep = KeepCheckpoints(config.keep_every, config.keep_best)
         loggers = run_on_all_ranks(lambda: make_loggers(config, world), world)
         self.callbacks = Callbacks(self, [keep, *loggers, *callbacks])
-        self.metrics = Metrics(self.callbacks.on_step)
         self.checkpoints = CheckpointWriter(self.folder, world)
         self.trace: Trace | None = None
         self.untrained_knn: float | None = None
@@ -113,6 +118,8 @@ class Trainer:
         self.options = run_options(config, learner, world)
         if file is not None:
             check_resumed(file, config, self.options, architecture(config, self.model), world)
+        self.non_finite = NonFiniteSteps(self.model, self.folder, config.max_skipped, is_rank_zero=world.is_rank_zero)
+        self.metrics = Metrics(self.callbacks.on_step, self.non_finite.check)
         self.data = prepare_images(sources, config, world, self.folder, stop)
         self.config, self.augmentation, self._statistics = record_pixels(
             config, learner.augmentation, self.data.train, world
@@ -178,38 +185,42 @@ class Trainer:
             self.sync.raise_failure()
             self.callbacks.raise_failure()
             self.checkpoints.raise_failure()
+        except NonFiniteError as error:  # on all ranks
+            largest = max(self.sync.local_batch_sizes)
+            self.non_finite.save_for_inspection(
+                self.world.rank, error, lambda views: self.stepper.backward(views, largest)
+            )
+            raise
         finally:
             self.close()
         self._print(*self._result())
 
     def train_step(self, batch: Batch) -> dict[str, Tensor]:
-        """Update the weights with one batch. Returns the loss over all ranks and, for fp16, the gradient scale.
+        """Update the weights with one batch.
 
-        In fp16, a step whose gradients overflow does not change the weights or the optimizer, and halves the scale.
-        All ranks skip it together, because DDP has averaged the gradients. The learning rate schedule and the data
-        advance all the same.
+        Returns the loss and the gradient's norm over all ranks and, for fp16, the gradient scale. If loss or norm is
+        not finite, all ranks leave weights and optimizer unchanged, and in fp16 an overflow halves the scale. The
+        learning rate schedule and the data advance all the same.
         """
         # What the model draws, such as dropout masks, is a function of the seed, the step and the rank, so that a
         # resumed run draws the same. A user's module may draw from Python's or NumPy's generator.
         drawn = np.random.SeedSequence((self.config.seed % 2**64, self.progress.step, self.world.rank))
         for set_seed in (torch.manual_seed, np.random.seed, random.seed):
             set_seed(int(drawn.generate_state(1)[0]))
+        self.non_finite.begin(self.progress.step + 1, batch.views)
         loss = self.stepper.backward(batch.views, max(self.sync.local_batch_sizes))
-        measured = {"loss": loss}
+        measured = {}
         if self.scaler.is_enabled():
             # get_scale() would synchronize with the GPU.
             measured["grad_scale"] = self.scaler.scale(torch.ones_like(loss))
         with stage("optimizer"):
             self.scaler.unscale_(self.optimizer)
-            if self.config.optim.clip_grad is not None:
-                nn.utils.clip_grad_norm_(self.model.parameters(), self.config.optim.clip_grad)
-            self.scaler.step(self.optimizer)
+            norm = clip_gradients(self.model.parameters(), self.config.optim.clip_grad)
+            loss, norm = mean_over_ranks(loss, norm, self.world.world_size)
+            step_if_finite(self.optimizer, loss, norm)
             self.scaler.update()
             self.optimizer.zero_grad(set_to_none=True)
-        if self.world.world_size > 1:
-            dist.all_reduce(loss)
-            loss /= self.world.world_size
-        return measured
+        return measured | {"loss": loss, "gradient_norm": norm}
 
     def end_epoch(self) -> None:
         """Measure kNN accuracy if due, and call the callbacks. Also called after the last step of the run.
@@ -219,7 +230,8 @@ class Trainer:
         record = self.unfinished_epoch
         assert record is not None
         if self.measures_knn and ((record["epoch"] + 1) % self.config.knn_every == 0 or self.progress.is_done):
-            self._start_checkpoint()  # a run that is killed while it measures does not repeat the epoch
+            if self.non_finite.in_a_row == 0:
+                self._start_checkpoint()  # a run that is killed while it measures does not repeat the epoch
             self.trained_knn = self.evaluate_knn()
             if self.trained_knn is None:
                 return
@@ -262,7 +274,11 @@ class Trainer:
         self._checkpoint_requested = True
 
     def checkpoint_due(self) -> bool:
-        return self._checkpoint_requested or self.progress.step % self.checkpoint_steps == 0 or self.progress.is_done
+        """Return whether to save now. Not while steps are skipped: the cause may be in the weights."""
+        self._checkpoint_requested |= self.progress.step % self.checkpoint_steps == 0
+        if self._checkpoint_requested:
+            self.metrics.flush()
+        return self.progress.is_done or (self._checkpoint_requested and self.non_finite.in_a_row == 0)
 
     def save(self) -> None:
         """Start to write a checkpoint; the callbacks are called when it is complete.
@@ -366,7 +382,7 @@ class Trainer:
         """The lines to print at the end."""
         if self.sync.is_stopped:
             return [summary.describe_stop(self.sync.stop_signal, self.progress.step, self.folder)]
-        lines = self.skipped.describe()
+        lines = [*self.skipped.describe(), *self.non_finite.describe()]
         lines += summary.describe_result(
             self.metrics.last, self.data, self.trained_knn, self.untrained_knn, self.folder
         )
