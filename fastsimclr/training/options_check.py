@@ -34,7 +34,7 @@ _FREE = {
     *("ranks", "epochs", "max_steps", "device", "compile", "profile", "log"),
     *("checkpoint_every", "keep_every", "keep_best", "knn_every", "knn_k", "knn_images", "knn_at_start"),
     *("data.backend", "data.workers", "data.cache", "data.local_cache", "data.local_cache_gb"),
-    *("data.max_bad", "loss.backend"),
+    *("data.max_bad", "loss.backend", "max_skipped", "stall_timeout", "time_limit"),
 }
 """Options that a resumed run may change: its length, what it measures and writes, and how it computes the same."""
 
@@ -79,7 +79,7 @@ def check_resumed(
 
 
 def _check_resumed(file: Path, config: Config, options: dict[str, Any], architecture: dict[str, Any]) -> None:
-    state = load_checkpoint(file)
+    state = load_checkpoint(file, mmap=True)
     check_architecture(file, state["architecture"], architecture)
     if state["batch_size"] != config.batch_size:
         raise UserError(
