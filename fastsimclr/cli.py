@@ -5,10 +5,13 @@ for a reason outside it, in one line, or an internal error, with its traceback.
 """
 
 import argparse
+import contextlib
+import errno
 import importlib
+import io
 import os
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 from fastsimclr.errors import OtherRankError, RunError, UserError
@@ -25,6 +28,11 @@ COMMANDS = {
     "doctor": "show what is installed, what will be used, and why; check the images of a data set",
 }
 """Commands and their help. Command X is the module fastsimclr.X, imported only when the command runs."""
+REFUSALS = {
+    *(errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOSPC, errno.EDQUOT, errno.EMFILE, errno.ENFILE),
+    *(errno.EEXIST, errno.ENOTDIR, errno.EISDIR, errno.ENAMETOOLONG, errno.ELOOP),
+}
+"""Error numbers for files that cannot be used. A missing file is not one: the code that expects it says so."""
 ENCODER_HELP = (
     "expected encoder, such as resnet50 or timm/NAME; for weights of a module of your own, the function that makes it, "
     "such as mymodel.py:make_encoder"
@@ -70,20 +78,65 @@ def exit_code(command: str, work: Callable[[], object]) -> int:
     """Run `work` and return the exit code of fastsimclr.`command`: 2 after a UserError, 1 after a RunError.
 
     It is 1 after OtherRankError, too. Otherwise it is 0, or the integer that `work` returns. Rank 0 prints the
-    UserError, and the rank that raised it a RunError. Other exceptions are internal errors and propagate.
+    UserError, and the rank that raised it a RunError. A file that the operating system refuses, such as one on a
+    read-only disk, is a user error, too. Other exceptions are internal errors and propagate.
     """
-    try:
-        code = work()
-    except UserError as error:
-        if os.environ.get("RANK", "0") == "0":
+    with _lasting_output():
+        try:
+            code = work()
+        except OtherRankError:  # that rank prints it
+            return 1
+        except RunError as error:
             print(f"fastsimclr.{command}: error: {' '.join(str(error).split())}", file=sys.stderr)
+            return 1
+        except UserError as error:
+            message = str(error)
+        except OSError as error:
+            if error.errno not in REFUSALS or error.filename is None:
+                raise
+            path = _shortened(os.fsdecode(error.filename))
+            message = f"{path}: got {error.strerror!r} from the system, expected a path that can be used"
+        else:
+            return code if isinstance(code, int) else 0
+        if not _is_other_rank():
+            print(f"fastsimclr.{command}: error: {' '.join(message.split())}", file=sys.stderr)
         return 2
-    except RunError as error:
-        print(f"fastsimclr.{command}: error: {' '.join(str(error).split())}", file=sys.stderr)
-        return 1
-    except OtherRankError:  # that rank prints it
-        return 1
-    return code if isinstance(code, int) else 0
+
+
+def _is_other_rank() -> bool:
+    """Return whether rank 0, which reports the error, is another process. RANK and WORLD_SIZE may be the error."""
+    rank, world_size = (os.environ.get(name, "") for name in ("RANK", "WORLD_SIZE"))
+    return rank.isdecimal() and world_size.isdecimal() and 0 < int(rank) < int(world_size)
+
+
+def _shortened(path: str) -> str:
+    return path if len(path) <= 200 else f"{path[:100]}…{path[-99:]}"
+
+
+@contextlib.contextmanager
+def _lasting_output() -> Iterator[None]:
+    """Keep a command from failing because its output has lost its reader (`| head`) or cannot encode a file's name."""
+    with contextlib.ExitStack() as stack:
+        for redirect, stream in ((contextlib.redirect_stdout, sys.stdout), (contextlib.redirect_stderr, sys.stderr)):
+            binary = getattr(stream, "buffer", None)
+            if isinstance(getattr(binary, "raw", binary), io.FileIO):  # not an object of a notebook or a test
+                stream.flush()
+                file = io.BufferedWriter(_LastingFile(stream.fileno(), "w", closefd=False))
+                by_line = stream.line_buffering or stream.write_through
+                lasting = io.TextIOWrapper(file, stream.encoding, "backslashreplace", line_buffering=by_line)
+                stack.callback(lasting.flush)  # not close: loggers may keep it
+                stack.enter_context(redirect(lasting))
+        yield
+
+
+class _LastingFile(io.FileIO):
+    """A file that discards what is written after its reader has closed the pipe."""
+
+    def write(self, data: Any) -> int:
+        try:
+            return super().write(data)
+        except BrokenPipeError:
+            return memoryview(data).nbytes
 
 
 if __name__ == "__main__":

@@ -203,6 +203,8 @@ class Config:
         check_fields(self, "--")
         if self.model.freeze_epochs >= self.epochs:
             raise UserError(f"--model.freeze_epochs: got {self.model.freeze_epochs}, expected 0 to --epochs minus 1")
+        if self.output is not None and not self.output.isprintable():  # TensorBoard and others cannot write there
+            raise UserError(f"--output: got {self.output!r}, expected a name in UTF-8 without control characters")
         if self.keep_best is not None and self.knn_every == 0:
             raise UserError("--keep_best: got knn with knn_every 0; expected knn_every of at least 1")
         if unknown := set(self.loggers) - set(LOGGERS):

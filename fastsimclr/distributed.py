@@ -25,6 +25,8 @@ from fastsimclr.slurm import set_ranks
 _ALL_GATHER = "all_gather_single" if hasattr(dist, "all_gather_single") else "all_gather_into_tensor"
 Result = TypeVar("Result")
 
+_START = "start the ranks with torchrun or srun, or unset RANK and WORLD_SIZE for a run of one process"
+
 # A rank waits this long for another, which may still be opening its data on slow storage.
 _TIMEOUT = timedelta(hours=2)
 
@@ -68,12 +70,15 @@ def start(device: str) -> World:
     if not re.fullmatch(r"cpu|cuda(:\d+)?", device):
         raise UserError(f"--device: got {device!r}, expected auto, cpu or cuda")
     chosen = torch.device(device)
-    world_size = int(os.environ.get("WORLD_SIZE", "1"))
+    world_size = _variable("WORLD_SIZE", 1, at_least=1)
+    rank = _variable("RANK", None if world_size > 1 else 0)
+    if rank >= world_size:
+        raise UserError(f"RANK: got {rank} with WORLD_SIZE {world_size}, expected a lower rank: {_START}")
     if chosen.type == "cuda":
         index = chosen.index
         if index is None:
             is_bound = "SLURM_PROCID" in os.environ and torch.cuda.device_count() == 1
-            index = 0 if is_bound else int(os.environ.get("LOCAL_RANK", "0"))
+            index = 0 if is_bound else _variable("LOCAL_RANK", 0)
         if index >= torch.cuda.device_count():
             raise UserError(
                 f"--device: got cuda:{index}, but {torch.cuda.device_count()} CUDA devices are visible; "
@@ -90,8 +95,11 @@ def start(device: str) -> World:
             )
         return World(dist.get_rank(), dist.get_world_size(), chosen)
     if world_size > 1:
+        _variable("MASTER_PORT", None)
+        if not os.environ.get("MASTER_ADDR"):
+            raise UserError(f"MASTER_ADDR: got no host in the environment, expected that of rank 0: {_START}")
         backend = "cpu:gloo,cuda:nccl" if chosen.type == "cuda" else "gloo"
-        with _waiting(int(os.environ["RANK"])):
+        with _waiting(rank):
             store, rank, world_size = next(rendezvous("env://", timeout=_TIMEOUT))
             dist.init_process_group(
                 backend,
@@ -101,7 +109,21 @@ def start(device: str) -> World:
                 rank=rank,
                 world_size=world_size,
             )
-    return World(rank=int(os.environ.get("RANK", "0")), world_size=world_size, device=chosen)
+    return World(rank=rank, world_size=world_size, device=chosen)
+
+
+def local_world_size() -> int:
+    """Return the number of ranks on this machine, which torchrun sets. Raises UserError if it is no number."""
+    return _variable("LOCAL_WORLD_SIZE", 1, at_least=1)
+
+
+def _variable(name: str, default: int | None, *, at_least: int = 0) -> int:
+    """Return the number in an environment variable. Raises UserError if it has none, or is unset without a default."""
+    text = os.environ.get(name, None if default is None else str(default))
+    if text is None or not re.fullmatch(r"\d{1,9}", text) or int(text) < at_least:
+        got = "no value" if text is None else repr(text)
+        raise UserError(f"{name}: got {got} in the environment, expected an integer, at least {at_least}: {_START}")
+    return int(text)
 
 
 def _without_old_keys(store: dist.Store, rank: int, world_size: int) -> dist.Store:

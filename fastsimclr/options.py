@@ -34,7 +34,11 @@ def parse_as(
     """
     parser = _parser(kind, program, about, preset)
     parser.set_defaults(defaults or {})
-    return _instantiate(kind, parser, parser.parse_args(_as_yaml(arguments, set(_flags(kind)))))
+    try:
+        namespace = parser.parse_args(_as_yaml(arguments, set(_flags(kind))))
+    except UnicodeDecodeError as error:
+        raise UserError(f"--config: got a file that is not text in UTF-8 ({error}), expected YAML") from error
+    return _instantiate(kind, parser, namespace)
 
 
 def from_dict(kind: type[Options], options: dict[str, Any], program: str) -> Options:

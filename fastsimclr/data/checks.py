@@ -19,7 +19,7 @@ from fastsimclr.data.labels import Label
 from fastsimclr.data.pixels import PixelFormat, default_format
 from fastsimclr.data.sources import DecodedSource, EncodedSource, Source, WrongForm, reason_of
 from fastsimclr.data.storage import UnreachableStorage
-from fastsimclr.distributed import World, gather_objects
+from fastsimclr.distributed import World, gather_objects, local_world_size
 from fastsimclr.errors import UserError
 from fastsimclr.progress_bar import progress_bar
 
@@ -85,7 +85,7 @@ def check_all(
 
 
 def open_checks(source: Source, indices: NDArray[np.int64], workers: int | None) -> "Checks":
-    cores = max(1, len(os.sched_getaffinity(0)) // int(os.environ.get("LOCAL_WORLD_SIZE", "1")))
+    cores = max(1, len(os.sched_getaffinity(0)) // local_world_size())
     if isinstance(source, DatasetSource):
         return _DatasetChecks(source, indices, cores if workers is None else workers)
     return _ThreadChecks(source, indices, max(cores, source.parallel_reads))

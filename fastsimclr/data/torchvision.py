@@ -26,6 +26,7 @@ from fastsimclr.data.replacement import read_or_replace
 from fastsimclr.data.scaled import crop_exactly, decode_scaled, may_be_scaled
 from fastsimclr.data.sources import ArraySource, EncodedSource, Source, decoded
 from fastsimclr.data.workers import WorkerLoader
+from fastsimclr.distributed import local_world_size
 from fastsimclr.errors import UserError
 from fastsimclr.profiling import stage
 
@@ -167,5 +168,5 @@ def default_workers(source: Source, device: torch.device) -> int:
         return 0
     if device.type == "cpu":
         return 1
-    cores = len(os.sched_getaffinity(0)) // int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
+    cores = len(os.sched_getaffinity(0)) // local_world_size()
     return max(1, min(16, cores - 1))

@@ -2,8 +2,11 @@
 
 import io
 import os
+import re
+import shutil
 import signal
 import sys
+import tempfile
 import threading
 import weakref
 from collections import ChainMap
@@ -51,7 +54,17 @@ class WorkerLoader(Generic[Item]):
 
     def __iter__(self) -> Iterator[Item]:
         with _without_main_module():  # the workers are started here
-            return iter(self._loader)
+            items = iter(self._loader)
+        try:
+            yield from items
+        except RuntimeError as error:
+            if not re.search("shared memory|bus error", str(error), re.IGNORECASE):
+                raise
+            size = shutil.disk_usage("/dev/shm").total / 2**20
+            raise UserError(
+                f"/dev/shm: got {size:.0f} MiB, too little for the batches of worker processes; expected more: start "
+                "the container with --shm-size=8g or --ipc=host, or set --data.workers 0"
+            ) from error
 
 
 def _no_collate(item: Item) -> Item:
@@ -123,6 +136,13 @@ def _forkserver() -> BaseContext:
     before = signal.pthread_sigmask(signal.SIG_BLOCK, _SIGNALS)  # inherited by the forkserver
     try:
         forkserver.ensure_running()
+    except OSError as error:  # the path of a socket may have 107 bytes
+        folder = tempfile.gettempdir()
+        raise UserError(
+            f"TMPDIR: got {folder} of {len(folder)} characters, where worker processes cannot start "
+            f"({error.strerror or error}); expected a short path of a folder that can be written: set TMPDIR=/tmp, or "
+            "--data.workers 0"
+        ) from error
     finally:
         signal.pthread_sigmask(signal.SIG_SETMASK, before)
     return context

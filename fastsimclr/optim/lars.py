@@ -86,6 +86,17 @@ class LARS(Optimizer):
             self.param_groups.pop()  # a caller that catches this must not train with an invalid group
             raise
 
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Load the state of a LARS optimizer. Raises ValueError for that of another optimizer or other parameters."""
+        for group in state_dict["param_groups"]:
+            if missing := sorted(self.defaults.keys() - group.keys()):
+                raise ValueError(
+                    f"state_dict: got a param group without {', '.join(missing)}, expected the state of a LARS "
+                    "optimizer; start without the state of another optimizer"
+                )
+            _check_hyperparameters(group)
+        super().load_state_dict(state_dict)
+
     def __getstate__(self) -> dict[str, Any]:
         return {
             **super().__getstate__(),

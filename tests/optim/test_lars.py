@@ -333,3 +333,11 @@ def test_build_optimizer_rejects_unknown_name_and_frozen_parameters() -> None:
         build_optimizer("lamb", conv_net().parameters(), lr=0.1, momentum=0.9, weight_decay=0.0)
     with pytest.raises(ValueError, match="requires_grad"):
         build_optimizer("lars", conv_net().requires_grad_(False).parameters(), lr=0.1, momentum=0.9, weight_decay=0.0)
+
+
+@pytest.mark.parametrize("other", [torch.optim.SGD, torch.optim.AdamW])
+def test_state_of_another_optimizer_is_refused(other: type[torch.optim.Optimizer]) -> None:
+    w = torch.nn.Parameter(torch.ones(2, 2))
+    lars = LARS([w], lr=0.1)
+    with pytest.raises(ValueError, match="without trust_coefficient"):
+        lars.load_state_dict(other([w], lr=0.1).state_dict())  # type: ignore[call-arg]
