@@ -118,11 +118,12 @@ def _lasting_output() -> Iterator[None]:
     """Keep a command from failing because its output has lost its reader (`| head`) or cannot encode a file's name."""
     with contextlib.ExitStack() as stack:
         for redirect, stream in ((contextlib.redirect_stdout, sys.stdout), (contextlib.redirect_stderr, sys.stderr)):
-            binary = getattr(stream, "buffer", None)
-            if isinstance(getattr(binary, "raw", binary), io.FileIO):  # not an object of a notebook or a test
+            if not isinstance(stream, io.TextIOWrapper):  # an object of a notebook or a test
+                continue
+            if isinstance(getattr(stream.buffer, "raw", stream.buffer), io.FileIO):
                 stream.flush()
                 file = io.BufferedWriter(_LastingFile(stream.fileno(), "w", closefd=False))
-                by_line = stream.line_buffering or stream.write_through
+                by_line = bool(stream.line_buffering or stream.write_through)
                 lasting = io.TextIOWrapper(file, stream.encoding, "backslashreplace", line_buffering=by_line)
                 stack.callback(lasting.flush)  # not close: loggers may keep it
                 stack.enter_context(redirect(lasting))
