@@ -51,10 +51,11 @@ def nt_xent(
     reduction: "mean", or "none" to return the loss of each view, (2N,), z1's rows first.
     decoupled: if True, leave the positive out of the denominator (Yeh et al., arXiv 2110.06848).
 
-    Returns a 0-dim or (2N,) tensor in float32 (float64 for float64 inputs). Non-finite projections give a non-finite
-    loss, without a CPU-GPU synchronization. Differentiable once by torch.autograd: "fused" and "tiled" raise
-    RuntimeError on a second derivative, in forward-mode AD and in torch.func's grad, jvp, jacrev, ...; vmap calls them
-    once per sample. "reference" has all of these.
+    Returns a 0-dim or (2N,) tensor in float32 (float64 for float64 inputs). Projections that are not finite, or whose
+    norm overflows (1.8e19 in float32), give a non-finite loss, without a CPU-GPU synchronization. Threads may call it
+    at the same time; "tiled" with different precisions in two threads runs in one after the other.
+    Differentiable once by torch.autograd: "fused" and "tiled" raise RuntimeError on a second derivative, in
+    forward-mode AD and in torch.func's grad, jvp, jacrev, ...; vmap calls them once per sample. "reference" has all.
     Raises ValueError for invalid shapes, dtypes or options, or if `backend` cannot compute the loss of these inputs.
     """
     _check(z1, z2, temperature, backend, precision, reduction)

@@ -7,6 +7,17 @@ from torch import Tensor
 
 from fastsimclr.distributed import gather_rows, gather_sizes
 
+NORM_EPS = 1e-12  # as in torch.nn.functional.normalize
+
+
+def row_norms(z: Tensor) -> Tensor:
+    """Return the norms (M,) of z (M, D) by which F.normalize divides, but NaN for one that overflows.
+
+    F.normalize would divide by infinity, and the row would count as one of zeros.
+    """
+    norms = torch.linalg.vector_norm(z, dim=1).clamp_min(NORM_EPS)
+    return norms.masked_fill(norms == torch.inf, torch.nan)
+
 
 def nt_xent_reference(
     z1: Tensor, z2: Tensor, temperature: Tensor, group: dist.ProcessGroup | None, mean: bool, decoupled: bool
@@ -15,7 +26,8 @@ def nt_xent_reference(
     n = z1.shape[0]
     dtype = torch.promote_types(z1.dtype, torch.float32)
     with torch.autocast(z1.device.type, enabled=False):
-        z = F.normalize(torch.cat([z1, z2]).to(dtype), dim=1)  # (2n, D)
+        z = torch.cat([z1, z2]).to(dtype)  # (2n, D)
+        z = z / row_norms(z)[:, None]
         sizes, offset, all_z = [2 * n], 0, z
         if group is not None:
             sizes = gather_sizes(2 * n, group, z.device)

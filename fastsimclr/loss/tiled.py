@@ -18,8 +18,9 @@ exp(s_ij) is computed as exp2, on rows scaled by sqrt(log2(e) / temperature). On
 """
 
 import math
+import threading
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from typing import Any
 
 import torch
@@ -29,9 +30,9 @@ from torch import Tensor
 
 from fastsimclr.distributed import all_gather_rows, gather_sizes, group_name, group_of
 from fastsimclr.loss.autograd_modes import define_modes, refuse_transforms
+from fastsimclr.loss.reference import NORM_EPS, row_norms
 
 LOG2_E = math.log2(math.e)
-NORM_EPS = 1e-12  # as in torch.nn.functional.normalize
 
 
 def nt_xent_tiled(
@@ -69,7 +70,7 @@ def tiled_forward(
     dtype = torch.promote_types(z1.dtype, torch.float32)
     with torch.autocast(z1.device.type, enabled=False), _matmul_precision(precision, z1.device):
         z = torch.cat([z1, z2]).to(dtype)
-        norm = torch.linalg.vector_norm(z, dim=1).clamp_min_(NORM_EPS)
+        norm = row_norms(z)
         z = z.mul_((_scale(temperature, dtype) / norm)[:, None])
         sizes, offset, all_z = [2 * n], 0, z
         if group:
@@ -293,22 +294,51 @@ def _exp_is_safe(temperature: Tensor, value: float | None, rows: int, dtype: tor
     return 1.01 / value + math.log(rows) < largest  # 1.01: rounding of unit rows, also in bf16
 
 
-@contextmanager
-def _matmul_precision(precision: str, device: torch.device) -> Iterator[None]:
-    """Set float32 matrix products to full precision ("highest"), or to bf16 (CPU) or TF32 (GPU) ("medium")."""
-    matmul: Any
-    global_setting: Any
-    if device.type == "cuda":  # PyTorch has the setting for all CUDA operators under cudnn
-        matmul, global_setting, medium = torch.backends.cuda.matmul, torch.backends.cudnn, "tf32"
-    else:
-        mkldnn: Any = torch.backends.mkldnn  # Any: its type stubs have no `matmul`
-        matmul, global_setting, medium = mkldnn.matmul, mkldnn, "bf16"
-    before = matmul.fp32_precision
-    # The value may be matmul's own or inherited from all operators ("none"), which reading it does not tell. If the two
-    # are equal, restore it as inherited.
-    inherited = before == global_setting.fp32_precision
-    matmul.fp32_precision = "ieee" if precision == "highest" else medium
-    try:
-        yield
-    finally:
-        matmul.fp32_precision = "none" if inherited else before
+class _MatmulPrecision:
+    """Sets float32 matrix products to full precision ("highest"), or to bf16 (CPU) or TF32 (GPU) ("medium").
+
+    PyTorch's setting is one for all threads of the process. So threads that need the same one share it, and others wait
+    until the last of these has restored it.
+    """
+
+    def __init__(self) -> None:
+        self._changed = threading.Condition()
+        self._users = 0
+        self._current = self._before = ""
+
+    @contextmanager
+    def __call__(self, precision: str, device: torch.device) -> Iterator[None]:
+        matmul: Any
+        global_setting: Any
+        if device.type == "cuda":  # PyTorch has the setting for all CUDA operators under cudnn
+            matmul, global_setting, medium = torch.backends.cuda.matmul, torch.backends.cudnn, "tf32"
+        else:
+            mkldnn: Any = torch.backends.mkldnn  # Any: its type stubs have no `matmul`
+            matmul, global_setting, medium = mkldnn.matmul, mkldnn, "bf16"
+        wanted = "ieee" if precision == "highest" else medium
+        with self._changed:
+            self._changed.wait_for(lambda: self._users == 0 or self._current == wanted)
+            if self._users == 0:
+                self._before = matmul.fp32_precision
+                # The value may be matmul's own or inherited from all operators ("none"), which reading it does not
+                # tell. If the two are equal, restore it as inherited.
+                if self._before == global_setting.fp32_precision:
+                    self._before = "none"
+                self._current = matmul.fp32_precision = wanted
+            self._users += 1
+        try:
+            yield
+        finally:
+            with self._changed:
+                self._users -= 1
+                if self._users == 0:
+                    matmul.fp32_precision = self._before
+                    self._changed.notify_all()
+
+
+_cpu_precision, _gpu_precision = _MatmulPrecision(), _MatmulPrecision()
+
+
+def _matmul_precision(precision: str, device: torch.device) -> AbstractContextManager[None]:
+    """Return a context in which float32 matrix products on `device` have this precision."""
+    return (_gpu_precision if device.type == "cuda" else _cpu_precision)(precision, device)

@@ -130,7 +130,7 @@ class LARS(Optimizer):
         if not params:
             return
         if self._found_inf() is not None:
-            self._update_unless_found_inf(params, torch._foreach_mul(_gradients(params), group["lr"]), group)
+            self._update_unless_found_inf(params, list(torch._foreach_mul(_gradients(params), group["lr"])), group)
             return
         velocities = self._velocities(params)
         torch._foreach_mul_(velocities, group["momentum"])
@@ -151,7 +151,7 @@ class LARS(Optimizer):
         nonzero = (w_norms > 0) & (g_norms > 0)
         rates = torch.where(nonzero, group["trust_coefficient"] * w_norms / g_norms, 1.0) * group["lr"]  # (T,)
         if self._found_inf() is not None:
-            self._update_unless_found_inf(params, torch._foreach_mul(grads, rates.unbind()), group)
+            self._update_unless_found_inf(params, list(torch._foreach_mul(grads, rates.unbind())), group)
             return
         velocities = self._velocities(params)
         torch._foreach_mul_(velocities, group["momentum"])
