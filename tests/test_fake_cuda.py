@@ -83,7 +83,8 @@ def open_training(folder: Path, *more: str) -> Trainer:
 def train(folder: Path, *more: str) -> None:
     training = open_training(folder, *more)
     with training.clock.running():
-        for batch in itertools.islice(training.sync.batches(training.loader, training.progress, training.skipped), 2):
+        batches = training.sync.batches(training.loader, training.progress, training.skipped, training.checkpoints)
+        for batch in itertools.islice(batches, 2):
             lr = training.schedule.apply(training.optimizer, training.progress.step)
             measured = training.train_step(batch)
             training.progress.advance(batch)
