@@ -9,6 +9,7 @@ Starting the ranks takes a few seconds (each imports torch): put many cases into
 """
 
 import datetime
+import faulthandler
 import multiprocessing
 import multiprocessing.connection
 import os
@@ -29,12 +30,13 @@ class RankError(RuntimeError):
     """A rank raised, died or timed out. The message holds its traceback; the rank's exception is the cause."""
 
 
-def run_ranks(world_size: int, function: Callable[..., Any], *args: Any, timeout_seconds: float = 120.0) -> list[Any]:
+def run_ranks(world_size: int, function: Callable[..., Any], *args: Any, timeout_seconds: float = 300.0) -> list[Any]:
     """Return the results of function(rank, *args) on `world_size` ranks, in rank order.
 
     function, args and results must be picklable; tensors are copied, and results are on the CPU. Each rank is a new
     process with one torch thread. Raises RankError as soon as a rank fails or when the timeout is reached; the other
-    ranks, which may wait in a collective forever, are then killed.
+    ranks, which may wait in a collective forever, are then killed. Before the timeout, which is long, as a busy machine
+    may take minutes to start them, each rank prints its stacks.
     """
     context = multiprocessing.get_context("spawn")  # forking after torch has started threads may hang
     with tempfile.TemporaryDirectory() as folder:
@@ -86,6 +88,7 @@ def _rank(
 ) -> None:
     """Entry point of a rank's process: writes (False, result) or (True, (traceback, exception or None)) to its file."""
     torch.set_num_threads(1)
+    faulthandler.dump_traceback_later(0.9 * timeout_seconds)
     if sys.platform == "linux":  # gloo otherwise resolves the host name, which fails in some containers
         os.environ.setdefault("GLOO_SOCKET_IFNAME", "lo")
     dist.init_process_group(

@@ -76,6 +76,6 @@ def evaluate_with_missing_data(rank: int, run: Path, folder: Path) -> Any:
 
 
 def test_error_on_one_rank_is_raised_on_all(run: Path, tmp_path: Path) -> None:
-    first, second = run_ranks(2, evaluate_with_missing_data, run, tmp_path, timeout_seconds=60)
+    first, second = run_ranks(2, evaluate_with_missing_data, run, tmp_path)
     assert first == second
     assert "nowhere" in first

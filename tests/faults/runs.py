@@ -60,7 +60,7 @@ class Process:
             return int((self._folder / str(self.pid)).read_text())
         return None
 
-    def wait(self, timeout: float = 120) -> int:
+    def wait(self, timeout: float = 600) -> int:
         """Wait for the process and return its exit code. Fails after `timeout` seconds."""
         deadline = time.monotonic() + timeout
         while (code := self.poll()) is None:
@@ -68,7 +68,7 @@ class Process:
             time.sleep(0.01)
         return code
 
-    def end(self, timeout: float = 120) -> str:
+    def end(self, timeout: float = 600) -> str:
         """Wait for the process, which must succeed, and return its standard output."""
         assert self.wait(timeout) == 0, self.errors
         return self.output
@@ -125,7 +125,7 @@ def free_port() -> int:
         return int(free.getsockname()[1])
 
 
-def wait_for_step(process: Process, run: Path, step: int, timeout: float = 120) -> None:
+def wait_for_step(process: Process, run: Path, step: int, timeout: float = 600) -> None:
     """Wait until metrics.jsonl of the run has `step` steps."""
     deadline = time.monotonic() + timeout
     while count_steps(run) < step:

@@ -13,7 +13,7 @@ from weights import metrics, steps
 
 from fastsimclr.run_folder import RunFolder, load_checkpoint
 
-EPOCHS, EPOCH_STEPS = 30 if LONG else 6, 45
+EPOCHS, EPOCH_STEPS = 24 if LONG else 6, 45
 STEPS = EPOCHS * EPOCH_STEPS
 # A checkpoint after every fifth step, and two kNN measurements.
 OPTIONS = [*TINY, "--batch_size=32", f"--epochs={EPOCHS}"]
