@@ -339,5 +339,5 @@ def test_build_optimizer_rejects_unknown_name_and_frozen_parameters() -> None:
 def test_state_of_another_optimizer_is_refused(other: type[torch.optim.Optimizer]) -> None:
     w = torch.nn.Parameter(torch.ones(2, 2))
     lars = LARS([w], lr=0.1)
-    with pytest.raises(ValueError, match="without .*trust_coefficient"):
+    with pytest.raises(ValueError, match=r"without .*trust_coefficient"):
         lars.load_state_dict(other([w], lr=0.1).state_dict())  # type: ignore[call-arg]
