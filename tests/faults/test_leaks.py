@@ -57,7 +57,7 @@ def test_usage_is_flat(
     first = _at_step(process, tmp_path / "run", steps // 4, before)
     last = _at_step(process, tmp_path / "run", steps, before)
     with capsys.disabled():
-        print(f"\n{loader}, {steps} {kind}: {first} -> {last}")
+        print(f"\n{loader}, {kind}, {steps} steps: {first} -> {last}")
     process.send_signal(15)
     process.end()
     nothing_left(tmp_path)
