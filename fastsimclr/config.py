@@ -176,6 +176,8 @@ class Config:
     """Resume even if options of the recipe differ from those of the checkpoint: the augmentation, the loss, the
     optimizer, the precision, the seed. They change after the step of the checkpoint. The architecture, the batch size
     and the number of images cannot change."""
+    stall_timeout: Positive = 600.0
+    """Seconds after which the run ends if a rank gives no sign of life, or if a batch or a step takes that long."""
     output: str | None = None
     """Folder of the run. null creates a new folder runs/DATA-ENCODER-TIME each time, so resume=auto finds no
     checkpoint."""

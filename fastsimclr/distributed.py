@@ -3,6 +3,7 @@
 import gc
 import os
 import re
+import threading
 import time
 import uuid
 from collections.abc import Callable, Iterator
@@ -14,11 +15,12 @@ from typing import Any, TypeVar, cast
 import torch
 import torch.distributed as dist
 from torch import Tensor
+from torch.distributed.distributed_c10d import _get_default_store
 from torch.distributed.rendezvous import rendezvous
 
 from fastsimclr.errors import OtherRankError, UserError
 from fastsimclr.profiling import stage
-from fastsimclr.progress_bar import Phase
+from fastsimclr.progress_bar import Phase, print_line
 from fastsimclr.slurm import set_ranks
 
 # torch 2.14 renamed all_gather_into_tensor, and warns about the old name on every rank.
@@ -29,6 +31,9 @@ _START = "start the ranks with torchrun or srun, or unset RANK and WORLD_SIZE fo
 
 # A rank waits this long for another, which may still be opening its data on slow storage.
 _TIMEOUT = timedelta(hours=2)
+
+_ORPHANS = "fastsimclr-torchrun"
+"""Name of the thread that watches torchrun."""
 
 # Process groups by name: custom operators accept strings as arguments, but not process groups.
 _groups: dict[str, dist.ProcessGroup] = {}
@@ -65,6 +70,7 @@ def start(device: str) -> World:
     Raises UserError if the device is not available.
     """
     set_ranks()
+    _end_with_torchrun()
     if device == "auto":
         device = "cuda" if torch.cuda.is_available() else "cpu"
     if not re.fullmatch(r"cpu|cuda(:\d+)?", device):
@@ -126,6 +132,24 @@ def _variable(name: str, default: int | None, *, at_least: int = 0) -> int:
     return int(text)
 
 
+def _end_with_torchrun() -> None:
+    """End this process when torchrun, its parent, has been killed: otherwise it would train on unattended.
+
+    srun's daemon ends its tasks itself. Other parents, such as a shell under nohup, may end.
+    """
+    if "TORCHELASTIC_RUN_ID" not in os.environ or any(thread.name == _ORPHANS for thread in threading.enumerate()):
+        return
+    torchrun = os.getppid()
+
+    def watch() -> None:
+        while os.getppid() == torchrun:
+            time.sleep(1)
+        print_line(f"rank {os.environ['RANK']}: torchrun was killed; this process ends, too")
+        os._exit(1)
+
+    threading.Thread(target=watch, name=_ORPHANS, daemon=True).start()
+
+
 def _without_old_keys(store: dist.Store, rank: int, world_size: int) -> dist.Store:
     """Return `store` with a prefix that only these processes have.
 
@@ -163,6 +187,11 @@ def _waiting(rank: int) -> Iterator[None]:
             f"ranks: got no answer from another rank ({str(error).splitlines()[0]}); expected all ranks to come this "
             "far: look for the first error, or for the slowest storage, in their logs"
         ) from error
+
+
+def store() -> dist.Store:
+    """Return the store of the process group."""
+    return _get_default_store()
 
 
 def barrier(world: World) -> None:

@@ -24,6 +24,8 @@ class RunFolder:
         self.config = self.path / "config.yaml"
         self.environment = self.path / "environment.json"
         self.images = self.path / "images.npz"
+        self.lock = self.path / "lock"
+        self.stacks = self.path / "stacks"
         self.metrics = self.path / "metrics.jsonl"
         self.damaged_metrics = self.path / "metrics_damaged.txt"
         self.tensorboard = self.path / "tensorboard"

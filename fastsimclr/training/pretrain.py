@@ -26,6 +26,8 @@ from fastsimclr.run_folder import RunFolder
 from fastsimclr.training.callbacks import Callback
 from fastsimclr.training.options_check import check_ranks
 from fastsimclr.training.rank_sync import StopSignal
+from fastsimclr.training.run_lock import open_run
+from fastsimclr.training.stall import Watchdog
 from fastsimclr.training.trainer import Trainer
 
 
@@ -131,14 +133,16 @@ def train(config: Config, command: Sequence[str], **objects: Any) -> Trainer | N
         check_ranks(config, world)
         if world.device.type == "cpu":
             keep_freed_memory()
-        try:
-            with Phase("starting", visible=world.is_rank_zero):
-                trainer = Trainer(config, world, command=command, stop=stop, **objects)
-            trainer.train()
-        except Stopped:
-            return None
-        distributed.barrier(world)  # until rank 0 has written the last checkpoint
-        return trainer
+        with open_run(config, world) as folder, Watchdog(world, folder, config.stall_timeout) as watchdog:
+            objects |= {"folder": folder, "command": command, "stop": stop, "watchdog": watchdog}
+            try:
+                with Phase("starting", visible=world.is_rank_zero):
+                    trainer = Trainer(config, world, **objects)
+                trainer.train()
+            except Stopped:
+                return None
+            distributed.barrier(world)  # until rank 0 has written the last checkpoint
+            return trainer
 
 
 def _configure(

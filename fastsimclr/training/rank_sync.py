@@ -17,6 +17,7 @@ from fastsimclr.progress_bar import Phase
 from fastsimclr.training.checkpoint_writer import CheckpointWriter
 from fastsimclr.training.progress import Progress
 from fastsimclr.training.skipped import SkippedImages
+from fastsimclr.training.stall import Watchdog
 
 STOP_SIGNALS = (signal.SIGTERM, signal.SIGINT)
 
@@ -51,7 +52,7 @@ class Stopped(Exception):
 class RankSync:
     """Keeps the ranks in step: all train on the same batches, stop after the same step, and fail together."""
 
-    def __init__(self, world: World, stop: StopSignal) -> None:
+    def __init__(self, world: World, stop: StopSignal, watchdog: Watchdog) -> None:
         self.stop_signal = 0
         """The stop signal that any rank has received, or 0; the same on all ranks."""
         self.is_stopped = False
@@ -62,7 +63,7 @@ class RankSync:
         """Whether rank zero has written the checkpoint that it was writing, or has failed to; the same on all."""
         self.data_wait = 0.0
         """Seconds that this rank waited for the current batch."""
-        self._world, self._stop = world, stop
+        self._world, self._stop, self._watchdog = world, stop, watchdog
         self._stop_requested = False
         self._failure: UserError | None = None
         self._any_failure = self._any_request = False
@@ -82,6 +83,7 @@ class RankSync:
             loader.set_epoch(progress.epoch)
             with contextlib.closing(iter(loader)) as batches:
                 while not progress.is_done:
+                    self._watchdog.step = progress.step
                     batch = self._next(batches)
                     self._exchange_step(0 if batch is None else len(batch.index), skipped, checkpoints.is_ready)
                     if self.is_stopped:
@@ -114,7 +116,8 @@ class RankSync:
         """The next batch; None at the end of the epoch, or if this rank cannot read one."""
         started = time.perf_counter()
         try:
-            with stage("data_wait"), Phase("waiting for images", visible=self._world.is_rank_zero):
+            phase = Phase("waiting for images", visible=self._world.is_rank_zero)
+            with stage("data_wait"), phase, self._watchdog.limited():
                 return next(batches, None)
         except UserError as error:
             self._failure = error

@@ -1,12 +1,11 @@
 """A pre-training run: open the data, train, evaluate, save and resume."""
 
+import contextlib
 import json
 import random
-import re
 import time
 from collections.abc import Callable, Sequence
 from functools import partial
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -54,6 +53,7 @@ from fastsimclr.training.options_check import check_resumed, run_options
 from fastsimclr.training.progress import Progress
 from fastsimclr.training.rank_sync import RankSync, Stopped, StopSignal
 from fastsimclr.training.skipped import SkippedImages
+from fastsimclr.training.stall import Watchdog
 from fastsimclr.training.step import Step
 
 
@@ -65,26 +65,33 @@ class Trainer:
         config: Config,
         world: World,
         *,
+        folder: RunFolder | None = None,
         train: Any = None,
         val: Any = None,
         encoder: nn.Module | None = None,
         command: Sequence[str] = (),
         stop: StopSignal | None = None,
+        watchdog: Watchdog | None = None,
         callbacks: Sequence[Callback] = (),
         rgb_optional: bool = False,
     ) -> None:
-        """train, val: images to use instead of those at config.data's paths, as for `open_source`.
+        """folder: folder of the run, which the caller has locked; None is that of config.output.
+        train, val: images to use instead of those at config.data's paths, as for `open_source`.
         encoder: the encoder to train instead of the one that config.model names.
-        command: the command line, for the record. stop: its signals end the run. callbacks: called during the run, in
-        order, on all ranks.
+        command: the command line, for the record. stop: its signals end the run. watchdog: told of the run's progress.
+        callbacks: called during the run, in order, on all ranks.
         rgb_optional: turn off hue, saturation and grayscale for images that are not RGB, where they otherwise are an
         error.
         """
         stop = stop or StopSignal()  # never received
         self.config, self.world = config, world
         self._command = list(map(redacted, command))
-        self.folder = RunFolder(distributed.broadcast_object(config.output or _new_folder(config), world))
-        self.sync = RankSync(world, stop)
+        if folder is None:
+            assert config.output is not None
+            folder = RunFolder(config.output)
+        self.folder = folder
+        self._watchdog = watchdog or Watchdog(world)
+        self.sync = RankSync(world, stop, self._watchdog)
         self.clock = StageClock(world.device)
         keep = KeepCheckpoints(config.keep_every, config.keep_best)
         loggers = run_on_all_ranks(lambda: make_loggers(config, world), world)
@@ -169,7 +176,8 @@ class Trainer:
                     if self.freezing.start_epoch(batch.epoch):
                         self.stepper = self._build_stepper()
                     lr = self.schedule.apply(self.optimizer, self.progress.step)
-                    with Phase("training step", visible=False):
+                    limited = contextlib.nullcontext() if self.config.compile else self._watchdog.limited()
+                    with limited, Phase("training step", visible=False):
                         measured = self.train_step(batch)
                     self.progress.advance(batch)
                     self._log(batch, lr, measured)
@@ -405,9 +413,3 @@ class Trainer:
     def _print(self, *lines: str) -> None:
         if self.world.is_rank_zero:
             print(*lines, sep="\n", flush=True)
-
-
-def _new_folder(config: Config) -> str:
-    data = re.sub(r"[^\w-]+", "-", Path(config.data.train or "").name.removesuffix(".tar")).strip("-")
-    encoder = re.sub(r"[^\w-]+", "-", config.model.encoder).strip("-")
-    return f"runs/{data}-{encoder}-{time.strftime('%Y%m%d-%H%M%S')}"
