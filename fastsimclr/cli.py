@@ -15,6 +15,7 @@ from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 from fastsimclr.errors import OtherRankError, RunError, UserError
+from fastsimclr.stopping import Stopped, run_process, stop_signals
 from fastsimclr.version import __version__
 
 COMMANDS = {
@@ -80,27 +81,41 @@ def exit_code(command: str, work: Callable[[], object]) -> int:
     It is 1 after OtherRankError, too. Otherwise it is 0, or the integer that `work` returns. Rank 0 prints the
     UserError, and the rank that raised it a RunError. A file that the operating system refuses, such as one on a
     read-only disk, is a user error, too. Other exceptions are internal errors and propagate.
+
+    After a stop signal it is 128 + the signal's number, as in a shell, but 0 for train.
     """
-    with _lasting_output():
+    with _lasting_output(), stop_signals() as stop:
+        stop.program, stop.returns_zero = f"fastsimclr.{command}", command == "train"
         try:
-            code = work()
-        except OtherRankError:  # that rank prints it
-            return 1
-        except RunError as error:
-            print(f"fastsimclr.{command}: error: {' '.join(str(error).split())}", file=sys.stderr)
-            return 1
-        except UserError as error:
-            message = str(error)
-        except OSError as error:
-            if error.errno not in REFUSALS or error.filename is None:
-                raise
-            path = _shortened(os.fsdecode(error.filename))
-            message = f"{path}: got {error.strerror!r} from the system, expected a path that can be used"
-        else:
-            return code if isinstance(code, int) else 0
-        if not _is_other_rank():
-            print(f"fastsimclr.{command}: error: {' '.join(message.split())}", file=sys.stderr)
-        return 2
+            stop.finish(_exit_code(command, lambda: stop.run(work)))
+        except Stopped:
+            if not _is_other_rank():
+                print(stop.describe(), file=sys.stderr)
+            stop.finish(stop.exit_code)
+        return stop.exit_code
+
+
+def _exit_code(command: str, work: Callable[[], object]) -> int:
+    """Run `work` and return its exit code, as `exit_code` does where there is no stop signal."""
+    try:
+        code = work()
+    except OtherRankError:  # that rank prints it
+        return 1
+    except RunError as error:
+        print(f"fastsimclr.{command}: error: {' '.join(str(error).split())}", file=sys.stderr)
+        return 1
+    except UserError as error:
+        message = str(error)
+    except OSError as error:
+        if error.errno not in REFUSALS or error.filename is None:
+            raise
+        path = _shortened(os.fsdecode(error.filename))
+        message = f"{path}: got {error.strerror!r} from the system, expected a path that can be used"
+    else:
+        return code if isinstance(code, int) else 0
+    if not _is_other_rank():
+        print(f"fastsimclr.{command}: error: {' '.join(message.split())}", file=sys.stderr)
+    return 2
 
 
 def _is_other_rank() -> bool:
@@ -140,5 +155,10 @@ class _LastingFile(io.FileIO):
             return memoryview(data).nbytes
 
 
+def script() -> None:
+    """The console script."""
+    run_process(main)
+
+
 if __name__ == "__main__":
-    sys.exit(main())
+    script()

@@ -14,6 +14,7 @@ from fastsimclr.errors import UserError
 from fastsimclr.options import from_dict, parse_as, plain
 from fastsimclr.presets import preset_file
 from fastsimclr.ranges import Count, Index, NonNegative, Positive, Probability, Range, Seed, Workers, check_fields
+from fastsimclr.stopping import parse_duration
 
 LOGGERS = ("tensorboard", "wandb", "mlflow")
 Width = Annotated[float, Range(0, 64, above=True)]
@@ -158,6 +159,10 @@ class Config:
     max_skipped: Count = 10
     """Stop after this many steps in a row whose loss or gradient is not finite. Each is skipped: it leaves the weights
     unchanged."""
+    time_limit: str | None = None
+    """Time from the start of the command, such as 4h, 1h30m or 90s, within which the run ends with a checkpoint. It
+    stops earlier by a tenth of that time, at most a minute, and by twice the longest step or checkpoint. null: no
+    limit."""
     precision: Literal["auto", "bf16", "fp16", "fp32", "fp64"] = "auto"
     """Precision of the encoder: autocast to bf16 or fp16, or float32 or float64 throughout. auto: bf16 if the hardware
     supports it, else fp16 on a GPU with tensor cores (V100, T4), else float32. fp16 scales the gradients and skips a
@@ -182,7 +187,8 @@ class Config:
     """Folder of the run. null creates a new folder runs/DATA-ENCODER-TIME each time, so resume=auto finds no
     checkpoint."""
     checkpoint_every: Positive = 1.0
-    """Epochs between checkpoints (0.1: ten per epoch). One is also written at the end and on SIGTERM and SIGINT."""
+    """Epochs between checkpoints (0.1: ten per epoch). One is also written at the end, and when a signal (SIGTERM,
+    SIGINT, SIGUSR1, SIGHUP) or time_limit stops the run."""
     keep_every: Count | None = None
     """Keep the checkpoint of every N-th epoch as checkpoints/epoch-0010.pt; null keeps only the last one."""
     keep_best: Literal["knn"] | None = None
@@ -203,6 +209,8 @@ class Config:
 
     def __post_init__(self) -> None:
         check_fields(self, "--")
+        if self.time_limit is not None:
+            parse_duration(self.time_limit, "time_limit")
         if self.model.freeze_epochs >= self.epochs:
             raise UserError(f"--model.freeze_epochs: got {self.model.freeze_epochs}, expected 0 to --epochs minus 1")
         if self.output is not None and not self.output.isprintable():  # TensorBoard and others cannot write there

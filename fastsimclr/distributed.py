@@ -1,6 +1,7 @@
 """Ranks and collectives: process group setup, and exchange of rows and objects between ranks."""
 
 import gc
+import itertools
 import os
 import re
 import threading
@@ -18,6 +19,7 @@ from torch import Tensor
 from torch.distributed.distributed_c10d import _get_default_store
 from torch.distributed.rendezvous import rendezvous
 
+from fastsimclr import stopping
 from fastsimclr.errors import OtherRankError, UserError
 from fastsimclr.profiling import stage
 from fastsimclr.progress_bar import Phase, print_line
@@ -37,6 +39,7 @@ _ORPHANS = "fastsimclr-torchrun"
 
 # Process groups by name: custom operators accept strings as arguments, but not process groups.
 _groups: dict[str, dist.ProcessGroup] = {}
+_runs = itertools.count()
 
 
 @dataclass(frozen=True)
@@ -99,6 +102,7 @@ def start(device: str) -> World:
                 "process group: got one for GPUs only, expected one for CPU tensors, too: "
                 'init_process_group("cpu:gloo,cuda:nccl")'
             )
+        _share_stop_signals()
         return World(dist.get_rank(), dist.get_world_size(), chosen)
     if world_size > 1:
         _variable("MASTER_PORT", None)
@@ -115,6 +119,7 @@ def start(device: str) -> World:
                 rank=rank,
                 world_size=world_size,
             )
+        _share_stop_signals()
     return World(rank=rank, world_size=world_size, device=chosen)
 
 
@@ -148,6 +153,13 @@ def _end_with_torchrun() -> None:
         os._exit(1)
 
     threading.Thread(target=watch, name=_ORPHANS, daemon=True).start()
+
+
+def _share_stop_signals() -> None:
+    """Have the ranks tell each other of stop signals, through the store of the process group. Raises Stopped."""
+    if dist.get_world_size() > 1:
+        shared = store().clone()
+        stopping.active().share(dist.PrefixStore(f"run {next(_runs)}", shared), dist.get_world_size())
 
 
 def _without_old_keys(store: dist.Store, rank: int, world_size: int) -> dist.Store:
@@ -205,6 +217,7 @@ def stop() -> None:
     The threads of a group that is still referenced would run until the interpreter exits, and then abort the process
     if one of them is just releasing a tensor.
     """
+    stopping.active().stop_sharing()
     _groups.clear()
     if dist.is_initialized():
         dist.destroy_process_group()

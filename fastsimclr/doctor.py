@@ -11,7 +11,6 @@ the check; with --run 1 if the run has stopped before its last step or was kille
 import argparse
 import fnmatch
 import json
-import sys
 from collections.abc import Sequence
 from dataclasses import asdict
 from pathlib import Path
@@ -19,6 +18,7 @@ from pathlib import Path
 from fastsimclr.cli import Parser, exit_code
 from fastsimclr.errors import UserError
 from fastsimclr.ranges import Channels, Count, number
+from fastsimclr.stopping import run_process
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -43,24 +43,18 @@ def run(options: argparse.Namespace) -> int:
 
 def check(options: argparse.Namespace) -> int:
     """Check the images of --data, print the summary, and return the exit code."""
-    from fastsimclr import distributed
-    from fastsimclr.data.checks import Stopped
+    from fastsimclr import distributed, stopping
     from fastsimclr.data.full_check import check_data
     from fastsimclr.data.pixel_options import PixelOptions
     from fastsimclr.data.scan import write_lines
-    from fastsimclr.training.rank_sync import StopSignal
 
     pixels = PixelOptions(options.pixels, options.channels, max_pixels=options.max_pixels)
     try:
-        with StopSignal() as stop:
-            world = distributed.start("cpu")
-            found = check_data(
-                options.data, cache=options.cache, pixels=pixels, world=world, stop=lambda: stop.received != 0
-            )
-    except Stopped:
-        if world.is_rank_zero:
-            print("stopped; run the same command to resume", file=sys.stderr)
-        return 128 + stop.received if stop.received else 1
+        stop = stopping.active()
+        world = distributed.start("cpu")
+        found = check_data(
+            options.data, cache=options.cache, pixels=pixels, world=world, stop=lambda: stop.received != 0
+        )
     finally:
         distributed.stop()
     if world.is_rank_zero:
@@ -117,4 +111,4 @@ def _options(arguments: Sequence[str] | None) -> argparse.Namespace:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    run_process(main)

@@ -9,7 +9,6 @@ those of fastsimclr.train.
 """
 
 import argparse
-import sys
 from collections.abc import Sequence
 
 from fastsimclr.cli import ENCODER_HELP, Parser, exit_code
@@ -17,6 +16,7 @@ from fastsimclr.config import parse
 from fastsimclr.data.backends import BACKENDS
 from fastsimclr.evaluation.config import FEATURE_FORMATS, MAP_METHODS, PREPROCESSING, Queries
 from fastsimclr.ranges import Count, Probability, Seed, Workers, number
+from fastsimclr.stopping import run_process
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -82,4 +82,4 @@ def _options(arguments: Sequence[str] | None) -> argparse.Namespace:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    run_process(main)

@@ -17,6 +17,7 @@ from fastsimclr.data.pixel_options import PixelOptions
 from fastsimclr.errors import UserError
 from fastsimclr.evaluation.config import PROTOCOLS, EvaluationConfig, SupervisedConfig
 from fastsimclr.options import parse_as
+from fastsimclr.stopping import run_process
 
 if TYPE_CHECKING:
     from fastsimclr.pretrained import Pretrained
@@ -80,4 +81,4 @@ def configure(arguments: Sequence[str]) -> tuple[EvaluationConfig, "Pretrained |
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    run_process(main)

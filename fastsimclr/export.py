@@ -9,10 +9,10 @@ Exit codes are those of fastsimclr.train.
 """
 
 import argparse
-import sys
 from collections.abc import Sequence
 
 from fastsimclr.cli import ENCODER_HELP, Parser, exit_code
+from fastsimclr.stopping import run_process
 
 FORMATS = ("torchvision", "safetensors", "onnx", "timm")
 
@@ -49,4 +49,4 @@ def _options(arguments: Sequence[str] | None) -> argparse.Namespace:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    run_process(main)

@@ -8,7 +8,6 @@ fastsimclr.train.
 """
 
 import argparse
-import sys
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Annotated
@@ -17,6 +16,7 @@ from fastsimclr.cli import Parser, exit_code
 from fastsimclr.data.backends import BACKENDS
 from fastsimclr.errors import UserError
 from fastsimclr.ranges import Range, Seed, number
+from fastsimclr.stopping import run_process
 
 Rows = Annotated[int, Range(1, 100)]  # Agg draws no more than 2^16 pixels in one direction
 Epoch = Annotated[int, Range(0, 2**32 - 1)]
@@ -90,4 +90,4 @@ def _channels(text: str) -> tuple[int, ...]:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    run_process(main)

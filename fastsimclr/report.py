@@ -12,6 +12,7 @@ import sys
 from collections.abc import Sequence
 
 from fastsimclr.cli import Parser, exit_code
+from fastsimclr.stopping import run_process
 
 MAX_RUNS = 40  # 8 colors x 5 dashes: each run has its own combination
 
@@ -46,4 +47,4 @@ def _options(arguments: Sequence[str]) -> argparse.Namespace:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    run_process(main)

@@ -8,13 +8,13 @@ A run that was stopped is resumed by the same command. Exit codes are those of f
 
 import argparse
 import os
-import sys
 from collections.abc import Sequence
 from pathlib import Path
 
 from fastsimclr.cli import Parser, exit_code
 from fastsimclr.errors import UserError
 from fastsimclr.ranges import Count, Side, Workers, number
+from fastsimclr.stopping import run_process
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -62,4 +62,4 @@ def _options(arguments: Sequence[str] | None) -> argparse.Namespace:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    run_process(main)

@@ -9,6 +9,7 @@ from collections.abc import Sequence
 
 from fastsimclr.cli import exit_code
 from fastsimclr.config import Config, parse
+from fastsimclr.stopping import run_process
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -29,4 +30,4 @@ def run(config: Config, arguments: Sequence[str]) -> None:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    run_process(main)

@@ -18,7 +18,7 @@ LAYERS = (
     {"config", "data", "environment", "options", "pretrained"},
     {"loss", "models", "optim"},
     {"distributed", "node", "precision", "profiling", "progress_bar", "malloc", "run_folder", "presets", "slurm"}
-    | {"checkpoint_format", "errors", "imports", "metrics_file", "ranges", "version"}
+    | {"checkpoint_format", "errors", "imports", "metrics_file", "ranges", "stopping", "version"}
     | {"_lazy", "_extension", "_C", "_emulated"},
 )
 """The modules and packages of fastsimclr, top to bottom. Each imports only from its own layer and those below."""

@@ -17,6 +17,7 @@ DOCS = ROOT / "docs"
 TROUBLESHOOTING = (DOCS / "troubleshooting.md").read_text()
 REFERENCE = {page.name: page.read_text() for page in (DOCS / "reference").glob("*.md")}
 OTHER_PROGRAMS = {"--nproc-per-node", "--max-restarts", "--ipc", "--shm-size", "--strict"}  # torchrun, docker, mkdocs
+OTHER_PROGRAMS |= {"--nodes", "--ntasks-per-node", "--gpus-per-node", "--time", "--requeue", "--open-mode", "--signal"}
 COMMAND_LINES = [[name] for name in COMMANDS if name != "evaluate"] + [["evaluate", name] for name in PROTOCOLS]
 
 

@@ -22,16 +22,13 @@ from fastsimclr.data.storage import UnreachableStorage
 from fastsimclr.distributed import World, gather_objects, local_world_size
 from fastsimclr.errors import UserError
 from fastsimclr.progress_bar import progress_bar
+from fastsimclr.stopping import Stopped
 
 if TYPE_CHECKING:
     from fastsimclr.data.workers import WorkerLoader
 
 _ROUND_S = 2.0  # between collectives: short enough to react to a signal and to stay within their timeout
 _PROGRESS_AFTER_S = 2.0
-
-
-class Stopped(Exception):
-    """A rank was told to stop while it read or decoded images."""
 
 
 class ImageCheck(NamedTuple):
@@ -133,7 +130,7 @@ class _ThreadChecks:
         ]
 
     def close(self) -> None:
-        self._pool.shutdown()
+        self._pool.shutdown(wait=False, cancel_futures=True)  # a thread may wait for a file for ever
 
 
 class _DatasetChecks:

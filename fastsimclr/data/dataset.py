@@ -10,7 +10,6 @@ from fastsimclr.data.augmentation import Augmentation
 from fastsimclr.data.backends import BACKENDS, choose_backend
 from fastsimclr.data.cache_folder import cache_folder
 from fastsimclr.data.check_results import use_results
-from fastsimclr.data.checks import Stopped
 from fastsimclr.data.detect import detect_pixels
 from fastsimclr.data.loader import CropBackend, LoaderConfig, ViewLoader
 from fastsimclr.data.memory import DifferentSizes, MemoryBackend, decode_all
@@ -24,7 +23,7 @@ from fastsimclr.data.sources import ArraySource, EncodedSource, Source
 from fastsimclr.data.statistics import with_statistics
 from fastsimclr.data.storage_options import StorageOptions
 from fastsimclr.data.subsets import split
-from fastsimclr.distributed import SINGLE_PROCESS, World, gather_objects, run_on_all_ranks
+from fastsimclr.distributed import SINGLE_PROCESS, World, run_on_all_ranks
 from fastsimclr.errors import UserError
 from fastsimclr.node import run_once_per_node
 from fastsimclr.progress_bar import print_line
@@ -129,37 +128,20 @@ def prepare_pair(
     world: World,
     backend: str = "auto",
     cache: str | Path | None = None,
-    stop: Callable[[], bool] = lambda: False,
 ) -> Pair:
     """Use the results of an earlier full check, choose the backend if it is "auto", and decode the images for "memory".
 
-    cache: the cache folder, --data.cache. stop: called while images are decoded; once it returns True on any rank, all
-    ranks raise Stopped. Raises UserError on all ranks if the images do not fit the backend.
+    cache: the cache folder, --data.cache. Raises UserError on all ranks if the images do not fit the backend.
     """
-    train, val = (source and _prepare_on_all_ranks(source, world, backend, cache, stop) for source in pair)
+    train, val = (source and _prepare_on_all_ranks(source, world, backend, cache) for source in pair)
     assert train is not None
     return Pair(train, val)
 
 
-def _prepare_on_all_ranks(
-    source: Source, world: World, backend: str, cache: str | Path | None, stop: Callable[[], bool]
-) -> Source:
+def _prepare_on_all_ranks(source: Source, world: World, backend: str, cache: str | Path | None) -> Source:
     if isinstance(source, EncodedSource):
         use_results(source, cache_folder(cache), world)
-    stopped = False
-
-    def prepare_here() -> Source:
-        nonlocal stopped
-        try:
-            return prepare(source, backend, world, stop)[0]
-        except Stopped:
-            stopped = True
-            return source
-
-    prepared = run_on_all_ranks(prepare_here, world)
-    if any(gather_objects(stopped, world)):
-        raise Stopped
-    return prepared
+    return run_on_all_ranks(lambda: prepare(source, backend, world)[0], world)
 
 
 def is_built_in(data: Any) -> bool:
@@ -167,7 +149,7 @@ def is_built_in(data: Any) -> bool:
     return isinstance(data, str) and data.partition(":")[0] in BUILT_IN
 
 
-def prepare(source: Source, backend: str, world: World, stop: Callable[[], bool] = lambda: False) -> tuple[Source, str]:
+def prepare(source: Source, backend: str, world: World) -> tuple[Source, str]:
     """Return the source (decoded if the backend is "memory") and the backend (chosen if it is "auto").
 
     Uses no collectives: all ranks choose the same, because they see the same images.
@@ -178,7 +160,7 @@ def prepare(source: Source, backend: str, world: World, stop: Callable[[], bool]
     if chosen != "memory" or isinstance(source, ArraySource):
         return source, chosen
     try:
-        return decode_all(source, visible=world.is_rank_zero, stop=stop), chosen
+        return decode_all(source, visible=world.is_rank_zero), chosen
     except DifferentSizes as error:
         if backend == "memory":
             raise

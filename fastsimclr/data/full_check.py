@@ -8,6 +8,7 @@ from typing import Any
 
 import numpy as np
 
+from fastsimclr import stopping
 from fastsimclr.data.cache_folder import cache_folder
 from fastsimclr.data.dataset import open_pair
 from fastsimclr.data.pixel_options import PixelOptions
@@ -15,6 +16,7 @@ from fastsimclr.data.scan import scan
 from fastsimclr.distributed import World
 from fastsimclr.progress_bar import duration
 
+_STOP_WITHIN_S = 4.0  # by then, the images that are being decoded are done, and all ranks agree to stop
 _MAX_SHOWN = 5  # bad images
 
 
@@ -92,6 +94,7 @@ def check_data(
     """
     started = time.monotonic()
     source = open_pair(data, None, world, pixels, cache=cache).train
+    stopping.active().defer(_STOP_WITHIN_S)
     result = scan(source, cache=cache_folder(cache), world=world, stop=stop)
     source.bad = result.bad
     of_good = result.sizes[result.sizes[:, 0] > 0]

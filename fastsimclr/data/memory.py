@@ -1,7 +1,7 @@
 """The backend for small images of one size: decoded once and kept on the device, cropped a batch at a time."""
 
 import os
-from collections.abc import Callable, Generator, Iterator
+from collections.abc import Generator, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import closing
 
@@ -73,10 +73,10 @@ class DifferentSizes(UserError):
         self.sizes = sizes
 
 
-def decode_all(source: Source, *, visible: bool = True, stop: Callable[[], bool] = lambda: False) -> ArraySource:
+def decode_all(source: Source, *, visible: bool = True) -> ArraySource:
     """Decode all images, and return them with `bad` set: images that do not decode are zeros.
 
-    visible: whether to show progress. stop: called before each image; once it returns True, Stopped is raised.
+    visible: whether to show progress.
     Raises DifferentSizes (a UserError), WrongForm, and UserError if no image decodes.
     """
 
@@ -100,8 +100,6 @@ def decode_all(source: Source, *, visible: bool = True, stop: Callable[[], bool]
     images = first.new_zeros(len(source), *first.shape)
 
     def store(index: int) -> None:
-        if stop():
-            raise Stopped
         image = decode_one(index)
         if image is None:
             return

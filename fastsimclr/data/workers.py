@@ -25,8 +25,10 @@ from numpy.typing import NDArray
 from torch.utils.data import DataLoader, Dataset
 
 from fastsimclr.errors import UserError
+from fastsimclr.stopping import STOP_SIGNALS
 
 Item = TypeVar("Item")
+_STOP_WORKERS_S = 2.0
 
 
 class WorkerLoader(Generic[Item]):
@@ -119,11 +121,6 @@ def _map_again(
     return np.ndarray(shape, dtype, np.memmap(file, np.uint8, "r"), offset, strides)
 
 
-_SIGNALS = (signal.SIGINT, signal.SIGTERM)
-"""Signals that a terminal or a scheduler sends to the whole process group. Workers ignore them, as the parent needs
-batches until it has stopped."""
-
-
 def _forkserver() -> BaseContext:
     """Start a forkserver that has only imported the torchvision backend, and return its context.
 
@@ -132,9 +129,12 @@ def _forkserver() -> BaseContext:
     """
     context = get_context("forkserver")
     context.set_forkserver_preload(["fastsimclr.data.torchvision"])
-    resource_tracker.ensure_running()  # first, as it unblocks the signals
-    before = signal.pthread_sigmask(signal.SIG_BLOCK, _SIGNALS)  # inherited by the forkserver
+    # A terminal or a scheduler sends stop signals to the whole process group. The processes started here inherit the
+    # mask and ignore them, as the parent needs batches until it has stopped.
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, STOP_SIGNALS)
     try:
+        resource_tracker.ensure_running()
+        signal.pthread_sigmask(signal.SIG_BLOCK, STOP_SIGNALS)  # again, as the tracker has unblocked some
         forkserver.ensure_running()
     except OSError as error:  # the path of a socket may have 107 bytes
         folder = tempfile.gettempdir()
@@ -167,7 +167,7 @@ def _start_worker(environment: dict[str, str], _: int) -> None:
     """environment: of this process's parent; the forkserver's is as it was when that started."""
     os.environ.clear()
     os.environ.update(environment)
-    for number in _SIGNALS:
+    for number in STOP_SIGNALS:
         signal.signal(number, signal.SIG_IGN)
 
     def exit_with_parent() -> None:
@@ -181,6 +181,17 @@ def _start_worker(environment: dict[str, str], _: int) -> None:
 
 
 def _stop_workers(loader: "DataLoader[Any]") -> None:
-    iterator, loader._iterator = loader._iterator, None
-    if iterator is not None and hasattr(iterator, "_shutdown_workers"):
-        iterator._shutdown_workers()
+    iterator: Any = loader._iterator
+    loader._iterator = None
+    if iterator is None or not hasattr(iterator, "_shutdown_workers"):
+        return
+
+    def kill() -> None:
+        for worker in iterator._workers:
+            worker.kill()
+
+    timer = threading.Timer(_STOP_WORKERS_S, kill)  # one may wait for storage for ever, and DataLoader 5 s for each
+    timer.daemon = True
+    timer.start()
+    iterator._shutdown_workers()
+    timer.cancel()

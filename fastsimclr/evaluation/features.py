@@ -10,6 +10,7 @@ import torch.distributed as dist
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from fastsimclr import stopping
 from fastsimclr.data import Source
 from fastsimclr.data.augmentation import Augmentation
 from fastsimclr.data.dataset import open_loader
@@ -19,6 +20,7 @@ from fastsimclr.errors import UserError
 from fastsimclr.models import Backbone, Encoder, count_features
 from fastsimclr.precision import autocast_to
 from fastsimclr.progress_bar import progress_bar
+from fastsimclr.stopping import Stopped
 
 Sync = Callable[[UserError | None], None]
 """Called by all ranks at the same time, with this rank's error or None. Raises on all ranks to end the work on all."""
@@ -166,9 +168,13 @@ def embed_shard(
         for _ in range(0, len(source), batch_size):  # a rank may have no image in the last batch
             batch, failure = None, None
             try:
-                batch = next(batches, None)
+                with stopping.active().interruptible():
+                    batch = next(batches, None)
             except UserError as error:
                 failure = error
+            except Stopped:
+                sync(None)  # raises on all ranks that train
+                raise
             sync(failure)
             if batch is not None:
                 images, features, _ = batch

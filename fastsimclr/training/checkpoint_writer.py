@@ -1,6 +1,7 @@
 """Write the checkpoints of a run in the background."""
 
 import errno
+import time
 from collections.abc import Callable
 from concurrent.futures import Future, ThreadPoolExecutor
 from copy import copy
@@ -10,6 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from fastsimclr import stopping
 from fastsimclr.checkpoint_format import write_checkpoint
 from fastsimclr.distributed import World, broadcast_object
 from fastsimclr.errors import OtherRankError, RunError
@@ -118,6 +120,7 @@ class CheckpointWriter:
 
     def _replace(self, state: dict[str, Any]) -> None:
         last, previous = self._folder.checkpoint, self._folder.previous_checkpoint
+        started = time.monotonic()
         with replace_atomically(last) as partial:
             write_checkpoint(state, partial)
             flush(partial)
@@ -126,6 +129,7 @@ class CheckpointWriter:
         if self._newest not in (last, previous):  # it is of another run, which had the same folder
             previous.unlink(missing_ok=True)
         self._newest = last
+        stopping.active().reserve(time.monotonic() - started)
 
 
 def copy_to_cpu(value: Any) -> Any:

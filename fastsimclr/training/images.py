@@ -10,8 +10,7 @@ import numpy as np
 from fastsimclr import distributed
 from fastsimclr.config import Config
 from fastsimclr.data.augmentation import Augmentation
-from fastsimclr.data.checks import Stopped
-from fastsimclr.data.dataset import Pair, check_augmentation, open_pair, prepare_pair
+from fastsimclr.data.dataset import Pair, check_augmentation, open_pair
 from fastsimclr.data.names import Names
 from fastsimclr.data.paths import absolute_path
 from fastsimclr.data.pixels import RGB8, dtype_name
@@ -21,7 +20,6 @@ from fastsimclr.data.subsets import check_classes
 from fastsimclr.distributed import World, run_on_all_ranks
 from fastsimclr.errors import UserError
 from fastsimclr.run_folder import RunFolder, replace_atomically
-from fastsimclr.training.rank_sync import StopSignal
 
 
 def open_images(config: Config, train: Any, val: Any, world: World, *, rgb_optional: bool) -> tuple[Pair, Config]:
@@ -71,22 +69,6 @@ def with_absolute_paths(config: Config) -> Config:
     val = absolute_path(data.val) if isinstance(data.val, str) else data.val
     data = replace(data, train=absolute_path(data.train), val=val)
     return replace(config, data=data, output=None if output is None else os.path.abspath(output))
-
-
-def prepare_images(pair: Pair, config: Config, world: World, folder: RunFolder, stop: StopSignal) -> Pair:
-    """Prepare the images for the backend. Raises Stopped after a stop signal."""
-    try:
-        return prepare_pair(
-            pair,
-            world=world,
-            backend=config.data.backend,
-            cache=config.data.cache,
-            stop=lambda: stop.received != 0,
-        )
-    except Stopped:
-        if world.is_rank_zero:
-            print(f"stopped while decoding images; rerun with --output {folder} to resume", flush=True)
-        raise
 
 
 def record_images(source: Source, folder: RunFolder) -> None:

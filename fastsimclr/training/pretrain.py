@@ -12,10 +12,9 @@ import numpy as np
 from numpy.typing import NDArray
 from torch import nn
 
-from fastsimclr import distributed
+from fastsimclr import distributed, stopping
 from fastsimclr.config import Config, DataConfig, from_options
 from fastsimclr.data.augmentation import Augmentation
-from fastsimclr.data.checks import Stopped
 from fastsimclr.data.opening import describe
 from fastsimclr.errors import UserError
 from fastsimclr.malloc import keep_freed_memory
@@ -23,9 +22,9 @@ from fastsimclr.metrics_file import read_records
 from fastsimclr.pretrained import load_encoder
 from fastsimclr.progress_bar import Phase
 from fastsimclr.run_folder import RunFolder
+from fastsimclr.stopping import Stopped, stop_signals
 from fastsimclr.training.callbacks import Callback
 from fastsimclr.training.options_check import check_ranks
-from fastsimclr.training.rank_sync import StopSignal
 from fastsimclr.training.run_lock import open_run
 from fastsimclr.training.stall import Watchdog
 from fastsimclr.training.trainer import Trainer
@@ -98,8 +97,9 @@ def pretrain(
     options: options of `fastsimclr train` by name, those of its data section, too: batch_size=256, epochs=100,
         image_size=96, workers=4. The other sections are dicts: optim={"name": "sgd"}, loss={"temperature": 0.2}.
 
-    Under torchrun every rank makes the same call. SIGINT saves a checkpoint before KeyboardInterrupt is raised, and
-    SIGTERM before SystemExit.
+    Under torchrun every rank makes the same call. A stop signal saves a checkpoint. Then SIGINT raises
+    KeyboardInterrupt, and SIGTERM, SIGUSR1, SIGHUP and the time limit raise SystemExit. A second SIGINT raises
+    KeyboardInterrupt at once.
     Raises UserError, a ValueError, for invalid options and unusable data.
     """
     module = None if isinstance(encoder, str) else encoder
@@ -108,41 +108,49 @@ def pretrain(
     # Not at the end of the run: torchrun's store still has the addresses of this process group, so a second one fails.
     atexit.register(distributed.stop)
     rgb_optional = augmentation is None and not options.keys() & {"hue", "saturation", "grayscale_prob"}
-    trainer = train(
-        config,
-        command,
-        train=_object(data),
-        val=_object(val),
-        encoder=module,
-        callbacks=callbacks,
-        rgb_optional=rgb_optional,
-    )
-    if trainer is None or trainer.sync.stop_signal:
-        interrupted = trainer is None or trainer.sync.stop_signal == signal.SIGINT
-        raise KeyboardInterrupt if interrupted else SystemExit(0)
+    with stop_signals() as stop:
+        try:
+            trainer = stop.run(
+                lambda: train(
+                    config,
+                    command,
+                    train=_object(data),
+                    val=_object(val),
+                    encoder=module,
+                    callbacks=callbacks,
+                    rgb_optional=rgb_optional,
+                )
+            )
+        except Stopped:
+            raise _interruption(stop.received) from None
+    if trainer.sync.stop_signal:
+        raise _interruption(trainer.sync.stop_signal)
     return Run(trainer.folder.path, module)
 
 
-def train(config: Config, command: Sequence[str], **objects: Any) -> Trainer | None:
-    """Run a Trainer to its last step, or until it is stopped. Return it, or None if it stopped while decoding images.
+def train(config: Config, command: Sequence[str], **objects: Any) -> Trainer:
+    """Run a Trainer to its last step, or until it is stopped, and return it.
 
     command: the command line, for the record. objects: arguments of Trainer.
+    Raises Stopped if a stop signal is received before the training.
     """
-    with StopSignal() as stop:
-        world = distributed.start(config.device)
-        check_ranks(config, world)
-        if world.device.type == "cpu":
-            keep_freed_memory()
-        with open_run(config, world) as folder, Watchdog(world, folder, config.stall_timeout) as watchdog:
-            objects |= {"folder": folder, "command": command, "stop": stop, "watchdog": watchdog}
-            try:
-                with Phase("starting", visible=world.is_rank_zero):
-                    trainer = Trainer(config, world, **objects)
-                trainer.train()
-            except Stopped:
-                return None
-            distributed.barrier(world)  # until rank 0 has written the last checkpoint
-            return trainer
+    if config.time_limit is not None:
+        stopping.active().set_time_limit(stopping.parse_duration(config.time_limit, "time_limit"))
+    world = distributed.start(config.device)
+    check_ranks(config, world)
+    if world.device.type == "cpu":
+        keep_freed_memory()
+    with open_run(config, world) as folder, Watchdog(world, folder, config.stall_timeout) as watchdog:
+        with Phase("starting", visible=world.is_rank_zero):
+            trainer = Trainer(config, world, folder=folder, command=command, watchdog=watchdog, **objects)
+        trainer.train()
+        distributed.barrier(world)  # until rank 0 has written the last checkpoint
+        return trainer
+
+
+def _interruption(stop_signal: int) -> BaseException:
+    """Return what a stop signal raises in the user's program."""
+    return KeyboardInterrupt() if stop_signal == signal.SIGINT else SystemExit(0)
 
 
 def _configure(

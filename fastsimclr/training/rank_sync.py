@@ -1,11 +1,8 @@
 """Exchange of batch sizes, stop signals and failures between ranks, before each step."""
 
 import contextlib
-import signal
-import threading
 import time
 from collections.abc import Iterator
-from typing import Any
 
 import torch
 
@@ -14,39 +11,11 @@ from fastsimclr.distributed import World, all_gather, raise_on_all_ranks
 from fastsimclr.errors import UserError
 from fastsimclr.profiling import stage
 from fastsimclr.progress_bar import Phase
+from fastsimclr.stopping import Stopped, StopSignal
 from fastsimclr.training.checkpoint_writer import CheckpointWriter
 from fastsimclr.training.progress import Progress
 from fastsimclr.training.skipped import SkippedImages
 from fastsimclr.training.stall import Watchdog
-
-STOP_SIGNALS = (signal.SIGTERM, signal.SIGINT)
-
-
-class StopSignal:
-    """A context in which STOP_SIGNALS do not end the process; `received` is the latest signal, or 0.
-
-    Outside the main thread, where Python cannot handle signals, it does nothing.
-    """
-
-    def __init__(self) -> None:
-        self.received = 0
-        self._previous_handlers: dict[int, Any] = {}
-
-    def __enter__(self) -> "StopSignal":
-        if threading.current_thread() is threading.main_thread():
-            self._previous_handlers = {number: signal.signal(number, self._receive) for number in STOP_SIGNALS}
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        for number, handler in self._previous_handlers.items():
-            signal.signal(number, handler)
-
-    def _receive(self, number: int, _: object) -> None:
-        self.received = number
-
-
-class Stopped(Exception):
-    """A stop signal has interrupted work between steps, on all ranks."""
 
 
 class RankSync:
@@ -54,7 +23,7 @@ class RankSync:
 
     def __init__(self, world: World, stop: StopSignal, watchdog: Watchdog) -> None:
         self.stop_signal = 0
-        """The stop signal that any rank has received, or 0; the same on all ranks."""
+        """The stop signal that any rank has received, TIME_LIMIT or 0; the same on all ranks."""
         self.is_stopped = False
         """Whether a stop signal, a call of `stop` or bad images on any rank end the run early; the same on all."""
         self.local_batch_sizes = [0]
@@ -113,14 +82,16 @@ class RankSync:
             raise_on_all_ranks(self._failure, self._world)
 
     def _next(self, batches: Iterator[Batch]) -> Batch | None:
-        """The next batch; None at the end of the epoch, or if this rank cannot read one."""
+        """The next batch; None at the end of the epoch, if this rank cannot read one, or after a stop signal."""
         started = time.perf_counter()
         try:
-            phase = Phase("waiting for images", visible=self._world.is_rank_zero)
-            with stage("data_wait"), phase, self._watchdog.limited():
+            waiting = Phase("waiting for images", visible=self._world.is_rank_zero)
+            with stage("data_wait"), waiting, self._watchdog.limited(), self._stop.interruptible():
                 return next(batches, None)
         except UserError as error:
             self._failure = error
+            return None
+        except Stopped:
             return None
         finally:
             self.data_wait = time.perf_counter() - started

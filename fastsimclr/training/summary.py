@@ -2,11 +2,11 @@
 
 import math
 import os
-import signal
 from typing import Any
 
 from torch import nn
 
+from fastsimclr import stopping
 from fastsimclr._extension import describe_build
 from fastsimclr.config import Config, ModelConfig
 from fastsimclr.data import ViewLoader, choose_backend
@@ -104,7 +104,7 @@ def describe_estimate(config: Config, estimate: Estimate, steps: int) -> list[st
 
 
 def describe_stop(stop_signal: int, step: int, folder: RunFolder) -> str:
-    by = signal.Signals(stop_signal).name if stop_signal else "a callback"
+    by = stopping.describe(stop_signal) if stop_signal else "a callback"
     return f"stopped by {by} at step {step}; rerun with --output {folder} to resume"
 
 

@@ -14,10 +14,10 @@ import torch
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
-from fastsimclr import distributed
+from fastsimclr import distributed, stopping
 from fastsimclr.config import Config, to_yaml
 from fastsimclr.data import Batch
-from fastsimclr.data.dataset import open_loader
+from fastsimclr.data.dataset import open_loader, prepare_pair
 from fastsimclr.data.loader import LoaderConfig
 from fastsimclr.data.urls import redacted
 from fastsimclr.distributed import World, run_on_all_ranks
@@ -27,6 +27,7 @@ from fastsimclr.optim import LRSchedule
 from fastsimclr.profiling import StageClock, Trace, stage
 from fastsimclr.progress_bar import Phase
 from fastsimclr.run_folder import RunFolder, write_text
+from fastsimclr.stopping import Stopped
 from fastsimclr.training import summary
 from fastsimclr.training.build import architecture, build_learner
 from fastsimclr.training.callbacks import Callback, Callbacks, KeepCheckpoints
@@ -36,7 +37,6 @@ from fastsimclr.training.estimate import Estimate, estimate_step
 from fastsimclr.training.images import (
     as_recorded,
     open_images,
-    prepare_images,
     record_images,
     record_pixels,
     with_absolute_paths,
@@ -52,7 +52,7 @@ from fastsimclr.training.non_finite import (
 )
 from fastsimclr.training.options_check import check_resumed, run_options
 from fastsimclr.training.progress import Progress
-from fastsimclr.training.rank_sync import RankSync, Stopped, StopSignal
+from fastsimclr.training.rank_sync import RankSync
 from fastsimclr.training.skipped import SkippedImages
 from fastsimclr.training.stall import Watchdog
 from fastsimclr.training.step import Step
@@ -71,7 +71,6 @@ class Trainer:
         val: Any = None,
         encoder: nn.Module | None = None,
         command: Sequence[str] = (),
-        stop: StopSignal | None = None,
         watchdog: Watchdog | None = None,
         callbacks: Sequence[Callback] = (),
         rgb_optional: bool = False,
@@ -79,12 +78,11 @@ class Trainer:
         """folder: folder of the run, which the caller has locked; None is that of config.output.
         train, val: images to use instead of those at config.data's paths, as for `open_source`.
         encoder: the encoder to train instead of the one that config.model names.
-        command: the command line, for the record. stop: its signals end the run. watchdog: told of the run's progress.
+        command: the command line, for the record. watchdog: told of the run's progress.
         callbacks: called during the run, in order, on all ranks.
         rgb_optional: turn off hue, saturation and grayscale for images that are not RGB, where they otherwise are an
         error.
         """
-        stop = stop or StopSignal()  # never received
         self.config, self.world = config, world
         self._command = list(map(redacted, command))
         if folder is None:
@@ -92,7 +90,7 @@ class Trainer:
             folder = RunFolder(config.output)
         self.folder = folder
         self._watchdog = watchdog or Watchdog(world)
-        self.sync = RankSync(world, stop, self._watchdog)
+        self.sync = RankSync(world, stopping.active(), self._watchdog)
         self.clock = StageClock(world.device)
         keep = KeepCheckpoints(config.keep_every, config.keep_best)
         loggers = run_on_all_ranks(lambda: make_loggers(config, world), world)
@@ -128,7 +126,7 @@ class Trainer:
             check_resumed(file, config, self.options, architecture(config, self.model), world)
         self.non_finite = NonFiniteSteps(self.model, self.folder, config.max_skipped, is_rank_zero=world.is_rank_zero)
         self.metrics = Metrics(self.callbacks.on_step, self.non_finite.check)
-        self.data = prepare_images(sources, config, world, self.folder, stop)
+        self.data = prepare_pair(sources, world=world, backend=config.data.backend, cache=config.data.cache)
         self.config, self.augmentation, self._statistics = record_pixels(
             config, learner.augmentation, self.data.train, world
         )
@@ -167,6 +165,7 @@ class Trainer:
             self._print(f"{self.folder.checkpoint} has finished {steps}: nothing to do")
             return
         torch.backends.cudnn.benchmark = True
+        stopping.active().defer()  # to the next step
         try:
             self._start()
             with self.clock.running():
@@ -379,6 +378,7 @@ class Trainer:
     def _log(self, batch: Batch, lr: float, measured: dict[str, Tensor]) -> None:
         """Stop the step's clock, and log the step."""
         seconds, stages = self.clock.end_step()
+        stopping.active().reserve(seconds)
         images = sum(self.sync.local_batch_sizes)
         record = {"step": self.progress.step, "epoch": batch.epoch, "lr": lr, "data_wait": self.sync.data_wait}
         record |= {"images_per_second": images / seconds, "step_ms": 1000 * seconds, "images": images}

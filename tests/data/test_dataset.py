@@ -10,8 +10,7 @@ from ranks import run_ranks
 
 from fastsimclr.data import Source, choose_backend, open_views
 from fastsimclr.data.augmentation import Augmentation
-from fastsimclr.data.checks import Stopped
-from fastsimclr.data.dataset import open_dataset, open_pair, prepare_pair
+from fastsimclr.data.dataset import open_dataset, open_pair
 from fastsimclr.data.scan import scan
 from fastsimclr.data.sources import ArraySource, EncodedSource
 from fastsimclr.distributed import SINGLE_PROCESS, World
@@ -95,12 +94,6 @@ def test_small_images_of_several_sizes_are_loaded_from_files(
     assert choose_backend(source, SINGLE_PROCESS.device)[0] == "torchvision"
     with pytest.raises(UserError, match=r"007\.jpg: got 8x9 pixels, expected 8x8 .* needs images of one size"):
         open_dataset(folder, None, world=SINGLE_PROCESS, backend="memory")
-
-
-def test_decoding_of_small_images_can_be_stopped(folder: Path) -> None:
-    pair = open_pair(str(folder), None, SINGLE_PROCESS)
-    with pytest.raises(Stopped):
-        prepare_pair(pair, world=SINGLE_PROCESS, stop=lambda: True)
 
 
 def test_images_none_of_which_decodes_are_one_line(tmp_path: Path) -> None:

@@ -82,7 +82,7 @@ def test_an_interrupted_check_is_resumed(tmp_path: Path) -> None:
     _, rest = process.communicate(timeout=60)
     assert time.monotonic() - started < 10
     assert process.returncode == 128 + signal.SIGTERM
-    assert rest.splitlines()[-1] == "stopped; run the same command to resume"
+    assert rest.splitlines()[-1] == "fastsimclr.doctor: stopped by SIGTERM; run the same command to start again"
     for file in folder.iterdir():  # the rest quickly
         if int(file.stem) >= 60:
             file.unlink()

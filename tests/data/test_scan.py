@@ -26,13 +26,13 @@ from ranks import RankError, run_ranks
 
 from fastsimclr.data import checks
 from fastsimclr.data.check_results import FOLDER, use_results
-from fastsimclr.data.checks import Stopped
 from fastsimclr.data.images import decode
 from fastsimclr.data.pixels import PixelFormat
 from fastsimclr.data.scan import Scan, scan
 from fastsimclr.data.sources import Source
 from fastsimclr.distributed import SINGLE_PROCESS, World
 from fastsimclr.errors import UserError
+from fastsimclr.stopping import Stopped
 
 scan_module = importlib.import_module("fastsimclr.data.scan")  # `scan` is its function
 GOOD = kinds() | {

@@ -20,6 +20,8 @@ import subprocess
 import sys
 import tempfile
 import time
+from functools import partial
+from importlib import import_module
 from pathlib import Path
 from typing import Any
 
@@ -101,8 +103,8 @@ def start(*options: str, ranks: int = 1, torchrun: tuple[str, ...] = ("--standal
     return Process(popen.pid, folder, popen)
 
 
-def fork(*options: str, ranks: int = 1, **environment: str) -> list[Process]:
-    """Start the command, with its own arguments, by a fork of a process that has imported PyTorch: one for each rank.
+def fork(*options: str, ranks: int = 1, command: str = "train", **environment: str) -> list[Process]:
+    """Start a command, with its own arguments, by a fork of a process that has imported PyTorch: one for each rank.
 
     There is no torchrun, which would end the other ranks when one has ended.
     """
@@ -114,7 +116,13 @@ def fork(*options: str, ranks: int = 1, **environment: str) -> list[Process]:
             variables |= {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": str(ranks)}
             variables |= {"MASTER_ADDR": "localhost", "MASTER_PORT": str(port)}
         folder = _new_folder()
-        job = {"options": options, "environment": variables, "folder": str(folder), "cwd": os.getcwd()}
+        job = {
+            "command": command,
+            "options": options,
+            "environment": variables,
+            "folder": str(folder),
+            "cwd": os.getcwd(),
+        }
         processes.append(Process(_server().fork(job), folder))
     return processes
 
@@ -249,7 +257,7 @@ def _serve() -> int:
 
     import fastsimclr.training.pretrain  # noqa: F401 - what the command imports when it runs
     from fastsimclr.config import parse
-    from fastsimclr.train import main
+    from fastsimclr.stopping import run_process
 
     parse([])  # which reads the docstrings of all options, once
     folders: dict[int, Path] = {}
@@ -275,7 +283,8 @@ def _serve() -> int:
             os.dup2(os.open(os.devnull, os.O_RDONLY), 0)
             for name, descriptor in (("out", 1), ("err", 2)):
                 os.dup2(os.open(Path(job["folder"]) / name, os.O_WRONLY | os.O_CREAT | os.O_TRUNC), descriptor)
-            return main(job["options"])
+            main = import_module(f"fastsimclr.{job['command']}").main
+            run_process(partial(main, job["options"]))
         folders[pid] = Path(job["folder"])
         signal.pthread_sigmask(signal.SIG_UNBLOCK, [signal.SIGCHLD])
         print(pid, flush=True)
