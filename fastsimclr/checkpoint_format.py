@@ -59,6 +59,15 @@ def _is_callback(value: Any) -> bool:
     return isinstance(value, list | tuple) and [*map(type, value)] == [str, dict]
 
 
+def _is_yaml(value: Any) -> bool:
+    import yaml  # here: `import fastsimclr` needs only PyTorch and torchvision
+
+    try:
+        return isinstance(value, str) and isinstance(yaml.safe_load(value), dict)
+    except yaml.YAMLError:
+        return False
+
+
 COUNT = Kind("an integer of at least 0", _is_at_least(0))
 POSITIVE = Kind("an integer of at least 1", _is_at_least(1))
 INTEGER = Kind("an integer", lambda value: isinstance(value, int) and not isinstance(value, bool))
@@ -120,17 +129,14 @@ CONTENTS: dict[str, Any] = {
             or (isinstance(value, dict) and all(name in value and of.holds(value[name]) for name, of in RECORD.items()))
         ),
     ),
-    "config": TEXT,
+    "config": Kind("the YAML of a configuration", _is_yaml),
     "options": Kind("options by name", lambda value: _is_dict(value, lambda _: True)),
 }
 """What a checkpoint holds: each key with the kind of its value, or with the keys within it."""
 
 
 def write_checkpoint(state: dict[str, Any], path: Path) -> None:
-    """Write a state of CONTENTS, without "format". Its tensors are on the CPU. Raises OSError if that fails."""
-    state = {"format": FORMAT, **state}
-    problem = _problem(state)
-    assert problem is None, problem
+    """Write a state of CONTENTS, with its tensors on the CPU, to a new file. Raises OSError if that fails."""
     with open(path, "wb") as file:
         output = _Checksummed(file)
         try:
@@ -158,7 +164,7 @@ def load_checkpoint(path: Path, *, mmap: bool = False) -> dict[str, Any]:
         if isinstance(error, UserError):
             raise
         raise UserError(f"{path}: got a file of other contents, expected a checkpoint of a fastsimclr run") from error
-    if (problem := _problem(state)) is not None:
+    if (problem := find_problem(state)) is not None:
         raise UserError(f"{path}: {problem}: this is no checkpoint that this version of fastsimclr can use")
     return state
 
@@ -181,6 +187,23 @@ def check_bytes(path: Path) -> None:
         raise UserError(
             f"{path}: got a damaged file (checksum {checksum:08x}), expected {comment[-8:].decode('ascii', 'replace')}"
         )
+
+
+def find_problem(value: Any, kind: Kind | dict[str, Any] = CONTENTS, key: str = "contents") -> str | None:
+    """Return the first thing that is wrong with the contents, as "KEY: got ..., expected ..."; None if nothing is."""
+    if isinstance(kind, Kind):
+        return None if kind.holds(value) else f"{key}: got {_shown(value)}, expected {kind.expected}"
+    if not isinstance(value, dict):
+        return f"{key}: got {_shown(value)}, expected a dict"
+    for name, of in kind.items():
+        if name in value:
+            problem = find_problem(value[name], of, name if kind is CONTENTS else f"{key}.{name}")
+            if problem is not None:
+                return problem
+        elif isinstance(of, dict) or of.is_required:
+            return f"{key}: got no {name}, expected one"
+    unknown = [str(name) for name in value if name not in kind]
+    return f"{key}: got the unknown key {unknown[0]!r}, expected none" if unknown else None
 
 
 def has_checksum(path: Path) -> bool:
@@ -222,23 +245,6 @@ def _checksum(file: Any, size: int) -> int:
         checksum = zlib.crc32(block[:count], checksum)
         size -= count
     return checksum
-
-
-def _problem(value: Any, kind: Kind | dict[str, Any] = CONTENTS, key: str = "contents") -> str | None:
-    """Return the first thing that is wrong with the contents, as "KEY: got ..., expected ..."; None if nothing is."""
-    if isinstance(kind, Kind):
-        return None if kind.holds(value) else f"{key}: got {_shown(value)}, expected {kind.expected}"
-    if not isinstance(value, dict):
-        return f"{key}: got {_shown(value)}, expected a dict"
-    for name, of in kind.items():
-        if name in value:
-            problem = _problem(value[name], of, name if kind is CONTENTS else f"{key}.{name}")
-            if problem is not None:
-                return problem
-        elif isinstance(of, dict) or of.is_required:
-            return f"{key}: got no {name}, expected one"
-    unknown = [str(name) for name in value if name not in kind]
-    return f"{key}: got the unknown key {unknown[0]!r}, expected none" if unknown else None
 
 
 def _shown(value: Any) -> str:

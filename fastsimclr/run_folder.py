@@ -87,8 +87,7 @@ class RunFolder:
             else:
                 return path, problems
         if problems:
-            others = f"; so are {len(problems) - 1} others" if len(problems) > 1 else ""
-            raise UserError(f"{problems[0]}{others}; to start again, use another --output or --resume never")
+            raise UserError("; ".join(problems))
         return None, []
 
     def keep(self, checkpoint: Path, kept: Path) -> None:

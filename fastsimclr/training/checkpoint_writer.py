@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from fastsimclr import stopping
-from fastsimclr.checkpoint_format import write_checkpoint
+from fastsimclr.checkpoint_format import find_problem, write_checkpoint
 from fastsimclr.distributed import World, broadcast_object
 from fastsimclr.errors import OtherRankError, RunError
 from fastsimclr.progress_bar import Phase, print_line
@@ -66,7 +66,10 @@ class CheckpointWriter:
         self.finish()
         self._step, self._on_written = step, on_written
         if self._world.is_rank_zero:
-            self._written = self._thread.submit(self._write, copy_to_cpu(state()))
+            copied = copy_to_cpu(state())
+            problem = find_problem(copied)
+            assert problem is None, problem
+            self._written = self._thread.submit(self._write, copied)
 
     def finish(self) -> None:
         """Wait until the checkpoint that is being written is complete, if there is one, and call `on_written`."""

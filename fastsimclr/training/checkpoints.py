@@ -6,9 +6,10 @@ from typing import Any, Protocol
 from torch.amp import GradScaler
 from torch.optim.optimizer import Optimizer
 
-from fastsimclr.checkpoint_format import load_checkpoint
+from fastsimclr.checkpoint_format import FORMAT, load_checkpoint
 from fastsimclr.config import Config, to_yaml
 from fastsimclr.data import ViewLoader
+from fastsimclr.errors import UserError
 from fastsimclr.progress_bar import print_line
 from fastsimclr.run_folder import RunFolder
 from fastsimclr.training.build import architecture, check_optimizer, check_weights
@@ -46,7 +47,10 @@ def file_to_resume(config: Config, folder: RunFolder) -> Path | None:
     if config.resume != "auto":
         load_checkpoint(Path(config.resume), mmap=True)
         return Path(config.resume)
-    file, problems = folder.newest_checkpoint()
+    try:
+        file, problems = folder.newest_checkpoint()
+    except UserError as error:
+        raise UserError(f"{error}; to start again, use another --output or --resume never") from error
     for problem in problems:
         print_line(f"warning: {problem}; using {file} instead")
     return file
@@ -55,6 +59,7 @@ def file_to_resume(config: Config, folder: RunFolder) -> Path | None:
 def state_of(trainer: ResumableTrainer) -> dict[str, Any]:
     """Return what a checkpoint holds: the keys of `fastsimclr.checkpoint_format.CONTENTS`."""
     return {
+        "format": FORMAT,
         "step": trainer.progress.step,
         "batch_size": trainer.config.batch_size,
         "architecture": architecture(trainer.config, trainer.model),
@@ -99,6 +104,12 @@ def resume(trainer: ResumableTrainer, file: Path) -> None:
     trainer.untrained_knn = state["untrained_knn"]
     trainer.unfinished_epoch = state["unfinished_epoch"]
     trainer.metrics.last = trainer.unfinished_epoch or {}
-    trainer.callbacks.load_state_dict(state["callbacks"])
+    try:
+        trainer.callbacks.load_state_dict(state["callbacks"])
+    except (AttributeError, KeyError, TypeError, ValueError) as error:
+        raise UserError(
+            f"{file}: got a state that a callback cannot load ({error!r}), expected one of its state_dict(): use the "
+            "callbacks of that run, or --resume never"
+        ) from error
     if trainer.world.is_rank_zero:
         print(f"resumed from {file} at step {trainer.progress.step}", flush=True)

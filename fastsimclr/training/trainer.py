@@ -22,6 +22,7 @@ from fastsimclr.data.loader import LoaderConfig
 from fastsimclr.data.urls import redacted
 from fastsimclr.distributed import World, run_on_all_ranks
 from fastsimclr.environment import commit, examine
+from fastsimclr.errors import UserError
 from fastsimclr.evaluation.knn import measure
 from fastsimclr.optim import LRSchedule
 from fastsimclr.profiling import StageClock, Trace, stage
@@ -338,17 +339,7 @@ class Trainer:
         if estimate is not None:
             self._print(*summary.describe_estimate(config, estimate, progress.last_step - progress.step))
         self.checkpoints.open()
-        if self.world.is_rank_zero:
-            write_text(self.folder.config, to_yaml(with_absolute_paths(self.config)))
-            record_images(self._source, self.folder)
-            write_text(self.folder.environment, json.dumps(self._environment(), indent=2) + "\n")
-            self.metrics.open(
-                self.folder,
-                first_step=progress.step,
-                total_steps=progress.last_step,
-                epochs=config.epochs,
-                is_epoch_finished=self.unfinished_epoch is None,
-            )
+        run_on_all_ranks(self._open_files, self.world)
         self.skipped.start()
         self._report_skipped(progress.epoch)
         if config.knn_at_start and self.measures_knn and progress.step == 0:
@@ -362,6 +353,27 @@ class Trainer:
             self.save()
         self.metrics.show_first_step(estimate.step_seconds if estimate else None)
         self.clock.restart()
+
+    def _open_files(self) -> None:
+        """Record the run in its folder, and open its metrics. Raises UserError if the disk cannot be written."""
+        if not self.world.is_rank_zero:
+            return
+        try:
+            write_text(self.folder.config, to_yaml(with_absolute_paths(self.config)))
+            record_images(self._source, self.folder)
+            write_text(self.folder.environment, json.dumps(self._environment(), indent=2) + "\n")
+            self.metrics.open(
+                self.folder,
+                first_step=self.progress.step,
+                total_steps=self.progress.last_step,
+                epochs=self.config.epochs,
+                is_epoch_finished=self.unfinished_epoch is None,
+            )
+        except OSError as error:
+            raise UserError(
+                f"--output: got {self.folder}, which cannot be written ({error.strerror}); expected a folder on a disk "
+                "with room for the run"
+            ) from error
 
     def _report_skipped(self, epoch: int) -> None:
         """Write the number of bad images to the metrics if it has changed."""

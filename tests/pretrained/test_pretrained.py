@@ -20,12 +20,13 @@ import pytest
 import timm
 import torch
 import torchvision
+from checkpoints import make_state
 from safetensors.torch import save_file
 from torch import nn
 from weights import outputs, randomize_norms, save_run
 
 from fastsimclr import Augmentation, UserError, encoder, import_weights, load_encoder
-from fastsimclr.checkpoint_format import load_checkpoint
+from fastsimclr.checkpoint_format import load_checkpoint, write_checkpoint
 from fastsimclr.models import EncoderSpec
 from fastsimclr.pretrained import open_pretrained
 from fastsimclr.train import main as train
@@ -160,14 +161,14 @@ def torchscript(path: str) -> None:
 
 def run_without(part: str) -> None:
     path = save_run(Path("run"), encoder("resnet18")) / "checkpoints/last.pt"
-    state = torch.load(path, weights_only=True)
+    state = load_checkpoint(path)
     del state[part]
-    torch.save(state, path)
+    write_checkpoint(state, path)
 
 
 def run_with(**parts: Any) -> None:
     path = save_run(Path("run"), encoder("resnet18")) / "checkpoints/last.pt"
-    torch.save(torch.load(path, weights_only=True) | parts, path)
+    write_checkpoint(load_checkpoint(path) | parts, path)
 
 
 def save_folder(**changes: Any) -> None:
@@ -196,19 +197,19 @@ def save_folder(**changes: Any) -> None:
         (lambda: torchscript("f.pt"), "f.pt", "TorchScript"),
         (lambda: torch.save(nn.Sequential(nn.Linear(1, 1)), "f.pt"), "f.pt", "Sequential.*state_dict"),
         (lambda: torch.save(torchvision.models.resnet18(), "f.pt"), "f.pt", "torchvision.models.resnet.*state_dict"),
-        (lambda: run_without("architecture"), "run", "'architecture'"),
-        (lambda: run_without("model"), "run", "'model'"),
-        (lambda: run_without("config"), "run", "'config'"),
-        (lambda: run_with(model={}), "run", "without conv1.weight"),
-        (lambda: run_with(model=3), "run", "missing or invalid parts"),
-        (lambda: run_with(architecture="resnet18"), "run", "missing or invalid parts"),
+        (lambda: run_without("architecture"), "run", "got no architecture"),
+        (lambda: run_without("model"), "run", "got no model"),
+        (lambda: run_without("config"), "run", "got no config"),
+        (lambda: run_with(model={}), "run", "model: got a dict, expected tensors by name"),
+        (lambda: run_with(model=3), "run", "model: got 3"),
+        (lambda: run_with(architecture="resnet18"), "run", "architecture: got 'resnet18'"),
         (
-            lambda: run_with(architecture={"encoder": {"name": "resnet18", "width": 9, "stem": "small"}}),
+            lambda: run_with(architecture=make_state()["architecture"]),  # of a small stem
             "run",
             "conv1.weight",
         ),
-        (lambda: run_with(config="data: ["), "run", "missing or invalid parts"),
-        (lambda: run_with(config="5"), "run", "missing or invalid parts"),
+        (lambda: run_with(config="data: ["), "run", r"config: got 'data: \[', expected"),
+        (lambda: run_with(config="5"), "run", "config: got '5', expected"),
         (lambda: run_with(config="data: {flip_prob: 7}"), "run", "flip_prob: got 7"),
         (lambda: save_folder(encoder="resnet18"), "folder", "missing or invalid parts"),
         (lambda: save_folder(encoder={"name": "resnet18", "width": 5}), "folder", "conv1.weight"),
@@ -271,11 +272,14 @@ def test_file_with_code_is_rejected_and_not_executed(payload: object, name: str,
         Path(name).write_bytes(pickle.dumps(payload, protocol=int(name[8])))
     elif name == "run":
         save_run(Path("run"), encoder("resnet18"))
-        torch.save(torch.load("run/checkpoints/last.pt", weights_only=True) | contents, "run/checkpoints/last.pt")
+        write_checkpoint(make_state(callbacks=[("Callback", contents)]), Path("run/checkpoints/last.pt"))
     else:
         torch.save(contents, name, _use_new_zipfile_serialization=name == "zip.pth")
     function = "posix.system" if isinstance(payload, Payload) else "builtins.eval"
-    with pytest.raises(UserError, match=f"{name}.*got a pickle that would import {function}.*loaded; expected tensors"):
+    said = f"got a pickle that would import {function}.*loaded; expected tensors"
+    if name == "run":
+        said = "last.pt: got a file of other contents, expected a checkpoint of a fastsimclr run"
+    with pytest.raises(UserError, match=f"{name}.*{said}"):
         load_encoder(name)
     assert not Path("executed").exists()
     if name.endswith(".pkl"):  # check that the payload works
