@@ -42,7 +42,7 @@ def read(path: Path, name: str | None) -> Saved:
     try:
         return _read(path, name)
     except (AttributeError, KeyError, RuntimeError, TypeError, ValueError, yaml.YAMLError) as error:
-        if isinstance(error, UserError):
+        if isinstance(error, UserError) and str(path) in str(error):
             raise
         reason = " ".join(str(error).split())[:200]
         raise UserError(
