@@ -4,9 +4,6 @@ import gc
 import itertools
 import os
 import re
-import threading
-import time
-import uuid
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -22,8 +19,9 @@ from torch.distributed.rendezvous import rendezvous
 from fastsimclr import stopping
 from fastsimclr.errors import OtherRankError, UserError
 from fastsimclr.profiling import stage
-from fastsimclr.progress_bar import Phase, print_line
+from fastsimclr.progress_bar import Phase
 from fastsimclr.slurm import set_ranks
+from fastsimclr.torchrun import end_with_torchrun, without_old_keys
 
 # torch 2.14 renamed all_gather_into_tensor, and warns about the old name on every rank.
 _ALL_GATHER = "all_gather_single" if hasattr(dist, "all_gather_single") else "all_gather_into_tensor"
@@ -33,9 +31,6 @@ _START = "start the ranks with torchrun or srun, or unset RANK and WORLD_SIZE fo
 
 # A rank waits this long for another, which may still be opening its data on slow storage.
 _TIMEOUT = timedelta(hours=2)
-
-_ORPHANS = "fastsimclr-torchrun"
-"""Name of the thread that watches torchrun."""
 
 # Process groups by name: custom operators accept strings as arguments, but not process groups.
 _groups: dict[str, dist.ProcessGroup] = {}
@@ -73,7 +68,7 @@ def start(device: str) -> World:
     Raises UserError if the device is not available.
     """
     set_ranks()
-    _end_with_torchrun()
+    end_with_torchrun()
     if device == "auto":
         device = "cuda" if torch.cuda.is_available() else "cpu"
     if not re.fullmatch(r"cpu|cuda(:\d+)?", device):
@@ -115,7 +110,7 @@ def start(device: str) -> World:
                 backend,
                 device_id=chosen if chosen.type == "cuda" else None,
                 timeout=_TIMEOUT,
-                store=_without_old_keys(store, rank, world_size),
+                store=without_old_keys(store, rank, world_size, _TIMEOUT),
                 rank=rank,
                 world_size=world_size,
             )
@@ -137,53 +132,11 @@ def _variable(name: str, default: int | None, *, at_least: int = 0) -> int:
     return int(text)
 
 
-def _end_with_torchrun() -> None:
-    """End this process when torchrun, its parent, has been killed: otherwise it would train on unattended.
-
-    srun's daemon ends its tasks itself. Other parents, such as a shell under nohup, may end.
-    """
-    if "TORCHELASTIC_RUN_ID" not in os.environ or any(thread.name == _ORPHANS for thread in threading.enumerate()):
-        return
-    torchrun = os.getppid()
-
-    def watch() -> None:
-        while os.getppid() == torchrun:
-            time.sleep(1)
-        print_line(f"rank {os.environ['RANK']}: torchrun was killed; this process ends, too")
-        os._exit(1)
-
-    threading.Thread(target=watch, name=_ORPHANS, daemon=True).start()
-
-
 def _share_stop_signals() -> None:
     """Have the ranks tell each other of stop signals, through the store of the process group. Raises Stopped."""
     if dist.get_world_size() > 1:
         shared = store().clone()
         stopping.active().share(dist.PrefixStore(f"run {next(_runs)}", shared), dist.get_world_size())
-
-
-def _without_old_keys(store: dist.Store, rank: int, world_size: int) -> dist.Store:
-    """Return `store` with a prefix that only these processes have.
-
-    torchrun's store outlives them: after `--max-restarts` has started new ones, torch would connect them to the
-    addresses of the old ones. TORCHELASTIC_RESTART_COUNT is no prefix, as it differs between nodes. Each rank therefore
-    asks under a name of its own, which rank 0 answers with its prefix, until all have confirmed that one.
-    """
-    own = uuid.uuid4().hex
-    if rank > 0:
-        store.set(f"question of rank {rank}", own)
-        prefix = store.get(f"answer to {own}").decode()
-        store.set(f"{prefix}/confirmed by rank {rank}", "")
-        return dist.PrefixStore(prefix, store)
-    deadline = time.monotonic() + _TIMEOUT.total_seconds()
-    for other in range(1, world_size):
-        while not store.check([f"{own}/confirmed by rank {other}"]):
-            if store.check([question := f"question of rank {other}"]):  # may still be that of an old process
-                store.set(f"answer to {store.get(question).decode()}", own)
-            if time.monotonic() > deadline:
-                raise RuntimeError(f"timed out: rank {other} did not come")
-            time.sleep(0.01)
-    return dist.PrefixStore(own, store)
 
 
 @contextmanager

@@ -17,8 +17,8 @@ LAYERS = (
     {"training", "evaluation", "reporting"},
     {"config", "data", "environment", "options", "pretrained"},
     {"loss", "models", "optim"},
-    {"distributed", "node", "precision", "profiling", "progress_bar", "malloc", "run_folder", "presets", "slurm"}
-    | {"checkpoint_format", "errors", "imports", "metrics_file", "ranges", "stopping", "version"}
+    {"distributed", "node", "precision", "profiling", "progress_bar", "malloc", "run_folder", "presets"}
+    | {"checkpoint_format", "errors", "imports", "metrics_file", "ranges", "slurm", "stopping", "torchrun", "version"}
     | {"_lazy", "_extension", "_C", "_emulated"},
 )
 """The modules and packages of fastsimclr, top to bottom. Each imports only from its own layer and those below."""

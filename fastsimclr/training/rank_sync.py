@@ -85,8 +85,10 @@ class RankSync:
         """The next batch; None at the end of the epoch, if this rank cannot read one, or after a stop signal."""
         started = time.perf_counter()
         try:
+            is_first = not any(self.local_batch_sizes)  # starts the workers, which may take long
+            limited = contextlib.nullcontext() if is_first else self._watchdog.limited()
             waiting = Phase("waiting for images", visible=self._world.is_rank_zero)
-            with stage("data_wait"), waiting, self._watchdog.limited(), self._stop.interruptible():
+            with stage("data_wait"), waiting, limited, self._stop.interruptible():
                 return next(batches, None)
         except UserError as error:
             self._failure = error

@@ -104,8 +104,9 @@ class RunLock:
     def _open(self) -> tuple[int, bool]:
         """Open and lock the file. Returns its descriptor, and whether the file system supports flock."""
         while True:
-            self.folder.mkdir(parents=True, exist_ok=True)
-            with suppress(FileNotFoundError):  # its holder has just removed the folder, or the file
+            with suppress(FileExistsError):  # a file, which os.open reports; or a folder that a holder has just removed
+                self.folder.mkdir(parents=True, exist_ok=True)
+            with suppress(FileNotFoundError):  # a holder has just removed the folder, or the file
                 file, is_exclusive = os.open(self._path, os.O_RDWR | os.O_CREAT, 0o666), True
                 try:
                     fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)

@@ -1,12 +1,13 @@
 """Ranks that die, stop, raise or hang: the others end, and say which one it was."""
 
+import os
 import signal
 import time
 from collections.abc import Callable
 from pathlib import Path
 
 import pytest
-from faults.runs import TINY, Process, fork, free_port, living, start, wait_for_step
+from faults.runs import TINY, Process, count_steps, fork, free_port, living, start, wait_for_step
 
 STALL_SECONDS = 5
 OPTIONS = ["--checkpoint_every=0.1", f"--stall_timeout={STALL_SECONDS}", "--data.workers=0"]
@@ -85,16 +86,23 @@ def test_torchrun_restarts_from_the_checkpoint_and_no_rank_outlives_it(
         "--data.backend=torchvision",
     ]
     process = start(*options, ranks=2, torchrun=torchrun)
-    wait_for_step(process, tmp_path, 12)
+    wait_for_step(process, tmp_path, 30)
     (rank_1,) = [pid for pid in living() if is_rank(pid, 1)]
-    Process(rank_1, tmp_path).send_signal(signal.SIGKILL)
+    os.kill(rank_1, signal.SIGKILL)
+    wait_for(lambda: "resumed from" in process.output, process)
+    steps = count_steps(tmp_path)
+    wait_for(lambda: count_steps(tmp_path) > steps, process)
+    process.send_signal(signal.SIGKILL)
+    process.wait()
+    nothing_left(tmp_path)
+
+
+def wait_for(condition: Callable[[], bool], process: Process) -> None:
     deadline = time.monotonic() + 120
-    while "resumed from" not in process.output:
+    while not condition():
         assert process.poll() is None, process.errors
         assert time.monotonic() < deadline, process.errors
         time.sleep(0.1)
-    process.send_signal(signal.SIGKILL)
-    nothing_left(tmp_path)
 
 
 def is_rank(pid: int, rank: int) -> bool:
