@@ -14,7 +14,6 @@ from typing import NamedTuple
 
 import pytest
 from faults import runs
-from faults.conftest import LONG
 from weights import steps
 
 from fastsimclr.run_folder import RunFolder, load_checkpoint
@@ -100,11 +99,8 @@ def table() -> Iterator[dict[tuple[str, str], float]]:
     columns = list(dict.fromkeys(column for _, column in seconds))
     print("\n| phase |", " | ".join(columns), "|\n|---|" + "---|" * len(columns))
     for row in dict.fromkeys(row for row, _ in seconds):
-        print(
-            f"| {row} |",
-            " | ".join(f"{seconds[row, column]:.1f}" for column in columns if (row, column) in seconds),
-            "|",
-        )
+        cells = [f"{seconds[row, column]:.1f}" if (row, column) in seconds else "" for column in columns]
+        print(f"| {row} |", " | ".join(cells), "|")
 
 
 @pytest.fixture
@@ -153,7 +149,7 @@ def check(phase: Phase, number: signal.Signals, seconds: float, processes: list[
 
 # Each signal and each phase once; all pairs in the long form.
 PAIRS = list(itertools.product(PHASES, SIGNALS))
-if not LONG:
+if not runs.LONG:
     PAIRS = list(zip(PHASES, itertools.cycle(SIGNALS), strict=False))
 
 
@@ -171,7 +167,7 @@ def test_a_signal_ends_one_process(
 @pytest.mark.parametrize("target", ["rank 0", "rank 1", "all"])
 @pytest.mark.parametrize(
     ("name", "number"),
-    list(itertools.product(PHASES, SIGNALS)) if LONG else [("opening", SIGINT), ("kNN", SIGUSR1)],
+    list(itertools.product(PHASES, SIGNALS)) if runs.LONG else [("opening", SIGINT), ("kNN", SIGUSR1)],
     ids=str,
 )
 def test_a_signal_to_one_rank_ends_all(
