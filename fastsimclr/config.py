@@ -182,7 +182,8 @@ class Config:
     optimizer, the precision, the seed. They change after the step of the checkpoint. The architecture, the batch size
     and the number of images cannot change."""
     stall_timeout: Positive = 600.0
-    """Seconds after which the run ends if a rank gives no sign of life, or if a batch or a step takes that long."""
+    """Seconds after which a run of several ranks ends if one of them gives no sign of life, or if a batch or a step
+    takes that long."""
     output: str | None = None
     """Folder of the run. null creates a new folder runs/DATA-ENCODER-TIME each time, so resume=auto finds no
     checkpoint."""

@@ -32,7 +32,8 @@ _BROKEN = re.compile("connection|broken pipe|timed out|timeout|gloo|nccl|socket"
 class Watchdog:
     """A context in which threads end this process, with exit code 1, if the run cannot go on.
 
-    Every rank publishes in the process group's store that it lives, and what it does. So a phase may take as long as it
+    A single process is not watched: nothing waits for it, and a step on a CPU may take long. With several ranks, every
+    rank publishes in the process group's store that it lives, and what it does. So a phase may take as long as it
     needs on one rank, while the others wait for it. These end the run:
     - a rank publishes nothing for the timeout: it has died, is stopped, or its machine is lost;
     - the part of a step that `limited` marks takes longer than the timeout on a rank;
@@ -72,8 +73,8 @@ class Watchdog:
             self._store = dist.PrefixStore(name, distributed.store().clone())
             self._publish()
             distributed.barrier(self._world)  # each rank finds what the others have published
-            threading.Thread(target=self._exchange, daemon=True).start()
-        threading.Thread(target=self._watch, daemon=True).start()
+            for target in (self._exchange, self._watch):
+                threading.Thread(target=target, daemon=True).start()
         return self
 
     def __exit__(self, kind: Any, error: BaseException | None, _: Any) -> None:
@@ -91,10 +92,9 @@ class Watchdog:
     def _watch(self) -> None:
         """Watch the progress of this rank, and that the store answers the other thread."""
         while not self._ended.wait(POLL_SECONDS):
-            if self._store is not None:
-                self._unanswered_polls += 1
-                if self._unanswered_polls > self._polls:
-                    self._end_without_store()
+            self._unanswered_polls += 1
+            if self._unanswered_polls > self._polls:
+                self._end_without_store()
             if self._limited_polls is not None:
                 self._limited_polls += 1
                 # Later than other ranks are found silent, as this one may be waiting for them.
