@@ -36,7 +36,7 @@ def test_help_lists_every_command_on_one_line(arguments: list[str], capsys: pyte
 
 
 def test_commands_lists_every_command_module() -> None:
-    found = {file.stem for file in (ROOT / "fastsimclr").glob("*.py") if "sys.exit(main())" in file.read_text()}
+    found = {file.stem for file in (ROOT / "fastsimclr").glob("*.py") if "    run_process(main)" in file.read_text()}
     assert found == {*COMMANDS, "cli"}
 
 
@@ -88,7 +88,7 @@ def test_console_script_runs_each_command(
 
 
 def test_console_script_is_declared() -> None:
-    assert 'fastsimclr = "fastsimclr.cli:main"' in (ROOT / "pyproject.toml").read_text()
+    assert 'fastsimclr = "fastsimclr.cli:script"' in (ROOT / "pyproject.toml").read_text()
 
 
 @pytest.mark.parametrize("arguments", HELP, ids=" ".join)
@@ -108,7 +108,7 @@ except SystemExit as end:
 def test_console_script_help_imports_no_command() -> None:
     modules = modules_after("from fastsimclr.cli import main; main(['--help'])")
     assert {name for name in modules if name.startswith("fastsimclr.")} == {
-        f"fastsimclr.{name}" for name in ("_lazy", "cli", "errors", "version")
+        f"fastsimclr.{name}" for name in ("_lazy", "cli", "errors", "stopping", "version")
     }
     assert not modules & {"torch", *OPTIONAL}
 

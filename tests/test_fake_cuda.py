@@ -74,7 +74,7 @@ def open_training(folder: Path, *more: str) -> Trainer:
     options = ["--data.train=digits", "--data.image_size=16", "--model.encoder=resnet18", "--model.hidden=32"]
     options += ["--model.out=16", "--batch_size=8", "--optim.clip_grad=1.0", f"--output={folder}", *more]
     with pytest.MonkeyPatch.context() as patch:
-        for name in ("images.open_pair", "images.prepare_pair", "build.build", "build.projector"):
+        for name in ("images.open_pair", "trainer.prepare_pair", "build.build", "build.projector"):
             full_name = f"fastsimclr.training.{name}"
             patch.setattr(full_name, with_real_tensors(resolve_name(full_name)))
         return Trainer(parse(options), WORLD)

@@ -33,7 +33,7 @@ DAMAGED = [
     b"2\n",
     b'{"loss": 1.0}\n',
     b'{"step": "2", "loss": 1.0}\n',
-    b'{"step": 2, "loss": null}\n',
+    b'{"step": 2, "loss": "1.0"}\n',
     b'{"step": 2, "loss": 1.0, "stages_ms": [1]}\n',
     b'{"step": 2, "knn_accuracy": 0.5}\n',
     b"\n",

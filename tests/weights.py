@@ -54,15 +54,16 @@ def save_run(folder: Path, encoder: Encoder | Backbone, *options: str) -> Path:
     architecture = {"encoder": asdict(spec), "hidden": 8, "out": 8, "layers": 2, "optimizer": "lars"}
     weights = SimCLR(encoder, projector(encoder.out_features, hidden=8, out=8)).state_dict()
     checkpoint = RunFolder(folder).checkpoint
-    checkpoint.parent.mkdir(parents=True)
+    checkpoint.parent.mkdir(parents=True, exist_ok=True)
     write_checkpoint(make_state(architecture=architecture, model=weights, config=to_yaml(config)), checkpoint)
     (folder / "config.yaml").write_text(to_yaml(config))
     return folder
 
 
 def metrics(run: Path) -> list[dict[str, Any]]:
-    """Return all records of a run's metrics.jsonl."""
-    return [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+    """Return the records of a run's metrics.jsonl, but for heartbeats."""
+    records = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+    return [record for record in records if "phase" not in record]
 
 
 def steps(run: Path) -> list[dict[str, Any]]:

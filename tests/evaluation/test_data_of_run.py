@@ -89,7 +89,7 @@ def test_fraction_is_held_out_of_training_and_of_the_evaluations(here: Path) -> 
 @pytest.mark.parametrize(
     ("fraction", "data", "expected"),
     [
-        ("1.5", "photos", "--data.val: got 1.5, expected a path, or a fraction between 0 and 1"),
+        ("1.5", "photos", "--data.val: got 1.5, expected a number between 0 and 1, or a string, or none"),
         ("0.01", "photos", "--data.val: got 0.01, which is not one image of any class, as the largest has 12"),
         ("0.5", "photos/a", "--data.val: got 0.5, but the images have no labels"),
     ],

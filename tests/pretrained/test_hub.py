@@ -98,7 +98,7 @@ def test_model_card_has_only_the_figures_of_these_weights(working_directory: Pat
     record("finetune", 0.875, val=None)
     record("supervised", 0.99)  # starts from new weights
     lines = [{"step": 6, "knn_accuracy": 0.111}, {"step": 7, "knn_accuracy": 0.5}, {"step": 7, "loss": 1.0}]
-    Path("run/metrics.jsonl").write_text("".join(f"{json.dumps(line)}\n" for line in lines))
+    Path("run/metrics.jsonl").write_text("".join(f"{json.dumps(line | {'epoch': 0})}\n" for line in lines))
     assert export(["--checkpoint=run", "--format=safetensors", "--output=folder"]) == 0
     assert sorted(file.name for file in Path("folder").iterdir()) == ["README.md", "config.json", "model.safetensors"]
     _, header, text = Path("folder/README.md").read_text().split("---\n", 2)

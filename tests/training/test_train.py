@@ -270,7 +270,7 @@ def test_micro_batches_give_the_gradients_of_the_whole_batch(tmp_path: Path, vie
             ["--data.train={unreadable}"],
             ["--data.max_bad: got 1 of 16", "07.jpg: got", "do not decode", "repair", "skipped_images.txt"],
         ),
-        (["--data.train={photos}", "--data.max_bad=2"], ["--data.max_bad", "got 2.0", "expected a fraction"]),
+        (["--data.train={photos}", "--data.max_bad=2"], ["--data.max_bad", "got 2.0", "expected from 0 to 1"]),
         (["--data.train={photos}", "--batch_size=41"], ["batch_size", "got 41", "40 images", "expected at most 40"]),
         (["--data.train={photos}", "--batch_size=1"], ["batch_size", "got 1", "expected at least 2"]),
         (["--data.train={photos}", "--batchsize=1"], ["--batchsize", "unrecognized"]),
@@ -281,7 +281,10 @@ def test_micro_batches_give_the_gradients_of_the_whole_batch(tmp_path: Path, vie
         ),
         (["--data.train={photos}", "--data.flip_prob=2"], ["--data.flip_prob", "got 2.0", "expected from 0 to 1"]),
         (["--data.train={mixed}", "--data.backend=memory"], ["003.jpg: got 81x75 pixels", "images of one size"]),
-        (["--data.train={photos}", "--resume={unreadable}/a/07.jpg"], ["07.jpg", "no checkpoint", "expected"]),
+        (
+            ["--data.train={photos}", "--resume={unreadable}/a/07.jpg"],
+            ["07.jpg", "without the checksum at its end", "expected a checkpoint"],
+        ),
         (["--data.train={photos}", "--resume=gone.pt"], ["gone.pt", "no such file", "expected a checkpoint"]),
         (["--data.train={photos}", "--config=gone.yaml"], ["gone.yaml"]),
         (["--data.train={photos}", "--device=tpu"], ["device", "tpu", "expected auto, cpu or cuda"]),
@@ -328,10 +331,11 @@ def test_checkpoint_of_another_architecture_raises(tmp_path: Path, capsys: pytes
 
 def test_non_finite_loss_stops_the_run_without_a_checkpoint(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     options = [*TINY, "--data.train=digits", f"--output={tmp_path}", "--optim.name=sgd", "--optim.lr=1e30"]
-    assert main([*options, "--epochs=1", "--optim.warmup_epochs=0"]) == 2
-    line = error_line(capsys)
-    assert "loss: got nan at step" in line
-    assert "lower --optim.lr" in line
+    assert main([*options, "--epochs=1", "--optim.warmup_epochs=0", "--max_skipped=2"]) == 2
+    skipped, error = capsys.readouterr().err.splitlines()[-2:]
+    assert "step 2: skipped, with a loss of nan" in skipped
+    assert "fastsimclr.train: error: loss: got nan" in error
+    assert "lower --optim.lr" in error
     assert not (tmp_path / "checkpoints" / "last.pt").exists()
 
 
