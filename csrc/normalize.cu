@@ -48,7 +48,7 @@ __device__ float store_unit(uint16_t* row, int planes, int width, int k, float x
 
 __device__ float clamped_norm(float squares) {
   const float norm = sqrtf(squares);
-  if (norm > 1e30f) return norm - norm;  // NaN: it is infinite, and z / infinity would be a row of zeros
+  if (norm > 1e30f) return norm - norm;      // NaN: it is infinite, and z / infinity would be a row of zeros
   return norm < kNormEps ? kNormEps : norm;  // keeps NaN
 }
 
