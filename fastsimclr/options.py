@@ -1,5 +1,6 @@
 """Parsing of options: the command line, YAML files and --help are generated from a dataclass's fields."""
 
+import contextlib
 import difflib
 import re
 from argparse import Action
@@ -141,7 +142,15 @@ def _as_yaml(arguments: Sequence[str], flags: Container[str]) -> list[str]:
 
 
 def _config_file(value: str) -> Path:
-    return Path(value) if Path(value).is_file() else preset_file(value)
+    """Return the file of --config. Raises UserError if it has the option config, with which jsonargparse fails."""
+    import yaml  # here, so that --help does not wait for it
+
+    file = Path(value) if Path(value).is_file() else preset_file(value)
+    with contextlib.suppress(yaml.YAMLError):  # reported by the parser
+        options = yaml.safe_load(file.read_bytes())
+        if isinstance(options, dict) and "config" in options:
+            raise UserError(f"--config: got {value} with the option config; expected options of the command only")
+    return file
 
 
 def _instantiate(kind: type[Options], parser: _Parser, namespace: Namespace) -> Options:

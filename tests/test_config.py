@@ -79,6 +79,12 @@ def test_error_is_one_line_that_names_the_option(option: str, words: list[str]) 
         assert word in str(caught.value)
 
 
+def test_config_file_within_a_config_file_is_refused(tmp_path: Path) -> None:
+    (tmp_path / "nested.yaml").write_text("config: cifar10\n")
+    with pytest.raises(UserError, match="nested.yaml with the option config"):
+        parse(["--config", str(tmp_path / "nested.yaml")])
+
+
 def test_every_number_has_a_range() -> None:
     for kind in (Config, DataConfig, ModelConfig, LossConfig, OptimConfig, *PROTOCOLS.values()):
         for name, hint in get_type_hints(kind, include_extras=True).items():

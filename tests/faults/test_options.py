@@ -11,13 +11,13 @@ from typing import Any
 
 import pytest
 import yaml
-from hypothesis import HealthCheck, given, settings
+from hypothesis import HealthCheck, Phase, given, settings
 from hypothesis import strategies as st
 
 from fastsimclr.cli import COMMANDS, main
 from fastsimclr.evaluation.config import PROTOCOLS
 
-EXAMPLES = 10_000 if os.environ.get("FAULTS") == "long" else 60
+EXAMPLES = 10_000 if os.environ.get("FAULTS") == "long" else 40
 SECONDS = 20
 NUMBERS = [
     "0",
@@ -95,7 +95,12 @@ def nested(option: str, value: Any) -> dict[str, Any]:
 
 @pytest.mark.slow
 @settings(
-    max_examples=EXAMPLES, deadline=None, derandomize=True, database=None, suppress_health_check=list(HealthCheck)
+    max_examples=EXAMPLES,
+    deadline=None,
+    derandomize=True,
+    database=None,
+    phases=[Phase.generate],  # shrinking runs hundreds of commands
+    suppress_health_check=list(HealthCheck),
 )
 @given(data=st.data())
 def test_random_options_end_in_one_line(
