@@ -39,6 +39,10 @@ def parse_as(
         namespace = parser.parse_args(_as_yaml(arguments, set(_flags(kind))))
     except UnicodeDecodeError as error:
         raise UserError(f"--config: got a file that is not text in UTF-8 ({error}), expected YAML") from error
+    except OverflowError as error:  # from jsonargparse, which converts an integer to float
+        raise UserError(
+            "options: got an integer of more than 308 digits, expected a number of float's range"
+        ) from error
     return _instantiate(kind, parser, namespace)
 
 

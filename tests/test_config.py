@@ -137,3 +137,8 @@ def test_help_shows_ranges(capsys: pytest.CaptureFixture[str]) -> None:
 def test_any_switch_may_be_bare() -> None:
     config = parse(["--data.train=x", "--data.drop_last", "--compile", "--model.sync_bn", "false"])
     assert (config.data.drop_last, config.compile, config.model.sync_bn) == (True, True, False)
+
+
+def test_integer_beyond_the_range_of_floats_is_refused() -> None:
+    with pytest.raises(UserError, match="more than 308 digits"):
+        parse([f"--optim.momentum=1{'0' * 400}"])

@@ -132,7 +132,7 @@ def test_damaged_metrics_are_set_aside(tmp_path: Path, capsys: pytest.CaptureFix
     folder = tmp_path / "run"
     run("--max_steps=5", output=folder)
     file = RunFolder(folder).metrics
-    lines = file.read_bytes().splitlines(keepends=True)
+    lines = [line for line in file.read_bytes().splitlines(keepends=True) if b'"phase"' not in line]  # no heartbeats
     file.write_bytes(b"".join([lines[0], lines[1][:30] + b"\n", *lines[2:], b"\0" * 4096, b'{"step": 6, "lo']))
     assert report([str(folder), "--only_collect"]) == 0
     (process,) = fork(*TINY, "--max_steps=7", f"--output={folder}")
