@@ -213,9 +213,10 @@ class Trainer:
         """
         # What the model draws, such as dropout masks, is a function of the seed, the step and the rank, so that a
         # resumed run draws the same. A user's module may draw from Python's or NumPy's generator.
-        drawn = np.random.SeedSequence((self.config.seed % 2**64, self.progress.step, self.world.rank))
+        drawn = np.random.SeedSequence((self.config.seed, self.progress.step, self.world.rank))
+        seed = int(drawn.generate_state(1)[0])
         for set_seed in (torch.manual_seed, np.random.seed, random.seed):
-            set_seed(int(drawn.generate_state(1)[0]))
+            set_seed(seed)
         self.non_finite.begin(self.progress.step + 1, batch.views)
         loss = self.stepper.backward(batch.views, max(self.sync.local_batch_sizes))
         measured = {}
