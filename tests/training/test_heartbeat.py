@@ -5,9 +5,9 @@ import time
 from pathlib import Path
 
 import pytest
-from weights import metrics
 
 from fastsimclr.doctor import main
+from fastsimclr.metrics_file import read_records
 from fastsimclr.progress_bar import Phase, current_phase
 from fastsimclr.reporting import run_status
 from fastsimclr.reporting.run_status import RunStatus, read_status
@@ -33,16 +33,18 @@ def test_heartbeats_name_the_phase_while_no_step_ends(tmp_path: Path, monkeypatc
     monkeypatch.setattr(heartbeat, "SECONDS", 0.01)
     log = RunLog(RunFolder(tmp_path), first_step=0, total_steps=9, epochs=1)
     log.step({"step": 1, **RECORD})
+    file = RunFolder(tmp_path).metrics
     with Phase("reading", visible=False):
         deadline = time.monotonic() + 30
-        while len(named := [beat for beat in metrics(tmp_path) if beat.get("phase") == "reading"]) < 3:
+        while len(named := [beat for beat in read_records(file) if beat.get("phase") == "reading"]) < 3:
             assert time.monotonic() < deadline
             time.sleep(0.01)
     log.close()
     assert {(beat["step"], beat["last_step"]) for beat in named} == {(1, 9)}
     assert named[0]["phase_seconds"] <= named[-1]["phase_seconds"]
     assert abs(named[-1]["time"] - time.time()) < 60
-    assert metrics(tmp_path)[-1]["phase"] == heartbeat.ENDED
+    *_, last = read_records(file)
+    assert last["phase"] == heartbeat.ENDED
 
 
 def status(run: Path) -> RunStatus:
