@@ -52,7 +52,7 @@ def build_optimizer(
         {"params": [p for p in trainable if not exclude(p)], "weight_decay": weight_decay},
         {"params": [p for p in trainable if exclude(p)], "weight_decay": 0.0},
     ]
-    fused = trainable[0].is_cuda  # one launch, and `step_if_finite` can skip it without waiting for the GPU
+    fused = trainable[0].is_cuda  # one launch, and the training step can skip it without waiting for the GPU
     if name == "sgd":
         sgd = torch.optim.SGD(groups, lr=lr, momentum=momentum, nesterov=nesterov, fused=fused)
         for p in trainable if fused and momentum else []:

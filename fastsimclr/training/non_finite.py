@@ -1,14 +1,12 @@
 """Steps whose loss or gradient is not finite: they change nothing, are counted, and end the run if they go on."""
 
 import math
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
-import torch.distributed as dist
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
-from torch.optim.optimizer import Optimizer
 
 from fastsimclr.errors import UserError
 from fastsimclr.progress_bar import print_line
@@ -17,42 +15,6 @@ from fastsimclr.run_folder import RunFolder, replace_atomically
 
 class NonFiniteError(UserError):
     """Too many steps in a row were not finite."""
-
-
-def mean_over_ranks(loss: Tensor, norm: Tensor, world_size: int) -> tuple[Tensor, Tensor]:
-    """Average the loss and the gradient's norm, both (), over the ranks: all then decide alike whether to skip a step.
-
-    The norm, in the dtype of the loss, is the same on all ranks unless one of them is damaged.
-    """
-    both = torch.stack([loss, norm.to(loss)])
-    if world_size > 1:
-        dist.all_reduce(both)
-        both /= world_size
-    return both[0], both[1]
-
-
-def clip_gradients(parameters: Iterable[nn.Parameter], limit: float | None) -> Tensor:
-    """Scale the gradients down to a norm of at most `limit` over all parameters. Returns the norm before, ()."""
-    parameters = [p for p in parameters if p.grad is not None]
-    norm = nn.utils.get_total_norm([p.grad for p in parameters if p.grad is not None])
-    if limit is not None:
-        nn.utils.clip_grads_with_norm_(parameters, limit, norm)
-    return norm
-
-
-def step_if_finite(optimizer: Optimizer, loss: Tensor, norm: Tensor) -> None:
-    """Update the weights, or nothing if the loss or the gradient's norm is not finite.
-
-    On a GPU the optimizer's kernels decide, so that the host need not wait: PyTorch's fused ones, and those of LARS.
-    """
-    found_inf = torch.logical_not((loss + norm).isfinite())
-    if found_inf.device.type == "cpu":
-        if not found_inf:
-            optimizer.step()
-        return
-    optimizer.found_inf = found_inf.float()  # type: ignore[attr-defined] # the attribute that GradScaler sets
-    optimizer.step()
-    del optimizer.found_inf  # type: ignore[attr-defined]
 
 
 class NonFiniteSteps:

@@ -9,6 +9,7 @@ from fastsimclr.distributed import World, gather_objects
 from fastsimclr.errors import UserError
 from fastsimclr.progress_bar import print_line
 from fastsimclr.run_folder import RunFolder
+from fastsimclr.training.metrics import Metrics
 
 _MIN_SEEN = 1000  # images, or an epoch if it is smaller, before the fraction of bad ones is limited
 _MAX_NAMED = 3  # images named in an error
@@ -25,7 +26,7 @@ class SkippedImages:
         self._bad, self._source, self._max_bad = loader.bad, loader.source, max_bad
         self._folder, self._world = folder.path, world
         self._min_seen = min(_MIN_SEEN, len(self._source), len(loader) * batch_size)
-        self._seen = 0
+        self._seen = self._reported = 0
         self._exchanged = 0  # images in `_bad` that all ranks know; first those known before the run
         self._exchange()
         self._known_before = self._exchanged
@@ -60,6 +61,12 @@ class SkippedImages:
                     print_line(f"data: {self._lines(listed)[0]}; replaced by another image, see {self.file}")
                 with open(self.file, "a", encoding="utf-8", errors="surrogateescape") as file:
                     file.write("".join(f"{line}\n" for line in self._lines(listed)))
+
+    def report(self, metrics: Metrics, step: int, epoch: int) -> None:
+        """Write the number of bad images to the metrics if it has changed."""
+        if len(self) != self._reported:
+            self._reported = len(self)
+            metrics.event({"step": step, "epoch": epoch, "skipped_images": self._reported})
 
     def describe(self) -> list[str]:
         """Return the line to print at the end of the run, if images were replaced."""

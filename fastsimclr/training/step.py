@@ -1,15 +1,19 @@
-"""Forward and backward pass of a training step, on the whole batch or in micro-batches."""
+"""A training step: forward and backward pass, on the whole batch or in micro-batches, and the update of the weights."""
 
 import itertools
+import random
 from collections.abc import Callable, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass
 from typing import Any
 
+import numpy as np
 import torch
-from torch import Tensor
+import torch.distributed as dist
+from torch import Tensor, nn
 from torch.amp import GradScaler
 from torch.nn.parallel import DistributedDataParallel
+from torch.optim.optimizer import Optimizer
 
 from fastsimclr.precision import Precision, autocast_to
 from fastsimclr.profiling import stage
@@ -109,3 +113,61 @@ def _set_random_state(state: tuple[Tensor, Tensor | None], device: torch.device)
     torch.set_rng_state(cpu)
     if gpu is not None:
         torch.cuda.set_rng_state(gpu, device)
+
+
+def seed_generators(seed: int, step: int, rank: int) -> None:
+    """Seed the generators of PyTorch, NumPy and Python, from which a user's module may draw, too.
+
+    What the model draws in a step, such as dropout masks, is then the same in a resumed run.
+    """
+    drawn = int(np.random.SeedSequence((seed, step, rank)).generate_state(1)[0])
+    for set_seed in (torch.manual_seed, np.random.seed, random.seed):
+        set_seed(drawn)
+
+
+def update_weights(
+    optimizer: Optimizer, scaler: GradScaler, loss: Tensor, max_norm: float | None, world_size: int
+) -> dict[str, Tensor]:
+    """Update the weights with their gradients, or, on all ranks, nothing if loss or gradients are not finite.
+
+    loss: () of this rank. max_norm: scale the gradients down to this norm over all parameters; None: do not.
+    Returns "loss" and "gradient_norm", before the scaling, over all ranks, and for fp16 "grad_scale": () each.
+    """
+    measured = {}
+    if scaler.is_enabled():
+        measured["grad_scale"] = scaler.scale(torch.ones_like(loss))  # get_scale() would synchronize with the GPU
+    with stage("optimizer"):
+        scaler.unscale_(optimizer)
+        parameters = [p for group in optimizer.param_groups for p in group["params"] if p.grad is not None]
+        norm = nn.utils.get_total_norm([p.grad for p in parameters])
+        if max_norm is not None:
+            nn.utils.clip_grads_with_norm_(parameters, max_norm, norm)
+        loss, norm = _mean_over_ranks(loss, norm, world_size)
+        _step_if_finite(optimizer, loss, norm)
+        scaler.update()
+        optimizer.zero_grad(set_to_none=True)
+    return measured | {"loss": loss, "gradient_norm": norm}
+
+
+def _mean_over_ranks(loss: Tensor, norm: Tensor, world_size: int) -> tuple[Tensor, Tensor]:
+    """Average the loss and the gradient's norm, both (), over the ranks: all then decide alike whether to skip a step.
+
+    The norm, in the dtype of the loss, is the same on all ranks unless one of them is damaged.
+    """
+    both = torch.stack([loss, norm.to(loss)])
+    if world_size > 1:
+        dist.all_reduce(both)
+        both /= world_size
+    return both[0], both[1]
+
+
+def _step_if_finite(optimizer: Optimizer, loss: Tensor, norm: Tensor) -> None:
+    """On a GPU the optimizer's kernels decide, so that the host need not wait: PyTorch's fused ones, and LARS's."""
+    found_inf = torch.logical_not((loss + norm).isfinite())
+    if found_inf.device.type == "cpu":
+        if not found_inf:
+            optimizer.step()
+        return
+    optimizer.found_inf = found_inf.float()  # type: ignore[attr-defined] # the attribute that GradScaler sets
+    optimizer.step()
+    del optimizer.found_inf  # type: ignore[attr-defined]

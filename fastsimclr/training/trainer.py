@@ -1,33 +1,28 @@
 """A pre-training run: open the data, train, evaluate, save and resume."""
 
 import contextlib
-import json
-import random
-import time
 from collections.abc import Callable, Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
 from fastsimclr import distributed, stopping
-from fastsimclr.config import Config, to_yaml
+from fastsimclr.config import Config
 from fastsimclr.data import Batch
 from fastsimclr.data.dataset import open_loader, prepare_pair
 from fastsimclr.data.loader import LoaderConfig
 from fastsimclr.data.urls import redacted
 from fastsimclr.distributed import World, run_on_all_ranks
-from fastsimclr.environment import commit, examine
 from fastsimclr.errors import UserError
 from fastsimclr.evaluation.knn import measure
 from fastsimclr.optim import LRSchedule
-from fastsimclr.profiling import StageClock, Trace, stage
+from fastsimclr.profiling import StageClock, Trace
 from fastsimclr.progress_bar import Phase
-from fastsimclr.run_folder import RunFolder, write_text
+from fastsimclr.run_folder import RunFolder
 from fastsimclr.stopping import Stopped
 from fastsimclr.training import summary
 from fastsimclr.training.build import architecture, build_learner
@@ -35,28 +30,17 @@ from fastsimclr.training.callbacks import Callback, Callbacks, KeepCheckpoints
 from fastsimclr.training.checkpoint_writer import CheckpointWriter
 from fastsimclr.training.checkpoints import file_to_resume, resume, state_of
 from fastsimclr.training.estimate import Estimate, estimate_step
-from fastsimclr.training.images import (
-    as_recorded,
-    open_images,
-    record_images,
-    record_pixels,
-    with_absolute_paths,
-)
+from fastsimclr.training.images import as_recorded, open_images, record_pixels
 from fastsimclr.training.loggers import make_loggers
 from fastsimclr.training.metrics import Metrics
-from fastsimclr.training.non_finite import (
-    NonFiniteError,
-    NonFiniteSteps,
-    clip_gradients,
-    mean_over_ranks,
-    step_if_finite,
-)
+from fastsimclr.training.non_finite import NonFiniteError, NonFiniteSteps
 from fastsimclr.training.options_check import check_resumed, run_options
 from fastsimclr.training.progress import Progress
 from fastsimclr.training.rank_sync import RankSync
+from fastsimclr.training.record import record_run
 from fastsimclr.training.skipped import SkippedImages
 from fastsimclr.training.stall import Watchdog
-from fastsimclr.training.step import Step
+from fastsimclr.training.step import Step, seed_generators, update_weights
 
 
 class Trainer:
@@ -85,7 +69,7 @@ class Trainer:
         error.
         """
         self.config, self.world = config, world
-        self._command = list(map(redacted, command))
+        self.command = list(map(redacted, command))
         if folder is None:
             assert config.output is not None
             folder = RunFolder(config.output)
@@ -102,7 +86,6 @@ class Trainer:
         self.trained_knn: float | None = None
         self.unfinished_epoch: dict[str, Any] | None = None
         """The last record of an epoch that has ended, until its kNN accuracy is measured and the callbacks called."""
-        self._reported_skipped = 0
         self._checkpoint_requested = False
 
         with Phase("opening the images", visible=world.is_rank_zero):
@@ -111,8 +94,8 @@ class Trainer:
         # Before the images are checked, which may take long: errors in these options are reported at once.
         found = run_on_all_ranks(lambda: file_to_resume(config, self.folder) if world.is_rank_zero else None, world)
         file = distributed.broadcast_object(found, world)
-        self._source = as_recorded(sources.train, file, world)
-        sources = sources._replace(train=self._source)
+        self.source = as_recorded(sources.train, file, world)
+        sources = sources._replace(train=self.source)
         # DistributedDataParallel copies the weights of rank zero to the others.
         weights = config.model.weights if world.is_rank_zero and file is None else None
         learner = run_on_all_ranks(
@@ -173,7 +156,7 @@ class Trainer:
                 for batch in self.sync.batches(self.loader, self.progress, self.skipped, self.checkpoints):
                     if self.sync.is_checkpoint_ready:
                         self.checkpoints.finish()
-                    self._report_skipped(batch.epoch)
+                    self.skipped.report(self.metrics, self.progress.step, batch.epoch)
                     if self.freezing.start_epoch(batch.epoch):
                         self.stepper = self._build_stepper()
                     lr = self.schedule.apply(self.optimizer, self.progress.step)
@@ -211,26 +194,10 @@ class Trainer:
         not finite, all ranks leave weights and optimizer unchanged, and in fp16 an overflow halves the scale. The
         learning rate schedule and the data advance all the same.
         """
-        # What the model draws, such as dropout masks, is a function of the seed, the step and the rank, so that a
-        # resumed run draws the same. A user's module may draw from Python's or NumPy's generator.
-        drawn = np.random.SeedSequence((self.config.seed, self.progress.step, self.world.rank))
-        seed = int(drawn.generate_state(1)[0])
-        for set_seed in (torch.manual_seed, np.random.seed, random.seed):
-            set_seed(seed)
+        seed_generators(self.config.seed, self.progress.step, self.world.rank)
         self.non_finite.begin(self.progress.step + 1, batch.views)
         loss = self.stepper.backward(batch.views, max(self.sync.local_batch_sizes))
-        measured = {}
-        if self.scaler.is_enabled():
-            # get_scale() would synchronize with the GPU.
-            measured["grad_scale"] = self.scaler.scale(torch.ones_like(loss))
-        with stage("optimizer"):
-            self.scaler.unscale_(self.optimizer)
-            norm = clip_gradients(self.model.parameters(), self.config.optim.clip_grad)
-            loss, norm = mean_over_ranks(loss, norm, self.world.world_size)
-            step_if_finite(self.optimizer, loss, norm)
-            self.scaler.update()
-            self.optimizer.zero_grad(set_to_none=True)
-        return measured | {"loss": loss, "gradient_norm": norm}
+        return update_weights(self.optimizer, self.scaler, loss, self.config.optim.clip_grad, self.world.world_size)
 
     def end_epoch(self) -> None:
         """Measure kNN accuracy if due, and call the callbacks. Also called after the last step of the run.
@@ -342,7 +309,7 @@ class Trainer:
         self.checkpoints.open()
         run_on_all_ranks(self._open_files, self.world)
         self.skipped.start()
-        self._report_skipped(progress.epoch)
+        self.skipped.report(self.metrics, progress.step, progress.epoch)
         if config.knn_at_start and self.measures_knn and progress.step == 0:
             self.untrained_knn = self.evaluate_knn()
         if config.profile and self.world.is_rank_zero:
@@ -360,9 +327,7 @@ class Trainer:
         if not self.world.is_rank_zero:
             return
         try:
-            write_text(self.folder.config, to_yaml(with_absolute_paths(self.config)))
-            record_images(self._source, self.folder)
-            write_text(self.folder.environment, json.dumps(self._environment(), indent=2) + "\n")
+            record_run(self)
             self.metrics.open(
                 self.folder,
                 first_step=self.progress.step,
@@ -375,12 +340,6 @@ class Trainer:
                 f"--output: got {self.folder}, which cannot be written ({error.strerror}); expected a folder on a disk "
                 "with room for the run"
             ) from error
-
-    def _report_skipped(self, epoch: int) -> None:
-        """Write the number of bad images to the metrics if it has changed."""
-        if len(self.skipped) != self._reported_skipped:
-            self._reported_skipped = len(self.skipped)
-            self.metrics.event({"step": self.progress.step, "epoch": epoch, "skipped_images": self._reported_skipped})
 
     def _estimate_step(self) -> Estimate | None:
         """Estimate a step on a CPU; None on a GPU, whose steps are short, and with several ranks."""
@@ -409,20 +368,6 @@ class Trainer:
             self.metrics.last, self.data, self.trained_knn, self.untrained_knn, self.folder
         )
         return lines if self.trace is None else [*lines, summary.describe_trace(self.trace)]
-
-    def _environment(self) -> dict[str, Any]:
-        """The environment of this run, as of its latest start."""
-        return examine() | {
-            "commit": commit(),
-            "command": self._command,
-            "started": time.strftime("%Y-%m-%dT%H:%M:%S%z"),
-            "world_size": self.world.world_size,
-            "device": str(self.world.device),
-            "parameters": sum(parameter.numel() for parameter in self.model.parameters()),
-            "precision": self.precision.why,
-            "loss_backend": self.loss_backend,
-            "views_backend": self.loader.backend,
-        }
 
     def _print(self, *lines: str) -> None:
         if self.world.is_rank_zero:
