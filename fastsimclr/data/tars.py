@@ -3,16 +3,11 @@
 images    members with the endings of images, in the order of the shards. Not hidden ones: ._1.jpg, @eaDir/.
 key       WebDataset's: the name up to the first dot after the last slash. 0.seg.png beside 0.jpg is a mask, no image;
           where there is no plain image of that key, as in 0.left.jpg and 0.right.jpg, all are images.
-label     of x/0.v2.jpg: the text of x/0.v2.cls or, by its key, of x/0.cls; else "label" or "cls" in the .json member
-          of that name, or the .json itself if it is a number. -1 or nothing: no label.
-          Where no image has such a label: its folder, if there are several. ./0.jpg is in no folder.
-classes   integers stay what they are; beside the shards, classes.txt may name them, a line for each from 0 on. Other
-          labels are the names of classes, which are sorted.
+labels    see `tar_labels`.
 """
 
 import functools
 import glob
-import json
 import os
 import re
 import stat
@@ -33,13 +28,19 @@ from fastsimclr.data.remote_requests import list_files
 from fastsimclr.data.sources import NO_LABEL, TarSource
 from fastsimclr.data.tar_headers import Archive, DamagedTar, ReadableFile, read_archives
 from fastsimclr.data.tar_index import INDEX_FILE, MIN_IMAGES, index_file, load_index, save_index, stamps_of
+from fastsimclr.data.tar_labels import (
+    CLASSES_FILE,
+    LABEL_ENDINGS,
+    label_of,
+    labels_by_folder,
+    number_classes,
+    read_label,
+)
 from fastsimclr.data.urls import is_pattern, is_url
 from fastsimclr.errors import UserError
 
-CLASSES_FILE = "classes.txt"
 _ENDINGS = tuple(ending.encode() for ending in EXTENSIONS)
 _ARRAYS = (b".npy", b".NPY")
-_LABELS = (b".cls", b".json")
 _COMPRESSED = {b"\x1f\x8b": "gzip -d", b"BZh": "bzip2 -d", b"\xfd7zXZ": "xz -d", b"\x28\xb5\x2f\xfd": "zstd -d"}
 _BRACES = re.compile(r"\{(?:(\d+)\.\.(\d+)|([^{}]*,[^{}]*))\}")
 _HIDDEN = re.compile(rb"(?:^|/)(?:\.(?!\.?/)|(?:%s)/)" % b"|".join(map(re.escape, SYSTEM_FOLDERS)))
@@ -219,7 +220,7 @@ def _label(shards: Sequence[str], parts: Sequence[Shard], notes: Notes) -> tuple
         texts = {text for part in parts for text in part.texts} - {None}
         if len(texts) == 1:  # photos/0.jpg, photos/1.jpg, …: the folder that was packed
             texts = set()
-    values, classes, are_names = _classes([text for text in texts if text is not None], shards)
+    values, classes, are_names = number_classes([text for text in texts if text is not None], shards)
     labels = [np.array([values.get(text, NO_LABEL) for text in part.texts], np.int64)[part.labels] for part in parts]
     if texts:
         for path, part in zip(shards, parts, strict=True):
@@ -229,12 +230,17 @@ def _label(shards: Sequence[str], parts: Sequence[Shard], notes: Notes) -> tuple
     return np.concatenate(labels), classes, are_names
 
 
+def _labeled_by_folder(part: Shard) -> Shard:
+    labels, texts = labels_by_folder(part.names)
+    return replace(part, labels=labels, texts=texts)
+
+
 def read_shard(path: str, open_shard: OpenShard) -> Shard:
     """Find the images of one shard. Raises UserError."""
     try:
         with open_shard(path) as file:
             try:
-                return _lay_out(path, read_archives(file, _LABELS, functools.partial(_read_label, path)))
+                return _lay_out(path, read_archives(file, LABEL_ENDINGS, functools.partial(read_label, path)))
             except DamagedTar as error:
                 raise _explain(path, file.read(0, 8), error) from error
     except OSError as error:
@@ -275,9 +281,9 @@ def _lay_out(path: str, archives: Iterable[Archive]) -> Shard:
                 continue
             names.append(name)
             extents.append((offset, size))
-            text = _label_of(archive, name[: name.rindex(b".")])
+            text = label_of(archive, name[: name.rindex(b".")])
             if text is None and name in dotted:
-                text = _label_of(archive, _key(name))
+                text = label_of(archive, _key(name))
             labels.append(texts.setdefault(text, len(texts)))
     return Shard(
         Names.of(names),
@@ -293,73 +299,10 @@ def _is_image(name: bytes) -> bool:
     return name.lower().endswith(_ENDINGS)
 
 
-def _label_of(archive: Archive, key: bytes) -> str | None:
-    text = archive.texts.get(key + b".cls")
-    return archive.texts.get(key + b".json") if text is None else text
-
-
 def _key(name: bytes) -> bytes:
     """Return WebDataset's sample key: the name up to the first dot after the last slash."""
     dot = name.find(b".", name.rfind(b"/") + 1)
     return name[:dot] if dot >= 0 else name
-
-
-def _read_label(path: str, name: bytes, content: bytes) -> str | None:
-    """Return the label in a .cls or .json member. "": it says that there is none. None: it says nothing of labels."""
-    if name.endswith(b".cls"):
-        try:
-            return _as_label(content.decode().strip())
-        except UnicodeDecodeError as error:
-            text = f"{path}: {os.fsdecode(name)}: got a label that is no text, expected a number or the name of a class"
-            raise UserError(text) from error
-    if b'"label"' not in content and b'"cls"' not in content and not content.strip().lstrip(b"-").isdigit():
-        return None  # most, as of captions: parsing would take longer than all else
-    try:
-        value = json.loads(content)
-    except ValueError:
-        return None
-    if isinstance(value, dict):
-        value = value.get("label", value.get("cls"))
-    return _as_label(str(value)) if isinstance(value, int | str) and not isinstance(value, bool) else None
-
-
-def _as_label(text: str) -> str:
-    return "" if text == str(NO_LABEL) else text
-
-
-def _labeled_by_folder(part: Shard) -> Shard:
-    texts: dict[str | None, int] = {}
-
-    @functools.cache  # there are far fewer folders than images
-    def label_of(folder: str) -> int:
-        return texts.setdefault(_folder_name(folder), len(texts))
-
-    labels = [label_of(name[: name.rfind("/") + 1]) for name in part.names]
-    return replace(part, labels=np.array(labels, np.int64), texts=list(texts))
-
-
-def _folder_name(path: str) -> str | None:
-    """Return the name of a folder of members. None for the top: that of ./0.jpg."""
-    name = os.path.basename(os.path.normpath(path))
-    return None if name in ("", ".", "..") else name
-
-
-def _classes(texts: Sequence[str], shards: Sequence[str]) -> tuple[dict[str | None, int], list[str], bool]:
-    """Return the label of each text but "", the classes, and whether these are names by label."""
-    names = sorted(text for text in texts if text)
-    if not all(name.isascii() and name.isdigit() and len(name) < 19 for name in names):
-        return {name: label for label, name in enumerate(names)}, names, True
-    values: dict[str | None, int] = {name: int(name) for name in names}
-    used = sorted(set(values.values()))
-    file = Path(shards[0]).with_name(CLASSES_FILE)
-    if used and {Path(shard).parent for shard in shards} == {file.parent} and file.is_file():
-        named = file.read_text(encoding="utf-8", errors="surrogateescape").rstrip("\n").split("\n")
-        if len(named) <= used[-1]:
-            raise UserError(
-                f"{file}: got {len(named)} names of classes for labels up to {used[-1]}, expected a line each"
-            )
-        return values, named, True
-    return values, [str(label) for label in used], False
 
 
 def _explain(path: str, head: bytes, error: DamagedTar) -> UserError:

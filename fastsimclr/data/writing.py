@@ -33,7 +33,8 @@ from fastsimclr.data.images import EXTENSIONS
 from fastsimclr.data.opening import open_source
 from fastsimclr.data.sources import NO_LABEL, DecodedSource, EncodedSource, Source
 from fastsimclr.data.tar_index import INDEX_FILE, save_index, stamps_of
-from fastsimclr.data.tars import CLASSES_FILE, read_local_shards
+from fastsimclr.data.tar_labels import CLASSES_FILE
+from fastsimclr.data.tars import read_local_shards
 from fastsimclr.data.workers import WorkerLoader
 from fastsimclr.errors import UserError
 from fastsimclr.progress_bar import print_line, progress_bar

@@ -1,19 +1,16 @@
 """The training command with real files, processes and signals."""
 
 import json
-import os
 import re
 import signal
-import socket
 import subprocess
-import sys
-import time
 from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
+from faults import runs
 from pictures import photo_folder, write
 from PIL import Image
 from weights import metrics, steps
@@ -47,35 +44,6 @@ def photos(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def weights(run: Path) -> dict[str, torch.Tensor]:
     return load_checkpoint(run / "checkpoints" / "last.pt")["model"]
-
-
-def start(*options: str, ranks: int = 1, **environment: str) -> subprocess.Popen[str]:
-    """Start the command in a new process; with torchrun if ranks > 1."""
-    torchrun = ["-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={ranks}"] if ranks > 1 else []
-    return subprocess.Popen(
-        [sys.executable, *torchrun, "-m", "fastsimclr.train", *TINY, *options],
-        stdout=subprocess.PIPE,
-        stderr=subprocess.PIPE,
-        text=True,
-        start_new_session=True,  # its own process group
-        # faulthandler prints the stack if a signal kills the process.
-        env=os.environ | {"OMP_NUM_THREADS": "1", "PYTHONFAULTHANDLER": "1"} | environment,
-    )
-
-
-def end(process: subprocess.Popen[str], timeout: float = 240) -> str:
-    """Wait for a process that must succeed, and return its stdout."""
-    out, err = process.communicate(timeout=timeout)
-    assert process.returncode == 0, err
-    return out
-
-
-def wait_for_step(process: subprocess.Popen[str], run: Path, step: int) -> None:
-    deadline = time.monotonic() + 120
-    while not ((run / "metrics.jsonl").exists() and len(complete_step_lines(run)) >= step):
-        assert process.poll() is None, process.communicate()
-        assert time.monotonic() < deadline, "no training step in two minutes"
-        time.sleep(0.01)
 
 
 def error_line(capsys: pytest.CaptureFixture[str]) -> str:
@@ -130,48 +98,23 @@ def test_saved_configuration_reproduces_the_run(tmp_path: Path) -> None:
 @pytest.mark.parametrize("backend", ["dali", "torchvision"])
 @pytest.mark.slow
 def test_resume_after_kill_is_bit_identical(tmp_path: Path, photos: Path, backend: str) -> None:
-    options = [f"--data.train={photos}", f"--data.backend={backend}", "--epochs=6", "--checkpoint_every=0.4"]
-    process = start(*options, f"--output={tmp_path / 'killed'}")
-    wait_for_step(process, tmp_path / "killed", step=int(np.random.default_rng().integers(2, 12)))
-    process.kill()
+    options = [*TINY, f"--data.train={photos}", f"--data.backend={backend}", "--epochs=6", "--checkpoint_every=0.4"]
+    process = runs.start(*options, f"--output={tmp_path / 'killed'}")
+    runs.wait_for_step(process, tmp_path / "killed", step=int(np.random.default_rng().integers(2, 12)))
+    process.send_signal(signal.SIGKILL)
     process.wait()
-    deadline = time.monotonic() + 60
-    while left := alive_in_group(process.pid):
-        assert time.monotonic() < deadline, f"its workers are still running: {left}"
-        time.sleep(0.1)
-    process.communicate()
-    killed_at = len(complete_step_lines(tmp_path / "killed"))
+    killed_at = runs.count_steps(tmp_path / "killed")
     assert killed_at < 18
 
-    resumed = start(*options, f"--output={tmp_path / 'killed'}")
-    whole = start(*options, f"--output={tmp_path / 'whole'}")
-    end(resumed)
-    end(whole)
+    resumed = runs.start(*options, f"--output={tmp_path / 'killed'}")
+    whole = runs.start(*options, f"--output={tmp_path / 'whole'}")
+    resumed.end()
+    whole.end()
 
     assert [line["step"] for line in steps(tmp_path / "killed")] == list(range(1, 19))
     assert [line["loss"] for line in steps(tmp_path / "killed")] == [line["loss"] for line in steps(tmp_path / "whole")]
     for name, tensor in weights(tmp_path / "whole").items():
         assert torch.equal(tensor, weights(tmp_path / "killed")[name]), (name, killed_at)
-
-
-def alive_in_group(group: int) -> list[str]:
-    """Return /proc/PID/stat of the process group's processes that have not ended."""
-    found = []
-    for file in Path("/proc").glob("[0-9]*/stat"):
-        try:
-            stat = file.read_text()
-        except (FileNotFoundError, ProcessLookupError):
-            continue
-        state, _, process_group = stat.rpartition(")")[2].split()[:3]
-        if int(process_group) == group and state not in "ZX":
-            found.append(stat)
-    return found
-
-
-def complete_step_lines(run: Path) -> list[str]:
-    """Return the lines of training steps in metrics.jsonl, without an incomplete last line."""
-    lines = (run / "metrics.jsonl").read_text().splitlines(keepends=True)
-    return [line for line in lines if line.endswith("\n") and '"loss"' in line]
 
 
 MULTI_CROP = ["--data.num_views=3", '--data.per_view=[{}, {}, {"image_size": 24, "scale": [0.05, 0.3]}]']
@@ -181,6 +124,7 @@ MULTI_CROP = ["--data.num_views=3", '--data.per_view=[{}, {}, {"image_size": 24,
 @pytest.mark.slow
 def test_two_ranks_compute_the_same_as_one(tmp_path: Path, views: list[str]) -> None:
     options = [
+        *TINY,
         *views,
         "--data.train=digits",
         "--precision=fp64",
@@ -189,7 +133,7 @@ def test_two_ranks_compute_the_same_as_one(tmp_path: Path, views: list[str]) -> 
         "--optim.lr=0.5",
     ]
     for run, ranks in (("one", 1), ("two", 2)):
-        end(start(*options, f"--output={tmp_path / run}", ranks=ranks))
+        runs.start(*options, f"--output={tmp_path / run}", ranks=ranks).end()
     losses = [[line["loss"] for line in steps(tmp_path / run)] for run in ("one", "two")]
     assert len(losses[0]) == 5
     assert all({"gather", "rank_wait"} <= set(line["stages_ms"]) for line in steps(tmp_path / "two"))
@@ -215,29 +159,6 @@ def test_loaders_give_the_same_loss_curve(tmp_path: Path) -> None:
     assert len(dali) == 10
     assert abs(dali / torchvision - 1).max() <= 0.02
     assert abs(other_views / torchvision - 1).max() > 0.04, "another seed exceeds the bound"
-
-
-@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
-@pytest.mark.slow
-def test_signal_stops_the_run_with_a_resumable_checkpoint(tmp_path: Path, photos: Path, number: signal.Signals) -> None:
-    run = tmp_path / "run"
-    options = [f"--data.train={photos}", "--epochs=500", "--checkpoint_every=1000", f"--output={run}"]
-    options += ["--data.backend=torchvision"]  # has worker processes, which the signal must not end
-    process = start(*options)
-    wait_for_step(process, run, step=2)
-    os.killpg(process.pid, number)
-    said = end(process, timeout=60)
-    assert f"stopped by {number.name} at step" in said
-    stopped_at = load_checkpoint(run / "checkpoints" / "last.pt")["step"]
-    assert stopped_at == steps(run)[-1]["step"] >= 2
-
-    more = f"--max_steps={stopped_at + 2}"
-    assert main([*TINY, *options, more]) == 0
-    assert main([*TINY, *options, more, f"--output={tmp_path / 'unstopped'}"]) == 0
-    assert [line["loss"] for line in steps(run)] == pytest.approx(
-        [line["loss"] for line in steps(tmp_path / "unstopped")],
-        rel=1e-4,  # rounding depends on the number of threads
-    )
 
 
 @pytest.mark.parametrize("views", [[], MULTI_CROP], ids=["two views", "multi-crop"])
@@ -339,30 +260,23 @@ def test_non_finite_loss_stops_the_run_without_a_checkpoint(tmp_path: Path, caps
     assert not (tmp_path / "checkpoints" / "last.pt").exists()
 
 
-def fail_on_two_ranks(*options: str, cause: Callable[[subprocess.Popen[str]], None] = lambda _: None) -> str:
+def fail_on_two_ranks(*options: str, cause: Callable[[runs.Process], None] = lambda _: None) -> str:
     """Run two ranks that must both exit with code 2, and return the single line of error.
 
     Without torchrun, which would end the second rank when the first ends, and so hide a hang. cause: called with the
     first process after both have started.
     """
-    with socket.socket() as free:
-        free.bind(("localhost", 0))
-        port = free.getsockname()[1]
-    ranks = [
-        start(*options, RANK=str(rank), WORLD_SIZE="2", MASTER_ADDR="localhost", MASTER_PORT=str(port))
-        for rank in range(2)
-    ]
+    ranks = runs.fork(*TINY, *options, ranks=2)
     try:
         cause(ranks[0])
-        errors = [rank.communicate(timeout=180)[1] for rank in ranks]
+        codes = [rank.wait() for rank in ranks]
     finally:
-        for rank in ranks:
-            rank.kill()
-            rank.communicate()
-    assert [rank.returncode for rank in ranks] == [2, 2], errors
-    lines = [line for line in "".join(errors).splitlines() if "fastsimclr.train: error: " in line]
+        runs.kill_all()
+    errors = "".join(rank.errors for rank in ranks)
+    assert codes == [2, 2], errors
+    lines = [line for line in errors.splitlines() if "fastsimclr.train: error: " in line]
     assert len(lines) == 1, errors
-    assert "Traceback" not in "".join(errors)
+    assert "Traceback" not in errors
     return lines[0]
 
 
@@ -370,8 +284,8 @@ def fail_on_two_ranks(*options: str, cause: Callable[[subprocess.Popen[str]], No
 def test_error_on_one_rank_stops_the_others(tmp_path: Path, photos: Path) -> None:
     folder = write(tmp_path / "photos", {file.name: file.read_bytes() for file in photos.rglob("*.jpg")})
 
-    def truncate_a_file(rank: subprocess.Popen[str]) -> None:
-        wait_for_step(rank, tmp_path / "run", 1)  # the scan has passed
+    def truncate_a_file(rank: runs.Process) -> None:
+        runs.wait_for_step(rank, tmp_path / "run", 1)
         (folder / "07.jpg").write_bytes((folder / "07.jpg").read_bytes()[:-100])
 
     options = [f"--data.train={folder}", f"--output={tmp_path / 'run'}", "--data.backend=torchvision", "--epochs=500"]
