@@ -154,8 +154,10 @@ class Config:
     forward pass. Batch normalization statistics are then per micro-batch. null encodes the whole batch at once."""
     epochs: Count = 100
     """Number of epochs; the learning-rate schedule spans them."""
+    steps: Count | None = None
+    """Number of steps instead of epochs; the learning-rate schedule spans them. null: epochs."""
     max_steps: Count | None = None
-    """Stop after this many steps, without changing the schedule; null runs all epochs."""
+    """Stop after this many steps, without changing the schedule; null runs to its end."""
     max_skipped: Count = 10
     """Stop after this many steps in a row whose loss or gradient is not finite. Each is skipped: it leaves the weights
     unchanged."""

@@ -77,9 +77,9 @@ class LRSchedule:
     total_steps: int
 
     @classmethod
-    def over_epochs(cls, peak: float, epochs: int, steps_per_epoch: int, warmup_epochs: float) -> "LRSchedule":
+    def over_epochs(cls, peak: float, epochs: float, steps_per_epoch: int, warmup_epochs: float) -> "LRSchedule":
         """Return the schedule over `epochs` epochs; the warm-up is limited to a tenth of all steps."""
-        total_steps = epochs * steps_per_epoch
+        total_steps = round(epochs * steps_per_epoch)
         return cls(peak, min(round(warmup_epochs * steps_per_epoch), total_steps // 10), total_steps)
 
     def apply(self, optimizer: Optimizer, step: int) -> float:

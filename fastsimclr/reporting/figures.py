@@ -75,6 +75,10 @@ def curves(runs: Sequence[Run]) -> list[Chart]:
 def epochs(run: Run) -> str:
     """Describe how many of the configured epochs are done."""
     configured, per_epoch = run.config["epochs"], run.steps_per_epoch
+    if (steps := run.config.get("steps", "null")) != "null":
+        if run.last_step < int(steps):
+            return f"part of {int(steps):,} steps"
+        return "part of an epoch" if per_epoch is None else f"{run.last_step / per_epoch:.2f} epochs"
     if per_epoch is None:
         return f"part of {configured} epochs"
     done = f"{run.last_step / per_epoch:.2f}".rstrip("0").rstrip(".")

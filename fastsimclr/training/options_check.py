@@ -31,7 +31,7 @@ _OF_ARCHITECTURE = {
 """Options that cannot change in a run. Its architecture and its batch size are compared instead."""
 
 _FREE = {
-    *("ranks", "epochs", "max_steps", "device", "compile", "profile", "log", "stall_timeout"),
+    *("ranks", "epochs", "steps", "max_steps", "device", "compile", "profile", "log", "stall_timeout"),
     *("checkpoint_every", "keep_every", "keep_best", "knn_every", "knn_k", "knn_images", "knn_at_start"),
     *("data.backend", "data.workers", "data.cache", "data.local_cache", "data.local_cache_gb"),
     *("data.max_bad", "loss.backend", "max_skipped", "stall_timeout", "time_limit"),

@@ -1,6 +1,7 @@
 """A pre-training run: open the data, train, evaluate, save and resume."""
 
 import contextlib
+import math
 from collections.abc import Callable, Sequence
 from functools import partial
 from pathlib import Path
@@ -132,9 +133,8 @@ class Trainer:
         self.skipped = SkippedImages(self.loader, self.folder, world, config.data.max_bad, config.batch_size)
         steps_per_epoch = len(self.loader)
         self.checkpoint_steps = max(1, round(config.checkpoint_every * steps_per_epoch))
-        self.schedule = LRSchedule.over_epochs(
-            learner.recipe.lr, config.epochs, steps_per_epoch, config.optim.warmup_epochs
-        )
+        epochs = config.epochs if config.steps is None else config.steps / steps_per_epoch
+        self.schedule = LRSchedule.over_epochs(learner.recipe.lr, epochs, steps_per_epoch, config.optim.warmup_epochs)
         last_step = min(self.schedule.total_steps, config.max_steps or self.schedule.total_steps)
         self.progress = Progress(self.loader.state_dict(), last_step)
         if file is not None:
@@ -332,7 +332,7 @@ class Trainer:
                 self.folder,
                 first_step=self.progress.step,
                 total_steps=self.progress.last_step,
-                epochs=self.config.epochs,
+                epochs=math.ceil(self.schedule.total_steps / len(self.loader)),
                 is_epoch_finished=self.unfinished_epoch is None,
             )
         except OSError as error:

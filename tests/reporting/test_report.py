@@ -353,6 +353,8 @@ def test_a_run_that_is_not_done_says_so(tmp_path: Path) -> None:
     assert tiles(collect(run_folder(tmp_path / "a", metrics(15))))["Trained"] == "1.5 of 3 epochs | 15 steps"
     assert tiles(collect(run_folder(tmp_path / "b", metrics(5))))["Trained"] == "part of 3 epochs | 5 steps"
     assert tiles(collect(run_folder(tmp_path / "c", metrics(1))))["Trained"] == "part of 3 epochs | 1 step"
+    assert tiles(collect(run_folder(tmp_path / "d", metrics(15), steps=20)))["Trained"] == "part of 20 steps | 15 steps"
+    assert tiles(collect(run_folder(tmp_path / "e", metrics(15), steps=15)))["Trained"] == "1.50 epochs | 15 steps"
 
 
 def test_stages_add_up_to_the_step(tmp_path: Path) -> None:

@@ -95,6 +95,12 @@ def test_saved_configuration_reproduces_the_run(tmp_path: Path) -> None:
     assert [line["loss"] for line in steps(tmp_path / "a")] == [line["loss"] for line in steps(tmp_path / "b")]
 
 
+def test_the_schedule_spans_the_steps_instead_of_the_epochs(tmp_path: Path, photos: Path) -> None:
+    # 4 steps: one epoch of 3 and a part of the second
+    assert main([*TINY, f"--data.train={photos}", "--steps=4", "--optim.lr=1", f"--output={tmp_path / 'run'}"]) == 0
+    assert [line["lr"] for line in steps(tmp_path / "run")] == pytest.approx([1, 0.854, 0.5, 0.146], abs=1e-3)
+
+
 @pytest.mark.parametrize("backend", ["dali", "torchvision"])
 @pytest.mark.slow
 def test_resume_after_kill_is_bit_identical(tmp_path: Path, photos: Path, backend: str) -> None:
