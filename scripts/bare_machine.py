@@ -1,6 +1,6 @@
 """Importing this module hides all packages except PyTorch and the test tools, to emulate a bare GPU machine.
 
-    python -c "import bare_machine, benchmarks.learning"     # with scripts/ in PYTHONPATH
+    python -c "import bare_machine, benchmarks.speedrun"     # with scripts/ in PYTHONPATH
     python -m pytest -p bare_machine --collect-only ...
 
 A hidden package behaves as if it were not installed: `import` raises ModuleNotFoundError, `find_spec` returns None.

@@ -15,7 +15,7 @@ arguments.
 
 NAME_SECONDS       time limit of stage NAME, such as RIVALS_SECONDS=300
 GPU_CHECK_COMMIT   commit to record if there is no git checkout
-CIFAR10            for `learning`: a folder with cifar-10-batches-py, or with train-*.tar and test.tar
+CIFAR10            for `speedrun`: a folder with train-*.tar and test.tar
 """
 
 import argparse

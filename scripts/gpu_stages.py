@@ -131,11 +131,11 @@ STAGES = (
     benchmark("encoder", 400, "bench_encoder.py", "encoder.json", default=False),
     benchmark("training", 500, "bench_train.py", "train.json", default=False, modules=("yaml", "sklearn")),
     Stage(
-        "learning",
+        "speedrun",
         570,
         (
-            *("{python}", "-m", "benchmarks.learning", "--json={out}/learning.json"),
-            *("--cifar10={cifar10}", "--seconds={seconds}"),
+            *("{python}", "-m", "benchmarks.speedrun", "--budget=120", "--seeds=1", "--output={out}/speedrun"),
+            *("--train={cifar10}/train-*.tar", "--test={cifar10}/test.tar"),
         ),
         modules=("jsonargparse", "yaml", "tqdm", "tensorboard", "safetensors"),
         folders=("CIFAR10",),

@@ -15,9 +15,8 @@ from typing import Any
 
 import pytest
 import torch
-from pictures import jpeg, photo, write_tar
 
-from benchmarks import learning, nt_xent_accuracy
+from benchmarks import nt_xent_accuracy
 from fastsimclr._extension import why_unavailable
 
 pytestmark = pytest.mark.slow
@@ -205,19 +204,3 @@ def test_features_share_a_mean() -> None:
     unit = torch.nn.functional.normalize(torch.cat([z1, z2]).double(), dim=1)
     unrelated = (unit @ unit.T)[:100, 128:].triu(1)
     assert unrelated[unrelated != 0].mean() > 0.9
-
-
-def test_learning_skips_durations_that_do_not_fit(tmp_path: Path) -> None:
-    for name, count in (("train-0.tar", 16), ("test.tar", 8)):
-        images = [(f"{i:02}.jpg", jpeg(photo(32, 32, i))) for i in range(count)]
-        labels = [(f"{i:02}.cls", str(i % 2).encode()) for i in range(count)]
-        write_tar(tmp_path / name, sorted(images + labels))
-    small = ["--config=digits", "--device=cpu", "--batch_size=8", "--optim.name=adamw", "--model.hidden=8"]
-    file = tmp_path / "learning.json"
-    command = [f"--cifar10={tmp_path}", "--seconds=100", "--minutes=0.001,30", f"--json={file}", *small]
-    learning.main(command)
-    record = json.loads(file.read_text())
-    assert record["seconds_per_epoch"] > 0
-    (learned,) = record["runs"]
-    assert learned["epochs"] == 1
-    assert 0 <= learned["knn"] <= 1

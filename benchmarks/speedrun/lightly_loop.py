@@ -1,0 +1,179 @@
+"""lightly's training on CIFAR-10: its transform, DataLoader, model, projection head, loss, and optimizer.
+
+The recipe "lightly" is that of docs/source/getting_started/benchmarks/cifar10_benchmark.py in lightly's repository, for
+which it publishes results (batch size 512), as a plain loop instead of Lightning's Trainer. What differs:
+
+- the images are decoded once, and not from files at every step, which is faster;
+- the learning rate decays per step, as a budget may end within an epoch;
+- there are at most as many workers as cores.
+
+The recipe "paper" is that of the preset cifar10, with lightly's LARS and its schedule.
+"""
+
+import argparse
+import json
+import os
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from lightly.loss import NTXentLoss
+from lightly.models import ResNetGenerator
+from lightly.models.modules.heads import SimCLRProjectionHead
+from lightly.models.utils import get_weight_decay_parameters
+from lightly.transforms import SimCLRTransform
+from lightly.transforms.utils import IMAGENET_NORMALIZE
+from lightly.utils.lars import LARS
+from lightly.utils.scheduler import CosineWarmupScheduler
+from PIL import Image
+from torch import Tensor, nn
+from torch.optim.lr_scheduler import CosineAnnealingLR, LRScheduler
+from torch.utils.data import DataLoader, Dataset
+
+from fastsimclr import Augmentation
+from fastsimclr.data import open_source
+from fastsimclr.data.memory import decode_all
+from fastsimclr.data.sources import ArraySource
+
+ENCODER = "encoder.pt"
+PUBLISHED_WORKERS = 8
+CIFAR10 = Augmentation.preset("cifar10")
+CIFAR10_NORMALIZE: dict[str, list[float]] = {"mean": [*CIFAR10.mean], "std": [*CIFAR10.std]}
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """What differs between the recipes. optimizer: of a module, for a number of steps, with its schedule."""
+
+    optimizer: Callable[[nn.Module, int], tuple[torch.optim.Optimizer, LRScheduler]]
+    normalize: dict[str, list[float]]
+
+
+def published_sgd(model: nn.Module, steps: int) -> tuple[torch.optim.Optimizer, LRScheduler]:
+    optimizer = torch.optim.SGD(model.parameters(), lr=6e-2 * 512 / 128, momentum=0.9, weight_decay=5e-4)
+    return optimizer, CosineAnnealingLR(optimizer, steps)
+
+
+def paper_lars(model: nn.Module, steps: int) -> tuple[torch.optim.Optimizer, LRScheduler]:
+    decayed, others = get_weight_decay_parameters([model])
+    groups = [{"params": decayed}, {"params": others, "weight_decay": 0.0}]  # lightly's LARS adapts only decayed ones
+    optimizer = LARS(groups, lr=1.0, momentum=0.9, weight_decay=1e-6)
+    return optimizer, CosineWarmupScheduler(optimizer, warmup_epochs=steps // 10, max_epochs=steps)
+
+
+RECIPES = {"lightly": Recipe(published_sgd, IMAGENET_NORMALIZE), "paper": Recipe(paper_lars, CIFAR10_NORMALIZE)}
+
+
+class Views(Dataset[Any]):
+    """Two views of each image of (N, 32, 32, 3) uint8."""
+
+    def __init__(self, images: Tensor, transform: SimCLRTransform) -> None:
+        self.images, self.transform = images.numpy(), transform
+
+    def __len__(self) -> int:
+        return len(self.images)
+
+    def __getitem__(self, index: int) -> Any:
+        return self.transform(Image.fromarray(self.images[index]))
+
+
+def build_backbone() -> nn.Module:
+    """Build lightly's ResNet-18 without its classifier: images (N, 3, 32, 32) to (N, 512)."""
+    layers = list(ResNetGenerator("resnet-18").children())[:-1]
+    return nn.Sequential(*layers, nn.AdaptiveAvgPool2d(1), nn.Flatten())
+
+
+def train(
+    images: Tensor, recipe: Recipe, batch_size: int, *, steps: int, seed: int, deadline: float | None, workers: int
+) -> tuple[nn.Module, list[dict[str, Any]]]:
+    """Train, and return the backbone and the records of the steps.
+
+    images: (N, 32, 32, 3) uint8. deadline: time.monotonic() at which to end, by when two more steps would have fit.
+    """
+    if len(images) < batch_size:
+        raise ValueError(f"batch_size: got {batch_size} for {len(images)} images, expected at most as many")
+    torch.manual_seed(seed)
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    torch.backends.cudnn.benchmark = True  # as Lightning does
+    backbone = build_backbone()
+    model = nn.Sequential(backbone, SimCLRProjectionHead(512, 512, 128)).to(device)
+    criterion = NTXentLoss()
+    optimizer, scheduler = recipe.optimizer(model, steps)
+    # cj_strength: that of the benchmark's SimCLRCollateFunction.
+    transform = SimCLRTransform(input_size=32, cj_strength=0.5, gaussian_blur=0.0, normalize=recipe.normalize)
+    loader: DataLoader[Any] = DataLoader(
+        Views(images, transform),
+        batch_size=batch_size,
+        shuffle=True,
+        drop_last=True,
+        num_workers=workers,
+        multiprocessing_context="fork" if workers else None,
+        pin_memory=device.type == "cuda",
+    )
+    losses: list[Tensor] = []
+    times = [time.monotonic()]
+    longest = 0.0
+    while len(losses) < steps:
+        for views in loader:
+            x0, x1 = (view.to(device, non_blocking=True) for view in views)
+            loss = criterion(model(x0), model(x1))
+            loss.backward()
+            optimizer.step()
+            optimizer.zero_grad()
+            scheduler.step()
+            losses.append(loss.detach())
+            times.append(time.monotonic())
+            longest = max(longest, times[-1] - times[-2])
+            if len(losses) == steps or (deadline is not None and times[-1] + 2 * longest > deadline):
+                return backbone.cpu(), records(losses, times, batch_size)  # waits for the device
+    raise AssertionError("unreachable: steps is at least 1")
+
+
+def records(losses: list[Tensor], times: list[float], batch_size: int) -> list[dict[str, Any]]:
+    """Return a record for each step, as in fastsimclr's metrics.jsonl."""
+    return [
+        {"step": i + 1, "loss": float(losses[i]), "step_ms": 1000 * (times[i + 1] - times[i]), "images": batch_size}
+        for i in range(len(losses))
+    ]
+
+
+def load(folder: Path) -> tuple[nn.Module, Augmentation]:
+    """Return the backbone that a run has saved, and the augmentation whose evaluation form prepares its images."""
+    saved = torch.load(folder / ENCODER, weights_only=True)
+    backbone = build_backbone()
+    backbone.load_state_dict(saved["state"])
+    normalize = {name: tuple(values) for name, values in saved["normalize"].items()}
+    return backbone, Augmentation(**{**vars(CIFAR10), **normalize})
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--recipe", choices=RECIPES, required=True)
+    parser.add_argument("--data.train", dest="train", required=True, help="images, as for fastsimclr.train")
+    parser.add_argument("--batch_size", type=int, default=512, help="(default: %(default)s)")
+    parser.add_argument("--steps", type=int, required=True, help="steps, which the learning rate schedule spans")
+    parser.add_argument("--seed", type=int, required=True)
+    parser.add_argument("--deadline", type=float, help="time.monotonic() at which the run ends (default: none)")
+    parser.add_argument("--output", type=Path, required=True, help="folder to write the encoder and metrics.jsonl to")
+    options = parser.parse_args()
+    recipe = RECIPES[options.recipe]
+    source = decode_all(open_source(options.train))
+    assert isinstance(source, ArraySource)
+    backbone, steps = train(
+        source.images,
+        recipe,
+        options.batch_size,
+        steps=options.steps,
+        seed=options.seed,
+        deadline=options.deadline,
+        workers=min(PUBLISHED_WORKERS, len(os.sched_getaffinity(0))),
+    )
+    torch.save({"state": backbone.state_dict(), "normalize": recipe.normalize}, options.output / ENCODER)
+    (options.output / "metrics.jsonl").write_text("".join(json.dumps(step) + "\n" for step in steps))
+
+
+if __name__ == "__main__":
+    main()
