@@ -210,6 +210,10 @@ class Config:
     knn_at_start: bool = False
     """Measure kNN accuracy before the first step, too, to compare with the untrained encoder."""
 
+    health: bool = True
+    """Measure contrastive accuracy, alignment, uniformity, effective ranks and dead dimensions up to four times per
+    epoch, and warn if the encoder collapses or does not learn."""
+
     def __post_init__(self) -> None:
         check_fields(self, "--")
         if self.time_limit is not None:

@@ -18,6 +18,8 @@ from fastsimclr.run_folder import RunFolder, replace_atomically
 _NUMBERS = (
     *("epoch", "loss", "lr", "images_per_second", "data_wait", "step_ms", "images"),
     *("knn_accuracy", "skipped_images"),
+    *("contrastive_accuracy", "alignment", "uniformity", "effective_rank_h", "effective_rank_z"),
+    *("mean_norm_h", "dead_dimensions_h"),
 )
 
 _OF_SKIPPED_STEPS = ("loss", "gradient_norm")  # null in the file where they are not finite, because JSON has no NaN

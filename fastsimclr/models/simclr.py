@@ -44,6 +44,8 @@ class SimCLR(nn.Module):
         self.encoder = encoder
         self.projector = projector
 
-    def forward(self, images: Tensor) -> Tensor:
-        z: Any = self.projector(self.encoder(images))
-        return z
+    def forward(self, images: Tensor, *, return_h: bool = False) -> Any:
+        """Return z; with return_h, (z, h), where h is detached from the graph."""
+        h = self.encoder(images)
+        z = self.projector(h)
+        return (z, h.detach()) if return_h else z

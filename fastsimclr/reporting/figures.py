@@ -1,6 +1,7 @@
 """The key figures and the charts of runs."""
 
 from collections.abc import Sequence
+from dataclasses import replace
 
 import numpy as np
 
@@ -51,16 +52,27 @@ def curves(runs: Sequence[Run]) -> list[Chart]:
     by_epoch = None not in lengths and len(lengths) > 1  # the steps of the runs then differ in length
     x_unit = "epoch" if by_epoch else "step"
 
-    def lines(name: str, *, smooth: bool) -> list[Line]:
+    def lines(name: str, *, smooth: bool, scale: float = 1) -> list[Line]:
         found = []
         for index, run in enumerate(runs):
             x = run.steps["step"] / ((by_epoch and run.steps_per_epoch) or 1)
-            found.append(Line(run.name, index, reduce(x, run.steps[name]), smooth))
+            found.append(Line(run.name, index, reduce(x, scale * run.steps[name]), smooth))
         return found
+
+    def health(title: str, unit: str, name: str, note: str, scale: float = 1) -> Chart | None:
+        found = [replace(line, dots=len(line.curve.y) <= 60) for line in lines(name, smooth=False, scale=scale)]
+        return line_chart(title, unit, x_unit, found, from_zero=True, note=note)
 
     charts = [
         line_chart("Loss", "NT-Xent", x_unit, lines("loss", smooth=True)),
         _knn_chart(runs),
+        health(
+            *("Contrastive accuracy", "%", "contrastive_accuracy"),
+            "Views whose positive is the nearest of the batch, of up to 512 images.",
+            scale=100,
+        ),
+        health("Effective rank of h", "dimensions", "effective_rank_h", "RankMe, of up to 512 representations."),
+        health("Effective rank of z", "dimensions", "effective_rank_z", "RankMe, of up to 512 projections."),
         line_chart("Throughput", "images/s", x_unit, lines("images_per_second", smooth=True), from_zero=True),
         line_chart("Learning rate", "per step", x_unit, lines("lr", smooth=False), from_zero=True),
     ]

@@ -16,7 +16,8 @@ from fastsimclr.metrics_file import read_lines
 from fastsimclr.reporting.curves import Floats
 from fastsimclr.run_folder import RunFolder
 
-STEP_NUMBERS = ("step", "epoch", "lr", "data_wait", "images_per_second", "step_ms", "images", "loss")
+HEALTH = ("contrastive_accuracy", "effective_rank_h", "effective_rank_z")  # of some steps
+STEP_NUMBERS = ("step", "epoch", "lr", "data_wait", "images_per_second", "step_ms", "images", "loss", *HEALTH)
 DATA_OPTIONS = ("data.train", "data.val")
 
 
@@ -239,7 +240,7 @@ def _read_metrics(
 def _stages(steps: dict[str, Floats], measured: list[dict[str, float]]) -> dict[str, Floats]:
     """Milliseconds of each stage, (S,), with the rest of the step as an additional stage."""
     names = dict.fromkeys(name for each in measured for name in each)
-    stages = {name: np.array([each.get(name, np.nan) for each in measured]) for name in names}
+    stages = {name: np.array([each.get(name, 0.0 if each else np.nan) for each in measured]) for name in names}
     if "data_wait" not in stages:
         stages = {"data_wait": 1000 * steps["data_wait"], **stages}
     rest = np.maximum(steps["step_ms"] - sum(stages.values()), 0)

@@ -21,14 +21,18 @@ class Metrics:
 
     on_step: called on every rank with the record of each step when it is complete.
     check: called before that; returns the error to raise after it, if the run is to end.
+    complete: called before `check`; adds to the record what is computed on the CPU.
     """
 
     def __init__(
-        self, on_step: Callable[[dict[str, Any]], None], check: Callable[[dict[str, Any]], UserError | None]
+        self,
+        on_step: Callable[[dict[str, Any]], None],
+        check: Callable[[dict[str, Any]], UserError | None],
+        complete: Callable[[dict[str, Any]], None],
     ) -> None:
         self.last: dict[str, Any] = {}
         """The record of the latest completed step."""
-        self._on_step, self._check = on_step, check
+        self._on_step, self._check, self._add = on_step, check, complete
         self._lagged = LaggedRecord()
         self._log: RunLog | None = None
 
@@ -84,6 +88,7 @@ class Metrics:
     def _complete(self, record: dict[str, Any] | None) -> None:
         if record is None:
             return
+        self._add(record)
         error = self._check(record)
         self.last = record
         if self._log is not None:
@@ -110,6 +115,7 @@ class RunLog:
         )
         self._line_timer = LineTimer()
         self._speed: deque[tuple[float, int]] = deque(maxlen=20)
+        self._contrastive = ""
         self._total_steps, self._epochs, self._first_step = total_steps, epochs, first_step
         self._phase = Phase("", show=None if self._bar.disable else self._bar.set_postfix_str)
         self._shown = ExitStack()
@@ -135,6 +141,8 @@ class RunLog:
             self._shown.close()
         self._file.write(record)
         self._heartbeat.step = record["step"]
+        if "contrastive_accuracy" in record:
+            self._contrastive = f"contrastive accuracy {record['contrastive_accuracy']:.1%}, "
         self._speed.append((record["step_ms"] / 1000, record["images"]))
         self._bar.set_postfix_str(self._status(record), refresh=False)
         self._bar.update()
@@ -158,12 +166,12 @@ class RunLog:
         print_line(f"{place}: {self._status(record)}")
 
     def _status(self, record: dict[str, Any]) -> str:
-        """The loss, the speed over the last 20 steps, and the time left at that speed: kNN is not in it."""
+        """The loss, the latest contrastive accuracy, the speed over the last 20 steps, and the time left at that speed:
+        kNN is not in it."""
         seconds, images = (sum(column) for column in zip(*self._speed, strict=True))
         left = seconds / len(self._speed) * (self._total_steps - record["step"])
-        return (
-            f"loss {record['loss']:.4f}, lr {record['lr']:.3g}, {images / seconds:.0f} images/s, {duration(left)} left"
-        )
+        speed = f"lr {record['lr']:.3g}, {images / seconds:.0f} images/s, {duration(left)} left"
+        return f"loss {record['loss']:.4f}, {self._contrastive}{speed}"
 
 
 class LaggedRecord:

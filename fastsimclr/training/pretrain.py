@@ -48,7 +48,8 @@ class Run:
         """The numbers of metrics.jsonl by name, one array each, in the order of the steps.
 
         "step", "epoch", "loss", "lr" and the other figures of a step have one value per step: (steps,). "knn_accuracy"
-        and "knn_step", the number of steps before it was measured, have one value per measurement.
+        and "knn_step", the number of steps before it was measured, have one value per measurement; so do the figures of
+        `--health`, such as "contrastive_accuracy", and "health_step".
         """
         columns: dict[str, list[float]] = {}
         for record in read_records(RunFolder(self.folder).metrics):
@@ -56,6 +57,8 @@ class Run:
                 record = {"knn_accuracy": record.get("knn_accuracy"), "knn_step": record["step"]}
                 if record["knn_accuracy"] is None:
                     continue
+            elif "contrastive_accuracy" in record:
+                record["health_step"] = record["step"]
             for name, value in record.items():
                 if isinstance(value, int | float):
                     columns.setdefault(name, []).append(value)

@@ -4,7 +4,7 @@ import itertools
 import random
 from collections.abc import Callable, Sequence
 from contextlib import nullcontext
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
@@ -17,6 +17,21 @@ from torch.optim.optimizer import Optimizer
 
 from fastsimclr.precision import Precision, autocast_to
 from fastsimclr.profiling import stage
+
+
+@dataclass
+class Outputs:
+    """The model's outputs of the latest step on this rank, detached."""
+
+    z: list[Tensor] = field(default_factory=list)
+    """Projections of each view, (B, D), in float32 or wider."""
+    h_parts: list[Tensor] = field(default_factory=list)
+    """Representations of the first view of each micro-batch, (micro-batch, F)."""
+
+    @property
+    def h(self) -> Tensor:
+        """Representations of the first view, (B, F), in the precision of the encoder's output."""
+        return torch.cat(self.h_parts)
 
 
 @dataclass(frozen=True)
@@ -34,6 +49,8 @@ class Step:
     """Scales the gradients of the projections, so that those of the encoder do not underflow in float16. The gradients
     of the parameters remain scaled until `scaler.step` or `scaler.unscale_`. The loss is not scaled, because it is
     computed in float32 and logged."""
+    outputs: Outputs | None = None
+    """Where to keep the outputs of each step; the model must then be a `SimCLR`. None: nowhere."""
 
     def backward(self, views: Sequence[Tensor], largest_local_batch: int) -> Tensor:
         """Accumulate the gradients and return this rank's loss, detached.
@@ -41,6 +58,8 @@ class Step:
         views: (B, 3, H, W) each. largest_local_batch: the largest B of all ranks in this step; it sets the number of
         micro-batches, so that all ranks enter the same collectives.
         """
+        if self.outputs is not None:
+            self.outputs.h_parts.clear()
         if self.precision.autocast is None:  # autocast converts the views itself
             views = [view.to(self.precision.dtype) for view in views]
         size = self.micro_batch_size or largest_local_batch
@@ -85,11 +104,20 @@ class Step:
                 numbers = [number for number, view in enumerate(views) if view.shape[2:] == size]
                 images = torch.cat([views[number] for number in numbers]).contiguous(memory_format=torch.channels_last)
                 with autocast_to(images.device, self.precision.autocast):
-                    projected: Tensor = self.model(images)
+                    projected: Tensor = self._forward(images, len(views[0]) if numbers[0] == 0 else 0)
                 projected = projected.to(torch.promote_types(projected.dtype, torch.float32))
                 for number, z_view in zip(numbers, projected.chunk(len(numbers)), strict=True):
                     z[number] = z_view
         return z
+
+    def _forward(self, images: Tensor, kept: int) -> Tensor:
+        """Projections of the images. Keeps the representations of the first `kept` ones in `outputs`."""
+        if self.outputs is None:
+            return self.model(images)  # type: ignore[no-any-return]
+        z, h = self.model(images, return_h=True)
+        if kept > 0 and torch.is_grad_enabled():  # in micro-batches, the second pass only
+            self.outputs.h_parts.append(h[:kept])
+        return z  # type: ignore[no-any-return]
 
     def _loss(self, projected: Sequence[Tensor]) -> tuple[Tensor, list[Tensor]]:
         """The loss averaged over all pairs of views, detached, and its gradient for each view's projections.
@@ -100,6 +128,8 @@ class Step:
             z = [z_view.detach().requires_grad_() for z_view in projected]
             loss = torch.stack([self.loss(a, b) for a, b in itertools.combinations(z, 2)]).mean()
             loss.backward()
+            if self.outputs is not None:
+                self.outputs.z = [z_view.detach() for z_view in z]
             return loss.detach(), [z_view.grad for z_view in z if z_view.grad is not None]
 
 

@@ -31,6 +31,7 @@ from fastsimclr.training.callbacks import Callback, Callbacks, KeepCheckpoints
 from fastsimclr.training.checkpoint_writer import CheckpointWriter
 from fastsimclr.training.checkpoints import file_to_resume, resume, state_of
 from fastsimclr.training.estimate import Estimate, estimate_step
+from fastsimclr.training.health import Health
 from fastsimclr.training.images import as_recorded, open_images, record_pixels
 from fastsimclr.training.loggers import make_loggers
 from fastsimclr.training.metrics import Metrics
@@ -41,7 +42,7 @@ from fastsimclr.training.rank_sync import RankSync
 from fastsimclr.training.record import record_run
 from fastsimclr.training.skipped import SkippedImages
 from fastsimclr.training.stall import Watchdog
-from fastsimclr.training.step import Step, seed_generators, update_weights
+from fastsimclr.training.step import Outputs, Step, seed_generators, update_weights
 
 
 class Trainer:
@@ -110,7 +111,6 @@ class Trainer:
         if file is not None:
             check_resumed(file, config, self.options, architecture(config, self.model), world)
         self.non_finite = NonFiniteSteps(self.model, self.folder, config.max_skipped, is_rank_zero=world.is_rank_zero)
-        self.metrics = Metrics(self.callbacks.on_step, self.non_finite.check)
         self.data = prepare_pair(sources, world=world, backend=config.data.backend, cache=config.data.cache)
         self.config, self.augmentation, self._statistics = record_pixels(
             config, learner.augmentation, self.data.train, world
@@ -135,6 +135,14 @@ class Trainer:
         self.checkpoint_steps = max(1, round(config.checkpoint_every * steps_per_epoch))
         epochs = config.epochs if config.steps is None else config.steps / steps_per_epoch
         self.schedule = LRSchedule.over_epochs(learner.recipe.lr, epochs, steps_per_epoch, config.optim.warmup_epochs)
+        self.outputs = Outputs() if config.health else None
+        self.health = Health(
+            world,
+            batch_size=config.batch_size,
+            steps_per_epoch=steps_per_epoch,
+            warmup_steps=self.schedule.warmup_steps,
+        )
+        self.metrics = Metrics(self.callbacks.on_step, self.non_finite.check, self.health.complete)
         last_step = min(self.schedule.total_steps, config.max_steps or self.schedule.total_steps)
         self.progress = Progress(self.loader.state_dict(), last_step)
         if file is not None:
@@ -197,7 +205,10 @@ class Trainer:
         seed_generators(self.config.seed, self.progress.step, self.world.rank)
         self.non_finite.begin(self.progress.step + 1, batch.views)
         loss = self.stepper.backward(batch.views, max(self.sync.local_batch_sizes))
-        return update_weights(self.optimizer, self.scaler, loss, self.config.optim.clip_grad, self.world.world_size)
+        measured = update_weights(self.optimizer, self.scaler, loss, self.config.optim.clip_grad, self.world.world_size)
+        if self.outputs is not None:
+            measured |= self.health.measure(self.progress.step + 1, self.outputs, self.sync.local_batch_sizes)
+        return measured
 
     def end_epoch(self) -> None:
         """Measure kNN accuracy if due, and call the callbacks. Also called after the last step of the run.
@@ -290,7 +301,7 @@ class Trainer:
         if self.world.world_size > 1:
             devices = [device] if device.type == "cuda" else None
             model = DistributedDataParallel(model, device_ids=devices, gradient_as_bucket_view=True)
-        return Step(model, self.loss, self.precision, config.micro_batch_size, self.scaler)
+        return Step(model, self.loss, self.precision, config.micro_batch_size, self.scaler, self.outputs)
 
     def _start(self) -> None:
         """Print the choices made, open the run's files, and measure the untrained encoder if asked."""

@@ -9,7 +9,7 @@ from torch import Tensor, nn
 from fastsimclr import NTXentLoss, SimCLR, projector
 from fastsimclr.models import as_encoder
 from fastsimclr.precision import choose_precision
-from fastsimclr.training.step import Step
+from fastsimclr.training.step import Outputs, Step
 
 
 class Recorded(nn.Module):
@@ -33,9 +33,10 @@ def droppy_model(dropout: float) -> nn.Module:
     return model.double()
 
 
-def step(model: nn.Module, micro_batch_size: int | None) -> Step:
+def step(model: nn.Module, micro_batch_size: int | None, outputs: Outputs | None = None) -> Step:
     precision = choose_precision("fp64", torch.device("cpu"))
-    return Step(model, NTXentLoss(), precision, micro_batch_size, precision.grad_scaler(torch.device("cpu")))
+    scaler = precision.grad_scaler(torch.device("cpu"))
+    return Step(model, NTXentLoss(), precision, micro_batch_size, scaler, outputs)
 
 
 def views() -> list[Tensor]:
@@ -78,3 +79,18 @@ def test_a_step_draws_new_masks_after_the_last(micro_batch_size: int | None) -> 
     for _ in range(2):
         step(recorded, micro_batch_size).backward(views(), 10)
     assert not torch.equal(recorded.outputs[0], recorded.outputs[len(recorded.outputs) // 2])
+
+
+@pytest.mark.parametrize("micro_batch_size", [None, 4])
+def test_outputs_are_kept(micro_batch_size: int | None) -> None:
+    """Those of all micro-batches and views, also of a view with a forward pass of its own, of the latest step only."""
+    model = droppy_model(0.0)
+    kept = step(model, micro_batch_size, Outputs())
+    first, second = views()
+    small = second[:, :, :7, :7]
+    kept.backward([second, first], 10)
+    kept.backward([first, small, second], 10)
+    assert kept.outputs is not None
+    with torch.no_grad():
+        torch.testing.assert_close(kept.outputs.z, [model(view) for view in (first, small, second)])
+        torch.testing.assert_close(kept.outputs.h, model.encoder(first))
