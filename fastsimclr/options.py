@@ -1,11 +1,11 @@
 """Parsing of options: the command line, YAML files and --help are generated from a dataclass's fields."""
 
-import contextlib
 import difflib
 import re
 from argparse import Action
-from collections.abc import Container, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import fields
+from functools import cache
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -34,15 +34,12 @@ def parse_as(
     Raises UserError for unknown options and invalid values.
     """
     parser = _parser(kind, program, about, preset)
-    parser.set_defaults(defaults or {})
     try:
-        namespace = parser.parse_args(_as_yaml(arguments, set(_flags(kind))))
-    except UnicodeDecodeError as error:
-        raise UserError(f"--config: got a file that is not text in UTF-8 ({error}), expected YAML") from error
-    except OverflowError as error:  # from jsonargparse, which converts an integer to float
-        raise UserError(
-            "options: got an integer of more than 308 digits, expected a number of float's range"
-        ) from error
+        namespace = parser.parse_args(_as_yaml(arguments, kind), namespace=Namespace(defaults or {}))
+    except UserError:
+        raise
+    except Exception as error:  # of YAML or the file, of many types: a number, a date or a nesting that it cannot read
+        raise UserError(f"options: got a value that cannot be read ({error}); see {parser.prog} --help") from error
     return _instantiate(kind, parser, namespace)
 
 
@@ -102,6 +99,7 @@ def _check_names(options: dict[str, Any], kind: type[Any], section: str = "") ->
             _check_names(value, known[name], f"{name}.")
 
 
+@cache
 def _parser(kind: type[Any], program: str, about: str, preset: Path | None = None) -> "_Parser":
     """Return the parser of the options `kind`, a dataclass."""
     set_parsing_settings(docstring_parse_attribute_docstrings=True)
@@ -129,9 +127,9 @@ def _flags(kind: type[Any], prefix: str = "--") -> Iterator[str]:
             yield f"{prefix}{f.name}"
 
 
-def _as_yaml(arguments: Sequence[str], flags: Container[str]) -> list[str]:
+def _as_yaml(arguments: Sequence[str], kind: type[Any]) -> list[str]:
     """Translate the arguments for jsonargparse: "none" to null, a bare flag to true, a preset to its file."""
-    arguments = list(arguments)
+    arguments, flags = list(arguments), set(_flags(kind))
     for position, argument in enumerate(arguments):
         option, _, value = argument.partition("=")
         if argument == "none" or (option.startswith("--") and value == "none"):
@@ -139,21 +137,28 @@ def _as_yaml(arguments: Sequence[str], flags: Container[str]) -> list[str]:
         if argument in flags and arguments[position + 1 : position + 2] not in (["true"], ["false"]):
             arguments[position] = f"{argument}=true"
         if option == "--config" and value:
-            arguments[position] = f"--config={_config_file(value)}"
+            arguments[position] = f"--config={_config_file(value, kind)}"
         elif position > 0 and arguments[position - 1] == "--config":
-            arguments[position] = str(_config_file(argument))
+            arguments[position] = str(_config_file(argument, kind))
     return arguments
 
 
-def _config_file(value: str) -> Path:
-    """Return the file of --config. Raises UserError if it has the option config, with which jsonargparse fails."""
+def _config_file(value: str, kind: type[Any]) -> Path:
+    """Return the file of --config. Raises UserError for a shape with which jsonargparse fails or that it ignores."""
     import yaml  # here, so that --help does not wait for it
 
     file = Path(value) if Path(value).is_file() else preset_file(value)
-    with contextlib.suppress(yaml.YAMLError):  # reported by the parser
-        options = yaml.safe_load(file.read_bytes())
-        if isinstance(options, dict) and "config" in options:
-            raise UserError(f"--config: got {value} with the option config; expected options of the command only")
+    try:
+        options = yaml.safe_load(file.read_text(encoding="utf-8"))
+    except Exception as error:  # as in parse_as
+        raise UserError(f"--config: got {value}, which cannot be read ({error}); expected YAML in UTF-8") from error
+    if not isinstance(options, dict):
+        raise UserError(f"--config: got {value} without options, expected lines such as 'epochs: 100'")
+    if "config" in options:
+        raise UserError(f"--config: got {value} with the option config; expected options of the command only")
+    for f in fields(kind):
+        if f.name in options and isinstance(f.default_factory, type) and not isinstance(options[f.name], dict):
+            raise UserError(f"--config: got {value} with {f.name}: {options[f.name]!r}, expected its options by name")
     return file
 
 

@@ -27,7 +27,7 @@ RUN += ["--max_steps=1", "--epochs=1", "--device=cpu", "--knn_every=0", "--data.
         (["--output=file/run"], {}, ["file/run", "Not a directory"]),
         (["--output=caf\udce9"], {}, ["--output: got", "UTF-8"]),
         (["--data.val=" + "x" * 5000], {}, ["x…x", "File name too long"]),
-        (["--config=latin1.yaml"], {}, ["--config: got a file that is not text in UTF-8"]),
+        (["--config=latin1.yaml"], {}, ["--config: got latin1.yaml, which cannot be read"]),
         ([], {"WORLD_SIZE": "2"}, ["RANK: got no value", "torchrun"]),
         ([], {"WORLD_SIZE": ""}, ["WORLD_SIZE: got ''", "unset"]),
         ([], {"RANK": "3"}, ["RANK: got 3 with WORLD_SIZE 1"]),
