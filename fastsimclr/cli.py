@@ -78,9 +78,10 @@ class Parser(argparse.ArgumentParser):
 def exit_code(command: str, work: Callable[[], object]) -> int:
     """Run `work` and return the exit code of fastsimclr.`command`: 2 after a UserError, 1 after a RunError.
 
-    It is 1 after OtherRankError, too. Otherwise it is 0, or the integer that `work` returns. Rank 0 prints the
-    UserError, and the rank that raised it a RunError. A file that the operating system refuses, such as one on a
-    read-only disk, is a user error, too. Other exceptions are internal errors and propagate.
+    It is 1 after OtherRankError, too. Otherwise it is 0, or the integer that `work` returns. Rank 0 prints a UserError
+    of all ranks, the first rank of each machine one of its own, such as of its options, and the rank that raised it a
+    RunError. A file that the operating system refuses, such as one on a read-only disk, is a user error, too. Other
+    exceptions are internal errors and propagate.
 
     After a stop signal it is 128 + the signal's number, as in a shell, but 0 for train.
     """
@@ -89,7 +90,7 @@ def exit_code(command: str, work: Callable[[], object]) -> int:
         try:
             stop.finish(_exit_code(command, lambda: stop.run(work)))
         except Stopped:
-            if not _is_other_rank():
+            if not _is_later_rank("RANK", "WORLD_SIZE"):
                 print(stop.describe(), file=sys.stderr)
             stop.finish(stop.exit_code)
         return stop.exit_code
@@ -97,35 +98,37 @@ def exit_code(command: str, work: Callable[[], object]) -> int:
 
 def _exit_code(command: str, work: Callable[[], object]) -> int:
     """Run `work` and return its exit code, as `exit_code` does where there is no stop signal."""
+    on_all_ranks = False
     try:
         code = work()
     except OtherRankError:  # that rank prints it
         return 1
     except RunError as error:
-        print(f"fastsimclr.{command}: error: {' '.join(str(error).split())}", file=sys.stderr)
+        print(f"fastsimclr.{command}: error: {_one_line(str(error))}", file=sys.stderr)
         return 1
     except UserError as error:
-        message = str(error)
+        message, on_all_ranks = str(error), error.on_all_ranks
     except OSError as error:
         if error.errno not in REFUSALS or error.filename is None:
             raise
-        path = _shortened(os.fsdecode(error.filename))
+        path = os.fsdecode(error.filename)
         message = f"{path}: got {error.strerror!r} from the system, expected a path that can be used"
     else:
         return code if isinstance(code, int) else 0
-    if not _is_other_rank():
-        print(f"fastsimclr.{command}: error: {' '.join(message.split())}", file=sys.stderr)
+    if not (_is_later_rank("RANK", "WORLD_SIZE") if on_all_ranks else _is_later_rank("LOCAL_RANK", "LOCAL_WORLD_SIZE")):
+        print(f"fastsimclr.{command}: error: {_one_line(message)}", file=sys.stderr)
     return 2
 
 
-def _is_other_rank() -> bool:
-    """Return whether rank 0, which reports the error, is another process. RANK and WORLD_SIZE may be the error."""
-    rank, world_size = (os.environ.get(name, "") for name in ("RANK", "WORLD_SIZE"))
-    return rank.isdecimal() and world_size.isdecimal() and 0 < int(rank) < int(world_size)
+def _is_later_rank(rank: str, world_size: str) -> bool:
+    """Return whether this rank, by these environment variables, is not the first. They may be the error."""
+    own, all_ranks = os.environ.get(rank, ""), os.environ.get(world_size, "")
+    return own.isdecimal() and all_ranks.isdecimal() and 0 < int(own) < int(all_ranks)
 
 
-def _shortened(path: str) -> str:
-    return path if len(path) <= 200 else f"{path[:100]}…{path[-99:]}"
+def _one_line(message: str) -> str:
+    """Return the message as one line, with long words shortened: a value or a path may have any length."""
+    return " ".join(word if len(word) <= 300 else f"{word[:150]}…{word[-149:]}" for word in message.split())
 
 
 @contextlib.contextmanager

@@ -325,9 +325,11 @@ def raise_on_all_ranks(failure: Exception | None, world: World) -> None:
     if not failures:
         return
     rank, is_user_error, name, message = failures[0]
-    if failure is not None and rank == world.rank:
-        raise failure
-    raise UserError(message) if is_user_error else OtherRankError(f"rank {rank} raised {name}: {message}")
+    if failure is None or rank != world.rank:
+        failure = UserError(message) if is_user_error else OtherRankError(f"rank {rank} raised {name}: {message}")
+    if isinstance(failure, UserError):
+        failure.on_all_ranks = True
+    raise failure
 
 
 def run_on_all_ranks(function: Callable[[], Result], world: World) -> Result:

@@ -47,18 +47,22 @@ def check(options: argparse.Namespace) -> int:
     from fastsimclr.data.full_check import check_data
     from fastsimclr.data.pixel_options import PixelOptions
     from fastsimclr.data.scan import write_lines
+    from fastsimclr.distributed import run_on_all_ranks
+    from fastsimclr.run_folder import check_output
 
     pixels = PixelOptions(options.pixels, options.channels, max_pixels=options.max_pixels)
     try:
         stop = stopping.active()
         world = distributed.start("cpu")
+        is_listing = options.list is not None and world.is_rank_zero
+        run_on_all_ranks(lambda: check_output(Path(options.list), True, "--list") if is_listing else None, world)
         found = check_data(
             options.data, cache=options.cache, pixels=pixels, world=world, stop=lambda: stop.received != 0
         )
     finally:
         distributed.stop()
     if world.is_rank_zero:
-        if options.list is not None:
+        if is_listing:
             write_lines(Path(options.list), [str(bad) for bad in found.bad])
         print(json.dumps(asdict(found), indent=2) if options.json else found.describe())
     return 1 if found.bad else 0

@@ -105,10 +105,14 @@ class RunFolder:
                 shutil.copyfile(checkpoint, partial)
 
 
-def check_new(output: Path, force: bool, option: str = "--output") -> None:
-    """Raise UserError if `output` exists and may not be overwritten."""
+def check_output(output: Path, force: bool, option: str = "--output") -> None:
+    """Raise UserError if `output` exists and may not be overwritten, or cannot be written. Creates nothing."""
     if output.exists() and not force:
         raise UserError(f"{option}: got {output}, which already exists; choose another name or --force to replace it")
+    folder = next(parent for parent in output.parents if os.path.lexists(parent))
+    if not folder.is_dir() or not os.access(folder, os.W_OK | os.X_OK):
+        reason = f"{folder} is read-only" if folder.is_dir() else f"{folder} is not a folder"
+        raise UserError(f"{option}: got {output}, which cannot be written ({reason}); choose another folder")
 
 
 @contextlib.contextmanager

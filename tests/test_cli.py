@@ -10,7 +10,8 @@ from weights import save_run
 
 import fastsimclr
 from fastsimclr import encoder
-from fastsimclr.cli import COMMANDS, main
+from fastsimclr.cli import COMMANDS, exit_code, main
+from fastsimclr.errors import UserError
 
 ROOT = Path(__file__).resolve().parents[1]
 HELP = [[name, "--help"] for name in COMMANDS] + [["evaluate", "knn", "--help"]]
@@ -59,6 +60,52 @@ def test_error_names_the_command(command: str, capsys: pytest.CaptureFixture[str
     error = capsys.readouterr().err
     assert error.startswith(f"fastsimclr.{command}: error: ")
     assert error.count("\n") == 1
+
+
+@pytest.mark.parametrize(
+    "arguments",
+    [
+        ["embed", "--checkpoint=nowhere", "--output={}"],
+        ["export", "--checkpoint=nowhere", "--format=torchvision", "--output={}/out.pt"],
+        ["preview", "--data=nowhere", "--output={}/out.png"],
+        ["shard", "nowhere", "--output={}"],
+        ["doctor", "--data=nowhere", "--list={}/list"],
+    ],
+)
+def test_output_that_cannot_be_written_is_found_before_anything_is_opened(
+    arguments: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "file").touch()
+    assert main([argument.format(tmp_path / "file") for argument in arguments]) == 2
+    option = arguments[-1].split("=")[0]
+    error = capsys.readouterr().err
+    assert f"error: {option}: got {tmp_path}/file" in error
+    assert f"which cannot be written ({tmp_path}/file is not a folder); choose another folder\n" in error
+
+
+@pytest.mark.parametrize(
+    ("rank", "local_rank", "on_all_ranks", "is_printed"),
+    [("0", "0", True, True), ("2", "0", True, False), ("2", "0", False, True), ("3", "1", False, False)],
+)
+def test_rank_that_prints_an_error(
+    rank: str,
+    local_rank: str,
+    on_all_ranks: bool,
+    is_printed: bool,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    def fail() -> None:
+        error = UserError(f"--output: got {'x' * 5000}")
+        error.on_all_ranks = on_all_ranks
+        raise error
+
+    ranks = {"RANK": rank, "WORLD_SIZE": "4", "LOCAL_RANK": local_rank, "LOCAL_WORLD_SIZE": "2"}
+    for name, value in ranks.items():
+        monkeypatch.setenv(name, value)
+    assert exit_code("train", fail) == 2
+    short = f"fastsimclr.train: error: --output: got {'x' * 150}…{'x' * 149}\n"
+    assert capsys.readouterr().err == (short if is_printed else "")
 
 
 @pytest.mark.slow

@@ -38,7 +38,7 @@ from fastsimclr.data.tars import read_local_shards
 from fastsimclr.data.workers import WorkerLoader
 from fastsimclr.errors import UserError
 from fastsimclr.progress_bar import print_line, progress_bar
-from fastsimclr.run_folder import replace_atomically
+from fastsimclr.run_folder import check_output, replace_atomically
 
 MANIFEST = "manifest.json"
 JPEG_QUALITY = 95
@@ -103,6 +103,7 @@ class Manifest:
 
 def shard(data: str, folder: Path, *, resize: int | None, shard_mb: int, workers: int) -> str:
     """Open images and write them to shards; return the summary line to print."""
+    check_output(folder / MANIFEST, True)
     source = open_source(data)
     for note in source.notes:
         print_line(f"{data}: {note}")

@@ -36,7 +36,7 @@ from fastsimclr.malloc import keep_freed_memory
 from fastsimclr.precision import Precision, choose_precision
 from fastsimclr.pretrained import Pretrained, describe, open_checkpoint
 from fastsimclr.reporting import embedding_pictures
-from fastsimclr.run_folder import GALLERY, MAP, RunFolder, check_new, write_atomically
+from fastsimclr.run_folder import GALLERY, MAP, RunFolder, check_output, write_atomically
 
 MIN_IMAGES = 10  # with fewer, a map and nearest neighbors say nothing
 MAX_MAPPED = 5000  # UMAP and t-SNE take up to a minute for this many, and a map has no room for more
@@ -109,7 +109,7 @@ def _open(options: argparse.Namespace, world: World) -> Embedding:
     def check() -> tuple[Path, Pretrained, str]:
         output = Path(options.output) if options.output else RunFolder.for_results(options.checkpoint).embed
         for kind in FEATURE_FORMATS:
-            check_new(output / f"features.{kind}", options.force)
+            check_output(output / f"features.{kind}", options.force)
         pretrained = open_checkpoint(options.checkpoint, options.encoder)
         data = options.data or (pretrained.config or {}).get("data", {}).get("train")
         if data is None:

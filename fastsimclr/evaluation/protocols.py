@@ -35,7 +35,7 @@ from fastsimclr.models import Backbone, Encoder, EncoderSpec, as_encoder, build,
 from fastsimclr.optim import is_transformer
 from fastsimclr.precision import choose_precision
 from fastsimclr.pretrained import Pretrained
-from fastsimclr.run_folder import RunFolder, check_new, write_atomically
+from fastsimclr.run_folder import RunFolder, check_output, write_atomically
 
 HELD_OUT = 0.2  # fraction of the training images on which lbfgs selects its regularization
 FEW_LABELS = 0.02  # the paper fine-tunes for 60 epochs on 1 % of the labels, for 30 on 10 %
@@ -64,7 +64,7 @@ class Evaluation:
         self.output = run_on_all_ranks(self._choose_output, world)
         self.result = self.output / f"{config.name()}.json"
         self.weights = self.result.with_suffix(".pt")
-        run_on_all_ranks(self._check_output, world)
+        run_on_all_ranks(lambda: self._check_output() if world.is_rank_zero else None, world)
         # Images that the run held out are held out here, whatever --seed is.
         recorded = (pretrained.config if pretrained is not None else None) or {}
         split_seed = recorded.get("seed", config.seed)
@@ -82,9 +82,9 @@ class Evaluation:
         return Path(output) if output else RunFolder.for_results(self.config.checkpoint).evaluate
 
     def _check_output(self) -> None:
-        check_new(self.result, self.config.force)
+        check_output(self.result, self.config.force)
         if not isinstance(self.config, KnnConfig):
-            check_new(self.weights, self.config.force)
+            check_output(self.weights, self.config.force)
 
     def _check_data(self) -> None:
         if isinstance(self.config, KnnConfig):

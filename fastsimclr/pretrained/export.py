@@ -21,7 +21,7 @@ from fastsimclr.pretrained.libraries import describe, network, tensors, torchvis
 from fastsimclr.pretrained.load import Pretrained, open_checkpoint
 from fastsimclr.pretrained.model_card import model_card
 from fastsimclr.pretrained.onnx_graph import write_graph
-from fastsimclr.run_folder import RunFolder, check_new, rename_atomically
+from fastsimclr.run_folder import RunFolder, check_output, rename_atomically
 
 MODEL_CARD = "README.md"
 
@@ -31,7 +31,7 @@ def export(options: argparse.Namespace) -> str:
     form, output = FORMATS[options.format], Path(options.output)
     if form.suffixes and output.suffix not in form.suffixes:
         raise UserError(f"--output: got {output}, expected a file name that ends in {' or '.join(form.suffixes)}")
-    check_new(output, options.force)
+    check_output(output, options.force)
     if output.exists() and output.is_dir() == bool(form.suffixes):
         raise UserError(
             f"--output: got {output}, expected a {'file' if form.suffixes else 'folder'}; give another name"

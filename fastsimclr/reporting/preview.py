@@ -21,7 +21,7 @@ from fastsimclr.data.sources import NO_LABEL, ArraySource, decoded
 from fastsimclr.errors import UserError
 from fastsimclr.reporting.contact_sheet import Cell, Head, Pixels, draw_grid
 from fastsimclr.reporting.numbers import count
-from fastsimclr.run_folder import check_new, write_atomically
+from fastsimclr.run_folder import check_output, write_atomically
 
 SHOWN = 224  # pixels; smaller views are enlarged by a whole number, much larger ones are reduced to it
 TEXT_WIDTH = 220  # minimum column width in pixels: two color operations per line
@@ -44,7 +44,7 @@ def write_preview(options: argparse.Namespace, others: list[str]) -> str:
 
     options: of fastsimclr.preview; others: command line options of train.
     """
-    check_new(Path(options.output), options.force)
+    check_output(Path(options.output), options.force)
     given = {"data.train": options.data, "data.backend": options.backend, "seed": options.seed}
     config = parse(
         [f"--config={options.config}"] * (options.config is not None)

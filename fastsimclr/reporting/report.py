@@ -14,7 +14,7 @@ from fastsimclr.config import Config
 from fastsimclr.errors import UserError
 from fastsimclr.reporting.page import GENERATOR, page
 from fastsimclr.reporting.run_record import Missing, Run, read_evaluations, read_run
-from fastsimclr.run_folder import RunFolder, check_new, write_atomically
+from fastsimclr.run_folder import RunFolder, check_output, write_atomically
 
 
 class Part(NamedTuple):
@@ -61,7 +61,7 @@ def _output(options: argparse.Namespace, folders: Sequence[RunFolder]) -> Path:
     if output.suffix.lower() not in (".html", ".htm"):
         raise UserError(f"--output: got {output}, expected a file name that ends in .html")
     refreshed = len(folders) == 1 and output.resolve() == own.resolve() and _is_report(own)
-    check_new(output, options.force or refreshed)
+    check_output(output, options.force or refreshed)
     return output
 
 

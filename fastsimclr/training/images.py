@@ -1,11 +1,13 @@
 """The images of a run: open and check them, and set the options that depend on them."""
 
 import os
+from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+from numpy.typing import NDArray
 
 from fastsimclr import distributed
 from fastsimclr.config import Config
@@ -102,20 +104,30 @@ def as_recorded(source: Source, checkpoint: Path | None, world: World) -> Source
         return source
 
     def load(*names: str) -> Any:
-        with np.load(run.images) as file:
-            return [file[name] for name in names]
+        return run_on_all_ranks(lambda: _load(run.images, names) if world.is_rank_zero else None, world)
 
-    digest = distributed.broadcast_object(load("digest")[0].tobytes() if world.is_rank_zero else None, world)
+    digest = distributed.broadcast_object(load("digest"), world)[0].tobytes()
     if all(distributed.gather_objects(digest == source.digest(), world)):
         return source
     names = "text", "ends", "labels", "class_text", "class_ends"
-    recorded = distributed.broadcast_object(load(*names) if world.is_rank_zero else None, world)
-    text, ends, labels, class_text, class_ends = recorded
+    text, ends, labels, class_text, class_ends = distributed.broadcast_object(load(*names), world)
     aligned = source.aligned(Names(text, ends), labels, list(Names(class_text, class_ends)))
     if world.is_rank_zero:
         for note in aligned.notes[len(source.notes) :]:
             print(f"data: {note}", flush=True)
     return aligned
+
+
+def _load(file: Path, names: Sequence[str]) -> list[NDArray[Any]]:
+    """Return arrays of the record of a run's images. Raises UserError if the file is damaged."""
+    try:
+        with open(file, "rb") as opened, np.load(opened, allow_pickle=False) as arrays:
+            return [arrays[name] for name in names]
+    except Exception as error:  # of zipfile, zlib or NumPy, depending on the byte
+        raise UserError(
+            f"{file}: got a file that cannot be read ({error or type(error).__name__}), expected the names of the "
+            "images of the run; remove it to resume with those that are found now"
+        ) from error
 
 
 def record_pixels(
