@@ -74,6 +74,7 @@ def fused_forward(
     """
     n, d = z1.shape
     rows, planes, width = 2 * n, _planes(precision), _width(d)
+    _check_rows(rows)  # before memory is allocated for them
     kernels = _Kernels(z1, temperature, temperature_value)
     unit = z1.new_empty(rows, planes, width, dtype=torch.bfloat16)
     norm, positive = kernels.floats(rows), kernels.floats(n)
@@ -88,8 +89,7 @@ def fused_forward(
         offset = sum(sizes[: dist.get_rank(group_of(group))])
         gathered = start_gather_rows(unit, sizes, group_of(group))  # overlaps with the work on local rows
     total = sum(sizes)
-    if total > MAX_ROWS:
-        raise ValueError(f"got {total} views on all ranks, expected at most {MAX_ROWS}")
+    _check_rows(total)
     # Parts of the columns (start, count): the rows of this rank, of the ranks before it and of the ranks after it. Each
     # part writes its sums into its own slots.
     parts = [part for part in ((offset, rows), (0, offset), (offset + rows, total - offset - rows)) if part[1]]
@@ -122,6 +122,11 @@ def fused_forward(
     if not group:
         return loss, unit, norm, unit.new_empty(0, planes, width), lse, q, _no_sizes(z1)
     return loss, unit, norm, all_unit, lse, q, torch.tensor(sizes)
+
+
+def _check_rows(rows: int) -> None:
+    if rows > MAX_ROWS:
+        raise ValueError(f"got {rows} views on all ranks, expected at most {MAX_ROWS}")
 
 
 def _no_sizes(z: Tensor) -> Tensor:

@@ -565,9 +565,10 @@ def test_fused_without_a_gpu_raises_with_reason_and_fix() -> None:
     [
         (torch.ones(4, 3, dtype=torch.float64), "float64.*expected float32, bfloat16 or float16"),
         (torch.ones(4, 2049), "2049.*at most 2048"),
+        (torch.ones(1, 1).expand(2**29 + 1, 1), f"{2**30 + 2} views.*at most {2**30}"),  # before it allocates 32 GiB
     ],
 )
-def test_unsupported_dtype_or_width_raises(z: Tensor, message: str) -> None:
+def test_unsupported_dtype_or_size_raises(z: Tensor, message: str) -> None:
     with pytest.raises(ValueError, match=message):
         nt_xent(z, z, backend="emulated")
 
