@@ -49,8 +49,8 @@ void random_box(const SampleParams& p, int64_t index, int64_t height, int64_t wi
       return set_box(view_params, int64_t(u[2] * double(height - h + 1)), int64_t(u[3] * double(width - w + 1)), h, w);
   }
   const double aspect = double(width) / double(height);
-  const int64_t h = aspect < p.ratio[0] ? int64_t(std::rint(double(width) / p.ratio[0])) : height;
-  const int64_t w = aspect > p.ratio[1] ? int64_t(std::rint(double(height) * p.ratio[1])) : width;
+  const int64_t h = aspect < p.ratio[0] ? std::max<int64_t>(1, int64_t(std::rint(double(width) / p.ratio[0]))) : height;
+  const int64_t w = aspect > p.ratio[1] ? std::max<int64_t>(1, int64_t(std::rint(double(height) * p.ratio[1]))) : width;
   set_box(view_params, (height - h) / 2, (width - w) / 2, h, w);
 }
 

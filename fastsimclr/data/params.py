@@ -195,11 +195,11 @@ def _random_boxes(
 
 
 def _largest_boxes(augmentation: Augmentation, sizes: NDArray[np.int64]) -> NDArray[np.int64]:
-    """Return the boxes (B, 4) of the largest central crops with an aspect ratio in the range."""
+    """Return the boxes (B, 4) of the largest central crops with an aspect ratio in the range, of at least one pixel."""
     height, width = sizes.T
     narrow, wide = augmentation.ratio
-    h = np.where(width / height < narrow, np.rint(width / narrow), height).astype(np.int64)
-    w = np.where(width / height > wide, np.rint(height * wide), width).astype(np.int64)
+    h = np.where(width / height < narrow, np.rint(width / narrow).clip(1), height).astype(np.int64)
+    w = np.where(width / height > wide, np.rint(height * wide).clip(1), width).astype(np.int64)
     return np.stack([(height - h) // 2, (width - w) // 2, h, w], axis=1)
 
 

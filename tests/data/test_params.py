@@ -1,6 +1,7 @@
 """Sampled parameters of views: the generator against published test vectors, dependencies, and distributions."""
 
 import itertools
+from collections.abc import Callable
 from dataclasses import replace
 
 import numpy as np
@@ -12,7 +13,7 @@ from torchvision.transforms.v2 import RandomResizedCrop
 
 from fastsimclr import Augmentation
 from fastsimclr.data import native
-from fastsimclr.data.params import VIEW_PARAMS, epoch_order, philox, sample_params, sample_params_in_numpy
+from fastsimclr.data.params import VIEW_PARAMS, ViewParams, epoch_order, philox, sample_params, sample_params_in_numpy
 
 VIEWS = Augmentation()
 MANY = 20_000
@@ -205,6 +206,13 @@ def test_crops_are_inside_the_image(recipe: Augmentation) -> None:
     assert (np.minimum(h, w) >= 1).all()
     assert (top + h <= height).all()
     assert (left + w <= width).all()
+
+
+@pytest.mark.parametrize("sample", [sample_params, sample_params_in_numpy])
+def test_crops_of_images_of_one_pixel_have_one_pixel(sample: Callable[..., ViewParams]) -> None:
+    recipe = replace(VIEWS, ratio=(3.0, 4.0))  # no such crop fits into the image
+    box = sample(recipe, 0, 0, np.arange(2), 0, np.array([[1, 1], [70, 1]]))["box"]
+    assert (box == [[0, 0, 1, 1], [34, 0, 1, 1]]).all()
 
 
 def test_center_crops_are_centered_squares() -> None:
