@@ -33,7 +33,7 @@ def parse_as(
         ("data.image_size").
     Raises UserError for unknown options and invalid values.
     """
-    parser = _parser(kind, program, about, preset)
+    parser = _parser(kind, program, about, preset)  # type: ignore[arg-type]  # a class is hashable
     try:
         namespace = parser.parse_args(_as_yaml(arguments, kind), namespace=Namespace(defaults or {}))
     except UserError:
@@ -49,7 +49,7 @@ def from_dict(kind: type[Options], options: dict[str, Any], program: str) -> Opt
     Raises UserError, whose text has no "--" before an option, for unknown options and invalid values.
     """
     _check_names(options, kind)
-    parser = _parser(kind, program, "")
+    parser = _parser(kind, program, "")  # type: ignore[arg-type]
     try:
         return _instantiate(kind, parser, parser.parse_object(plain(options)))
     except UserError as error:
