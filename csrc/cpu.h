@@ -4,7 +4,7 @@
 #include <algorithm>
 #include <atomic>
 #include <cstdint>
-#include <thread>
+#include <future>
 #include <vector>
 
 // The version for this CPU is selected when the library is loaded.
@@ -19,19 +19,24 @@
 
 namespace fastsimclr {
 
-// Sixteen floats, unaligned, in as many registers as the CPU needs.
+// Sixteen floats, in as many registers as the CPU needs.
 constexpr int kLanes = 16;
-typedef float Lanes __attribute__((vector_size(kLanes * sizeof(float)), aligned(alignof(float)), may_alias));
+typedef float Lanes __attribute__((vector_size(kLanes * sizeof(float))));
+// The same in memory. Not by an alignment of Lanes: GCC 12 forgets it where it splits a vector into registers.
+struct __attribute__((packed, may_alias)) LanesInMemory {
+  Lanes lanes;
+};
 
-// Calls work(next) on `threads` threads. next() returns the index of the next item, or at least `items` at the end.
+// Calls work(next) on `threads` threads, or fewer at a limit of the system, and throws what a call throws. next()
+// returns the index of the next item, or at least `items` at the end.
 template <class Work>
 void in_threads(int threads, int64_t items, const Work& work) {
   std::atomic<int64_t> taken{0};
   const auto next = [&] { return taken++; };
-  std::vector<std::thread> workers;
-  for (int64_t i = 1; i < std::min<int64_t>(threads, items); i++) workers.emplace_back([&] { work(next); });
+  std::vector<std::future<void>> workers;
+  for (int64_t i = 1; i < std::min<int64_t>(threads, items); i++) workers.push_back(std::async([&] { work(next); }));
   work(next);
-  for (std::thread& worker : workers) worker.join();
+  for (std::future<void>& worker : workers) worker.get();
 }
 
 }  // namespace fastsimclr

@@ -164,14 +164,14 @@ FASTSIMCLR_INLINE void convolve_vectors(float* to, const float* kernel, int radi
   constexpr int kChunk = kVectors * kLanes;
   for (int chunk = 0; chunk < width; chunk += kChunk) {
     const int begin = std::min(chunk, width - kChunk);
-    const auto lanes = [=](int k) FASTSIMCLR_LAMBDA { return reinterpret_cast<const Lanes*>(at(k) + begin); };
+    const auto lanes = [=](int k) FASTSIMCLR_LAMBDA { return reinterpret_cast<const LanesInMemory*>(at(k) + begin); };
     Lanes sums[kVectors];
-    for (int v = 0; v < kVectors; v++) sums[v] = kernel[0] * lanes(0)[v];
+    for (int v = 0; v < kVectors; v++) sums[v] = kernel[0] * lanes(0)[v].lanes;
     for (int k = 1; k <= radius; k++) {
-      const Lanes *before = lanes(-k), *after = lanes(k);
-      for (int v = 0; v < kVectors; v++) sums[v] += kernel[k] * (before[v] + after[v]);
+      const LanesInMemory *before = lanes(-k), *after = lanes(k);
+      for (int v = 0; v < kVectors; v++) sums[v] += kernel[k] * (before[v].lanes + after[v].lanes);
     }
-    for (int v = 0; v < kVectors; v++) reinterpret_cast<Lanes*>(to + begin)[v] = sums[v];
+    for (int v = 0; v < kVectors; v++) reinterpret_cast<LanesInMemory*>(to + begin)[v].lanes = sums[v];
   }
 }
 
