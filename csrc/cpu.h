@@ -7,8 +7,8 @@
 #include <future>
 #include <vector>
 
-// The version for this CPU is selected when the library is loaded.
-#if defined(__x86_64__) && defined(__GNUC__) && !defined(__clang__)
+// The version for this CPU is selected when the library is loaded. AddressSanitizer checks only one.
+#if defined(__x86_64__) && defined(__GNUC__) && !defined(__clang__) && !defined(__SANITIZE_ADDRESS__)
 #define FASTSIMCLR_CLONES __attribute__((target_clones("arch=x86-64-v4", "arch=x86-64-v3", "default")))
 #else
 #define FASTSIMCLR_CLONES

@@ -1,9 +1,11 @@
-"""Rebuild the emulated kernels with a planted fault or a checker, and check their results in a separate process.
+"""Rebuild the extension with a planted fault or a checker, and check its results in a separate process.
 
-library = build(folder, checker="sanitizers")    # or "races": the emulation's own race detector
+library = build(folder, checker="sanitizers")    # the emulated kernels; or "races": the emulation's race detector
 library = build(folder, fault=("tile.cuh", "right", "wrong"))      # with one tile shape, which compiles faster
+library = build(folder, "_C", checker="sanitizers")                # what runs on the CPU
 outcome = check(library, checker="sanitizers")   # exit code 0 if all results are right, 1 if one is wrong
 outcome = check(library, "views")                # only the kernels of views; "loss": only those of the loss
+outcome = check(library, "sizes")                # hostile sizes, see hostile_sizes.py
 """
 
 import atexit
@@ -26,9 +28,11 @@ CSRC = Path(__file__).parents[1] / "csrc"
 COMPILER = os.environ.get("CXX") or shutil.which("g++")
 LOSS, VIEWS = ("normalize.cu", "forward.cu", "backward.cu"), ("crop.cu", "photometric.cu")
 BINDING = ("bindings.cpp", "bindings_views.cpp")  # no kernels, but the longest to compile
+CPU = ("crop.cpp", "photometric.cpp", "view_params.cpp")
 SANITIZER_EXIT_CODE = 99
 Fault = tuple[str, str, str]  # file, right, wrong
 Checker = Literal["", "races", "sanitizers"]
+Module = Literal["_emulated", "_C"]
 COMPILER_FLAGS: dict[Checker, list[str]] = {
     "": [],
     "races": ["-g1", "-fsanitize=thread"],
@@ -40,14 +44,14 @@ COMPILER_FLAGS: dict[Checker, list[str]] = {
 CASES = [(6, 7, 0.5), (258, 64, 0.03), (130, 60, 0.005), (258, 130, 0.1), (70, 300, 0.005), (70, 300, 0.1)]
 
 
-def build(folder: Path, *, fault: Fault | None = None, checker: Checker = "") -> Path:
-    """Build the emulated module and return its path.
+def build(folder: Path, module: Module = "_emulated", *, fault: Fault | None = None, checker: Checker = "") -> Path:
+    """Build a module of the extension and return its path.
 
     fault: text to replace in a source file. All tiles then have one shape, which compiles faster: D <= 64 in one plane,
     with two row blocks per forward unit.
     """
     sources = _copy(folder, one_shape=fault is not None)
-    changed = LOSS + VIEWS
+    changed = LOSS + VIEWS if module == "_emulated" else CPU
     if fault is not None:
         name, right, wrong = fault
         text = (sources / name).read_text()
@@ -55,13 +59,13 @@ def build(folder: Path, *, fault: Fault | None = None, checker: Checker = "") ->
         (sources / name).write_text(text.replace(right, wrong))
         changed = (name,) if name in changed else LOSS
 
-    objects = _compile_all(sources, folder, changed, checker)
-    objects += [_unchanged(name, checker) for name in LOSS + VIEWS if name not in changed]
-    objects += [_unchanged(name) for name in BINDING]
+    objects = _compile_all(sources, folder, changed, module, checker)
+    rest = BINDING + (LOSS + VIEWS if module == "_emulated" else CPU)
+    objects += [_unchanged(name, module, checker) for name in rest if name not in changed]
     if checker == "races":  # in place of libtsan
         objects.append(_unchanged("emulation/race_detector.cpp"))
     linker_flags = COMPILER_FLAGS[checker] if checker == "sanitizers" else []
-    library = folder / "_emulated.so"
+    library = folder / f"{module}.so"
     subprocess.run([COMPILER, "-shared", *linker_flags, *objects, "-o", library], check=True)
     return library
 
@@ -79,34 +83,38 @@ def _copy(folder: Path, *, one_shape: bool) -> Path:
 
 
 @functools.cache
-def _unchanged(name: str, checker: Checker = "") -> Path:
+def _unchanged(name: str, module: Module = "_emulated", checker: Checker = "") -> Path:
     """Return the object file of this source without a fault, for one tile shape."""
+    if checker == "races" and name in BINDING:
+        checker = ""
     folder = Path(tempfile.mkdtemp())
     atexit.register(shutil.rmtree, folder)
-    return _compile_all(_copy(folder, one_shape=True), folder, (name,), checker)[0]
+    return _compile_all(_copy(folder, one_shape=True), folder, (name,), module, checker)[0]
 
 
-def _compile_all(sources: Path, folder: Path, names: tuple[str, ...], checker: Checker) -> list[Path]:
+def _compile_all(sources: Path, folder: Path, names: tuple[str, ...], module: Module, checker: Checker) -> list[Path]:
     assert COMPILER is not None
     objects = [folder / f"{Path(name).name}.o" for name in names]
+    flags = [*_compile(sources, module), *COMPILER_FLAGS[checker]]
     running = [
-        subprocess.Popen([*_compile(sources), *COMPILER_FLAGS[checker], "-c", sources / name, "-o", target])
+        subprocess.Popen([*flags, "-c", sources / name, "-o", target])
         for name, target in zip(names, objects, strict=True)
     ]
     assert [process.wait() for process in running] == [0] * len(running)
     return objects
 
 
-def _compile(sources: Path) -> list[str]:
-    flags = [COMPILER, "-std=c++17", "-O1", "-fPIC", "-fvisibility=hidden", "-x", "c++", "-DFASTSIMCLR_EMULATION"]
-    flags += ["-DFASTSIMCLR_MODULE=_emulated", '-DFASTSIMCLR_VERSION="test"']
+def _compile(sources: Path, module: Module) -> list[str]:
+    flags = [COMPILER, "-std=c++17", "-O1", "-fPIC", "-fvisibility=hidden", "-x", "c++"]
+    flags += [f"-DFASTSIMCLR_MODULE={module}", '-DFASTSIMCLR_VERSION="test"']
+    flags += ["-DFASTSIMCLR_EMULATION"] if module == "_emulated" else []
     return flags + [f"-I{path}" for path in (sources, pybind11.get_include(), sysconfig.get_path("include"))]
 
 
 def check(
     library: Path, kernels: str = "all", *, one_shape: bool = False, checker: Checker = ""
 ) -> "subprocess.CompletedProcess[str]":
-    """Check the kernels of a library in a new process: "all", "loss" or "views"."""
+    """Check the kernels of a library in a new process: "all", "loss", "views", or "sizes": hostile sizes."""
     environment = dict(os.environ)
     if checker == "sanitizers":  # Python is built without sanitizers, so they must be preloaded
         runtimes = [
@@ -117,19 +125,25 @@ def check(
         environment["ASAN_OPTIONS"] = f"detect_leaks=0:exitcode={SANITIZER_EXIT_CODE}"
         environment["UBSAN_OPTIONS"] = f"exitcode={SANITIZER_EXIT_CODE}"
     command = [sys.executable, __file__, str(library), kernels, *(["--one-shape"] if one_shape else [])]
-    return subprocess.run(command, env=environment, capture_output=True, text=True, timeout=300)
+    return subprocess.run(command, env=environment, capture_output=True, text=True, timeout=600)
 
 
 def main(library: str, kernels: str, one_shape: bool) -> int:
     from fastsimclr import _extension
 
-    specification = importlib.util.spec_from_file_location("_emulated", library)
+    module = Path(library).stem
+    specification = importlib.util.spec_from_file_location(module, library)
     assert specification is not None
     assert specification.loader is not None
-    _extension.emulated = importlib.util.module_from_spec(specification)
-    specification.loader.exec_module(_extension.emulated)
+    loaded = importlib.util.module_from_spec(specification)
+    specification.loader.exec_module(loaded)
+    setattr(_extension, "emulated" if module == "_emulated" else "compiled", loaded)
 
     torch.set_num_threads(1)
+    if kernels == "sizes":
+        import hostile_sizes
+
+        return 1 if hostile_sizes.are_wrong(loaded) else 0
     wrong = (kernels != "views" and loss_is_wrong(one_shape)) or (kernels != "loss" and views_are_wrong())
     return 1 if wrong else 0
 

@@ -10,9 +10,22 @@ from kernel_variants import Fault
 pytestmark = [pytest.mark.slow, pytest.mark.skipif(kernel_variants.COMPILER is None, reason="needs g++ (or CXX)")]
 
 
-def test_kernels_pass_the_address_and_undefined_behavior_sanitizers(tmp_path: Path) -> None:
-    library = kernel_variants.build(tmp_path, checker="sanitizers")
-    outcome = kernel_variants.check(library, checker="sanitizers")
+@pytest.fixture(scope="module")
+def sanitized(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The emulated kernels under the address and undefined behavior sanitizers."""
+    return kernel_variants.build(tmp_path_factory.mktemp("sanitized"), checker="sanitizers")
+
+
+@pytest.mark.parametrize("kernels", ["all", "sizes"])
+def test_kernels_pass_the_address_and_undefined_behavior_sanitizers(sanitized: Path, kernels: str) -> None:
+    outcome = kernel_variants.check(sanitized, kernels, checker="sanitizers")
+    assert outcome.returncode == 0, outcome.stdout + outcome.stderr
+
+
+def test_cpu_code_passes_the_sanitizers_with_hostile_sizes(tmp_path: Path) -> None:
+    outcome = kernel_variants.check(
+        kernel_variants.build(tmp_path, "_C", checker="sanitizers"), "sizes", checker="sanitizers"
+    )
     assert outcome.returncode == 0, outcome.stdout + outcome.stderr
 
 
@@ -33,6 +46,14 @@ def test_read_before_the_crops_is_reported_by_the_address_sanitizer(tmp_path: Pa
     fault = ("photometric.cu", "y = y < 0 ? 0 : y;", "")
     library = kernel_variants.build(tmp_path, fault=fault, checker="sanitizers")
     outcome = kernel_variants.check(library, "views", checker="sanitizers")
+    assert outcome.returncode == kernel_variants.SANITIZER_EXIT_CODE, outcome.stdout + outcome.stderr
+    assert "AddressSanitizer: heap-buffer-overflow" in outcome.stderr
+
+
+def test_write_past_the_crop_is_reported_by_the_address_sanitizer(tmp_path: Path) -> None:
+    fault = ("crop.cpp", "for (int64_t x = 0; x < pitch; x++) to[x] =", "for (int64_t x = 0; x <= pitch; x++) to[x] =")
+    library = kernel_variants.build(tmp_path, "_C", fault=fault, checker="sanitizers")
+    outcome = kernel_variants.check(library, "sizes", checker="sanitizers")
     assert outcome.returncode == kernel_variants.SANITIZER_EXIT_CODE, outcome.stdout + outcome.stderr
     assert "AddressSanitizer: heap-buffer-overflow" in outcome.stderr
 
