@@ -12,7 +12,7 @@ import zlib
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import Any, BinaryIO, NamedTuple
 
 import torch
 from torch import Tensor
@@ -133,6 +133,19 @@ CONTENTS: dict[str, Any] = {
     "options": Kind("options by name", lambda value: _is_dict(value, lambda _: True)),
 }
 """What a checkpoint holds: each key with the kind of its value, or with the keys within it."""
+
+
+class Checkpoint(NamedTuple):
+    """A good checkpoint. Its contents are those that were checked, even if another process replaces the file."""
+
+    path: Path
+    state: dict[str, Any]
+    """A state of CONTENTS, with its tensors in the memory-mapped file."""
+
+    @classmethod
+    def open(cls, path: Path) -> "Checkpoint":
+        """Check a file, and open it. Raises UserError as `load_checkpoint` does."""
+        return cls(path, load_checkpoint(path, mmap=True))
 
 
 def write_checkpoint(state: dict[str, Any], path: Path) -> None:

@@ -6,7 +6,7 @@ import shutil
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
-from fastsimclr.checkpoint_format import load_checkpoint
+from fastsimclr.checkpoint_format import Checkpoint
 from fastsimclr.errors import UserError
 
 MAP, GALLERY = "map.png", "gallery.png"
@@ -70,10 +70,10 @@ class RunFolder:
             raise UserError("--output: got none, and --checkpoint is not in a run folder; expected a folder")
         return run
 
-    def newest_checkpoint(self) -> tuple[Path | None, list[str]]:
+    def newest_checkpoint(self) -> tuple[Checkpoint | None, list[str]]:
         """Find the newest good checkpoint: last.pt, the one before it, or the latest of --keep_every.
 
-        Returns its path, or None if the run has no checkpoint, and a line about each newer one that is not good.
+        Returns None if the run has no checkpoint, and a line about each newer one that is not good.
         Raises UserError if there are checkpoints, but none is good.
         """
         newest_first = [self.checkpoint, self.previous_checkpoint]
@@ -81,11 +81,9 @@ class RunFolder:
         problems: list[str] = []
         for path in filter(os.path.lexists, newest_first):
             try:
-                load_checkpoint(path, mmap=True)
+                return Checkpoint.open(path), problems
             except UserError as error:
                 problems.append(str(error))
-            else:
-                return path, problems
         if problems:
             raise UserError("; ".join(problems))
         return None, []

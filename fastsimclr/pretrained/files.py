@@ -55,9 +55,9 @@ def _read(path: Path, name: str | None) -> Saved:
         run = RunFolder(path)
         newest, problems = run.newest_checkpoint()
         for problem in problems:
-            warnings.warn(f"{problem}; using {newest} instead", stacklevel=2)
+            warnings.warn(f"{problem}; using {newest.path} instead", stacklevel=2)
         if newest is not None:
-            return _read(newest, name)
+            return _from_run(newest.state)
         if all((path / file).is_file() for file in FOLDER_FILES):
             return _from_folder(path, name)
         raise UserError(

@@ -6,15 +6,16 @@ from typing import Any, Protocol
 from torch.amp import GradScaler
 from torch.optim.optimizer import Optimizer
 
-from fastsimclr.checkpoint_format import FORMAT, load_checkpoint
+from fastsimclr.checkpoint_format import FORMAT, Checkpoint
 from fastsimclr.config import Config, to_yaml
 from fastsimclr.data import ViewLoader
+from fastsimclr.distributed import World, broadcast_object, run_on_all_ranks
 from fastsimclr.errors import UserError
 from fastsimclr.progress_bar import print_line
 from fastsimclr.run_folder import RunFolder
 from fastsimclr.training.build import architecture, check_optimizer, check_weights
 from fastsimclr.training.callbacks import Callbacks, TrainerInterface
-from fastsimclr.training.checkpoint_writer import CheckpointWriter
+from fastsimclr.training.checkpoint_writer import CheckpointWriter, copy_to_cpu
 from fastsimclr.training.images import with_absolute_paths
 from fastsimclr.training.metrics import Metrics
 from fastsimclr.training.non_finite import NonFiniteSteps
@@ -36,24 +37,32 @@ class ResumableTrainer(TrainerInterface, Protocol):
     unfinished_epoch: dict[str, Any] | None
 
 
-def file_to_resume(config: Config, folder: RunFolder) -> Path | None:
-    """Return the checkpoint that --resume selects; None to start with the first step. Only rank zero calls it.
+def checkpoint_to_resume(config: Config, folder: RunFolder, world: World) -> Checkpoint | None:
+    """Open the checkpoint that --resume selects, on all ranks; None to start with the first step.
 
-    Where a newer checkpoint of the run is not good, prints a warning. Raises UserError if none is good, or the file
-    of --resume is not.
+    Where a newer checkpoint of the run is not good, rank zero prints a warning. Raises UserError on all ranks if none
+    is good, if the file of --resume is not, or if a rank cannot read it.
     """
+    selected = run_on_all_ranks(lambda: _select(config, folder) if world.is_rank_zero else None, world)
+    path = broadcast_object(selected.path if selected else None, world)
+    if path is None:
+        return None
+    return run_on_all_ranks(lambda: selected or Checkpoint.open(path), world)
+
+
+def _select(config: Config, folder: RunFolder) -> Checkpoint | None:
     if config.resume == "never":
         return None
     if config.resume != "auto":
-        load_checkpoint(Path(config.resume), mmap=True)
-        return Path(config.resume)
+        return Checkpoint.open(Path(config.resume))
     try:
-        file, problems = folder.newest_checkpoint()
+        checkpoint, problems = folder.newest_checkpoint()
     except UserError as error:
         raise UserError(f"{error}; to start again, use another --output or --resume never") from error
-    for problem in problems:
-        print_line(f"warning: {problem}; using {file} instead")
-    return file
+    if checkpoint is not None:
+        for problem in problems:
+            print_line(f"warning: {problem}; using {checkpoint.path} instead")
+    return checkpoint
 
 
 def state_of(trainer: ResumableTrainer) -> dict[str, Any]:
@@ -77,20 +86,22 @@ def state_of(trainer: ResumableTrainer) -> dict[str, Any]:
     }
 
 
-def resume(trainer: ResumableTrainer, file: Path) -> None:
+def resume(trainer: ResumableTrainer, checkpoint: Checkpoint) -> None:
     """Restore the state of the trainer from a checkpoint. Raises UserError if it is not one of this run."""
-    state = load_checkpoint(file)
+    file, state = checkpoint
+    # The model copies its tensors. Others would keep the file mapped, and so on the disk when it is deleted.
+    optimizer, callbacks = copy_to_cpu((state["optimizer"], state["callbacks"]))
     config, model = trainer.config, trainer.model
     check_weights(file, state["model"], model)
-    check_optimizer(file, state["optimizer"], trainer.optimizer)
+    check_optimizer(file, optimizer, trainer.optimizer)
     model.load_state_dict(state["model"])
     of_options = [
         {name: value for name, value in group.items() if name != "params"} for group in trainer.optimizer.param_groups
     ]
-    for group in state["optimizer"]["param_groups"]:
+    for group in optimizer["param_groups"]:
         if "fused" in group:  # a choice of this machine, not of the run
             group["fused"] = trainer.optimizer.defaults["fused"]
-    trainer.optimizer.load_state_dict(state["optimizer"])
+    trainer.optimizer.load_state_dict(optimizer)
     for group, options in zip(trainer.optimizer.param_groups, of_options, strict=True):
         group.update(options)  # the checkpoint's may be other ones: --resume_changed
     if state["grad_scaler"]:  # empty if the checkpoint's precision needs no scale; this run's then starts new
@@ -105,7 +116,7 @@ def resume(trainer: ResumableTrainer, file: Path) -> None:
     trainer.unfinished_epoch = state["unfinished_epoch"]
     trainer.metrics.last = trainer.unfinished_epoch or {}
     try:
-        trainer.callbacks.load_state_dict(state["callbacks"])
+        trainer.callbacks.load_state_dict(callbacks)
     except (AttributeError, KeyError, TypeError, ValueError) as error:
         raise UserError(
             f"{file}: got a state that a callback cannot load ({error!r}), expected one of its state_dict(): use the "

@@ -3,12 +3,11 @@
 import json
 import os
 from dataclasses import asdict
-from pathlib import Path
 from typing import Any
 
 import yaml
 
-from fastsimclr.checkpoint_format import load_checkpoint
+from fastsimclr.checkpoint_format import Checkpoint
 from fastsimclr.config import Config, to_yaml
 from fastsimclr.distributed import World, broadcast_object, raise_on_all_ranks, run_on_all_ranks
 from fastsimclr.errors import UserError
@@ -69,17 +68,21 @@ def run_options(config: Config, learner: Learner, world: World) -> dict[str, Any
 
 
 def check_resumed(
-    file: Path, config: Config, options: dict[str, Any], architecture: dict[str, Any], world: World
+    checkpoint: Checkpoint, config: Config, options: dict[str, Any], architecture: dict[str, Any], world: World
 ) -> None:
     """Print how the options differ from those of a checkpoint, and raise UserError on all ranks if they may not.
 
     options: from `run_options`. architecture: from `fastsimclr.training.build.architecture`.
     """
-    run_on_all_ranks(lambda: _check_resumed(file, config, options, architecture) if world.is_rank_zero else None, world)
+    run_on_all_ranks(
+        lambda: _check_resumed(checkpoint, config, options, architecture) if world.is_rank_zero else None, world
+    )
 
 
-def _check_resumed(file: Path, config: Config, options: dict[str, Any], architecture: dict[str, Any]) -> None:
-    state = load_checkpoint(file, mmap=True)
+def _check_resumed(
+    checkpoint: Checkpoint, config: Config, options: dict[str, Any], architecture: dict[str, Any]
+) -> None:
+    file, state = checkpoint
     check_architecture(file, state["architecture"], architecture)
     if state["batch_size"] != config.batch_size:
         raise UserError(

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
-from fastsimclr import distributed, stopping
+from fastsimclr import stopping
 from fastsimclr.config import Config
 from fastsimclr.data import Batch
 from fastsimclr.data.dataset import open_loader, prepare_pair
@@ -29,7 +29,7 @@ from fastsimclr.training import summary
 from fastsimclr.training.build import architecture, build_learner
 from fastsimclr.training.callbacks import Callback, Callbacks, KeepCheckpoints
 from fastsimclr.training.checkpoint_writer import CheckpointWriter
-from fastsimclr.training.checkpoints import file_to_resume, resume, state_of
+from fastsimclr.training.checkpoints import checkpoint_to_resume, resume, state_of
 from fastsimclr.training.estimate import Estimate, estimate_step
 from fastsimclr.training.health import Health
 from fastsimclr.training.images import as_recorded, open_images, record_pixels
@@ -94,12 +94,11 @@ class Trainer:
             sources, config = open_images(config, train, val, world, rgb_optional=rgb_optional)
         channels = sources[0].pixels.channels
         # Before the images are checked, which may take long: errors in these options are reported at once.
-        found = run_on_all_ranks(lambda: file_to_resume(config, self.folder) if world.is_rank_zero else None, world)
-        file = distributed.broadcast_object(found, world)
-        self.source = as_recorded(sources.train, file, world)
+        checkpoint = checkpoint_to_resume(config, self.folder, world)
+        self.source = as_recorded(sources.train, checkpoint.path if checkpoint else None, world)
         sources = sources._replace(train=self.source)
         # DistributedDataParallel copies the weights of rank zero to the others.
-        weights = config.model.weights if world.is_rank_zero and file is None else None
+        weights = config.model.weights if world.is_rank_zero and checkpoint is None else None
         learner = run_on_all_ranks(
             lambda: build_learner(config, world, channels=channels, module=encoder, weights=weights), world
         )
@@ -108,8 +107,8 @@ class Trainer:
         self.loss, self.loss_backend = learner.loss, learner.loss_backend
         self.freezing, self._weights = learner.freezing, learner.weights
         self.options = run_options(config, learner, world)
-        if file is not None:
-            check_resumed(file, config, self.options, architecture(config, self.model), world)
+        if checkpoint is not None:
+            check_resumed(checkpoint, config, self.options, architecture(config, self.model), world)
         self.non_finite = NonFiniteSteps(self.model, self.folder, config.max_skipped, is_rank_zero=world.is_rank_zero)
         self.data = prepare_pair(sources, world=world, backend=config.data.backend, cache=config.data.cache)
         self.config, self.augmentation, self._statistics = record_pixels(
@@ -145,8 +144,8 @@ class Trainer:
         self.metrics = Metrics(self.callbacks.on_step, self.non_finite.check, self.health.complete)
         last_step = min(self.schedule.total_steps, config.max_steps or self.schedule.total_steps)
         self.progress = Progress(self.loader.state_dict(), last_step)
-        if file is not None:
-            run_on_all_ranks(partial(resume, self, file), world)
+        if checkpoint is not None:
+            run_on_all_ranks(partial(resume, self, checkpoint), world)
         self.freezing.start_epoch(self.progress.epoch)
         self.stepper = self._build_stepper()
 

@@ -50,7 +50,8 @@ def test_damaged_checkpoints_are_found_and_the_one_before_is_taken(runs: tuple[P
             del damaged[int(rng.integers(0, len(good))) :]
         run.checkpoint.write_bytes(damaged)
         newest, (problem,) = run.newest_checkpoint()
-        assert newest == run.previous_checkpoint
+        assert newest is not None
+        assert newest.path == run.previous_checkpoint
         assert problem.startswith(f"{run.checkpoint}: got a ")
         assert "\n" not in problem
     assert load_checkpoint(run.previous_checkpoint)["step"] == 90

@@ -11,7 +11,8 @@ import torch
 from faults.runs import LONG, TINY, Process, count_steps, fork
 from weights import metrics, steps
 
-from fastsimclr.run_folder import RunFolder, load_checkpoint
+from fastsimclr.checkpoint_format import load_checkpoint
+from fastsimclr.run_folder import RunFolder
 
 EPOCHS, EPOCH_STEPS = 24 if LONG else 6, 45
 STEPS = EPOCHS * EPOCH_STEPS

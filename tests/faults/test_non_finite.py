@@ -12,9 +12,9 @@ from ranks import run_ranks
 from torch import Tensor, nn
 
 from fastsimclr import pretrain
+from fastsimclr.checkpoint_format import load_checkpoint
 from fastsimclr.errors import UserError
 from fastsimclr.models import EncoderSpec
-from fastsimclr.run_folder import load_checkpoint
 from fastsimclr.training.callbacks import Callback
 
 pytestmark = [pytest.mark.slow, pytest.mark.usefixtures("one_thread")]

@@ -11,7 +11,8 @@ from pathlib import Path
 import pytest
 from faults import runs
 
-from fastsimclr.run_folder import RunFolder, load_checkpoint
+from fastsimclr.checkpoint_format import load_checkpoint
+from fastsimclr.run_folder import RunFolder
 
 DOCUMENT = Path(__file__).parents[2] / "docs" / "reliability.md"
 # As srun does, passes SIGUSR1 on to its task and returns the task's exit code.

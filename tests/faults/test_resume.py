@@ -10,8 +10,9 @@ import torch
 from faults.runs import TINY, fork
 from weights import metrics, steps
 
+from fastsimclr.checkpoint_format import load_checkpoint
 from fastsimclr.report import main as report
-from fastsimclr.run_folder import RunFolder, load_checkpoint
+from fastsimclr.run_folder import RunFolder
 
 NOISY = """
 import random, time

@@ -16,7 +16,8 @@ import pytest
 from faults import runs
 from weights import steps
 
-from fastsimclr.run_folder import RunFolder, load_checkpoint
+from fastsimclr.checkpoint_format import load_checkpoint
+from fastsimclr.run_folder import RunFolder
 
 SIGNALS = (SIGTERM, SIGINT, SIGUSR1, SIGHUP)
 MAX_SECONDS = 10.0 * max(1.0, os.getloadavg()[0] / len(os.sched_getaffinity(0)))  # 10 s on a machine that is not busy

@@ -6,7 +6,7 @@ from typing import Any
 import pytest
 from checkpoints import make_state
 
-from fastsimclr.checkpoint_format import write_checkpoint
+from fastsimclr.checkpoint_format import Checkpoint
 from fastsimclr.config import Config, to_yaml
 from fastsimclr.distributed import SINGLE_PROCESS
 from fastsimclr.errors import UserError
@@ -30,13 +30,13 @@ OPTIONS = {"data.train": "/a/photos", "data.val": "/a/val", "data.mean": "auto",
         ("not_known_when_it_was_saved", 1, False),
     ],
 )
-def test_options_that_may_change(tmp_path: Path, name: str, value: Any, is_refused: bool) -> None:
+def test_options_that_may_change(name: str, value: Any, is_refused: bool) -> None:
     state = make_state(options=OPTIONS, config=to_yaml(Config()), batch_size=Config().batch_size)
-    write_checkpoint(state, tmp_path / "last.pt")
+    checkpoint = Checkpoint(Path("last.pt"), state)
     arguments = OPTIONS | {name: value}, state["architecture"], SINGLE_PROCESS
     if is_refused:
         with pytest.raises(UserError, match=f"--{name} was .*, is .*--resume_changed"):
-            check_resumed(tmp_path / "last.pt", Config(), *arguments)
+            check_resumed(checkpoint, Config(), *arguments)
     else:
-        check_resumed(tmp_path / "last.pt", Config(), *arguments)
-    check_resumed(tmp_path / "last.pt", Config(resume_changed=True), *arguments)
+        check_resumed(checkpoint, Config(), *arguments)
+    check_resumed(checkpoint, Config(resume_changed=True), *arguments)
