@@ -98,7 +98,7 @@ def test_torchrun_restarts_from_the_checkpoint_and_no_rank_outlives_it(
 
 
 def wait_for(condition: Callable[[], bool], process: Process) -> None:
-    deadline = time.monotonic() + 120
+    deadline = time.monotonic() + 600
     while not condition():
         assert process.poll() is None, process.errors
         assert time.monotonic() < deadline, process.errors
