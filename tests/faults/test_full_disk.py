@@ -1,7 +1,6 @@
 """A disk that is full or cannot be written: the run warns once and goes on, and what can be kept is kept."""
 
 import contextlib
-import json
 import resource
 import shutil
 import subprocess
@@ -10,6 +9,7 @@ from pathlib import Path
 
 import pytest
 from faults.runs import TINY, fork, wait_for_step
+from weights import steps
 
 from fastsimclr.checkpoint_format import load_checkpoint
 from fastsimclr.run_folder import RunFolder
@@ -36,11 +36,6 @@ def fill(disk: Path, left: int) -> Path:
     return filler
 
 
-def losses(run: Path) -> list[int]:
-    records = map(json.loads, (run / "metrics.jsonl").read_text().splitlines())
-    return [record["step"] for record in records if "loss" in record]
-
-
 def test_run_on_a_full_disk(disk: Path) -> None:
     run = RunFolder(disk / "run")
     (process,) = fork(*OPTIONS, "--max_steps=20", f"--output={run}")
@@ -63,7 +58,7 @@ def test_run_on_a_full_disk(disk: Path) -> None:
     (process,) = fork(*OPTIONS, "--max_steps=90", f"--output={run}")
     process.end()
     assert load_checkpoint(run.checkpoint)["step"] == 90
-    assert losses(run.path) == list(range(1, 91))
+    assert [record["step"] for record in steps(run.path)] == list(range(1, 91))
 
 
 @pytest.mark.parametrize("is_cleared", [True, False])
@@ -90,7 +85,7 @@ def test_disk_that_fills_up(disk: Path, is_cleared: bool) -> None:
     assert process.errors.count("not written at step") == 1, "warned once"
     assert "Traceback" not in process.errors
     assert load_checkpoint(run.checkpoint)["step"] == 300
-    assert losses(run.path) == list(range(1, 301))
+    assert [record["step"] for record in steps(run.path)] == list(range(1, 301))
 
 
 def test_disk_that_becomes_read_only(disk: Path) -> None:
