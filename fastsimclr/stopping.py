@@ -32,7 +32,7 @@ TIME_LIMIT = signal.SIGALRM
 
 _INTERRUPT_S = 1.0
 _GRACE_S = 4.0  # from the signal until a process with nothing to save is made to end
-_SETUP_S = 20.0  # the same before the ranks are connected: a rank that ended would leave the others waiting for it
+_SETUP_S = 60.0  # the same before a command begins, and until its ranks are connected, as the others wait for this one
 _TELL_S = 4.0  # until all ranks have been told
 _POLL_S, _TELL_EVERY_S = 0.25, 0.5
 _SECOND_SIGINT_S = 0.5  # a launcher may forward the SIGINT that the terminal has sent to the process itself
@@ -58,7 +58,7 @@ class StopSignal:
         self.program, self.returns_zero = "fastsimclr", False
         """The name of the program, and whether its exit code is 0 after a signal, instead of 128 + its number."""
         self._ends_process = ends_process or _has_other_ranks()
-        self._patience: float | None = _SETUP_S if _has_other_ranks() else 0.0  # None: as long as it takes
+        self._patience: float | None = _SETUP_S if self._ends_process else 0.0  # None: as long as it takes
         self._is_raised = self._is_insisted = False
         self._interruptible_since = float("inf")  # no such block
         self._final_exit_code: int | None = None  # once the work is done
@@ -100,10 +100,10 @@ class StopSignal:
 
     @property
     def exit_code(self) -> int:
-        """The exit code of the process."""
+        """The exit code of the process. Not 0 before the ranks are connected, so that the launcher ends the others."""
         if self._final_exit_code is not None:
             return self._final_exit_code
-        return 0 if self.returns_zero else 128 + self.received
+        return 0 if self.returns_zero and self._patience != _SETUP_S else 128 + self.received
 
     def finish(self, exit_code: int) -> None:
         """Ignore signals from now on: the work is done. exit_code: of the process."""
@@ -131,10 +131,13 @@ class StopSignal:
             raise Stopped
 
     def run(self, work: Callable[[], Result]) -> Result:
-        """Call `work` and return its result. Raises Stopped if it fails after a signal that ends it.
+        """Call `work` and return its result. Raises Stopped if a signal has come before, or if it fails after one.
 
         Its error may be a consequence of the signal, such as a connection that another rank has closed.
         """
+        self._patience = _SETUP_S if _has_other_ranks() else 0.0
+        if self.received and not self._patience:
+            raise Stopped
         try:
             return work()
         except BaseException as error:

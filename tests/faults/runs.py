@@ -108,23 +108,26 @@ def fork(*options: str, ranks: int = 1, command: str = "train", **environment: s
 
     There is no torchrun, which would end the other ranks when one has ended.
     """
-    port = free_port() if ranks > 1 else 0
     processes = []
-    for rank in range(ranks):
-        variables = dict(environment)
-        if ranks > 1:
-            variables |= {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": str(ranks)}
-            variables |= {"MASTER_ADDR": "localhost", "MASTER_PORT": str(port)}
+    for variables in variables_of_ranks(ranks):
         folder = _new_folder()
         job = {
             "command": command,
             "options": options,
-            "environment": variables,
+            "environment": environment | variables,
             "folder": str(folder),
             "cwd": os.getcwd(),
         }
         processes.append(Process(_server().fork(job), folder))
     return processes
+
+
+def variables_of_ranks(ranks: int) -> list[dict[str, str]]:
+    """Return the environment variables of each rank, as torchrun sets them; none for a single process."""
+    if ranks == 1:
+        return [{}]
+    common = {"WORLD_SIZE": str(ranks), "MASTER_ADDR": "localhost", "MASTER_PORT": str(free_port())}
+    return [common | {"RANK": str(rank), "LOCAL_RANK": str(rank)} for rank in range(ranks)]
 
 
 def free_port() -> int:
