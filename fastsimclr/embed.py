@@ -27,9 +27,15 @@ def main(arguments: Sequence[str] | None = None) -> int:
 def run(options: argparse.Namespace) -> None:
     from fastsimclr import distributed  # here: --help needs no PyTorch
     from fastsimclr.evaluation.embedding import embed_images
+    from fastsimclr.progress_bar import Phase
+    from fastsimclr.training.options_check import check_ranks
+    from fastsimclr.training.stall import Watchdog
 
     try:
-        embed_images(options)
+        world = distributed.start(options.device)
+        check_ranks({name: value for name, value in vars(options).items() if name != "preprocessing"}, world)
+        with Watchdog(world), Phase("embedding", visible=False):
+            embed_images(options, world)
     finally:
         distributed.stop()
 

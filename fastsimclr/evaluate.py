@@ -37,12 +37,17 @@ def run(arguments: Sequence[str]) -> None:
     from fastsimclr import distributed  # here: --help needs no PyTorch
     from fastsimclr.evaluation.protocols import Evaluation
     from fastsimclr.malloc import keep_freed_memory
+    from fastsimclr.progress_bar import Phase
+    from fastsimclr.training.options_check import check_ranks
+    from fastsimclr.training.stall import Watchdog
 
-    world = distributed.start(config.device)
-    if world.device.type == "cpu":
-        keep_freed_memory()
     try:
-        Evaluation(config, pretrained, world).run()
+        world = distributed.start(config.device)
+        if world.device.type == "cpu":
+            keep_freed_memory()
+        check_ranks({"protocol": arguments[0]} | asdict(config), world)
+        with Watchdog(world), Phase("evaluating", visible=False):
+            Evaluation(config, pretrained, world).run()
     finally:
         distributed.stop()
 

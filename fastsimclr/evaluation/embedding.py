@@ -15,7 +15,6 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from fastsimclr import distributed
 from fastsimclr.data import Source
 from fastsimclr.data.augmentation import Augmentation
 from fastsimclr.data.dataset import is_built_in, open_dataset
@@ -66,9 +65,8 @@ class Embedding:
         return f"{self.data} (held-out part)" if is_built_in(self.data) else self.data
 
 
-def embed_images(options: argparse.Namespace) -> None:
+def embed_images(options: argparse.Namespace, world: World) -> None:
     """Run the embed command: write its files, and print a summary on rank 0."""
-    world = distributed.start(options.device)
     if world.device.type == "cpu":
         keep_freed_memory()
     embedding = _open(options, world)

@@ -1,8 +1,7 @@
-"""Compare the options of a run: on all ranks at its start, and with those of the checkpoint that it resumes from."""
+"""Compare options: those of all ranks at the start, and those of a run with its checkpoint's when it resumes."""
 
 import json
 import os
-from dataclasses import asdict
 from typing import Any
 
 import yaml
@@ -14,10 +13,10 @@ from fastsimclr.errors import UserError
 from fastsimclr.training.build import Learner, check_architecture
 from fastsimclr.training.images import with_absolute_paths
 
-_OF_NODE = {"device", "data.workers", "data.cache", "data.local_cache", "data.local_cache_gb"}
-"""Options that may differ between ranks, which may run on different machines."""
+_OF_NODE = {"device", "data.workers", "data.cache", "data.local_cache", "data.local_cache_gb", "workers", "cache"}
+"""Options that may differ between ranks, which may run on different machines. The last two are of embed."""
 
-_OF_IMAGES = {"data.train", "data.val"}
+_OF_IMAGES = {"data.train", "data.val", "data"}
 """Paths of which only the last name is compared: images may be copied to a node, or moved before a run resumes."""
 
 _OF_START = {"output", "resume", "resume_changed"}
@@ -38,14 +37,17 @@ _FREE = {
 """Options that a resumed run may change: its length, what it measures and writes, and how it computes the same."""
 
 
-def check_ranks(config: Config, world: World) -> None:
-    """Raise UserError on all ranks, naming the options, if a rank has other options than rank 0."""
-    own = _by_name(asdict(config))
+def check_ranks(options: dict[str, Any], world: World) -> None:
+    """Raise UserError on all ranks, naming the options, if a rank has other options than rank 0.
+
+    options: by name; those of a section may be in a dict.
+    """
+    own = _by_name(options)
     first = broadcast_object(own, world)
     differences = [
-        f"--{name} {_shown(value)} instead of {_shown(first[name])}"
+        f"{_label(name)} {_shown(value)} instead of {_shown(first.get(name))}"
         for name, value in own.items()
-        if name not in _OF_NODE and not _is_same(name, value, first[name])
+        if name not in _OF_NODE and not _is_same(name, value, first.get(name))
     ]
     failure = UserError(
         f"ranks: got {', '.join(differences)} on rank {world.rank}; expected the options of rank 0 on all ranks: start "
@@ -95,8 +97,7 @@ def _check_resumed(
         value = options.get(name, before)
         if value in (before, recorded.get(name)):
             continue
-        label = name if name == "ranks" else f"--{name}"
-        change = f"{label} was {_shown(before)}, is {_shown(value)}"
+        change = f"{_label(name)} was {_shown(before)}, is {_shown(value)}"
         is_free = _is_free(name, before, value)
         if is_free or config.resume_changed:
             print(f"resume: {change}: taken", flush=True)
@@ -128,6 +129,10 @@ def _by_name(options: dict[str, Any]) -> dict[str, Any]:
     for name, value in options.items():
         named |= {f"{name}.{key}": item for key, item in value.items()} if isinstance(value, dict) else {name: value}
     return named
+
+
+def _label(name: str) -> str:
+    return name if name in ("ranks", "protocol") else f"--{name}"
 
 
 def _shown(value: Any) -> str:

@@ -3,7 +3,7 @@
 import atexit
 import signal
 from collections.abc import Sequence
-from dataclasses import fields
+from dataclasses import asdict, fields
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -140,7 +140,7 @@ def train(config: Config, command: Sequence[str], **objects: Any) -> Trainer:
     if config.time_limit is not None:
         stopping.active().set_time_limit(stopping.parse_duration(config.time_limit, "time_limit"))
     world = distributed.start(config.device)
-    check_ranks(config, world)
+    check_ranks(asdict(config), world)
     if world.device.type == "cpu":
         keep_freed_memory()
     with open_run(config, world) as folder, Watchdog(world, folder, config.stall_timeout) as watchdog:

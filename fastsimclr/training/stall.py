@@ -16,13 +16,15 @@ from typing import Any
 
 import torch.distributed as dist
 
-from fastsimclr import distributed
+from fastsimclr import distributed, stopping
 from fastsimclr.distributed import World
 from fastsimclr.errors import OtherRankError, UserError
 from fastsimclr.progress_bar import current_phase, duration
 from fastsimclr.run_folder import RunFolder
 
 POLL_SECONDS = 1.0
+STALL_SECONDS = 600.0
+"""Default timeout of a Watchdog."""
 _LOST_POLLS = 4
 """A rank that is silent for so many polls is lost if a connection has broken, too."""
 _BROKEN = re.compile("connection|broken pipe|timed out|timeout|gloo|nccl|socket", re.IGNORECASE)
@@ -45,7 +47,7 @@ class Watchdog:
     lid, goes on when it is resumed.
     """
 
-    def __init__(self, world: World, folder: RunFolder | None = None, timeout: float = float("inf")) -> None:
+    def __init__(self, world: World, folder: RunFolder | None = None, timeout: float = STALL_SECONDS) -> None:
         """folder: for the stacks. timeout: seconds."""
         self.step = 0
         """Steps that this rank has finished, for reports."""
@@ -132,9 +134,10 @@ class Watchdog:
 
     def _own_state(self) -> dict[str, Any]:
         phase = current_phase()
+        after = f", after {self.step} steps" if self.step else ""
         return {
             "beat": self._beats,
-            "phase": f"{phase[0] if phase else 'training'}, after {self.step} steps",
+            "phase": f"{phase[0] if phase else 'training'}{after}",
             "process": f"process {os.getpid()} on {socket.gethostname()}",
         }
 
@@ -161,7 +164,7 @@ class Watchdog:
 
     def _print(self, verdict: str) -> None:
         stacks = "" if self._folder is None else f"; stacks: {self._folder.stacks}"
-        print(f"fastsimclr.train: error: {verdict}{stacks}", file=sys.stderr, flush=True)
+        print(f"{stopping.active().program}: error: {verdict}{stacks}", file=sys.stderr, flush=True)
 
     def _end(self, verdict: str) -> None:
         """End this process, unless it has left the context."""

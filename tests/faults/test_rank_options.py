@@ -1,5 +1,6 @@
 """Ranks that are started with different options: all end with exit code 2 and one line that names the option."""
 
+from dataclasses import asdict
 from pathlib import Path
 
 import pytest
@@ -27,7 +28,7 @@ def errors_on_a_rank(rank: int) -> list[str]:
     for options in (DIFFERENT, OF_NODE):
         own = [*common, *(f"--{option}" for option in options)] if rank == 1 else common
         try:
-            check_ranks(parse(own), World(rank, 2, SINGLE_PROCESS.device))
+            check_ranks(asdict(parse(own)), World(rank, 2, SINGLE_PROCESS.device))
             errors.append("")
         except UserError as error:
             errors.append(str(error))
