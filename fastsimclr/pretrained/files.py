@@ -54,9 +54,9 @@ def _read(path: Path, name: str | None) -> Saved:
     if path.is_dir():
         run = RunFolder(path)
         newest, problems = run.newest_checkpoint()
-        for problem in problems:
-            warnings.warn(f"{problem}; using {newest.path} instead", stacklevel=2)
         if newest is not None:
+            for problem in problems:
+                warnings.warn(f"{problem}; using {newest.path} instead", stacklevel=2)
             return _from_run(newest.state)
         if all((path / file).is_file() for file in FOLDER_FILES):
             return _from_folder(path, name)
