@@ -97,7 +97,8 @@ class Phase:
             self._entered.append(self)
             if self._visible and not Phase._is_reporting:
                 Phase._is_reporting = True
-                threading.Thread(target=self._report, daemon=True).start()
+                # No daemon: if the interpreter ended while it prints, the lock of stderr would abort the process.
+                threading.Thread(target=self._report).start()
         return self
 
     def __exit__(self, *_: object) -> None:
@@ -106,14 +107,15 @@ class Phase:
 
     @classmethod
     def _report(cls) -> None:
+        main = threading.main_thread()
         while True:
             with cls._lock:
                 visible = [phase for phase in cls._entered if phase._visible]
-                if not visible:
+                if not visible or not main.is_alive():
                     Phase._is_reporting = False
                     return
                 visible[-1]._show_if_due()
-            time.sleep(POLL_SECONDS)
+            main.join(POLL_SECONDS)  # the interpreter's end waits for this thread
 
     def _show_if_due(self) -> None:
         now, started = time.monotonic(), self._started

@@ -13,6 +13,7 @@ A process that has nothing to save and has not ended some seconds after the sign
 each of them tells the others through the store of the process group.
 """
 
+import atexit
 import os
 import re
 import select
@@ -316,7 +317,26 @@ def run_process(main: Callable[[], int]) -> NoReturn:
     global _active
     _active = StopSignal(ends_process=True)
     _active.install()
-    sys.exit(main())
+    try:
+        code = main()
+    except Exception:
+        sys.excepthook(*sys.exc_info())  # type: ignore[arg-type]  # prints the traceback
+        code = 1
+    _end_process(code)
+
+
+def _end_process(exit_code: int) -> NoReturn:
+    """End the process as sys.exit does, but without taking the interpreter and its modules apart.
+
+    With PyTorch that takes up to a second of CPU time, and daemon threads that are in a library written in C++ abort
+    the process.
+    """
+    threading._shutdown()  # type: ignore[attr-defined]  # waits for the other threads, as multiprocessing does
+    atexit._run_exitfuncs()
+    for stream in (sys.stdout, sys.stderr):
+        with suppress(OSError, ValueError):  # no reader, or closed
+            stream.flush()
+    os._exit(exit_code)
 
 
 def active() -> StopSignal:

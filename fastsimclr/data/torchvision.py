@@ -25,7 +25,7 @@ from fastsimclr.data.pixels import RGB8, PixelFormat
 from fastsimclr.data.replacement import read_or_replace
 from fastsimclr.data.scaled import crop_exactly, decode_scaled, may_be_scaled
 from fastsimclr.data.sources import ArraySource, EncodedSource, Source, decoded
-from fastsimclr.data.workers import WorkerLoader
+from fastsimclr.data.workers import WorkerLoader, uses_shared_memory
 from fastsimclr.distributed import local_world_size
 from fastsimclr.errors import UserError
 from fastsimclr.profiling import stage
@@ -86,7 +86,8 @@ class _Crops(Dataset[CroppedBatch | UserError]):
 
     def __init__(self, source: Source, augmentation: Augmentation) -> None:
         if isinstance(source, ArraySource):
-            source.images.share_memory_()  # workers get a handle, not a copy
+            with uses_shared_memory():
+                source.images.share_memory_()  # workers get a handle, not a copy
         self.source, self.augmentation = source, augmentation
 
     def __getitem__(self, task: _Task) -> CroppedBatch | UserError:

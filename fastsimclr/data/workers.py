@@ -1,5 +1,6 @@
 """Worker processes: a DataLoader whose workers neither fork this process nor import its main module."""
 
+import errno
 import io
 import os
 import re
@@ -13,8 +14,8 @@ from collections import ChainMap
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from functools import partial
-from multiprocessing import forkserver, get_context, parent_process, resource_tracker
-from multiprocessing.context import BaseContext
+from multiprocessing import forkserver, parent_process, popen_forkserver, resource_tracker
+from multiprocessing.context import BaseContext, ForkServerContext, ForkServerProcess
 from multiprocessing.reduction import ForkingPickler
 from pickle import PicklingError
 from typing import Any, Generic, TypeVar
@@ -29,6 +30,7 @@ from fastsimclr.stopping import STOP_SIGNALS
 
 Item = TypeVar("Item")
 _STOP_WORKERS_S = 2.0
+_PARENT = "FASTSIMCLR_FORKSERVER_PARENT"  # environment variable that worker_imports.py reads
 
 
 class WorkerLoader(Generic[Item]):
@@ -55,18 +57,26 @@ class WorkerLoader(Generic[Item]):
         self.close = weakref.finalize(self, _stop_workers, self._loader)
 
     def __iter__(self) -> Iterator[Item]:
-        with _without_main_module():  # the workers are started here
-            items = iter(self._loader)
-        try:
+        with uses_shared_memory():
+            with _without_main_module():  # the workers are started here
+                items = iter(self._loader)
             yield from items
-        except RuntimeError as error:
-            if not re.search("shared memory|bus error", str(error), re.IGNORECASE):
-                raise
-            size = shutil.disk_usage("/dev/shm").total / 2**20
-            raise UserError(
-                f"/dev/shm: got {size:.0f} MiB, too little for the batches of worker processes; expected more: start "
-                "the container with --shm-size=8g or --ipc=host, or set --data.workers 0"
-            ) from error
+
+
+@contextmanager
+def uses_shared_memory() -> Iterator[None]:
+    """Raise UserError if /dev/shm, which holds the data and the semaphores of worker processes, is too small."""
+    try:
+        yield
+    except (RuntimeError, OSError) as error:
+        is_full = isinstance(error, OSError) and error.errno == errno.ENOSPC and error.filename is None
+        if not is_full and not re.search("shared memory|bus error", str(error), re.IGNORECASE):
+            raise
+        size = shutil.disk_usage("/dev/shm").total / 2**20
+        raise UserError(
+            f"/dev/shm: got {size:.3g} MiB, too little for the batches of worker processes; expected more: start "
+            "the container with --shm-size=8g or --ipc=host, or set --data.workers 0"
+        ) from error
 
 
 def _no_collate(item: Item) -> Item:
@@ -121,20 +131,37 @@ def _map_again(
     return np.ndarray(shape, dtype, np.memmap(file, np.uint8, "r"), offset, strides)
 
 
+class _Popen(popen_forkserver.Popen):
+    """Kills where it should terminate: workers ignore SIGTERM, and the parent's exit waits for those left."""
+
+    terminate = popen_forkserver.Popen.kill
+
+
+class _Worker(ForkServerProcess):
+    @staticmethod
+    def _Popen(process_obj: Any) -> popen_forkserver.Popen:
+        return _Popen(process_obj)
+
+
+class _Context(ForkServerContext):
+    Process = _Worker  # type: ignore[assignment]
+
+
 def _forkserver() -> BaseContext:
     """Start a forkserver that has only imported the torchvision backend, and return its context.
 
     Forks of this process would copy locks held by threads of torch and DALI. Spawned workers take 370 MiB each and
     seconds for their imports; those of a forkserver share them.
     """
-    context = get_context("forkserver")
-    context.set_forkserver_preload(["fastsimclr.data.torchvision"])
+    context = _Context()
+    context.set_forkserver_preload(["fastsimclr.data.worker_imports"])
     # A terminal or a scheduler sends stop signals to the whole process group. The processes started here inherit the
     # mask and ignore them, as the parent needs batches until it has stopped.
     before = signal.pthread_sigmask(signal.SIG_BLOCK, STOP_SIGNALS)
     try:
         resource_tracker.ensure_running()
         signal.pthread_sigmask(signal.SIG_BLOCK, STOP_SIGNALS)  # again, as the tracker has unblocked some
+        os.environ[_PARENT] = str(os.getpid())
         forkserver.ensure_running()
     except OSError as error:  # the path of a socket may have 107 bytes
         folder = tempfile.gettempdir()
@@ -144,6 +171,7 @@ def _forkserver() -> BaseContext:
             "--data.workers 0"
         ) from error
     finally:
+        os.environ.pop(_PARENT, None)
         signal.pthread_sigmask(signal.SIG_SETMASK, before)
     return context
 

@@ -27,6 +27,7 @@ STALL_SECONDS = 600.0
 """Default timeout of a Watchdog."""
 _LOST_POLLS = 4
 """A rank that is silent for so many polls is lost if a connection has broken, too."""
+_JOIN_SECONDS = 5.0
 _BROKEN = re.compile("connection|broken pipe|timed out|timeout|gloo|nccl|socket", re.IGNORECASE)
 """What gloo, NCCL and the store say when another rank has gone."""
 
@@ -57,6 +58,7 @@ class Watchdog:
         self._limited_polls: int | None = None
         self._unanswered_polls = 0
         self._ended = threading.Event()
+        self._threads: list[threading.Thread] = []
         self._store: dist.Store | None = None
 
     @contextlib.contextmanager
@@ -75,8 +77,9 @@ class Watchdog:
             self._store = dist.PrefixStore(name, distributed.store().clone())
             self._publish()
             distributed.barrier(self._world)  # each rank finds what the others have published
-            for target in (self._exchange, self._watch):
-                threading.Thread(target=target, daemon=True).start()
+            self._threads = [threading.Thread(target=each, daemon=True) for each in (self._exchange, self._watch)]
+            for thread in self._threads:
+                thread.start()
         return self
 
     def __exit__(self, kind: Any, error: BaseException | None, _: Any) -> None:
@@ -90,6 +93,8 @@ class Watchdog:
             with contextlib.suppress(RuntimeError):  # the store has gone
                 self._publish_verdict(f"raised {traceback.format_exception_only(error)[-1].strip()}")
                 time.sleep(2 * POLL_SECONDS)  # until the other ranks have read it: rank zero may hold the store
+        for thread in self._threads:  # in a call of the store, it would abort the process when the interpreter ends
+            thread.join(_JOIN_SECONDS)
 
     def _watch(self) -> None:
         """Watch the progress of this rank, and that the store answers the other thread."""

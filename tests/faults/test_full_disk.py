@@ -24,8 +24,11 @@ def disk(tmp_path: Path) -> Iterator[Path]:
     folder.mkdir()
     if subprocess.run(["mount", "-t", "tmpfs", "-o", "size=1m", "tmpfs", folder], capture_output=True).returncode:
         pytest.skip("cannot mount a tmpfs")
-    yield folder
-    subprocess.run(["umount", folder], check=True)
+    # It unmounts at the end of its input, also if this process is killed.
+    unmount = ["sh", "-c", 'cat; umount -R -l "$0"', folder]
+    with subprocess.Popen(unmount, stdin=subprocess.PIPE, start_new_session=True) as process:
+        yield folder
+    assert process.returncode == 0
 
 
 def fill(disk: Path, left: int) -> Path:
@@ -94,11 +97,9 @@ def test_disk_that_becomes_read_only(disk: Path) -> None:
     wait_for_step(process, run.path, 20)
     # Files that are open for writing keep a disk from becoming read-only, a bind mount on top of it does not.
     subprocess.run(["mount", "--bind", disk, disk], check=True)
-    try:
-        subprocess.run(["mount", "-o", "remount,bind,ro", disk], check=True)
-        assert process.wait() == 1
-    finally:
-        subprocess.run(["umount", disk], check=True)
+    subprocess.run(["mount", "-o", "remount,bind,ro", disk], check=True)
+    assert process.wait() == 1
+    subprocess.run(["umount", disk], check=True)
     assert process.errors.count("not written at step") == 1
     assert "Traceback" not in process.errors
     assert load_checkpoint(run.checkpoint)["step"] > 0

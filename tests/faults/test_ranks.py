@@ -2,6 +2,8 @@
 
 import os
 import signal
+import subprocess
+import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -110,3 +112,21 @@ def is_rank(pid: int, rank: int) -> bool:
     entry = Path(f"/proc/{pid}")
     is_command = b"fastsimclr.train" in (entry / "cmdline").read_bytes().split(b"\0")
     return is_command and f"RANK={rank}".encode() in (entry / "environ").read_bytes().split(b"\0")
+
+
+def test_a_command_ends_while_a_daemon_thread_talks_to_a_store() -> None:
+    source = """
+import threading, time
+from torch.distributed import TCPStore
+from fastsimclr.stopping import run_process
+server = TCPStore("localhost", 0, 1, True)
+store = server.clone()
+store.set("key", "value")
+def ask():
+    while True:
+        store.multi_get(["key"] * 50)
+threading.Thread(target=ask, daemon=True).start()
+run_process(lambda: time.sleep(0.1) or print("printed") or 3)
+"""
+    done = subprocess.run([sys.executable, "-c", source], capture_output=True, text=True, env=os.environ)
+    assert (done.returncode, done.stdout) == (3, "printed\n"), done.stderr

@@ -1,11 +1,14 @@
 """What surrounds a run: an unusable folder, variable or file ends it with exit code 2 and one line with the reason."""
 
 import os
+import shlex
+import signal
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
+from faults.runs import TINY
 
 from fastsimclr.cli import main
 
@@ -70,3 +73,36 @@ def test_output_without_a_reader() -> None:
     command = f"set -o pipefail; {sys.executable} -m fastsimclr.train --help | head -1"
     done = subprocess.run(["bash", "-c", command], capture_output=True, text=True, env=os.environ, timeout=120)
     assert (done.returncode, done.stderr) == (0, "")
+
+
+@pytest.mark.parametrize("size", ["4k", "48k", "1m"])  # no room for a semaphore, the images, a batch
+def test_shared_memory_that_is_too_small(size: str, tmp_path: Path) -> None:
+    mount = f"mount -t tmpfs -o size={size} tmpfs /dev/shm"
+    if subprocess.run(["unshare", "-m", "bash", "-c", mount], capture_output=True).returncode:
+        pytest.skip("cannot mount a tmpfs")
+    options = [*TINY, "--data.backend=torchvision", "--data.workers=2", "--data.image_size=224", f"--output={tmp_path}"]
+    command = shlex.join([sys.executable, "-m", "fastsimclr.train", *options])
+    # Returns when no process is left that has inherited the pipes.
+    done = subprocess.run(["unshare", "-m", "bash", "-c", f"{mount}; exec {command}"], capture_output=True, text=True)
+    assert done.returncode == 2, done.stderr
+    assert done.stderr.splitlines()[-1].startswith("fastsimclr.train: error: /dev/shm: got ")
+
+
+@pytest.mark.parametrize("is_importing", [False, True])
+def test_a_forkserver_that_imports_ends_with_its_parent(is_importing: bool, tmp_path: Path) -> None:
+    wait = "while not os.path.exists('importing'): time.sleep(0.01)" if is_importing else "pass"
+    Path(tmp_path, "torchvision.py").write_text(
+        "import time\nopen('importing', 'w').close()\ntime.sleep(10)\nopen('survived', 'w').close()\n"
+    )
+    source = f"""
+import os, signal, time
+from fastsimclr.data.workers import _forkserver
+os.environ["PYTHONPATH"] = os.pathsep.join([{str(tmp_path)!r}, os.environ.get("PYTHONPATH", "")])
+_forkserver()
+{wait}
+os.kill(os.getpid(), signal.SIGKILL)
+"""
+    # Returns when no process is left that has inherited the pipes.
+    done = subprocess.run([sys.executable, "-c", source], cwd=tmp_path, env=os.environ, capture_output=True, text=True)
+    assert done.returncode == -signal.SIGKILL, done.stderr
+    assert not Path(tmp_path, "survived").exists()

@@ -1,0 +1,22 @@
+"""What the forkserver of worker processes imports, once for all of them.
+
+A forkserver that has started ends with its parent. While it imports, which may take ten seconds, the kernel has to end
+it. It does so when the thread ends that has started it, so not for longer than that.
+"""
+
+import ctypes
+import os
+import signal
+import sys
+
+_PARENT = "FASTSIMCLR_FORKSERVER_PARENT"  # environment variable with the id of the process that starts the forkserver
+_PR_SET_PDEATHSIG = 1
+
+if _PARENT in os.environ and sys.platform == "linux":
+    _libc = ctypes.CDLL(None)
+    _libc.prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
+    if os.getppid() != int(os.environ[_PARENT]):  # it was killed before
+        os._exit(1)
+    import fastsimclr.data.torchvision  # noqa: F401
+
+    _libc.prctl(_PR_SET_PDEATHSIG, 0)
