@@ -13,8 +13,18 @@ from fastsimclr.data.urls import without_query
 from fastsimclr.errors import UserError
 from fastsimclr.options import from_dict, parse_as, plain
 from fastsimclr.presets import preset_file
-from fastsimclr.ranges import Count, Index, NonNegative, Positive, Probability, Range, Seed, Workers, check_fields
-from fastsimclr.stopping import parse_duration
+from fastsimclr.ranges import (
+    Count,
+    Index,
+    NonNegative,
+    Positive,
+    Probability,
+    Range,
+    Seed,
+    Workers,
+    check_fields,
+    parse_duration,
+)
 
 LOGGERS = ("tensorboard", "wandb", "mlflow")
 Width = Annotated[float, Range(0, 64, above=True)]

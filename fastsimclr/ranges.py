@@ -1,4 +1,4 @@
-"""Ranges of numeric options: part of the types of their fields, checked here, and shown by --help.
+"""Ranges of numeric options: part of the types of their fields, checked here, and shown by --help; and durations.
 
 epochs: Count = 100
 lr: Positive | Literal["auto"] = "auto"
@@ -7,6 +7,7 @@ momentum: Annotated[float, Range(0, 1, below=True)] = 0.9
 
 import argparse
 import math
+import re
 from collections.abc import Callable, Hashable
 from dataclasses import dataclass, is_dataclass
 from functools import cache
@@ -54,6 +55,8 @@ Seed = Annotated[int, Range(0, 2**32 - 1)]  # NumPy's and scikit-learn's limits
 Workers = Annotated[int, Range(0, 1024)]
 Side = Annotated[int, Range(1, 16384)]  # of an image, in pixels
 Channels = Annotated[int, Range(1, 16)]
+_UNITS = (86400, 3600, 60, 1)  # seconds
+_DURATION = re.compile(r"(?=.)(?:(\d+)d)?(?:(\d+)h)?(?:(\d+)m)?(?:(\d+)s)?")
 
 
 def check_fields(options: Any, prefix: str) -> None:
@@ -128,6 +131,15 @@ def number(hint: Any) -> Callable[[str], float]:
         return value
 
     return parse
+
+
+def parse_duration(text: str, option: str) -> float:
+    """Return the seconds of a duration such as 4h, 1h30m or 90s. Raises UserError, which names the option."""
+    match = _DURATION.fullmatch(text)
+    seconds = 0 if match is None else sum(int(n or 0) * unit for n, unit in zip(match.groups(), _UNITS, strict=True))
+    if not seconds:
+        raise UserError(f"--{option}: got {text!r}, expected a duration such as 4h, 1h30m or 90s")
+    return float(seconds)
 
 
 def _is_number(value: Any, kind: type[float]) -> bool:

@@ -15,7 +15,6 @@ each of them tells the others through the store of the process group.
 
 import atexit
 import os
-import re
 import select
 import signal
 import sys
@@ -24,8 +23,6 @@ import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from typing import Any, NoReturn, TypeVar
-
-from fastsimclr.errors import UserError
 
 STOP_SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1, signal.SIGHUP)
 TIME_LIMIT = signal.SIGALRM
@@ -38,8 +35,6 @@ _TELL_S = 4.0  # until all ranks have been told
 _POLL_S, _TELL_EVERY_S = 0.25, 0.5
 _SECOND_SIGINT_S = 0.5  # a launcher may forward the SIGINT that the terminal has sent to the process itself
 _KEY, _COUNT = "fastsimclr/stop_signal", "fastsimclr/ranks_told"  # in the store
-_UNITS = (86400, 3600, 60, 1)
-_DURATION = re.compile(r"(?=.)(?:(\d+)d)?(?:(\d+)h)?(?:(\d+)m)?(?:(\d+)s)?")
 
 
 Result = TypeVar("Result")
@@ -347,15 +342,6 @@ def active() -> StopSignal:
 def describe(number: int) -> str:
     """Return the name of a stop signal, or of the time limit."""
     return "the time limit" if number == TIME_LIMIT else signal.Signals(number).name
-
-
-def parse_duration(text: str, option: str) -> float:
-    """Return the seconds of a duration such as 4h, 1h30m or 90s. Raises UserError, which names the option."""
-    match = _DURATION.fullmatch(text)
-    seconds = 0 if match is None else sum(int(n or 0) * unit for n, unit in zip(match.groups(), _UNITS, strict=True))
-    if not seconds:
-        raise UserError(f"--{option}: got {text!r}, expected a duration such as 4h, 1h30m or 90s")
-    return float(seconds)
 
 
 def _has_other_ranks() -> bool:

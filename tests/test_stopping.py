@@ -5,8 +5,7 @@ import time
 
 import pytest
 
-from fastsimclr.errors import UserError
-from fastsimclr.stopping import STOP_SIGNALS, TIME_LIMIT, Stopped, parse_duration, stop_signals
+from fastsimclr.stopping import STOP_SIGNALS, TIME_LIMIT, Stopped, stop_signals
 
 
 def wait() -> None:
@@ -66,14 +65,3 @@ def test_the_time_limit_leaves_time_for_the_end() -> None:
             wait()
         assert stop.received == TIME_LIMIT
     assert 1.5 <= time.monotonic() - started < 4
-
-
-@pytest.mark.parametrize(("text", "seconds"), [("90s", 90), ("1h30m", 5400), ("4h", 14400), ("2d", 172800)])
-def test_durations(text: str, seconds: int) -> None:
-    assert parse_duration(text, "time_limit") == seconds
-
-
-@pytest.mark.parametrize("text", ["", "4", "0s", "4 h", "-1h", "30m1h", "4:00:00"])
-def test_invalid_durations(text: str) -> None:
-    with pytest.raises(UserError, match=r"--time_limit: got .*, expected a duration such as 4h, 1h30m or 90s"):
-        parse_duration(text, "time_limit")

@@ -21,6 +21,7 @@ from fastsimclr.malloc import keep_freed_memory
 from fastsimclr.metrics_file import read_records
 from fastsimclr.pretrained import load_encoder
 from fastsimclr.progress_bar import Phase
+from fastsimclr.ranges import parse_duration
 from fastsimclr.run_folder import RunFolder
 from fastsimclr.stopping import Stopped, stop_signals
 from fastsimclr.training.callbacks import Callback
@@ -138,7 +139,7 @@ def train(config: Config, command: Sequence[str], **objects: Any) -> Trainer:
     Raises Stopped if a stop signal is received before the training.
     """
     if config.time_limit is not None:
-        stopping.active().set_time_limit(stopping.parse_duration(config.time_limit, "time_limit"))
+        stopping.active().set_time_limit(parse_duration(config.time_limit, "time_limit"))
     world = distributed.start(config.device)
     check_ranks(asdict(config), world)
     if world.device.type == "cpu":
