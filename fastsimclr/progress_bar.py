@@ -10,6 +10,7 @@ from typing import Any, ClassVar
 FIRST_LINE_SECONDS = 5.0
 LINE_SECONDS = 30.0
 POLL_SECONDS = 1.0
+_MAX_IDLE_POLLS = 10  # without a visible phase, before the thread that reports them ends; a run has one in each step
 
 
 class LineTimer:
@@ -107,14 +108,16 @@ class Phase:
 
     @classmethod
     def _report(cls) -> None:
-        main = threading.main_thread()
+        main, idle_polls = threading.main_thread(), 0
         while True:
             with cls._lock:
                 visible = [phase for phase in cls._entered if phase._visible]
-                if not visible or not main.is_alive():
+                idle_polls = 0 if visible else idle_polls + 1
+                if idle_polls > _MAX_IDLE_POLLS or not main.is_alive():
                     Phase._is_reporting = False
                     return
-                visible[-1]._show_if_due()
+                if visible:
+                    visible[-1]._show_if_due()
             main.join(POLL_SECONDS)  # the interpreter's end waits for this thread
 
     def _show_if_due(self) -> None:

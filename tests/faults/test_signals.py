@@ -145,8 +145,7 @@ class Cell:
         is_train = self.phase.command == "train"
         assert {rank.poll() for rank in self.ranks} == {0 if is_train else 128 + self.number}, cell
         assert self.seconds < MAX_SECONDS, cell
-        # A worker that is being started when the run ends finds that its semaphores have gone.
-        assert "Traceback" not in printed or "SemLock._rebuild" in printed, cell
+        assert "Traceback" not in printed, cell
         if self.name != "end":
             assert printed.count(f"stopped by {self.number.name}") == 1, cell
         checkpoint = RunFolder(self.folder / "run").checkpoint
