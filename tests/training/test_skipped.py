@@ -6,8 +6,9 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from faults import runs
 from pictures import open_encoded, photo_folder
-from test_train import TINY, end, start, weights
+from test_train import TINY, weights
 from weights import metrics, steps
 
 from fastsimclr import pretrain
@@ -105,7 +106,7 @@ def test_two_ranks_list_the_bad_images_of_both(tmp_path: Path) -> None:
     for file in files:
         file.write_bytes(b"")
     options = [f"--data.train={data}", "--data.max_bad=0.2", "--data.workers=0", "--epochs=3"]
-    end(start(*options, f"--output={tmp_path / 'two'}", ranks=2))
+    runs.start(*TINY, *options, f"--output={tmp_path / 'two'}", ranks=2).end()
     lines = (tmp_path / "two" / "skipped_images.txt").read_text().splitlines()
     assert sorted(line.partition(": ")[0] for line in lines) == list(map(str, files))
     assert main([*TINY, *options, f"--output={tmp_path / 'one'}"]) == 0
