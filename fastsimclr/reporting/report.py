@@ -39,10 +39,10 @@ def parts(run: RunFolder, knn_k: str) -> list[Part]:
 def write_report(options: argparse.Namespace, arguments: Sequence[str]) -> str:
     """Write the page for the options of fastsimclr.report, and return the summary line to print."""
     folders = [RunFolder(folder) for folder in options.runs]
-    output = _output(options, folders)
     runs = []
     for index, (folder, name) in enumerate(zip(folders, _names(folders), strict=True)):
         runs.append(replace(read_run(folder), name=name, index=index))
+    output = _output(options, folders)  # before the missing parts are made, which takes long
     runs = [read_evaluations(replace(run, missing=_make_missing(run, make=not options.only_collect))) for run in runs]
     text = page(runs, f"{time.strftime('%Y-%m-%d %H:%M')}, by python -m fastsimclr.report {shlex.join(arguments)}")
     # A file name may hold bytes that are not text.
