@@ -259,8 +259,8 @@ def test_checkpoint_of_another_architecture_raises(tmp_path: Path, capsys: pytes
 def test_non_finite_loss_stops_the_run_without_a_checkpoint(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     options = [*TINY, "--data.train=digits", f"--output={tmp_path}", "--optim.name=sgd", "--optim.lr=1e30"]
     assert main([*options, "--epochs=1", "--optim.warmup_epochs=0", "--max_skipped=2"]) == 2
-    skipped, error = capsys.readouterr().err.splitlines()[-2:]
-    assert "step 2: skipped, with a loss of nan" in skipped
+    *lines, error = capsys.readouterr().err.splitlines()  # on a busy machine, with lines of progress
+    assert [line for line in lines if line.startswith("step 2: skipped, with a loss of nan")], lines
     assert "fastsimclr.train: error: loss: got nan" in error
     assert "lower --optim.lr" in error
     assert not (tmp_path / "checkpoints" / "last.pt").exists()
