@@ -20,6 +20,7 @@ import subprocess
 import sys
 import tempfile
 import time
+from collections.abc import Callable
 from functools import partial
 from importlib import import_module
 from pathlib import Path
@@ -136,13 +137,18 @@ def free_port() -> int:
         return int(free.getsockname()[1])
 
 
-def wait_for_step(process: Process, run: Path, step: int, timeout: float = 600) -> None:
-    """Wait until metrics.jsonl of the run has `step` steps."""
+def wait_for(condition: Callable[[], bool], process: Process, timeout: float = 600) -> None:
+    """Wait until the condition holds, which must come while the process runs."""
     deadline = time.monotonic() + timeout
-    while count_steps(run) < step:
+    while not condition():
         assert process.poll() is None, f"exit code {process.poll()}\n{process.output}\n{process.errors}"
-        assert time.monotonic() < deadline, f"no step {step} in {timeout} s"
+        assert time.monotonic() < deadline, f"not in {timeout} s\n{process.errors}"
         time.sleep(0.005)
+
+
+def wait_for_step(process: Process, run: Path, step: int, timeout: float = 600) -> None:
+    """Wait until metrics.jsonl of the run has `step` steps. Its checkpoint, if one is due, may be incomplete then."""
+    wait_for(lambda: count_steps(run) >= step, process, timeout)
 
 
 def count_steps(run: Path) -> int:

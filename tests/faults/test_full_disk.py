@@ -8,7 +8,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
-from faults.runs import TINY, fork, wait_for_step
+from faults.runs import TINY, fork, wait_for
 from weights import steps
 
 from fastsimclr.checkpoint_format import load_checkpoint
@@ -68,7 +68,7 @@ def test_run_on_a_full_disk(disk: Path) -> None:
 def test_disk_that_fills_up(disk: Path, is_cleared: bool) -> None:
     run, options = RunFolder(disk / "run"), [*OPTIONS, "--max_steps=300", "--epochs=4", f"--output={disk / 'run'}"]
     (process,) = fork(*options)
-    wait_for_step(process, run.path, 20)
+    wait_for(run.checkpoint.exists, process)
     while "not written" not in process.errors:
         run.previous_checkpoint.unlink(missing_ok=True)  # the run would do so, and have room
         filler = fill(disk, 0)
@@ -94,7 +94,7 @@ def test_disk_that_fills_up(disk: Path, is_cleared: bool) -> None:
 def test_disk_that_becomes_read_only(disk: Path) -> None:
     run = RunFolder(disk / "run")
     (process,) = fork(*OPTIONS, "--max_steps=200", "--epochs=3", f"--output={run}")
-    wait_for_step(process, run.path, 20)
+    wait_for(run.checkpoint.exists, process)
     # Files that are open for writing keep a disk from becoming read-only, a bind mount on top of it does not.
     subprocess.run(["mount", "--bind", disk, disk], check=True)
     subprocess.run(["mount", "-o", "remount,bind,ro", disk], check=True)
@@ -108,7 +108,7 @@ def test_disk_that_becomes_read_only(disk: Path) -> None:
 def test_file_size_limit(tmp_path: Path) -> None:
     run = RunFolder(tmp_path / "run")
     (process,) = fork(*OPTIONS, "--max_steps=200", "--epochs=3", f"--output={run}")
-    wait_for_step(process, run.path, 20)
+    wait_for(run.checkpoint.exists, process)
     resource.prlimit(process.pid, resource.RLIMIT_FSIZE, (4096, 4096))  # as `ulimit -f 4`
     assert process.wait() == 1
     assert process.errors.count("not written at step") == 1
@@ -120,7 +120,7 @@ def test_file_size_limit(tmp_path: Path) -> None:
 def test_removed_output_is_made_again(tmp_path: Path) -> None:
     run = RunFolder(tmp_path / "run")
     (process,) = fork(*OPTIONS, "--max_steps=200", "--epochs=3", f"--output={run}")
-    wait_for_step(process, run.path, 20)
+    wait_for(run.checkpoint.exists, process)
     shutil.rmtree(run.path, ignore_errors=True)
     process.end()
     assert load_checkpoint(run.checkpoint)["step"] == 200
@@ -129,8 +129,11 @@ def test_removed_output_is_made_again(tmp_path: Path) -> None:
 def test_checkpoint_that_cannot_be_opened(tmp_path: Path) -> None:
     run = RunFolder(tmp_path / "run")
     (process,) = fork(*OPTIONS, "--max_steps=200", "--epochs=3", f"--output={run}")
-    wait_for_step(process, run.path, 20)
-    (run.checkpoint.parent / "last.pt.partial").mkdir()  # also for root, whom permissions do not stop
+    wait_for(run.checkpoint.exists, process)
+    obstacle = run.checkpoint.parent / "last.pt.partial"
+    while not obstacle.is_dir():  # also for root, whom permissions do not stop
+        with contextlib.suppress(FileExistsError):  # a checkpoint is being written
+            obstacle.mkdir()
     assert process.wait() == 1
     assert process.errors.count("not written at step") == 1
     assert "Traceback" not in process.errors

@@ -7,11 +7,12 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
-from faults.runs import TINY, fork, wait_for_step
+from faults.runs import TINY, fork, wait_for, wait_for_step
 
 from fastsimclr.config import Config
 from fastsimclr.distributed import SINGLE_PROCESS
 from fastsimclr.errors import UserError
+from fastsimclr.run_folder import RunFolder
 from fastsimclr.training import run_lock
 from fastsimclr.training.run_lock import RunLock, open_run
 
@@ -27,7 +28,7 @@ def test_a_second_start_is_refused_until_the_first_run_is_killed(
     errors = [line for line in second.errors.splitlines() if "error: " in line]
     assert len(errors) == 1
     assert f"--output: got {tmp_path}, in which process {first.pid} on " in errors[0]
-    wait_for_step(first, tmp_path, 10)
+    wait_for(RunFolder(tmp_path).checkpoint.exists, first)
     first.send_signal(signal.SIGKILL)
     first.wait()
     (third,) = fork(*options, "--max_steps=20")

@@ -4,12 +4,13 @@ import os
 import signal
 import subprocess
 import sys
-import time
 from collections.abc import Callable
 from pathlib import Path
 
 import pytest
-from faults.runs import TINY, Process, count_steps, fork, free_port, living, start, wait_for_step
+from faults.runs import TINY, Process, count_steps, fork, free_port, living, start, wait_for, wait_for_step
+
+from fastsimclr.run_folder import RunFolder
 
 STALL_SECONDS = 5
 OPTIONS = ["--checkpoint_every=0.1", f"--stall_timeout={STALL_SECONDS}", "--data.workers=0"]
@@ -88,7 +89,7 @@ def test_torchrun_restarts_from_the_checkpoint_and_no_rank_outlives_it(
         "--data.backend=torchvision",
     ]
     process = start(*options, ranks=2, torchrun=torchrun)
-    wait_for_step(process, tmp_path, 30)
+    wait_for(RunFolder(tmp_path).checkpoint.exists, process)
     (rank_1,) = [pid for pid in living() if is_rank(pid, 1)]
     os.kill(rank_1, signal.SIGKILL)
     wait_for(lambda: "resumed from" in process.output, process)
@@ -97,14 +98,6 @@ def test_torchrun_restarts_from_the_checkpoint_and_no_rank_outlives_it(
     process.send_signal(signal.SIGKILL)
     process.wait()
     nothing_left(tmp_path)
-
-
-def wait_for(condition: Callable[[], bool], process: Process) -> None:
-    deadline = time.monotonic() + 600
-    while not condition():
-        assert process.poll() is None, process.errors
-        assert time.monotonic() < deadline, process.errors
-        time.sleep(0.1)
 
 
 def is_rank(pid: int, rank: int) -> bool:
