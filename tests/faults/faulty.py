@@ -22,6 +22,7 @@ class Faulty(nn.Sequential):
         if self.steps == 3 and self.fault == "raise":
             raise RuntimeError("a fault of rank " + os.environ["RANK"])
         if self.steps == 3 and self.fault == "hang":
+            print("in the third step", flush=True)
             time.sleep(1000)
         features: Tensor = super().forward(images)
         return features
