@@ -14,6 +14,7 @@ import atexit
 import contextlib
 import json
 import os
+import select
 import signal
 import socket
 import subprocess
@@ -112,6 +113,8 @@ def fork(*options: str, ranks: int = 1, command: str = "train", **environment: s
     processes = []
     for variables in variables_of_ranks(ranks):
         folder = _new_folder()
+        for name in ("out", "err"):
+            (folder / name).touch()
         job = {
             "command": command,
             "options": options,
@@ -270,34 +273,34 @@ def _serve() -> int:
 
     parse([])  # which reads the docstrings of all options, once
     folders: dict[int, Path] = {}
-
-    def reap(*_: object) -> None:
-        with contextlib.suppress(ChildProcessError):
-            while (ended := os.waitpid(-1, os.WNOHANG))[0]:
-                file = folders.pop(ended[0]) / str(ended[0])
-                file.with_suffix(".part").write_text(str(os.waitstatus_to_exitcode(ended[1])))
-                file.with_suffix(".part").rename(file)
-
-    signal.signal(signal.SIGCHLD, reap)
-    for line in sys.stdin:
+    while True:
+        # Polled: the handler of a SIGCHLD that comes just before the read of a job would wait for that job.
+        while not select.select([sys.stdin], [], [], 0.01 if folders else None)[0]:
+            _write_exit_codes(folders)
+        line = sys.stdin.readline()
+        if not line:
+            return 0
         job = json.loads(line)
-        signal.pthread_sigmask(signal.SIG_BLOCK, [signal.SIGCHLD])
         pid = os.fork()
         if pid == 0:
-            signal.signal(signal.SIGCHLD, signal.SIG_DFL)
-            signal.pthread_sigmask(signal.SIG_UNBLOCK, [signal.SIGCHLD])
             os.setsid()
             os.chdir(job["cwd"])
             os.environ.update(job["environment"])
             os.dup2(os.open(os.devnull, os.O_RDONLY), 0)
             for name, descriptor in (("out", 1), ("err", 2)):
-                os.dup2(os.open(Path(job["folder"]) / name, os.O_WRONLY | os.O_CREAT | os.O_TRUNC), descriptor)
+                os.dup2(os.open(Path(job["folder"]) / name, os.O_WRONLY), descriptor)
             main = import_module(f"fastsimclr.{job['command']}").main
             run_process(partial(main, job["options"]))
         folders[pid] = Path(job["folder"])
-        signal.pthread_sigmask(signal.SIG_UNBLOCK, [signal.SIGCHLD])
         print(pid, flush=True)
-    return 0
+
+
+def _write_exit_codes(folders: dict[int, Path]) -> None:
+    """Reap the children that have ended, by process id, and write the exit code of each to its folder."""
+    while folders and (ended := os.waitpid(-1, os.WNOHANG))[0]:
+        file = folders.pop(ended[0]) / str(ended[0])
+        file.with_suffix(".part").write_text(str(os.waitstatus_to_exitcode(ended[1])))
+        file.with_suffix(".part").rename(file)
 
 
 if __name__ == "__main__":
