@@ -19,7 +19,7 @@ from torch import Tensor
 
 from fastsimclr.errors import UserError
 
-FORMAT = 2
+FORMAT = 3
 _COMMENT = b"fastsimclr %08x"
 _COMMENT_BYTES = 19
 _LENGTH_BYTES = 2  # of the comment's length, which ends an archive without a comment
@@ -66,6 +66,25 @@ def _is_yaml(value: Any) -> bool:
         return isinstance(value, str) and isinstance(yaml.safe_load(value), dict)
     except yaml.YAMLError:
         return False
+
+
+def _is_probe(value: Any) -> bool:
+    """Whether it is the state of an `OnlineProbe`: a weight (C, F), a bias (C,), and what Adam keeps of each."""
+    if not (isinstance(value, dict) and value.keys() == {"weight", "bias", "optimizer"}):
+        return False
+    parameters = value["weight"], value["bias"]
+    return (
+        all(map(_is_tensor, parameters))
+        and (parameters[0].ndim, parameters[1].shape) == (2, parameters[0].shape[:1])
+        and _is_dict(value["optimizer"], lambda of: _is_dict(of, _is_tensor), int)
+        and all(
+            number in (0, 1)
+            and of.keys() == {"step", "exp_avg", "exp_avg_sq"}
+            and of["step"].ndim == 0
+            and of["exp_avg"].shape == of["exp_avg_sq"].shape == parameters[number].shape
+            for number, of in value["optimizer"].items()
+        )
+    )
 
 
 COUNT = Kind("an integer of at least 0", _is_at_least(0))
@@ -121,6 +140,7 @@ CONTENTS: dict[str, Any] = {
     "callbacks": Kind(
         "a list of (class name, state)", lambda value: isinstance(value, list) and all(map(_is_callback, value))
     ),
+    "probe": Kind("the state of a linear probe, or nothing", lambda value: value == {} or _is_probe(value)),
     "untrained_knn": Kind("none or a fraction", lambda value: value is None or (_is_number(value) and 0 <= value <= 1)),
     "unfinished_epoch": Kind(
         "none or the record of a step",

@@ -17,12 +17,12 @@ from fastsimclr.run_folder import RunFolder, replace_atomically
 
 _NUMBERS = (
     *("epoch", "loss", "lr", "images_per_second", "data_wait", "step_ms", "images"),
-    *("knn_accuracy", "skipped_images"),
+    *("knn_accuracy", "probe_accuracy", "probe_loss", "skipped_images"),
     *("contrastive_accuracy", "alignment", "uniformity", "effective_rank_h", "effective_rank_z"),
     *("mean_norm_h", "dead_dimensions_h"),
 )
 
-_OF_SKIPPED_STEPS = ("loss", "gradient_norm")  # null in the file where they are not finite, because JSON has no NaN
+_NULL_IF_NOT_FINITE = ("loss", "gradient_norm", "probe_loss")  # in the file: JSON has no NaN
 
 
 def read_lines(file: Path) -> Iterator[tuple[bytes, dict[str, Any] | None]]:
@@ -50,7 +50,7 @@ def parse_record(line: bytes) -> dict[str, Any] | None:
         return None
     if "knn_accuracy" in record and "epoch" not in record:
         return None
-    for name in _OF_SKIPPED_STEPS:
+    for name in _NULL_IF_NOT_FINITE:
         if record.get(name, 0) is None:
             record[name] = math.nan
     stages = record.get("stages_ms", {})
@@ -76,7 +76,7 @@ class MetricsFile:
 
     def write(self, record: dict[str, Any]) -> None:
         """Append a line. Warns once, instead of raising, if that fails."""
-        null = {name: None for name in _OF_SKIPPED_STEPS if not math.isfinite(record.get(name, 0))}
+        null = {name: None for name in _NULL_IF_NOT_FINITE if not math.isfinite(record.get(name, 0))}
         with self._lock:
             self._pending += json.dumps(record | null).encode() + b"\n"
             try:

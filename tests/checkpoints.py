@@ -23,6 +23,7 @@ def make_state(**changes: Any) -> dict[str, Any]:
         "skipped_images": {"seen": 112, "bad": [(3, "a/3.jpg", "damaged")]},
         "skipped_steps": {"total": 2, "in_a_row": 0},
         "callbacks": [("KeepCheckpoints", {"best_accuracy": 0.5, "best_epoch": 1})],
+        "probe": {},
         "untrained_knn": None,
         "unfinished_epoch": None,
         "config": "epochs: 2\n",

@@ -77,7 +77,7 @@ def test_loading_another_file_raises(tmp_path: Path, monkeypatch: pytest.MonkeyP
 
 
 WRONG: dict[str, tuple[dict[str, Any], str]] = {
-    "format": ({"format": 1}, "format: got 1, expected 2"),
+    "format": ({"format": 1}, "format: got 1, expected 3"),
     "unknown key": ({"extra": 1}, "contents: got the unknown key 'extra'"),
     "negative step": ({"step": -1}, "step: got -1, expected an integer of at least 0"),
     "huge step": ({"step": 2**70}, "step: got 1180591620717411303424, expected"),

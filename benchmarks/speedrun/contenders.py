@@ -13,9 +13,8 @@ from typing import Any
 
 from fastsimclr.errors import UserError
 
-ROOT = Path(__file__).resolve().parents[2]
 TRAIN, LIGHTLY_LOOP = "fastsimclr.train", "benchmarks.speedrun.lightly_loop"
-CONFIG = f"--config={ROOT / 'benchmarks/speedrun/cifar10_fast.yaml'}"
+CONFIG = "--config=cifar10_fast"
 # No measurements, logs and checkpoints during the run.
 UNTIMED = ("--knn_every=0", "--log=none", "--checkpoint_every=1000000", "--resume=never")
 # scripts/pretrain/cifar/simclr.yaml of solo-learn. Its LARS, with clip_lr, is SGD of rate 0.4 whose step is limited, in
@@ -43,10 +42,6 @@ class Contender:
     options: tuple[str, ...]
     program: str = TRAIN
     requires: str = "fastsimclr"
-
-    def recorded_options(self) -> list[str]:
-        """Return the options with paths relative to the checkout."""
-        return [option.replace(f"{ROOT}/", "") for option in self.options]
 
     def option(self, name: str) -> str | None:
         """Return the value of an option that is given as --NAME=VALUE, else None."""

@@ -7,7 +7,9 @@ its own shard, and the rank that asked merges what they found. So the result doe
     whatever their order. Neighbors of equal similarity (rounded to 2^-22) are ordered by their index in the source.
 """
 
+from collections.abc import Callable
 from dataclasses import replace
+from typing import NamedTuple
 
 import torch
 import torch.distributed as dist
@@ -120,6 +122,13 @@ def _vote(keys: Tensor, labels: Tensor, classes: int, temperature: float | None)
     return ranking.where(most > 0, NOTHING)[:, :TOP]
 
 
+class Accuracy(NamedTuple):
+    """Fractions of the images."""
+
+    knn: float
+    classifier: float | None = None
+
+
 def measure(
     encoder: nn.Module,
     train: Source,
@@ -130,10 +139,12 @@ def measure(
     *,
     images: int | None,
     autocast: torch.dtype | None,
+    classify: Callable[[Tensor], Tensor] | None = None,
     sync: Sync | None = None,
-) -> float:
+) -> Accuracy:
     """Return the kNN accuracy of `val` with `train` as the bank, a fraction; without `val`, leave-one-out on `train`.
 
+    classify: maps normalized representations (Q, D) to classes (Q,), whose accuracy on `val` is measured, too.
     images: largest number of images of each, chosen by config.seed; None: all.
     sync: called between batches and blocks; default: only exchange errors.
     """
@@ -150,6 +161,10 @@ def measure(
     bank, labels = embed(sample(train, images, config.seed), "training")
     queries, query_labels = (bank, labels) if val is None else embed(sample(val, images, config.seed), "validation")
     ranking = knn_ranking(bank, labels, queries, k, leave_one_out=val is None, world=world, sync=sync)
-    is_correct = ranking[:, 0] == query_labels[queries.images]
-    counts = torch.tensor(gather_objects([int(is_correct.sum()), len(is_correct)], world)).sum(0)
-    return float(counts[0] / counts[1])
+    predicted = [ranking[:, 0]]
+    if classify is not None and val is not None:
+        predicted.append(classify(queries.features))
+    expected = query_labels[queries.images]
+    correct = [int((classes == expected).sum()) for classes in predicted]
+    *totals, number = torch.tensor(gather_objects([*correct, len(expected)], world)).sum(0).tolist()
+    return Accuracy(*(total / number for total in totals))

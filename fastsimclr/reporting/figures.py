@@ -29,6 +29,7 @@ def facts(run: Run) -> dict[str, tuple[str, str]]:
             percent(run.trained_knn) if run.trained_knn is not None else "",
             "; ".join(filter(None, [untrained, neighbors])),
         ),
+        "Online probe": (percent(run.probe) if run.probe is not None else "", "linear classifier"),
         **{
             f"{each.name.capitalize()} top-1": (percent(each.top1), _top5(each))
             for each in run.evaluations
@@ -66,6 +67,7 @@ def curves(runs: Sequence[Run]) -> list[Chart]:
     charts = [
         line_chart("Loss", "NT-Xent", x_unit, lines("loss", smooth=True)),
         _knn_chart(runs),
+        _probe_chart(runs),
         health(
             *("Contrastive accuracy", "%", "contrastive_accuracy"),
             "Views whose positive is the nearest of the batch, of up to 512 images.",
@@ -140,3 +142,12 @@ def _knn_chart(runs: Sequence[Run]) -> Chart | None:
     return line_chart(
         "kNN accuracy", "%", "epoch", found, untrained=untrained, chance=[*chance], from_zero=True, note=" ".join(notes)
     )
+
+
+def _probe_chart(runs: Sequence[Run]) -> Chart | None:
+    found = []
+    for index, run in enumerate(runs):
+        epochs, accuracies = np.array([(knn.epoch, 100 * knn.probe) for knn in run.knn], np.float64).reshape(-1, 2).T
+        found.append(Line(run.name, index, reduce(epochs, accuracies), dots=len(epochs) <= 60))
+    note = "Linear classifier that is trained beside the encoder, on the validation images."
+    return line_chart("Accuracy of the online probe", "%", "epoch", found, from_zero=True, note=note)

@@ -21,12 +21,17 @@ STEP_NUMBERS = ("step", "epoch", "lr", "data_wait", "images_per_second", "step_m
 DATA_OPTIONS = ("data.train", "data.val")
 
 
+KNN_NUMBERS = ("step", "epoch", "knn_accuracy", "probe_accuracy")
+
+
 class Knn(NamedTuple):
     """The kNN accuracy, a fraction, after `step` steps. Step 0: the untrained encoder."""
 
     step: int
     epoch: int
     accuracy: float
+    probe: float = math.nan
+    """Accuracy of the online linear probe; NaN if there is none."""
 
 
 class Missing(NamedTuple):
@@ -105,6 +110,11 @@ class Run:
     @property
     def trained_knn(self) -> float | None:
         return next((knn.accuracy for knn in reversed(self.knn) if knn.step > 0), None)
+
+    @property
+    def probe(self) -> float | None:
+        """The latest accuracy of the online linear probe."""
+        return next((knn.probe for knn in reversed(self.knn) if not math.isnan(knn.probe)), None)
 
     @property
     def knn_data(self) -> Evaluation | None:
@@ -225,7 +235,7 @@ def _read_metrics(
             numbers.extend(float(record.get(name, np.nan)) for name in STEP_NUMBERS)
             stages.append(record.get("stages_ms", {}))
         elif "knn_accuracy" in record:
-            knn.append(Knn(record["step"], record["epoch"], record["knn_accuracy"]))
+            knn.append(Knn(*(record.get(name, math.nan) for name in KNN_NUMBERS)))
         elif "skipped_images" in record:
             skipped = record["skipped_images"]
     if damaged:

@@ -19,6 +19,7 @@ from fastsimclr.training.checkpoint_writer import CheckpointWriter, copy_to_cpu
 from fastsimclr.training.images import with_absolute_paths
 from fastsimclr.training.metrics import Metrics
 from fastsimclr.training.non_finite import NonFiniteSteps
+from fastsimclr.training.probe import OnlineProbe
 from fastsimclr.training.skipped import SkippedImages
 
 
@@ -32,6 +33,7 @@ class ResumableTrainer(TrainerInterface, Protocol):
     skipped: SkippedImages
     non_finite: NonFiniteSteps
     metrics: Metrics
+    probe: OnlineProbe | None
     callbacks: Callbacks
     checkpoints: CheckpointWriter
     unfinished_epoch: dict[str, Any] | None
@@ -79,6 +81,7 @@ def state_of(trainer: ResumableTrainer) -> dict[str, Any]:
         "skipped_images": trainer.skipped.state_dict(),
         "skipped_steps": trainer.non_finite.state_dict(),
         "callbacks": trainer.callbacks.state_dict(),
+        "probe": trainer.probe.state_dict() if trainer.probe is not None else {},
         "untrained_knn": trainer.untrained_knn,
         "unfinished_epoch": trainer.unfinished_epoch,
         "config": to_yaml(with_absolute_paths(trainer.config)),
@@ -90,7 +93,7 @@ def resume(trainer: ResumableTrainer, checkpoint: Checkpoint) -> None:
     """Restore the state of the trainer from a checkpoint. Raises UserError if it is not one of this run."""
     file, state = checkpoint
     # The model copies its tensors. Others would keep the file mapped, and so on the disk when it is deleted.
-    optimizer, callbacks = copy_to_cpu((state["optimizer"], state["callbacks"]))
+    optimizer, callbacks, probe = copy_to_cpu((state["optimizer"], state["callbacks"], state["probe"]))
     config, model = trainer.config, trainer.model
     check_weights(file, state["model"], model)
     check_optimizer(file, optimizer, trainer.optimizer)
@@ -106,6 +109,8 @@ def resume(trainer: ResumableTrainer, checkpoint: Checkpoint) -> None:
         group.update(options)  # the checkpoint's may be other ones: --resume_changed
     if state["grad_scaler"]:  # empty if the checkpoint's precision needs no scale; this run's then starts new
         trainer.scaler.load_state_dict(state["grad_scaler"])
+    if trainer.probe is not None and probe:
+        trainer.probe.load_state_dict(probe)
     position = state["data"] | {"seed": config.seed}
     trainer.loader.load_state_dict(position)
     trainer.progress.step, trainer.progress.position = state["step"], position

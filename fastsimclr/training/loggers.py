@@ -32,8 +32,11 @@ def make_loggers(config: Config, world: World) -> list[Callback]:
     return [LOGGERS[name]() for name in config.loggers]
 
 
+MEASURED = ("knn_accuracy", "probe_accuracy")  # between steps
+
+
 class Logger(Callback, ABC):
-    """Logs the metrics of each step and the kNN accuracies. The packages are imported when the run starts."""
+    """Logs the metrics of each step and the measured accuracies. The packages are imported when the run starts."""
 
     def on_start(self, trainer: TrainerInterface) -> None:
         self.open(trainer)
@@ -46,8 +49,8 @@ class Logger(Callback, ABC):
         self.log(metrics | stages, record["step"])
 
     def on_epoch(self, trainer: TrainerInterface, record: dict[str, Any]) -> None:
-        if "knn_accuracy" in record:
-            self.log({"knn_accuracy": record["knn_accuracy"]}, record["step"])
+        if accuracies := {name: value for name, value in record.items() if name in MEASURED}:
+            self.log(accuracies, record["step"])
 
     def on_end(self, trainer: TrainerInterface) -> None:
         self.close(failed=sys.exc_info()[0] is not None)  # the trainer calls this in a finally block

@@ -49,15 +49,16 @@ class Run:
         """The numbers of metrics.jsonl by name, one array each, in the order of the steps.
 
         "step", "epoch", "loss", "lr" and the other figures of a step have one value per step: (steps,). "knn_accuracy"
-        and "knn_step", the number of steps before it was measured, have one value per measurement; so do the figures of
-        `--health`, such as "contrastive_accuracy", and "health_step".
+        and "knn_step", the number of steps before it was measured, have one value per measurement; so do
+        "probe_accuracy" and "probe_step", and the figures of `--health`, such as "contrastive_accuracy", and
+        "health_step".
         """
         columns: dict[str, list[float]] = {}
         for record in read_records(RunFolder(self.folder).metrics):
             if "loss" not in record:  # an event between steps
-                record = {"knn_accuracy": record.get("knn_accuracy"), "knn_step": record["step"]}
-                if record["knn_accuracy"] is None:
-                    continue
+                accuracies = {f"{of}_accuracy": f"{of}_step" for of in ("knn", "probe")}
+                measured = {name: record[name] for name in accuracies if name in record}
+                record = measured | {accuracies[name]: record["step"] for name in measured}
             elif "contrastive_accuracy" in record:
                 record["health_step"] = record["step"]
             for name, value in record.items():

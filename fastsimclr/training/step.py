@@ -173,7 +173,7 @@ def update_weights(
         if max_norm is not None:
             nn.utils.clip_grads_with_norm_(parameters, max_norm, norm)
         loss, norm = _mean_over_ranks(loss, norm, world_size)
-        _step_if_finite(optimizer, loss, norm)
+        step_if_finite(optimizer, (loss + norm).isfinite())
         scaler.update()
         optimizer.zero_grad(set_to_none=True)
     return measured | {"loss": loss, "gradient_norm": norm}
@@ -191,13 +191,15 @@ def _mean_over_ranks(loss: Tensor, norm: Tensor, world_size: int) -> tuple[Tenso
     return both[0], both[1]
 
 
-def _step_if_finite(optimizer: Optimizer, loss: Tensor, norm: Tensor) -> None:
-    """On a GPU the optimizer's kernels decide, so that the host need not wait: PyTorch's fused ones, and LARS's."""
-    found_inf = torch.logical_not((loss + norm).isfinite())
-    if found_inf.device.type == "cpu":
-        if not found_inf:
+def step_if_finite(optimizer: Optimizer, is_finite: Tensor) -> None:
+    """Step if `is_finite`, a 0-dim bool tensor, is true.
+
+    On a GPU the optimizer's kernels decide, so that the host need not wait: PyTorch's fused ones, and LARS's.
+    """
+    if is_finite.device.type == "cpu":
+        if is_finite:
             optimizer.step()
         return
-    optimizer.found_inf = found_inf.float()  # type: ignore[attr-defined] # the attribute that GradScaler sets
+    optimizer.found_inf = (~is_finite).float()  # type: ignore[attr-defined] # the attribute that GradScaler sets
     optimizer.step()
     del optimizer.found_inf  # type: ignore[attr-defined]

@@ -109,14 +109,16 @@ def describe_stop(stop_signal: int, step: int, folder: RunFolder) -> str:
 
 
 def describe_result(
-    last: dict[str, Any], data: Pair, knn: float | None, untrained_knn: float | None, folder: RunFolder
+    last: dict[str, Any], data: Pair, accuracies: dict[str, float], untrained_knn: float | None, folder: RunFolder
 ) -> list[str]:
-    """The results. last: the record of the last step; knn: accuracy of the trained encoder, if measured."""
+    """The results. last: the record of the last step; accuracies: from `measure_accuracy` after it, if measured."""
     lines = [f"trained {last['step']} steps, last loss {last['loss']:.4f}"]
-    if knn is not None:
+    if accuracies:
         where = f"{len(data.val)} held-out images" if data.val is not None else "the training images, leave-one-out"
         untrained = f" trained, {untrained_knn:.1%} untrained" if untrained_knn is not None else ""
-        lines.append(f"kNN accuracy on {where}: {knn:.1%}{untrained}")
+        lines.append(f"kNN accuracy on {where}: {accuracies['knn_accuracy']:.1%}{untrained}")
+    if "probe_accuracy" in accuracies:
+        lines.append(f"linear probe, trained beside the encoder: {accuracies['probe_accuracy']:.1%}")
     has_tensorboard = folder.tensorboard.is_dir()
     return [
         *lines,

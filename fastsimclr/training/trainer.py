@@ -19,12 +19,10 @@ from fastsimclr.data.loader import LoaderConfig
 from fastsimclr.data.urls import redacted
 from fastsimclr.distributed import World, run_on_all_ranks
 from fastsimclr.errors import UserError
-from fastsimclr.evaluation.knn import measure
 from fastsimclr.optim import LRSchedule
 from fastsimclr.profiling import StageClock, Trace
 from fastsimclr.progress_bar import Phase
 from fastsimclr.run_folder import RunFolder
-from fastsimclr.stopping import Stopped
 from fastsimclr.training import summary
 from fastsimclr.training.build import architecture, build_learner
 from fastsimclr.training.callbacks import Callback, Callbacks, KeepCheckpoints
@@ -37,12 +35,14 @@ from fastsimclr.training.loggers import make_loggers
 from fastsimclr.training.metrics import Metrics
 from fastsimclr.training.non_finite import NonFiniteError, NonFiniteSteps
 from fastsimclr.training.options_check import check_resumed, run_options
+from fastsimclr.training.probe import OnlineProbe
 from fastsimclr.training.progress import Progress
 from fastsimclr.training.rank_sync import RankSync
 from fastsimclr.training.record import record_run
 from fastsimclr.training.skipped import SkippedImages
 from fastsimclr.training.stall import Watchdog
 from fastsimclr.training.step import Outputs, Step, seed_generators, update_weights
+from fastsimclr.training.validation import measure_accuracy
 
 
 class Trainer:
@@ -85,7 +85,7 @@ class Trainer:
         self.checkpoints = CheckpointWriter(self.folder, world)
         self.trace: Trace | None = None
         self.untrained_knn: float | None = None
-        self.trained_knn: float | None = None
+        self._accuracies: dict[str, float] = {}  # the latest measured
         self.unfinished_epoch: dict[str, Any] | None = None
         """The last record of an epoch that has ended, until its kNN accuracy is measured and the callbacks called."""
         self._checkpoint_requested = False
@@ -134,7 +134,11 @@ class Trainer:
         self.checkpoint_steps = max(1, round(config.checkpoint_every * steps_per_epoch))
         epochs = config.epochs if config.steps is None else config.steps / steps_per_epoch
         self.schedule = LRSchedule.over_epochs(learner.recipe.lr, epochs, steps_per_epoch, config.optim.warmup_epochs)
-        self.outputs = Outputs() if config.health else None
+        self.probe: OnlineProbe | None = None
+        if config.probe and self.measures_knn:
+            features: int = self.model.encoder.out_features  # type: ignore[union-attr, assignment]
+            self.probe = OnlineProbe(features, len(self.data.train.classes), world)
+        self.outputs = Outputs() if config.health or self.probe is not None else None
         self.health = Health(
             world,
             batch_size=config.batch_size,
@@ -205,12 +209,14 @@ class Trainer:
         self.non_finite.begin(self.progress.step + 1, batch.views)
         loss = self.stepper.backward(batch.views, max(self.sync.local_batch_sizes))
         measured = update_weights(self.optimizer, self.scaler, loss, self.config.optim.clip_grad, self.world.world_size)
-        if self.outputs is not None:
+        if self.outputs is not None and self.config.health:
             measured |= self.health.measure(self.progress.step + 1, self.outputs, self.sync.local_batch_sizes)
+        if self.outputs is not None and self.probe is not None:
+            measured["probe_loss"] = self.probe.train_step(self.outputs.h, batch.label).to(loss)
         return measured
 
     def end_epoch(self) -> None:
-        """Measure kNN accuracy if due, and call the callbacks. Also called after the last step of the run.
+        """Measure kNN and probe accuracy if due, and call the callbacks. Also called after the last step of the run.
 
         The epoch stays unfinished if a stop signal interrupts the measurement: the resumed run then measures again.
         """
@@ -219,38 +225,15 @@ class Trainer:
         if self.measures_knn and ((record["epoch"] + 1) % self.config.knn_every == 0 or self.progress.is_done):
             if self.non_finite.in_a_row == 0:
                 self._start_checkpoint()  # a run that is killed while it measures does not repeat the epoch
-            self.trained_knn = self.evaluate_knn()
-            if self.trained_knn is None:
+            measured = measure_accuracy(self)
+            if measured is None:
                 return
-            record = record | {"knn_accuracy": self.trained_knn}
+            self._accuracies = measured
+            record = record | measured
         self.unfinished_epoch = None
         self.checkpoints.finish()  # before the callbacks ask for the next one
         self.callbacks.on_epoch(record)
         self.clock.restart()
-
-    def evaluate_knn(self) -> float | None:
-        """Measure and log kNN accuracy on the validation images, or leave-one-out on the training images.
-
-        Returns None if a stop signal interrupted it.
-        """
-        self.data.train.bad = dict(self.loader.bad)  # these are not read again
-        try:
-            with Phase("measuring kNN accuracy", visible=False):
-                accuracy = measure(
-                    self.model.encoder,  # type: ignore[arg-type]
-                    self.data.train,
-                    self.data.val,
-                    self.augmentation,
-                    self.loader_config,
-                    self.config.knn_k,
-                    images=self.config.knn_images,
-                    autocast=self.precision.autocast,
-                    sync=self.sync.poll,
-                )
-        except Stopped:
-            return None
-        self.metrics.event({"step": self.progress.step, "epoch": self.progress.epoch, "knn_accuracy": accuracy})
-        return accuracy
 
     def stop(self) -> None:
         """End the run on all ranks before the next step, with a checkpoint. One rank's call is enough."""
@@ -321,7 +304,8 @@ class Trainer:
         self.skipped.start()
         self.skipped.report(self.metrics, progress.step, progress.epoch)
         if config.knn_at_start and self.measures_knn and progress.step == 0:
-            self.untrained_knn = self.evaluate_knn()
+            untrained = measure_accuracy(self)
+            self.untrained_knn = untrained["knn_accuracy"] if untrained is not None else None
         if config.profile and self.world.is_rank_zero:
             self.trace = Trace(self.folder.trace, self.world.device)
         self.callbacks.on_start()
@@ -375,7 +359,7 @@ class Trainer:
             return [summary.describe_stop(self.sync.stop_signal, self.progress.step, self.folder)]
         lines = [*self.skipped.describe(), *self.non_finite.describe()]
         lines += summary.describe_result(
-            self.metrics.last, self.data, self.trained_knn, self.untrained_knn, self.folder
+            self.metrics.last, self.data, self._accuracies, self.untrained_knn, self.folder
         )
         return lines if self.trace is None else [*lines, summary.describe_trace(self.trace)]
 

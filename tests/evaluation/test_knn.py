@@ -168,7 +168,7 @@ def measure_on(rank: int, world_size: int, images: int | None) -> float:
     if world_size > 1:
         with pytest.raises(UserError, match="image 7: damaged"):
             measure(Raising(rank), train, val, augmentation, config, 20, images=images, autocast=None)
-    return measure(Pixels(), train, val, augmentation, config, 20, images=images, autocast=None)
+    return measure(Pixels(), train, val, augmentation, config, 20, images=images, autocast=None).knn
 
 
 @pytest.mark.slow

@@ -50,7 +50,8 @@ def metrics(steps: int, *, per_epoch: int = 10, **changes: Any) -> list[dict[str
         line = {"step": step, "epoch": epoch, "lr": 0.1 / step, "data_wait": 0.01, "images_per_second": 640.0}
         lines.append(line | {"step_ms": 100.0, "images": 64, "loss": 4 + 2 / step} | changes)
         if step % per_epoch == 0:
-            lines.append({"step": step, "epoch": epoch + 1, "knn_accuracy": 0.75 - 0.25 / (epoch + 1)})
+            knn, probe = 0.75 - 0.25 / (epoch + 1), 0.5 + 0.125 * epoch
+            lines.append({"step": step, "epoch": epoch + 1, "knn_accuracy": knn, "probe_accuracy": probe})
     return lines
 
 
@@ -305,7 +306,11 @@ def test_a_run_of_nothing_but_its_record_says_what_would_make_the_rest(tmp_path:
         assert shlex.split(command) == part.command
         assert ("no checkpoints/last.pt" if "--checkpoint" in command else "not made yet") in sentence
     assert "Device" not in tiles(page)
-    assert list(charts(page)) == ["Loss", "kNN accuracy", "Throughput", "Learning rate", "Where a step’s time goes"]
+    shown = charts(page)
+    probe = "Accuracy of the online probe"
+    assert [*shown] == ["Loss", "kNN accuracy", probe, "Throughput", "Learning rate", "Where a step’s time goes"]
+    assert tiles(page)["Online probe"].startswith("75.0 % | linear")
+    assert points(shown[probe])[0] == ([1, 2, 3], [50, 62.5, 75])
     assert not page.all("img")
 
 
