@@ -1,7 +1,7 @@
 """lightly's training on CIFAR-10: its transform, DataLoader, model, projection head, loss, and optimizer.
 
 The recipe "lightly" is that of docs/source/getting_started/benchmarks/cifar10_benchmark.py in lightly's repository, for
-which it publishes results (batch size 512), as a plain loop instead of Lightning's Trainer. What differs:
+which it publishes results, as a plain loop instead of Lightning's Trainer. What differs:
 
 - the images are decoded once, and not from files at every step, which is faster;
 - the learning rate decays per step, as a budget may end within an epoch;
@@ -46,25 +46,30 @@ CIFAR10_NORMALIZE: dict[str, list[float]] = {"mean": [*CIFAR10.mean], "std": [*C
 
 @dataclass(frozen=True)
 class Recipe:
-    """What differs between the recipes. optimizer: of a module, for a number of steps, with its schedule."""
+    """What differs between the recipes. optimizer: of a module, for steps and a batch size, with its schedule."""
 
-    optimizer: Callable[[nn.Module, int], tuple[torch.optim.Optimizer, LRScheduler]]
+    batch_size: int
+    optimizer: Callable[[nn.Module, int, int], tuple[torch.optim.Optimizer, LRScheduler]]
     normalize: dict[str, list[float]]
 
 
-def published_sgd(model: nn.Module, steps: int) -> tuple[torch.optim.Optimizer, LRScheduler]:
-    optimizer = torch.optim.SGD(model.parameters(), lr=6e-2 * 512 / 128, momentum=0.9, weight_decay=5e-4)
+def published_sgd(model: nn.Module, steps: int, batch_size: int) -> tuple[torch.optim.Optimizer, LRScheduler]:
+    optimizer = torch.optim.SGD(model.parameters(), lr=6e-2 * batch_size / 128, momentum=0.9, weight_decay=5e-4)
     return optimizer, CosineAnnealingLR(optimizer, steps)
 
 
-def paper_lars(model: nn.Module, steps: int) -> tuple[torch.optim.Optimizer, LRScheduler]:
+def paper_lars(model: nn.Module, steps: int, _: int) -> tuple[torch.optim.Optimizer, LRScheduler]:
     decayed, others = get_weight_decay_parameters([model])
     groups = [{"params": decayed}, {"params": others, "weight_decay": 0.0}]  # lightly's LARS adapts only decayed ones
     optimizer = LARS(groups, lr=1.0, momentum=0.9, weight_decay=1e-6)
     return optimizer, CosineWarmupScheduler(optimizer, warmup_epochs=steps // 10, max_epochs=steps)
 
 
-RECIPES = {"lightly": Recipe(published_sgd, IMAGENET_NORMALIZE), "paper": Recipe(paper_lars, CIFAR10_NORMALIZE)}
+# lightly's script has batch size 128, for which it publishes a kNN accuracy of 84.7 % after 200 epochs (512: 84.8 %).
+RECIPES = {
+    "lightly": Recipe(128, published_sgd, IMAGENET_NORMALIZE),
+    "paper": Recipe(512, paper_lars, CIFAR10_NORMALIZE),
+}
 
 
 class Views(Dataset[Any]):
@@ -101,7 +106,7 @@ def train(
     backbone = build_backbone()
     model = nn.Sequential(backbone, SimCLRProjectionHead(512, 512, 128)).to(device)
     criterion = NTXentLoss()
-    optimizer, scheduler = recipe.optimizer(model, steps)
+    optimizer, scheduler = recipe.optimizer(model, steps, batch_size)
     # cj_strength: that of the benchmark's SimCLRCollateFunction.
     transform = SimCLRTransform(input_size=32, cj_strength=0.5, gaussian_blur=0.0, normalize=recipe.normalize)
     loader: DataLoader[Any] = DataLoader(
@@ -153,7 +158,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--recipe", choices=RECIPES, required=True)
     parser.add_argument("--data.train", dest="train", required=True, help="images, as for fastsimclr.train")
-    parser.add_argument("--batch_size", type=int, default=512, help="(default: %(default)s)")
+    parser.add_argument("--batch_size", type=int, help="(default: that of the recipe)")
     parser.add_argument("--steps", type=int, required=True, help="steps, which the learning rate schedule spans")
     parser.add_argument("--seed", type=int, required=True)
     parser.add_argument("--deadline", type=float, help="time.monotonic() at which the run ends (default: none)")
@@ -165,7 +170,7 @@ def main() -> None:
     backbone, steps = train(
         source.images,
         recipe,
-        options.batch_size,
+        options.batch_size or recipe.batch_size,
         steps=options.steps,
         seed=options.seed,
         deadline=options.deadline,
