@@ -11,8 +11,9 @@ neighbors and logistic regression, on all test images. The contenders take turns
 The learning rate of every contender reaches its end when the budget ends. For that a trial, before a contender's first
 run, measures its time per step (the mean of the second half of its steps) and the rest of its time; the run is planned
 for as many steps as fit into 97 % of the budget. The trial, planned in the same way by a run of three steps, is not
-part of the budget, and is recorded. Runs that are slower than planned are ended by the budget, without the end of their
-schedule, which the table marks; so are runs that take over 3 % longer than the budget.
+part of the budget, and is recorded. Later runs are planned by what the run before measured. Runs that are slower than
+planned are ended by the budget, without the end of their schedule, which the table marks; so are runs that take over 3 %
+longer than the budget.
 
 --lever NAME=OPTIONS adds a contender: ours with more options. --equal_steps compares the paper's recipe in fastsimclr
 and in lightly's loop at equal steps, on 4,000 images unless --images says otherwise.
@@ -62,8 +63,8 @@ PACKAGES = ("torch", "torchvision", "lightly")
 
 
 @dataclass(frozen=True)
-class Trial:
-    """What a trial run of a contender has measured."""
+class Speed:
+    """What a run of a contender, such as its trial, has measured."""
 
     seconds: float
     steps: int
@@ -75,7 +76,7 @@ class Trial:
     """Time of the process beyond steps * step_s: imports, decoding, compiling, the first steps, saving."""
 
     @classmethod
-    def of(cls, measured: Measured) -> "Trial":
+    def of(cls, measured: Measured) -> "Speed":
         seconds = [record["step_ms"] / 1000 for record in measured.steps]
         step_s = statistics.mean(seconds[len(seconds) // 2 :])
         return cls(measured.seconds, len(seconds), step_s, max(seconds), measured.seconds - len(seconds) * step_s)
@@ -166,14 +167,15 @@ def train_and_evaluate(
     contender: Contender, seed: int, images: str, folder: Path, scratch: Path, options: argparse.Namespace
 ) -> dict[str, Any]:
     """Train and evaluate one contender, and return its record. folder: of the records, for the trial's."""
-    budget, steps, trial = options.budget, options.equal_steps, None
+    budget, steps, speed = options.budget, options.equal_steps, None
     if budget is not None:
-        trial = measure_trial(contender, images, folder, scratch, options.trial)
-        steps = trial.plan(budget)
+        speed = speed_of_run_before(contender, seed, folder)
+        speed = speed or measure_trial(contender, images, folder, scratch, options.trial)
+        steps = speed.plan(budget)
         if steps < 1:
             raise UserError(
-                f"--budget: got {budget:g} s, in which {contender.name} has no time for a step of {trial.step_s:.1f} s "
-                f"after {trial.other_s:.0f} s for the rest; expected a longer budget"
+                f"--budget: got {budget:g} s, in which {contender.name} has no time for a step of {speed.step_s:.1f} s "
+                f"after {speed.other_s:.0f} s for the rest; expected a longer budget"
             )
     load_average = os.getloadavg()[0]
     output = scratch / "run"
@@ -189,11 +191,12 @@ def train_and_evaluate(
         "seed": seed,
         "budget_s": budget,
         "train_images": len(data.train),
-        "trial": trial and asdict(trial),
+        "planned_by": speed and asdict(speed),
         "planned_steps": steps,
         "steps": len(measured.steps),
         "images_seen": sum(record["images"] for record in measured.steps),
         "seconds": measured.seconds,
+        "speed": asdict(Speed.of(measured)),
         "cut": len(measured.steps) < steps,
         "overran": budget is not None and measured.seconds > OVERRUN * budget,
         "accuracy": accuracy,
@@ -209,8 +212,14 @@ def train_and_evaluate(
 open_once = cache(open_images)
 
 
-def measure_trial(contender: Contender, images: str, folder: Path, scratch: Path, seconds: float) -> Trial:
-    """Return the contender's trial, which is run only once for all seeds."""
+def speed_of_run_before(contender: Contender, seed: int, folder: Path) -> Speed | None:
+    """Return what the run of the seed before has measured; None if there is none."""
+    file = folder / f"{slug(contender.name)}-seed{seed - 1}.json"
+    return Speed(**json.loads(file.read_text())["speed"]) if file.exists() else None
+
+
+def measure_trial(contender: Contender, images: str, folder: Path, scratch: Path, seconds: float) -> Speed:
+    """Return what the contender's trial measures, or has measured."""
     file = folder / f"{slug(contender.name)}-trial.json"
     if not file.exists():
         trial = try_steps(contender, FIRST_STEPS, images, scratch)
@@ -221,14 +230,14 @@ def measure_trial(contender: Contender, images: str, folder: Path, scratch: Path
     check_same(file, contender)
     record = json.loads(file.read_text())
     del record["options"]
-    return Trial(**record)
+    return Speed(**record)
 
 
-def try_steps(contender: Contender, steps: int, images: str, scratch: Path) -> Trial:
+def try_steps(contender: Contender, steps: int, images: str, scratch: Path) -> Speed:
     output = scratch / "trial"
     measured = train(contender, images, output, seed=0, steps=steps)
     shutil.rmtree(output)
-    return Trial.of(measured)
+    return Speed.of(measured)
 
 
 def check_same(file: Path, contender: Contender) -> None:

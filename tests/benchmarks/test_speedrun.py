@@ -1,6 +1,7 @@
 """python -m benchmarks.speedrun: real runs of a few steps, their records and the report of them."""
 
 import json
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -8,7 +9,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from benchmarks.speedrun.__main__ import Trial, main
+from benchmarks.speedrun.__main__ import Speed, main, speed_of_run_before
 from benchmarks.speedrun.contenders import LIGHTLY_LOOP, Contender, Measured, time_limit, train
 from benchmarks.speedrun.evaluation import evaluate, load, open_images
 from benchmarks.speedrun.report import draw, report
@@ -51,11 +52,17 @@ def image_folder(folder: Path, count: int) -> Path:
 
 
 def test_the_plan_ends_with_the_budget() -> None:
-    trial = Trial.of(measured(20.0, 4.0, 1.0, 1.0, 1.0))
-    assert (trial.step_s, trial.longest_s, trial.other_s) == (1.0, 4.0, 16.0)
-    assert trial.plan(1000) == 954  # 97 % of 1000 s, less 16 s
-    assert trial.plan(100) == 80  # the limit of 103 s lets no step begin after 95 s
-    assert trial.plan(10) < 1
+    speed = Speed.of(measured(20.0, 4.0, 1.0, 1.0, 1.0))
+    assert (speed.step_s, speed.longest_s, speed.other_s) == (1.0, 4.0, 16.0)
+    assert speed.plan(1000) == 954  # 97 % of 1000 s, less 16 s
+    assert speed.plan(100) == 80  # the limit of 103 s lets no step begin after 95 s
+    assert speed.plan(10) < 1
+
+
+def test_a_run_is_planned_by_the_one_before(tmp_path: Path) -> None:
+    contender, speed = Contender("A lever", ()), Speed.of(measured(20.0, 4.0, 1.0, 1.0, 1.0))
+    (tmp_path / "a-lever-seed1.json").write_text(json.dumps({"speed": asdict(speed)}))
+    assert [speed_of_run_before(contender, seed, tmp_path) for seed in range(4)] == [None, None, speed, None]
 
 
 def test_the_time_limit_includes_the_margin_of_the_training_command() -> None:
