@@ -12,8 +12,8 @@ The learning rate of every contender reaches its end when the budget ends. For t
 run, measures its time per step (the mean of the second half of its steps) and the rest of its time; the run is planned
 for as many steps as fit into 97 % of the budget. The trial, planned in the same way by a run of three steps, is not
 part of the budget, and is recorded. Later runs are planned by what the run before measured. Runs that are slower than
-planned are ended by the budget, without the end of their schedule, which the table marks; so are runs that take over 3 %
-longer than the budget.
+planned are ended by the budget, without the end of their schedule, which the table marks; so are runs that take over
+3 % longer than the budget.
 
 --lever NAME=OPTIONS adds a contender: ours with more options. --equal_steps compares the paper's recipe in fastsimclr
 and in lightly's loop at equal steps, on 4,000 images unless --images says otherwise.

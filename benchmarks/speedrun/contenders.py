@@ -53,12 +53,13 @@ AT_EQUAL_TIME = (
     Contender("ours", (CONFIG,)),
     Contender("paper", ("--config=cifar10",)),
     Contender("lightly", ("--recipe=lightly",), LIGHTLY_LOOP, "lightly"),
+    Contender("lightly with ImageNet stem", ("--recipe=lightly", "--stem=imagenet"), LIGHTLY_LOOP, "lightly"),
     Contender("solo-learn", SOLO_LEARN),
 )
 # With bilinear interpolation and without the last, smaller batch of an epoch, as in lightly's loop.
 AT_EQUAL_STEPS = (
-    Contender("paper, ours", ("--config=cifar10", "--data.interpolation=bilinear", "--data.drop_last")),
-    Contender("paper, lightly's loop", ("--recipe=paper",), LIGHTLY_LOOP, "lightly"),
+    Contender("paper in fastsimclr", ("--config=cifar10", "--data.interpolation=bilinear", "--data.drop_last")),
+    Contender("paper in lightly's loop", ("--recipe=paper",), LIGHTLY_LOOP, "lightly"),
 )
 
 

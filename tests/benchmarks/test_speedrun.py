@@ -91,8 +91,9 @@ def test_the_report_has_mean_spread_and_marks(tmp_path: Path) -> None:
 def test_lightlys_loop_trains_until_its_last_step_or_the_limit(tmp_path: Path) -> None:
     pytest.importorskip("lightly")
     images, test = image_folder(tmp_path / "train", 16), image_folder(tmp_path / "test", 8)
-    for recipe, steps, limit_s, expected in (("paper", 5, None, [1, 2, 3, 4, 5]), ("lightly", 1000, 0.0, [1])):
-        contender = Contender(recipe, (f"--recipe={recipe}", "--batch_size=4"), LIGHTLY_LOOP)
+    runs = ("paper", "cifar", 5, None, [1, 2, 3, 4, 5]), ("lightly", "imagenet", 1000, 0.0, [1])
+    for recipe, stem, steps, limit_s, expected in runs:
+        contender = Contender(recipe, (f"--recipe={recipe}", f"--stem={stem}", "--batch_size=4"), LIGHTLY_LOOP)
         found = train(contender, str(images), tmp_path / recipe, seed=0, steps=steps, limit_s=limit_s)
         assert [step["step"] for step in found.steps] == expected
         assert sum(step["step_ms"] for step in found.steps) < 1000 * found.seconds
