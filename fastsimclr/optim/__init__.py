@@ -52,7 +52,9 @@ def build_optimizer(
         {"params": [p for p in trainable if not exclude(p)], "weight_decay": weight_decay},
         {"params": [p for p in trainable if exclude(p)], "weight_decay": 0.0},
     ]
-    fused = trainable[0].is_cuda  # one launch, and the training step can skip it without waiting for the GPU
+    # One pass over memory, and on a GPU one launch, which the training step can skip without waiting for the GPU. The
+    # kernels ignore strides, but autograd gives a gradient those of its parameter.
+    fused = trainable[0].device.type in ("cpu", "cuda")
     if name == "sgd":
         sgd = torch.optim.SGD(groups, lr=lr, momentum=momentum, nesterov=nesterov, fused=fused)
         for p in trainable if fused and momentum else []:
