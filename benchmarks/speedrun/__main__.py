@@ -187,7 +187,7 @@ def train_and_evaluate(
     shutil.rmtree(output)
     return {
         "name": contender.name,
-        "options": [*contender.options],
+        "options": contender.recorded_options(),
         "seed": seed,
         "budget_s": budget,
         "train_images": len(data.train),
@@ -225,7 +225,7 @@ def measure_trial(contender: Contender, images: str, folder: Path, scratch: Path
         trial = try_steps(contender, FIRST_STEPS, images, scratch)
         if (steps := trial.plan(seconds)) > FIRST_STEPS:
             trial = try_steps(contender, steps, images, scratch)
-        write_json(file, asdict(trial) | {"options": [*contender.options]})
+        write_json(file, asdict(trial) | {"options": contender.recorded_options()})
         print(f"{contender.name}: {trial.step_s:.3g} s per step, {trial.other_s:.0f} s for the rest", flush=True)
     check_same(file, contender)
     record = json.loads(file.read_text())
@@ -242,7 +242,7 @@ def try_steps(contender: Contender, steps: int, images: str, scratch: Path) -> S
 
 def check_same(file: Path, contender: Contender) -> None:
     """Raise UserError if a record is of a contender with other options."""
-    if json.loads(file.read_text())["options"] != [*contender.options]:
+    if json.loads(file.read_text())["options"] != contender.recorded_options():
         raise UserError(
             f"{file}: got a record of {contender.name} with other options; expected another name or --output"
         )

@@ -13,6 +13,7 @@ from typing import Any
 
 from fastsimclr.errors import UserError
 
+ROOT = Path(__file__).resolve().parents[2]
 TRAIN, LIGHTLY_LOOP = "fastsimclr.train", "benchmarks.speedrun.lightly_loop"
 CONFIG = "--config=cifar10_fast"
 # No measurements, logs and checkpoints during the run.
@@ -42,6 +43,10 @@ class Contender:
     options: tuple[str, ...]
     program: str = TRAIN
     requires: str = "fastsimclr"
+
+    def recorded_options(self) -> list[str]:
+        """Return the options with paths relative to the checkout."""
+        return [option.replace(f"{ROOT}/", "") for option in self.options]
 
     def option(self, name: str) -> str | None:
         """Return the value of an option that is given as --NAME=VALUE, else None."""

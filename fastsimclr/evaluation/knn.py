@@ -166,5 +166,5 @@ def measure(
         predicted.append(classify(queries.features))
     expected = query_labels[queries.images]
     correct = [int((classes == expected).sum()) for classes in predicted]
-    *totals, number = torch.tensor(gather_objects([*correct, len(expected)], world)).sum(0).tolist()
-    return Accuracy(*(total / number for total in totals))
+    counts = torch.tensor(gather_objects([*correct, len(expected)], world)).sum(0)
+    return Accuracy(*(counts[:-1] / counts[-1]).tolist())

@@ -52,9 +52,7 @@ def build_optimizer(
         {"params": [p for p in trainable if not exclude(p)], "weight_decay": weight_decay},
         {"params": [p for p in trainable if exclude(p)], "weight_decay": 0.0},
     ]
-    # One pass over memory, and on a GPU one launch, which the training step can skip without waiting for the GPU. The
-    # kernels ignore strides, but autograd gives a gradient those of its parameter.
-    fused = trainable[0].device.type in ("cpu", "cuda")
+    fused = trainable[0].is_cuda  # one launch, and the training step can skip it without waiting for the GPU
     if name == "sgd":
         sgd = torch.optim.SGD(groups, lr=lr, momentum=momentum, nesterov=nesterov, fused=fused)
         for p in trainable if fused and momentum else []:
@@ -62,5 +60,6 @@ def build_optimizer(
             sgd.state[p]["momentum_buffer"] = torch.zeros_like(p)
         return sgd
     if name == "adamw":
+        fused |= trainable[0].device.type == "cpu"  # one pass over memory instead of one per operation
         return torch.optim.AdamW(groups, lr=lr, betas=(momentum, 0.999), fused=fused)
     raise ValueError(f"optimizer is {name!r}, expected 'lars', 'sgd' or 'adamw'")

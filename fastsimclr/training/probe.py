@@ -37,13 +37,14 @@ class OnlineProbe:
         not finite, the classifier stays as it is.
         """
         loss = F.cross_entropy(self._logits(h), labels, ignore_index=-1, reduction="sum")
-        gradients = torch.autograd.grad(loss, [self._weight, self._bias])
+        self._optimizer.zero_grad()
+        loss.backward()
+        gradients = [p.grad for p in (self._weight, self._bias) if p.grad is not None]
         sums = nn.utils.parameters_to_vector([*gradients, loss.detach(), (labels >= 0).sum().to(loss)])
         if self._world.world_size > 1:
             dist.all_reduce(sums)
         means = sums / sums[-1].clamp(min=1)
-        self._weight.grad, self._bias.grad = torch.empty_like(self._weight), torch.empty_like(self._bias)
-        nn.utils.vector_to_parameters(means, [self._weight.grad, self._bias.grad])
+        nn.utils.vector_to_parameters(means, gradients)
         step_if_finite(self._optimizer, means.isfinite().all())
         return means[-2]
 
