@@ -12,6 +12,7 @@ from faults.runs import LONG, TINY, Process, count_steps, fork
 from weights import metrics, steps
 
 from fastsimclr.checkpoint_format import load_checkpoint
+from fastsimclr.metrics_file import read_records
 from fastsimclr.run_folder import RunFolder
 
 EPOCHS, EPOCH_STEPS = 24 if LONG else 6, 45
@@ -91,6 +92,6 @@ def _is_at(moment: str, run: Path) -> bool:
     if moment == "checkpoint":
         return any((run / "checkpoints").glob("*.partial"))
     if moment == "kNN":  # after the last step of an epoch of which it is measured, and before its record
-        records = metrics(run)
+        records = list(read_records(RunFolder(run).metrics))  # the last line may be incomplete
         return "loss" in records[-1] and records[-1]["step"] % (3 * EPOCH_STEPS) == 0
     return True

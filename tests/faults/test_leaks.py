@@ -30,14 +30,17 @@ class Usage(NamedTuple):
 
 
 def measure(before: set[str]) -> Usage:
-    """The usage of all processes of the run. Memory: pages that several of them share count once."""
+    """The usage of all processes of the run. Memory: pages that several of them share count once.
+
+    Pages of files are left out: their share changes when a process starts or ends that has nothing to do with the run.
+    """
     kib, descriptors, threads, processes = 0.0, 0, 0, 0
     for pid in living():
         with contextlib.suppress(OSError):  # it has just ended
             lines = [line.split() for line in Path(f"/proc/{pid}/smaps_rollup").read_text().splitlines()]
             descriptors += len(os.listdir(f"/proc/{pid}/fd"))
             threads += len(os.listdir(f"/proc/{pid}/task"))
-            kib += sum(int(line[1]) for line in lines if line[0] == "Pss:")
+            kib += sum(int(line[1]) for line in lines if line[0] in ("Pss_Anon:", "Pss_Shmem:"))
             processes += 1
     return Usage(kib / 1024, descriptors, threads, processes, len(shared_memory() - before))
 
