@@ -224,8 +224,8 @@ class Config:
     """Measure contrastive accuracy, alignment, uniformity, effective ranks and dead dimensions up to four times per
     epoch, and warn if the encoder collapses or does not learn."""
     probe: bool = True
-    """Train a linear classifier of the representations beside the encoder, without a gradient into it, and measure its
-    accuracy on the validation images together with kNN accuracy, if there are labels."""
+    """Train a linear classifier of the representations beside the encoder, without a gradient into it. Its accuracy on
+    the validation images is measured together with kNN accuracy; without that, or without labels, there is no probe."""
 
     def __post_init__(self) -> None:
         check_fields(self, "--")

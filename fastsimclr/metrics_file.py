@@ -22,7 +22,7 @@ _NUMBERS = (
     *("mean_norm_h", "dead_dimensions_h"),
 )
 
-_NULL_IF_NOT_FINITE = ("loss", "gradient_norm", "probe_loss")  # in the file: JSON has no NaN
+_NULL_IF_NOT_FINITE = ("loss", "gradient_norm", "probe_loss")  # JSON has no NaN
 
 
 def read_lines(file: Path) -> Iterator[tuple[bytes, dict[str, Any] | None]]:

@@ -209,10 +209,11 @@ class Trainer:
         self.non_finite.begin(self.progress.step + 1, batch.views)
         loss = self.stepper.backward(batch.views, max(self.sync.local_batch_sizes))
         measured = update_weights(self.optimizer, self.scaler, loss, self.config.optim.clip_grad, self.world.world_size)
-        if self.outputs is not None and self.config.health:
-            measured |= self.health.measure(self.progress.step + 1, self.outputs, self.sync.local_batch_sizes)
-        if self.outputs is not None and self.probe is not None:
-            measured["probe_loss"] = self.probe.train_step(self.outputs.h, batch.label).to(loss)
+        if self.outputs is not None:
+            if self.config.health:
+                measured |= self.health.measure(self.progress.step + 1, self.outputs, self.sync.local_batch_sizes)
+            if self.probe is not None:
+                measured["probe_loss"] = self.probe.train_step(self.outputs.h, batch.label).to(loss)
         return measured
 
     def end_epoch(self) -> None:
