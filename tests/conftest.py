@@ -1,5 +1,6 @@
 """Fixtures that several test files share."""
 
+import signal
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -9,6 +10,8 @@ import torch
 from fastsimclr.data import native
 
 LEFT_OUT = pytest.StashKey[int]()
+
+signal.signal(signal.SIGHUP, signal.SIG_DFL)  # nohup ignores it, and so would the runs that the tests start
 
 
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
