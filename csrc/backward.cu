@@ -1,7 +1,8 @@
 // Backward: for each row i of this rank, over the negatives j among all columns,
 //   a_i = sum over j of G_ij u_j,   G_ij = g_i p_ij + g_j p_ji,   p_ij = exp(s_ij - lse_i),
 // from which project_kernel (normalize.cu) computes the gradient. s is symmetric, so both terms share one exponential:
-// G_ij = exp(s_ij) (w_i + w_j) with w_i = g_i exp(-lse_i). G stays in registers: the accumulators of the first product
+// G_ij = exp(s_ij) (w_i + w_j) with w_i = g_i exp(-lse_i). The weights of rows and columns are independent arguments.
+// G stays in registers: the accumulators of the first product
 // are the left operand of the second. Both products use the same tile of Ẑ_j in shared memory.
 //
 // A thread block owns the sums of its rows and iterates over all columns: no atomics, so the result is bitwise
@@ -27,9 +28,9 @@ struct Weight<true> {
 };
 
 template <bool kExpFits>
-__device__ Weight<kExpFits> weight_of(const BackwardParams& p, int column) {
-  if (column >= p.columns.count) return {};
-  const float g = p.weights ? p.weights[column] : 1.0f, lse = p.lse[column];
+__device__ Weight<kExpFits> weight_of(const RowLosses& losses, int count, int index) {
+  if (index >= count) return {};
+  const float g = losses.weights ? losses.weights[index] : 1.0f, lse = losses.lse[index];
   if constexpr (kExpFits) {
     return {g * exp2f(-lse)};
   } else {
@@ -123,7 +124,6 @@ __global__ void __launch_bounds__(kThreads, 2) backward_kernel(BackwardParams p)
   char* shared = dynamic_shared();
   TileStream<S> stream(shared, p.rows, p.columns, p.width, row0, column_begin, column_end, k_block + 1);
   auto* column_weights = reinterpret_cast<Weight<kExpFits>*>(shared + TileStream<S>::kSharedBytes);
-  const Pairs pairs{true, p.rows.count / 2, p.offset};
 
   Weight<kExpFits> row_weights[S::kRowTiles][2];
 #pragma unroll
@@ -131,7 +131,7 @@ __global__ void __launch_bounds__(kThreads, 2) backward_kernel(BackwardParams p)
 #pragma unroll
     for (int below = 0; below < 2; below++) {
       const int row = row0 + warp * S::kRowsPerWarp + 16 * i + lane / 4 + 8 * below;
-      row_weights[i][below] = weight_of<kExpFits>(p, row < p.rows.count ? p.offset + row : p.columns.count);
+      row_weights[i][below] = weight_of<kExpFits>(p.row_losses, p.rows.count, row);
     }
   Accumulators<S> sums;
   sums.clear();
@@ -139,20 +139,21 @@ __global__ void __launch_bounds__(kThreads, 2) backward_kernel(BackwardParams p)
   // The column weights of the next tile are read from global memory while the current tile is multiplied.
   const bool has_column = threadIdx.x < S::kColumns;
   Weight<kExpFits> next{};
-  if (has_column) next = weight_of<kExpFits>(p, column_begin + int(threadIdx.x));
+  if (has_column) next = weight_of<kExpFits>(p.column_losses, p.columns.count, column_begin + int(threadIdx.x));
   int stage = 0;
   for (int column0 = column_begin; column0 < column_end; column0 += S::kColumns) {
     Weight<kExpFits>* weights = column_weights + stage * S::kColumns;
     stage ^= 1;
     if (has_column) weights[threadIdx.x] = next;  // read after the barrier in stream.next()
-    if (has_column) next = weight_of<kExpFits>(p, column0 + S::kColumns + int(threadIdx.x));
+    if (has_column)
+      next = weight_of<kExpFits>(p.column_losses, p.columns.count, column0 + S::kColumns + int(threadIdx.x));
     TileProducts<S> products;
     products.clear();
     for (int k = 0; k < stream.k_blocks(); k++) {
       stream.next();
       products.add(stream.a(), stream.b());
     }
-    products.exclude(TileMask<S>(pairs, p.rows.count, p.columns.count, row0, column0));
+    products.exclude(TileMask<S>(p.pairs, p.rows.count, p.columns.count, row0, column0));
 #pragma unroll
     for (int j = 0; j < S::kColumnTiles; j++)
 #pragma unroll

@@ -5,6 +5,7 @@
 // With FASTSIMCLR_EMULATION this is fastsimclr._emulated, for tests: the kernels, emulated on the CPU.
 #include "bindings.h"
 
+#include <optional>
 #include <string>
 #include <tuple>
 
@@ -76,6 +77,21 @@ Projections projections(const View& z1, const View& z2, DataType dtype, int n, i
   return z;
 }
 
+// (offset, distance) of Pairs; none: all columns are negatives.
+using Partners = std::tuple<int, int>;
+
+Pairs as_pairs(const std::optional<Partners>& pairs) {
+  if (!pairs) return {};
+  return {true, std::get<0>(*pairs), std::get<1>(*pairs)};
+}
+
+// The addresses of lse and weights.
+using Losses = std::tuple<Address, Address>;
+
+RowLosses as_row_losses(const Losses& losses) {
+  return {pointer<const float>(std::get<0>(losses)), pointer<const float>(std::get<1>(losses))};
+}
+
 template <class Params>
 void run(cudaError_t (*launcher)(const Params&, cudaStream_t), const char* name, const Params& params, int device,
          Address stream) {
@@ -109,6 +125,14 @@ void define_nt_xent(py::module_& module) {
       "device"_a, "stream"_a, release);
 
   module.def(
+      "nt_xent_smallest_temperature",
+      [](int columns, int device) {
+        use_device(device);
+        return smallest_temperature(columns);
+      },
+      py::kw_only(), "columns"_a, "device"_a, release);
+
+  module.def(
       "nt_xent_forward_column_unit",
       [](int rows, int columns, int planes, int width, bool symmetric, int device) {
         use_device(device);
@@ -119,7 +143,7 @@ void define_nt_xent(py::module_& module) {
   module.def(
       "nt_xent_forward",
       [](Address rows, int row_count, Address columns, int column_count, int planes, int width, bool symmetric,
-         bool has_pairs, int offset, int all_columns, Address temperature_address, float temperature_value,
+         const std::optional<Partners>& pairs, int all_columns, Address temperature_address, float temperature_value,
          int column_unit, Address sums, int device, Address stream) {
         ForwardParams p;
         p.rows = {pointer<const uint16_t>(rows), row_count};
@@ -127,17 +151,15 @@ void define_nt_xent(py::module_& module) {
         p.planes = planes;
         p.width = width;
         p.symmetric = symmetric;
-        p.has_pairs = has_pairs;
-        p.offset = offset;
-        p.all_columns = all_columns;
+        p.pairs = as_pairs(pairs);
         p.temperature = temperature(temperature_address, temperature_value, all_columns);
         p.column_unit = column_unit;
         p.sums = pointer<float>(sums);
         run(forward, "nt_xent_forward", p, device, stream);
       },
       py::kw_only(), "rows"_a, "row_count"_a, "columns"_a, "column_count"_a, "planes"_a, "width"_a, "symmetric"_a,
-      "has_pairs"_a, "offset"_a, "all_columns"_a, "temperature"_a, "temperature_value"_a, "column_unit"_a, "sums"_a,
-      "device"_a, "stream"_a, release);
+      "pairs"_a, "all_columns"_a, "temperature"_a, "temperature_value"_a, "column_unit"_a, "sums"_a, "device"_a,
+      "stream"_a, release);
 
   module.def(
       "nt_xent_losses",
@@ -169,25 +191,25 @@ void define_nt_xent(py::module_& module) {
 
   module.def(
       "nt_xent_backward",
-      [](Address rows, int row_count, Address columns, int column_count, int planes, int width, int offset,
-         Address temperature_address, float temperature_value, Address lse, Address weights, int splits, Address sums,
-         int device, Address stream) {
+      [](Address rows, int row_count, Address columns, int column_count, int planes, int width,
+         const std::optional<Partners>& pairs, int all_columns, Address temperature_address, float temperature_value,
+         const Losses& row_losses, const Losses& column_losses, int splits, Address sums, int device, Address stream) {
         BackwardParams p;
         p.rows = {pointer<const uint16_t>(rows), row_count};
         p.columns = {pointer<const uint16_t>(columns), column_count};
         p.planes = planes;
         p.width = width;
-        p.offset = offset;
-        p.temperature = temperature(temperature_address, temperature_value, column_count);
-        p.lse = pointer<const float>(lse);
-        p.weights = pointer<const float>(weights);
+        p.pairs = as_pairs(pairs);
+        p.temperature = temperature(temperature_address, temperature_value, all_columns);
+        p.row_losses = as_row_losses(row_losses);
+        p.column_losses = as_row_losses(column_losses);
         p.splits = splits;
         p.sums = pointer<float>(sums);
         run(backward, "nt_xent_backward", p, device, stream);
       },
-      py::kw_only(), "rows"_a, "row_count"_a, "columns"_a, "column_count"_a, "planes"_a, "width"_a, "offset"_a,
-      "temperature"_a, "temperature_value"_a, "lse"_a, "weights"_a, "splits"_a, "sums"_a, "device"_a, "stream"_a,
-      release);
+      py::kw_only(), "rows"_a, "row_count"_a, "columns"_a, "column_count"_a, "planes"_a, "width"_a, "pairs"_a,
+      "all_columns"_a, "temperature"_a, "temperature_value"_a, "row_losses"_a, "column_losses"_a, "splits"_a, "sums"_a,
+      "device"_a, "stream"_a, release);
 
   module.def(
       "nt_xent_project",

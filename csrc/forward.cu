@@ -133,7 +133,6 @@ __global__ void __launch_bounds__(kThreads, 2) forward_kernel(ForwardParams p) {
         column_sums[column] = 0;
   }
 
-  const Pairs pairs{p.has_pairs, p.rows.count / 2, p.offset};
   char* shared = dynamic_shared();
   auto* warp_column_sums = reinterpret_cast<float*>(shared + TileStream<S>::kSharedBytes);  // (kWarps, kColumns)
 
@@ -149,7 +148,7 @@ __global__ void __launch_bounds__(kThreads, 2) forward_kernel(ForwardParams p) {
         stream.next();
         products.add(stream.a(), stream.b());
       }
-      products.exclude(TileMask<S>(pairs, p.rows.count, p.columns.count, row0, column0));
+      products.exclude(TileMask<S>(p.pairs, p.rows.count, p.columns.count, row0, column0));
       if constexpr (!kExpFits) {
         rows.add_with_maximum(products, scale_log2);
         continue;

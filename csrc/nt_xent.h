@@ -3,6 +3,9 @@
 //
 // The n images of this rank are 2n rows (z1's, then z2's). The M columns are the rows of all ranks; this rank's rows
 // are columns [offset, offset + 2n). A launcher only launches kernels: the caller allocates all arrays.
+//
+// forward and backward also serve other contrastive losses: their rows and columns may be different vectors, with
+// losses of their own (fastsimclr/loss/log_sums.py).
 #pragma once
 
 #ifdef FASTSIMCLR_EMULATION
@@ -51,6 +54,14 @@ struct UnitRows {
   int count = 0;
 };
 
+// The similarities that are not among the negatives: of row i with column offset + i, and with the column of its partner,
+// which is row i + distance for i < distance, and otherwise row i - distance.
+struct Pairs {
+  bool among_columns = false;  // false: all columns are negatives of all rows
+  int offset = 0;
+  int distance = 0;  // 0: no partners
+};
+
 struct NormalizeParams {
   Projections z;
   int planes = 1;
@@ -65,12 +76,10 @@ struct ForwardParams {
   int planes = 1;
   int width = 0;
   bool symmetric = false;  // the columns are the rows: only half of the similarities are computed
-  bool has_pairs = false;  // these columns include the rows and their positives
-  int offset = 0;          // if has_pairs: the column of the first row
-  int all_columns = 0;     // M
+  Pairs pairs;
   Temperature temperature;
   int column_unit = 0;    // the result of forward_column_unit
-  float* sums = nullptr;  // out (slots, 2n), slots = ceil(columns / column_unit)
+  float* sums = nullptr;  // out (slots, rows), slots = ceil(columns / column_unit)
 };
 
 struct LossParams {
@@ -86,16 +95,21 @@ struct LossParams {
   float* q = nullptr;       // out (2n,): fraction of the denominator due to the negatives
 };
 
+// The losses of the rows, or of the columns, of a matrix of similarities.
+struct RowLosses {
+  const float* lse = nullptr;      // log2 of the softmax denominator
+  const float* weights = nullptr;  // gradient with respect to the loss, in [-1, 1]; null: all 1
+};
+
 struct BackwardParams {
   UnitRows rows, columns;
   int planes = 1;
   int width = 0;
-  int offset = 0;
+  Pairs pairs;
   Temperature temperature;
-  const float* lse = nullptr;      // (M,)
-  const float* weights = nullptr;  // (M,) in [-1, 1]: gradient with respect to each row's loss; null: all 1
-  int splits = 1;                  // the result of backward_splits
-  float* sums = nullptr;           // out (splits, 2n, width): sums over the negatives, see backward.cu
+  RowLosses row_losses, column_losses;
+  int splits = 1;         // the result of backward_splits
+  float* sums = nullptr;  // out (splits, rows, width): sums over the negatives, see backward.cu
 };
 
 struct ProjectParams {

@@ -52,13 +52,6 @@ __device__ __forceinline__ float value_of(const Temperature& temperature) {
   return temperature.pointer ? *temperature.pointer : temperature.value;
 }
 
-// Where rows are compared with themselves and their positives, which are not negatives.
-struct Pairs {
-  bool among_columns;  // false: these columns are rows of other ranks, all negatives
-  int n;               // half of the rows
-  int offset;          // row i is column offset + i
-};
-
 // The elements of a tile to exclude, relative to its corner (row0, column0): those outside the matrix, and three
 // diagonals, on which column - row is `self`, `up` (for rows before `half`) or `down` (for the other rows).
 template <class S>
@@ -69,10 +62,11 @@ struct TileMask {
   __device__ TileMask(const Pairs& pairs, int row_count, int column_count, int row0, int column0)
       : rows(row_count - row0), columns(column_count - column0) {
     constexpr int kFar = kMaxRows;  // beyond any tile
+    const bool has_partners = pairs.among_columns && pairs.distance > 0;
     self = pairs.among_columns ? pairs.offset + row0 - column0 : kFar;
-    up = pairs.among_columns ? self + pairs.n : kFar;
-    down = pairs.among_columns ? self - pairs.n : kFar;
-    half = pairs.n - row0;
+    up = has_partners ? self + pairs.distance : kFar;
+    down = has_partners ? self - pairs.distance : kFar;
+    half = pairs.distance - row0;
   }
 
   // Whether no element is excluded, as in most tiles.

@@ -1,4 +1,4 @@
-"""SimCLR pre-training of image encoders, and the NT-Xent loss for use in any training loop."""
+"""SimCLR pre-training of image encoders, and contrastive losses for use in any training loop."""
 
 from typing import TYPE_CHECKING
 
@@ -10,7 +10,7 @@ if TYPE_CHECKING:
     from fastsimclr.data.dataset import open_views
     from fastsimclr.data.loader import Batch
     from fastsimclr.errors import UserError
-    from fastsimclr.loss import NTXentLoss, nt_xent
+    from fastsimclr.loss import InfoNCELoss, NTXentLoss, SupConLoss, info_nce, nt_xent, sup_con
     from fastsimclr.models import SimCLR, projector
     from fastsimclr.optim import LARS
     from fastsimclr.pretrained import encoder, import_weights, load_encoder
@@ -20,17 +20,21 @@ __all__ = [
     "LARS",
     "Augmentation",
     "Batch",
+    "InfoNCELoss",
     "NTXentLoss",
     "SimCLR",
+    "SupConLoss",
     "UserError",
     "__version__",
     "encoder",
     "import_weights",
+    "info_nce",
     "load_encoder",
     "nt_xent",
     "open_views",
     "pretrain",
     "projector",
+    "sup_con",
 ]
 
 __getattr__ = export(
@@ -40,7 +44,7 @@ __getattr__ = export(
         "fastsimclr.data.dataset": ["open_views"],
         "fastsimclr.data.loader": ["Batch"],
         "fastsimclr.errors": ["UserError"],
-        "fastsimclr.loss": ["NTXentLoss", "nt_xent"],
+        "fastsimclr.loss": ["InfoNCELoss", "NTXentLoss", "SupConLoss", "info_nce", "nt_xent", "sup_con"],
         "fastsimclr.models": ["SimCLR", "projector"],
         "fastsimclr.optim": ["LARS"],
         "fastsimclr.pretrained": ["encoder", "import_weights", "load_encoder"],

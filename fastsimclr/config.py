@@ -121,6 +121,9 @@ class LossConfig:
     projections, otherwise highest."""
     decoupled: bool = False
     """Use the decoupled loss, which leaves the positive out of the denominator (arXiv 2110.06848)."""
+    hardness: NonNegative = 0.0
+    """Weight negatives by exp(hardness * similarity / temperature), so that similar ones count more (beta of arXiv
+    2010.04592). The loss then takes twice the time. 0: all count alike."""
     global_negatives: bool = True
     """Use the views of all ranks as negatives."""
 

@@ -4,12 +4,17 @@ import math
 from collections.abc import Callable
 from typing import Any
 
+import pytest
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from fastsimclr._extension import why_unavailable
 from fastsimclr.loss import nt_xent
 
+needs_emulation = pytest.mark.skipif(
+    bool(why_unavailable(torch.device("cpu"))), reason=why_unavailable(torch.device("cpu")) or "-"
+)
 RowLosses = Callable[[Tensor, Tensor, Tensor], Tensor]  # (z1, z2, temperature) -> losses (2N,)
 
 
@@ -64,15 +69,18 @@ def _split(x: Tensor) -> tuple[Tensor, Tensor]:
 
 class _Similarities(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, z: Tensor, planes: int) -> Tensor:
-        ctx.save_for_backward(z)
+    def forward(ctx: Any, a: Tensor, b: Tensor, planes: int) -> Tensor:
+        ctx.save_for_backward(a, b)
         ctx.planes = planes
-        return split_product(z, z, planes)
+        return split_product(a, b, planes)
 
     @staticmethod
-    def backward(ctx: Any, ds: Tensor) -> tuple[Tensor, None]:  # type: ignore[override]
-        (z,) = ctx.saved_tensors
-        return split_product(ds + ds.T, z.T.contiguous(), ctx.planes), None
+    def backward(ctx: Any, ds: Tensor) -> tuple[Tensor, Tensor, None]:  # type: ignore[override]
+        a, b = ctx.saved_tensors
+        if a is b:  # in one product: the sum of two would have two rounding errors
+            return split_product(ds + ds.T, a.T.contiguous(), ctx.planes), torch.zeros_like(b), None
+        da, db = split_product(ds, b.T.contiguous(), ctx.planes), split_product(ds.T, a.T.contiguous(), ctx.planes)
+        return da, db, None
 
 
 def textbook_in_bf16(planes: int) -> RowLosses:
@@ -81,29 +89,55 @@ def textbook_in_bf16(planes: int) -> RowLosses:
     def losses(z1: Tensor, z2: Tensor, temperature: Tensor) -> Tensor:
         n = len(z1)
         z = F.normalize(torch.cat([z1, z2]).float(), dim=1)
-        s = _Similarities.apply(z, planes) / temperature
+        s = _Similarities.apply(z, z, planes) / temperature
         s = s.masked_fill(torch.eye(2 * n, dtype=torch.bool, device=s.device), -math.inf)
         return F.cross_entropy(s, torch.arange(2 * n, device=s.device).roll(n), reduction="none")
 
     return losses
 
 
+def textbook_towers(planes: int | None) -> RowLosses:
+    """CLIP's dense loss in eager PyTorch, in the inputs' dtype, or as `textbook_in_bf16`: losses (2N,)."""
+
+    def losses(a: Tensor, b: Tensor, temperature: Tensor) -> Tensor:
+        a, b = F.normalize(a, dim=1), F.normalize(b, dim=1)
+        s = (a @ b.T if planes is None else _Similarities.apply(a, b, planes)) / temperature.to(a.dtype)
+        labels = torch.arange(len(a), device=s.device)
+        return torch.cat([F.cross_entropy(each, labels, reduction="none") for each in (s, s.T)])
+
+    return losses
+
+
+def close(got: Tensor, expected: Tensor, tolerance: float = 1e-12) -> None:
+    """Assert that all elements differ by at most `tolerance`, relative or absolute."""
+    torch.testing.assert_close(got, expected, rtol=tolerance, atol=tolerance)
+
+
 def assert_as_accurate(
-    got: RowLosses, eager: RowLosses, batches: list[list[Tensor]], temperature: float, *, g_rounding: float = 0.0
+    got: RowLosses,
+    eager: RowLosses,
+    batches: list[list[Tensor]],
+    temperature: float,
+    *,
+    exact_loss: RowLosses | None = None,
+    g_rounding: float = 0.0,
 ) -> None:
     """Assert error <= 2 times the error of eager PyTorch in the same precision + 2 roundings, against a float64 oracle.
+
+    exact_loss: the oracle; None: `nt_xent`'s reference.
 
     Checks the loss and dz of each row, and dtemperature. dz is multiplied by |z|, since it scales with 1/|z|. Eager
     PyTorch may be exact for single rows by chance, so the worst rows over all batches are compared. g_rounding:
     relative rounding error of the p_ij that multiply Z in the backward; eager PyTorch computes dtemperature without
     that product.
     """
+    exact_loss = exact_loss or row_losses("reference")
     # Per quantity: our worst error, eager's worst error, the largest exact value.
     worst = {name: [0.0, 0.0, 0.0] for name in ("losses", "dz", "dtemperature")}
     negatives_share = 0.0
     for z1, z2 in batches:
         mine, theirs = (loss_and_gradients(loss, z1, z2, temperature) for loss in (got, eager))
-        oracle = loss_and_gradients(row_losses("reference"), z1.double(), z2.double(), temperature)
+        oracle = loss_and_gradients(exact_loss, z1.double(), z2.double(), temperature)
         length = torch.cat([z1, z2]).double().norm(dim=1, keepdim=True)
         negatives_share = max(negatives_share, -torch.expm1(-oracle[0]).mean().item())
         for found, a, b, exact, scale in zip(worst.values(), mine, theirs, oracle, (1, length, 1), strict=True):

@@ -10,7 +10,8 @@ import torch
 from fastsimclr import _extension
 from fastsimclr.data import native
 from fastsimclr.environment import advice, crops_and_colors
-from fastsimclr.loss import BackendError, _choose_and_warn, choose_backend
+from fastsimclr.loss import BackendError, choose_backend
+from fastsimclr.loss.options import _choose_and_warn
 
 GPU = torch.device("cuda", 0)
 OLD_DRIVER = (
@@ -67,7 +68,7 @@ def test_auto_falls_back_with_a_reason_if_kernels_do_not_load(
     backend, why = choose_backend("auto", GPU)
     assert backend == "tiled"
     assert why.startswith("auto: the kernels do not load on NVIDIA H100: ")
-    with pytest.warns(UserWarning, match=f"nt_xent: using the slower backend 'tiled'.*{expected}"):
+    with pytest.warns(UserWarning, match=f"loss: using the slower backend 'tiled'.*{expected}"):
         assert _choose_and_warn("auto", GPU, torch.float32, 128) == "tiled"
     with pytest.raises(BackendError, match=expected):
         choose_backend("fused", GPU)

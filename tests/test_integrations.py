@@ -9,10 +9,11 @@ from typing import Any
 
 import pytest
 import torch
+import torch.nn.functional as F
 from ranks import run_ranks
 from torch import Tensor
 
-from fastsimclr import NTXentLoss, nt_xent
+from fastsimclr import InfoNCELoss, NTXentLoss, SupConLoss, info_nce, nt_xent
 
 ROOT = Path(__file__).resolve().parents[1]
 # Warnings of other packages are not errors.
@@ -26,6 +27,9 @@ NEEDS = {  # packages of each section; those that are missing skip it (pip insta
     "Accelerate": ["accelerate"],
     "stable-pretraining": ["stable_pretraining"],
     "pytorch-metric-learning": ["pytorch_metric_learning"],
+    "OpenCLIP": ["open_clip"],
+    "MoCo": [],
+    "SupContrast": [],
 }
 
 
@@ -82,7 +86,10 @@ def test_every_section_is_tested() -> None:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("title", ["PyTorch", "lightly", "stable-pretraining", "pytorch-metric-learning"])
+@pytest.mark.parametrize(
+    "title",
+    ["PyTorch", "lightly", "stable-pretraining", "pytorch-metric-learning", "OpenCLIP", "MoCo", "SupContrast"],
+)
 def test_section_runs(title: str, working_directory: Path) -> None:
     names: dict[str, Any] = {}
     exec(script(title), names)
@@ -160,6 +167,54 @@ def test_pytorch_metric_learnings_loss_is_ours() -> None:
     for temperature in (0.07, 0.5):
         theirs = value_and_gradients(losses.SelfSupervisedLoss(losses.NTXentLoss(temperature)))
         assert_equal(value_and_gradients(NTXentLoss(temperature)), theirs)
+
+
+def test_pytorch_metric_learnings_supervised_loss_is_ours() -> None:
+    reason = "compared with its loss: pip install -e '.[integrations]'"
+    losses = pytest.importorskip("pytorch_metric_learning.losses", reason=reason)
+    labels = torch.tensor([0, 1, 2, 0, 1, 2, 0, 0, 1, 2, 2, 1])
+    for temperature in (0.07, 0.5):
+        theirs = losses.SupConLoss(temperature)
+        ours = SupConLoss(temperature)
+        assert_equal(
+            value_and_gradients(lambda z1, z2, loss=ours: loss(torch.cat([z1, z2]), labels)),
+            value_and_gradients(lambda z1, z2, loss=theirs: loss(torch.cat([z1, z2]), labels)),
+        )
+
+
+def clip_loss(**options: Any) -> Any:
+    reason = "compared with its loss: pip install -e '.[integrations]'"
+    loss = pytest.importorskip("open_clip.loss", reason=reason).ClipLoss(**options)
+    return lambda a, b: loss(F.normalize(a, dim=1), F.normalize(b, dim=1), 1 / 0.07)
+
+
+def test_openclips_loss_is_ours() -> None:
+    assert_equal(value_and_gradients(InfoNCELoss(0.07)), value_and_gradients(clip_loss()))
+
+
+def clip_losses_over_ranks(rank: int) -> list[list[Tensor]]:
+    theirs = clip_loss(local_loss=True, gather_with_grad=True, rank=rank, world_size=2)
+    return [value_and_gradients(loss, rank) for loss in (InfoNCELoss(0.07, group="world"), theirs)]
+
+
+@pytest.mark.slow
+@pytest.mark.filterwarnings("default")
+def test_openclips_gathered_loss_is_ours() -> None:
+    pytest.importorskip("open_clip", reason="compared with its loss: pip install -e '.[integrations]'")
+    for ours, theirs in run_ranks(2, clip_losses_over_ranks):
+        assert_equal(ours, theirs)
+
+
+def test_lightlys_loss_with_a_memory_bank_is_ours() -> None:
+    lightly = pytest.importorskip("lightly.loss", reason="compared with its loss: pip install -e '.[integrations]'")
+    theirs = lightly.NTXentLoss(temperature=0.5, memory_bank_size=(8, 16))
+    theirs(*projections(1))  # fills the bank
+    bank = theirs.memory_bank.bank.T.clone()
+
+    def ours(z1: Tensor, z2: Tensor) -> Tensor:
+        return info_nce(z1, z2, 0.5, symmetric=False, queue=bank, batch_negatives=False)
+
+    assert_equal(value_and_gradients(ours), value_and_gradients(theirs))
 
 
 def test_stable_pretrainings_loss_is_ours() -> None:

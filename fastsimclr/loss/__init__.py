@@ -1,23 +1,41 @@
-"""The NT-Xent loss: input checks, and the choice of its implementation."""
-
-import math
-import warnings
+"""Contrastive losses: NT-Xent here; InfoNCE and SupCon, of the same sums, in modules of their own."""
 
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
-from fastsimclr._extension import describe_build, why_unavailable
-from fastsimclr.distributed import resolve_group
-from fastsimclr.errors import UserError
 from fastsimclr.loss import fused
-from fastsimclr.loss.autograd_modes import is_in_transform
+from fastsimclr.loss.log_sums import log_negatives, reduce, softmax_losses, unit_rows
+from fastsimclr.loss.options import (
+    BACKENDS,
+    PRECISIONS,
+    REDUCTIONS,
+    BackendError,
+    Computation,
+    check_hardness,
+    check_projections,
+    check_same,
+    choose_backend,
+    resolve,
+)
 from fastsimclr.loss.reference import nt_xent_reference
+from fastsimclr.loss.supervised import SupConLoss, sup_con
 from fastsimclr.loss.tiled import nt_xent_tiled
+from fastsimclr.loss.towers import InfoNCELoss, info_nce
 
-BACKENDS = ("auto", "fused", "tiled", "reference")
-PRECISIONS = ("auto", "highest", "medium")
-REDUCTIONS = ("mean", "none")
+__all__ = [
+    "BACKENDS",
+    "PRECISIONS",
+    "REDUCTIONS",
+    "BackendError",
+    "InfoNCELoss",
+    "NTXentLoss",
+    "SupConLoss",
+    "choose_backend",
+    "info_nce",
+    "nt_xent",
+    "sup_con",
+]
 
 
 def nt_xent(
@@ -30,6 +48,7 @@ def nt_xent(
     precision: str = "auto",
     reduction: str = "mean",
     decoupled: bool = False,
+    hardness: float = 0.0,
 ) -> Tensor:
     """NT-Xent loss of two batches of projections (SimCLR, eq. 1), averaged over the 2N views.
 
@@ -50,6 +69,8 @@ def nt_xent(
         "reference" ignores it and computes in the inputs' dtype, at least float32.
     reduction: "mean", or "none" to return the loss of each view, (2N,), z1's rows first.
     decoupled: if True, leave the positive out of the denominator (Yeh et al., arXiv 2110.06848).
+    hardness: weight each negative by exp(hardness * similarity / temperature), relative to the mean weight of the row's
+        negatives: beta of Robinson et al., arXiv 2010.04592, with tau_plus = 0. Takes twice the time. 0: no weights.
 
     Returns a 0-dim or (2N,) tensor in float32 (float64 for float64 inputs). Projections that are not finite, or whose
     norm overflows (1.8e19 in float32), give a non-finite loss, without a CPU-GPU synchronization. Threads may call it
@@ -58,67 +79,33 @@ def nt_xent(
     forward-mode AD and in torch.func's grad, jvp, jacrev, ...; vmap calls them once per sample. "reference" has all.
     Raises ValueError for invalid shapes, dtypes or options, or if `backend` cannot compute the loss of these inputs.
     """
-    _check(z1, z2, temperature, backend, precision, reduction)
-    process_group = resolve_group(group)
-    if decoupled and len(z1) == 1 and process_group is None:
-        raise ValueError("decoupled: got N = 1 and no group, so there are no negatives; expected N of at least 2")
-
-    value: float | None = None
-    if not isinstance(temperature, Tensor):
-        value = float(temperature)
-    elif temperature.device.type == "cpu" and not (torch.compiler.is_compiling() or is_in_transform()):
-        value = float(temperature.detach())
-    if value is not None and not (value > 0 and math.isfinite(value)):
-        raise ValueError(f"temperature: got {value}, expected a positive number")
-
-    mean = reduction == "mean"
-    implementation = _choose_and_warn(backend, z1.device, z1.dtype, z1.shape[1])
-    if precision == "auto":
-        precision = "medium" if z1.dtype in (torch.bfloat16, torch.float16) else "highest"
-    if implementation in ("fused", "emulated"):
-        tensor = temperature if isinstance(temperature, Tensor) else None
-        return fused.nt_xent_fused(z1, z2, tensor, process_group, mean, decoupled, precision, value)
-    if not isinstance(temperature, Tensor):
-        dtype = torch.promote_types(z1.dtype, torch.float32)
-        temperature = torch.full((), temperature, dtype=dtype, device=z1.device)
-    if implementation == "reference":
-        return nt_xent_reference(z1, z2, temperature, process_group, mean, decoupled)
-    return nt_xent_tiled(z1, z2, temperature, process_group, mean, decoupled, precision, value)
+    for name, z in (("z1", z1), ("z2", z2)):
+        check_projections(name, z)
+    check_same("z1 and z2", z1, z2)
+    check_hardness(hardness)
+    how = resolve(z1, temperature, group, backend, precision, reduction)
+    if (decoupled or hardness) and len(z1) == 1 and how.group is None:
+        name = "decoupled" if decoupled else "hardness"
+        raise ValueError(f"{name}: got N = 1 and no group, so there are no negatives; expected N of at least 2")
+    if hardness:
+        return _nt_xent_of_hard_negatives(z1, z2, how, hardness, decoupled)
+    if how.implementation in ("fused", "emulated"):
+        return fused.nt_xent_fused(
+            z1, z2, how.temperature_tensor, how.group, how.mean, decoupled, how.precision, how.temperature_value
+        )
+    tensor = how.temperature_like(z1)
+    if how.implementation == "reference":
+        return nt_xent_reference(z1, z2, tensor, how.group, how.mean, decoupled)
+    return nt_xent_tiled(z1, z2, tensor, how.group, how.mean, decoupled, how.precision, how.temperature_value)
 
 
-class BackendError(UserError, RuntimeError):
-    """The requested backend cannot compute the loss of these projections on this device."""
-
-
-def choose_backend(
-    backend: str, device: torch.device, dtype: torch.dtype = torch.float32, width: int = 1
-) -> tuple[str, str]:
-    """Return the implementation used for `backend`, and the reason, for projections (N, `width`) on `device`.
-
-    Raises BackendError, a ValueError and a RuntimeError, if a backend other than "auto" is requested and cannot run.
-    """
-    if backend in ("tiled", "reference"):
-        return backend, "as requested"
-    if backend == "auto" and device.type != "cuda":
-        return "tiled", f"auto: the fused kernels need a CUDA GPU, and the projections are on {device.type}"
-    reason = why_unavailable(device) or fused.unsupported(dtype, width)
-    if backend == "auto":
-        return ("tiled", f"auto: {reason}") if reason else ("fused", "auto: the fastest available")
-    if backend == "fused" and device.type != "cuda":
-        reason = f"it needs a CUDA GPU, and the projections are on {device.type}; {describe_build()}"
-    if backend == "emulated" and device.type != "cpu":
-        reason = f"it runs on the CPU, and the projections are on {device.type}"
-    if reason:
-        raise BackendError(f'got backend="{backend}", which cannot run: {reason}; use backend="auto" or "tiled"')
-    return backend, "as requested"
-
-
-@torch.compiler.assume_constant_result  # in a compiled graph: evaluated once, at compile time
-def _choose_and_warn(backend: str, device: torch.device, dtype: torch.dtype, width: int) -> str:
-    implementation, reason = choose_backend(backend, device, dtype, width)
-    if backend == "auto" and device.type == "cuda" and implementation != "fused":
-        warnings.warn(f"nt_xent: using the slower backend {implementation!r} ({reason})", stacklevel=3)
-    return implementation
+def _nt_xent_of_hard_negatives(z1: Tensor, z2: Tensor, how: Computation, hardness: float, decoupled: bool) -> Tensor:
+    with torch.autocast(z1.device.type, enabled=False):
+        z = unit_rows(torch.cat([z1, z2]), how)
+        negatives = log_negatives(z, None, how, hardness=hardness, partners=True)
+        n = len(z1)
+        positive = ((z[:n] * z[n:]).sum(1) / how.temperature_like(z)).repeat(2)
+        return reduce(softmax_losses(negatives.rows, positive, decoupled), negatives.rows_on_all_ranks, how)
 
 
 class NTXentLoss(nn.Module):
@@ -137,6 +124,7 @@ class NTXentLoss(nn.Module):
         precision: str = "auto",
         reduction: str = "mean",
         decoupled: bool = False,
+        hardness: float = 0.0,
     ) -> None:
         super().__init__()
         self.temperature = temperature
@@ -145,6 +133,7 @@ class NTXentLoss(nn.Module):
         self.precision = precision
         self.reduction = reduction
         self.decoupled = decoupled
+        self.hardness = hardness
 
     def forward(self, z1: Tensor, z2: Tensor) -> Tensor:
         return nt_xent(
@@ -156,34 +145,9 @@ class NTXentLoss(nn.Module):
             precision=self.precision,
             reduction=self.reduction,
             decoupled=self.decoupled,
+            hardness=self.hardness,
         )
 
     def extra_repr(self) -> str:
         temperature = "learned" if isinstance(self.temperature, nn.Parameter) else self.temperature
         return f"temperature={temperature}, backend={self.backend!r}, decoupled={self.decoupled}"
-
-
-def _check(z1: Tensor, z2: Tensor, temperature: float | Tensor, backend: str, precision: str, reduction: str) -> None:
-    for name, got, expected in (
-        ("backend", "auto" if backend == "emulated" else backend, BACKENDS),  # "emulated" is for tests
-        ("precision", precision, PRECISIONS),
-        ("reduction", reduction, REDUCTIONS),
-    ):
-        if got not in expected:
-            raise ValueError(f"{name}: got {got!r}, expected one of {', '.join(expected)}")
-    for name, z in (("z1", z1), ("z2", z2)):
-        if not isinstance(z, Tensor) or not z.dtype.is_floating_point or z.dtype.itemsize == 1:
-            kind = str(z.dtype) if isinstance(z, Tensor) else type(z).__name__
-            raise ValueError(f"{name}: got {kind}, expected a tensor of float32, float64, bfloat16 or float16")
-        if z.ndim != 2 or z.shape[0] < 1 or z.shape[1] < 1:
-            raise ValueError(f"{name}: got shape {tuple(z.shape)}, expected (N, D) with N and D at least 1")
-    if z1.shape != z2.shape or z1.dtype != z2.dtype or z1.device != z2.device:
-        raise ValueError(
-            f"z1 and z2: got {tuple(z1.shape)} {z1.dtype} on {z1.device} and {tuple(z2.shape)} {z2.dtype} on "
-            f"{z2.device}, expected the same shape, dtype and device"
-        )
-    if isinstance(temperature, Tensor) and (temperature.ndim != 0 or not temperature.dtype.is_floating_point):
-        raise ValueError(
-            f"temperature: got a {temperature.dtype} tensor of shape {tuple(temperature.shape)}, "
-            "expected a float or a 0-dim float tensor"
-        )

@@ -24,7 +24,7 @@ def refuse_transforms(backend: str) -> None:
     """Raise RuntimeError in forward-mode AD, and in a torch.func transform that differentiates."""
     if forward_ad._current_level >= 0 or _is_in_differentiating_transform():
         raise RuntimeError(
-            f'nt_xent: got backend "{backend}" in forward-mode AD or in a torch.func transform that differentiates '
+            f'loss: got backend "{backend}" in forward-mode AD or in a torch.func transform that differentiates '
             '(jvp, grad, jacrev, ...); expected torch.autograd.grad or backward: use these, or backend="reference"'
         )
 
@@ -39,8 +39,7 @@ def define_modes(backend: str, forward: Any, backward: Any) -> None:
 
     def refuse_second_derivative(ctx: Any, *_: Tensor | None) -> Any:
         raise RuntimeError(
-            f'nt_xent: got a second derivative of backend "{backend}", which has a first one only; use '
-            'backend="reference"'
+            f'loss: got a second derivative of backend "{backend}", which has a first one only; use backend="reference"'
         )
 
     for operator in (forward, backward):
@@ -49,10 +48,10 @@ def define_modes(backend: str, forward: Any, backward: Any) -> None:
 
 
 def _loop_over_samples(operator: Any) -> Callable[..., tuple[tuple[Tensor, ...], tuple[int, ...]]]:
-    def loop(info: Any, in_dims: tuple[int | None, ...], *arguments: Any) -> tuple[tuple[Tensor, ...], tuple[int, ...]]:
+    def loop(info: Any, in_dims: tuple[Any, ...], *arguments: Any) -> tuple[tuple[Tensor, ...], tuple[int, ...]]:
         pairs = list(zip(arguments, in_dims, strict=True))
         samples = [
-            operator(*(x if dim is None else x.select(dim, index) for x, dim in pairs))
+            operator(*(x.select(dim, index) if isinstance(dim, int) else x for x, dim in pairs))
             for index in range(info.batch_size)
         ]
         outputs = tuple(torch.stack(of_samples) for of_samples in zip(*samples, strict=True))

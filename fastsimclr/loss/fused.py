@@ -73,9 +73,9 @@ def fused_forward(
     an operator with an output on the CPU.
     """
     n, d = z1.shape
-    rows, planes, width = 2 * n, _planes(precision), _width(d)
-    _check_rows(rows)  # before memory is allocated for them
-    kernels = _Kernels(z1, temperature, temperature_value)
+    rows, planes, width = 2 * n, planes_of(precision), padded_width(d)
+    check_rows(rows)  # before memory is allocated for them
+    kernels = Kernels(z1, temperature, temperature_value)
     unit = z1.new_empty(rows, planes, width, dtype=torch.bfloat16)
     norm, positive = kernels.floats(rows), kernels.floats(n)
     kernels(
@@ -89,7 +89,7 @@ def fused_forward(
         offset = sum(sizes[: dist.get_rank(group_of(group))])
         gathered = start_gather_rows(unit, sizes, group_of(group))  # overlaps with the work on local rows
     total = sum(sizes)
-    _check_rows(total)
+    check_rows(total)
     # Parts of the columns (start, count): the rows of this rank, of the ranks before it and of the ranks after it. Each
     # part writes its sums into its own slots.
     parts = [part for part in ((offset, rows), (0, offset), (offset + rows, total - offset - rows)) if part[1]]
@@ -108,7 +108,7 @@ def fused_forward(
             all_unit = gathered()
         kernels(
             "forward", rows=unit.data_ptr(), row_count=rows, columns=(unit if is_local else all_unit[start]).data_ptr(),
-            column_count=count, planes=planes, width=width, symmetric=is_local, has_pairs=is_local, offset=0,
+            column_count=count, planes=planes, width=width, symmetric=is_local, pairs=(0, n) if is_local else None,
             all_columns=total, **kernels.temperature, column_unit=column_unit, sums=sums[sum(slots[:index])].data_ptr(),
         )  # fmt: skip
     losses, lse, q = kernels.floats(rows), kernels.floats(rows), kernels.floats(rows)
@@ -124,7 +124,7 @@ def fused_forward(
     return loss, unit, norm, all_unit, lse, q, torch.tensor(sizes)
 
 
-def _check_rows(rows: int) -> None:
+def check_rows(rows: int) -> None:
     if rows > MAX_ROWS:
         raise ValueError(f"got {rows} views on all ranks, expected at most {MAX_ROWS}")
 
@@ -136,7 +136,7 @@ def _no_sizes(z: Tensor) -> Tensor:
 @fused_forward.register_fake
 def _(z1, z2, temperature, group, mean, decoupled, precision, temperature_value):  # type: ignore[no-untyped-def]
     n, d = z1.shape
-    planes, width = _planes(precision), _width(d)
+    planes, width = planes_of(precision), padded_width(d)
     rows = torch.library.get_ctx().new_dynamic_size() if group else 2 * n
     sizes = torch.empty(dist.get_world_size(group_of(group)), dtype=torch.int64) if group else _no_sizes(z1)
     return (
@@ -169,7 +169,7 @@ def fused_backward(
     n, d = z1.shape
     rows, planes, width = unit.shape
     total = len(lse)
-    kernels = _Kernels(z1, temperature, temperature_value)
+    kernels = Kernels(z1, temperature, temperature_value)
     offset, ranks = 0, 1
     if group:
         offset, ranks = int(sizes[: dist.get_rank(group_of(group))].sum()), len(sizes)
@@ -190,8 +190,9 @@ def fused_backward(
     sums = kernels.floats(splits, rows, width)
     kernels(
         "backward", rows=unit.data_ptr(), row_count=rows, columns=all_unit.data_ptr(), column_count=total,
-        planes=planes, width=width, offset=offset, **kernels.temperature, lse=lse.data_ptr(), weights=_address(weights),
-        splits=splits, sums=sums.data_ptr(),
+        planes=planes, width=width, pairs=(offset, n), all_columns=total, **kernels.temperature,
+        row_losses=(lse[offset:].data_ptr(), _address(local_weights)),
+        column_losses=(lse.data_ptr(), _address(weights)), splits=splits, sums=sums.data_ptr(),
     )  # fmt: skip
     dz1, dz2 = (torch.empty(n, d, dtype=z1.dtype, device=z1.device) for _ in range(2))
     z_dot_dz = kernels.floats(rows)
@@ -231,7 +232,7 @@ fused_forward.register_autograd(_backward, setup_context=_setup_context)
 define_modes("fused", fused_forward, fused_backward)
 
 
-class _Kernels:
+class Kernels:
     """The loss kernels of `fastsimclr._C` (on the CPU: `fastsimclr._emulated`) and the arguments of all their calls."""
 
     def __init__(self, z: Tensor, temperature: Tensor | None, value: float | None) -> None:
@@ -243,6 +244,7 @@ class _Kernels:
         self._like = z
         if value is None and temperature is not None and temperature.device != z.device:
             value = float(temperature)  # it is on the CPU, so this needs no synchronization
+        self.value = value
         self._keep = None if value is not None else temperature.to(torch.float32)  # type: ignore[union-attr]
         self.temperature = {"temperature": _address(self._keep), "temperature_value": value or 0.0}
         # The kernels have their own CUDA runtime, so both runtimes set the device; PyTorch restores the previous one.
@@ -269,10 +271,10 @@ def _address(x: Tensor | None) -> int:
     return 0 if x is None else x.data_ptr()
 
 
-def _planes(precision: str) -> int:
+def planes_of(precision: str) -> int:
     """Return how many bf16 numbers represent a factor of the products: their sum has 8 bits (1) or 16 bits (2)."""
     return 2 if precision == "highest" else 1
 
 
-def _width(d: int) -> int:
+def padded_width(d: int) -> int:
     return -(-d // 8) * 8  # rows are padded to a multiple of 16 bytes

@@ -87,6 +87,7 @@ def build_learner(
         backend=backend,  # not "auto": every rank would warn about a slower backend
         precision=config.loss.precision,
         decoupled=config.loss.decoupled,
+        hardness=config.loss.hardness,
     )
 
     torch.manual_seed(config.seed)

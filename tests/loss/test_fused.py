@@ -13,12 +13,20 @@ from typing import Any
 import pytest
 import torch
 import torch.nn.functional as F
-from oracle import assert_as_accurate, loss_and_gradients, relative_error, row_losses, textbook, textbook_in_bf16, views
+from oracle import (
+    assert_as_accurate,
+    loss_and_gradients,
+    needs_emulation,
+    relative_error,
+    row_losses,
+    textbook,
+    textbook_in_bf16,
+    views,
+)
 from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 from fastsimclr import _extension
-from fastsimclr._extension import why_unavailable
 from fastsimclr.loss import BackendError, NTXentLoss, choose_backend, fused, nt_xent
 from fastsimclr.loss.fused import fused_backward, fused_forward
 
@@ -26,9 +34,6 @@ from fastsimclr.loss.fused import fused_backward, fused_forward
 pytestmark = pytest.mark.usefixtures("one_thread")
 
 WHOLE_GRID = os.environ.get("FASTSIMCLR_WHOLE_GRID") == "1"
-needs_emulation = pytest.mark.skipif(
-    bool(why_unavailable(torch.device("cpu"))), reason=why_unavailable(torch.device("cpu")) or "-"
-)
 gpu = [
     pytest.mark.gpu,
     pytest.mark.skipif(not fused.is_available(), reason="needs a GPU and an extension built for CUDA"),
@@ -575,7 +580,7 @@ def test_unsupported_dtype_or_size_raises(z: Tensor, message: str) -> None:
 
 @needs_emulation
 def test_failed_launch_raises_and_names_the_function() -> None:
-    kernels = fused._Kernels(torch.ones(1), None, 0.1)
+    kernels = fused.Kernels(torch.ones(1), None, 0.1)
     z = torch.ones(2, 8)
     arguments = {"unit": 0, "norm": 0, "positive": 0, "dtype": kernels.dtype, "d": 8, "planes": 1, "width": 8}
     with pytest.raises(RuntimeError, match=r"nt_xent_normalize failed: cudaErrorInvalidValue"):

@@ -11,7 +11,7 @@ import torch
 from oracle import assert_as_accurate, loss_and_gradients, relative_error, row_losses, textbook, views
 from torch import Tensor, nn
 
-from fastsimclr.loss import NTXentLoss, nt_xent, tiled
+from fastsimclr.loss import NTXentLoss, nt_xent, tiled, tiles
 from fastsimclr.loss.tiled import tiled_backward, tiled_forward
 
 BACKENDS = ("tiled", "reference")
@@ -88,7 +88,7 @@ def test_sizes_that_are_not_multiples_of_the_tile(
     tile: int, n: int, temperature: float, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """All positions of tile edges relative to a row, its self-pair and its positive, in both sets of formulas."""
-    monkeypatch.setattr(tiled, "_tile_size", lambda device: tile)
+    monkeypatch.setattr(tiles, "tile_size", lambda device: tile)
     z1, z2 = views(n, 3)
     weights = torch.linspace(-1, 2, 2 * n, dtype=torch.float64)  # distinct, to detect swapped rows
     for decoupled in (False, True)[: 1 if n == 1 else 2]:
@@ -277,14 +277,14 @@ def test_precision_sets_the_matmul_precision(precision: str, expected: str, monk
     """Recorded inside both passes, since on many CPUs it does not change the results."""
     seen = []
 
-    def spy_on(function: Callable[..., Tensor]) -> Callable[..., Tensor]:
-        def spy(*args: Any, **options: Any) -> Tensor:
+    def spy_on(function: Callable[..., Any]) -> Callable[..., Any]:
+        def spy(*args: Any, **options: Any) -> Any:
             seen.append(torch.backends.mkldnn.matmul.fp32_precision)
             return function(*args, **options)
 
         return spy
 
-    for name in ("_negative_sums", "_negatives_gradient"):
+    for name in ("log_sums", "gradients"):
         monkeypatch.setattr(tiled, name, spy_on(getattr(tiled, name)))
     z1, z2 = (z.requires_grad_() for z in views(4, 4, torch.float32))
     nt_xent(z1, z2, backend="tiled", precision=precision).backward()
@@ -294,10 +294,10 @@ def test_precision_sets_the_matmul_precision(precision: str, expected: str, monk
 def fail_inside(z1: Tensor, z2: Tensor) -> None:
     with pytest.MonkeyPatch.context() as patch:
 
-        def negative_sums(*_: object) -> Tensor:
+        def log_sums(*_: object, **__: object) -> None:
             raise RuntimeError("a failure inside")
 
-        patch.setattr(tiled, "_negative_sums", negative_sums)
+        patch.setattr(tiled, "log_sums", log_sums)
         nt_xent(z1, z2, precision="medium")
 
 
@@ -316,7 +316,7 @@ def test_matmul_precision_of_the_device_is_set_and_restored(
         for own in ("none", "ieee"):  # none: inherited from the setting for all operators
             matmul.fp32_precision, every_operator.fp32_precision = own, medium
             for precision, expected in (("highest", "ieee"), ("medium", medium)):
-                with tiled._matmul_precision(precision, torch.device(device)):
+                with tiles.matmul_precision(precision, torch.device(device)):
                     assert matmul.fp32_precision == expected
             assert matmul.fp32_precision == (medium if own == "none" else own)
             every_operator.fp32_precision = "ieee"

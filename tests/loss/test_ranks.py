@@ -1,11 +1,11 @@
-"""The NT-Xent loss over gloo ranks: all results equal those of one process with all ranks' images.
+"""The losses over gloo ranks: all results equal those of one process with all ranks' images.
 
 Every rank has its own data, and usually a different number of images: identical data would hide rows that are confused
 between ranks. Starting ranks takes seconds, so all cases of one world size run in one start.
 """
 
 import itertools
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
@@ -19,7 +19,7 @@ from torch.nn.parallel import DistributedDataParallel
 
 from fastsimclr._extension import why_unavailable
 from fastsimclr.distributed import group_name
-from fastsimclr.loss import nt_xent, tiled
+from fastsimclr.loss import info_nce, nt_xent, sup_con, tiles
 from fastsimclr.loss.fused import fused_backward, fused_forward
 from fastsimclr.loss.tiled import tiled_backward, tiled_forward
 
@@ -46,6 +46,10 @@ class Layout:
         x1, x2 = (x + 0.3 * torch.randn(x.shape, generator=random, dtype=torch.float64) for _ in range(2))
         return x1, x2
 
+    def labels(self, rank: int) -> Tensor:
+        """Return the class of each image; every class has images on several ranks."""
+        return (7 * torch.arange(self.sizes[rank]) + rank) % 3
+
     def weights(self, rank: int) -> Tensor:
         """Return the weights of the rank's rows in a weighted sum of the losses of reduction="none"."""
         random = torch.Generator().manual_seed(100 + rank)
@@ -67,6 +71,26 @@ LAYOUTS = {
 }
 
 
+QUEUE = torch.randn(3, D, generator=torch.Generator().manual_seed(200), dtype=torch.float64)
+
+
+def both_ways(z1: Tensor, z2: Tensor, t: Tensor, *, reduction: str, **options: Any) -> Tensor:
+    """The symmetric loss from one loss of each direction, each with the queue."""
+    queue, options = QUEUE.to(z1.dtype), options | {"reduction": reduction, "symmetric": False}
+    losses = [info_nce(a, b, t, queue=queue, **options) for a, b in ((z1, z2), (z2, z1))]
+    return torch.stack(losses).mean() if reduction == "mean" else torch.cat(losses)
+
+
+# From the projections, the classes of the images and the temperature to the losses of z1's rows, then z2's.
+LOSSES: dict[str, Callable[..., Tensor]] = {
+    "NT-Xent": lambda z1, z2, labels, t, **options: nt_xent(z1, z2, t, **options),
+    "hard negatives": lambda z1, z2, labels, t, **options: nt_xent(z1, z2, t, hardness=0.5, **options),
+    "InfoNCE": lambda z1, z2, labels, t, **options: info_nce(z1, z2, t, **options),
+    "InfoNCE with a queue": lambda z1, z2, labels, t, **options: both_ways(z1, z2, t, **options),
+    "SupCon": lambda z1, z2, labels, t, **options: sup_con(torch.cat([z1, z2]), labels.repeat(2), t, **options),
+}
+
+
 @dataclass(frozen=True)
 class Case:
     backend: str
@@ -74,10 +98,12 @@ class Case:
     decoupled: bool = False
     temperature: float = 0.2
     tile: int | None = None  # rows of a tile; None: the default size
+    loss: str = "NT-Xent"
 
     @property
     def options(self) -> dict[str, Any]:
-        return {"backend": self.backend, "reduction": self.reduction, "decoupled": self.decoupled}
+        decoupled = {} if self.loss == "SupCon" else {"decoupled": self.decoupled}
+        return {"backend": self.backend, "reduction": self.reduction, **decoupled}
 
     @property
     def dtype(self) -> torch.dtype:
@@ -87,7 +113,11 @@ class Case:
     @property
     def tolerance(self) -> tuple[float, float]:
         """Relative tolerance, and absolute tolerance at a temperature of 1 and results of 1."""
-        return (1e-3, 2e-6) if self.backend == "emulated" else (1e-10, 1e-13)
+        if self.backend != "emulated":
+            return 1e-10, 1e-13
+        # The kernels' similarities have errors of 2^-16. In SupCon, those of the positives do not cancel: only their
+        # share of the sum comes from the kernels.
+        return 1e-3, 2.0**-16 if self.loss == "SupCon" else 2e-6
 
 
 CASES = [
@@ -98,6 +128,12 @@ CASES = [
 CASES += [Case("tiled", "none", False, t, tile=3) for t in (0.2, 1 / 800)]  # tiles cross every boundary between ranks
 if not why_unavailable(torch.device("cpu")):  # the fused kernels: at 0.005 their exponentials may overflow
     CASES += [Case("emulated", *each) for each in itertools.product(("mean", "none"), (False, True), (0.2, 0.005))]
+OTHERS = [name for name in LOSSES if name != "NT-Xent"]
+for name in OTHERS:
+    CASES += [Case("tiled", "mean", loss=name), Case("reference", "none", loss=name)]
+    CASES += [Case("tiled", "none", temperature=1 / 800, loss=name), Case("tiled", "none", tile=3, loss=name)]
+    if not why_unavailable(torch.device("cpu")):
+        CASES += [Case("emulated", "none", loss=name)]
 
 
 class Model(nn.Module):
@@ -111,18 +147,19 @@ class Model(nn.Module):
         self.case, self.group = case, group
         self.z: list[Tensor] = []
 
-    def forward(self, x1: Tensor, x2: Tensor) -> Tensor:
+    def forward(self, x1: Tensor, x2: Tensor, labels: Tensor) -> Tensor:
         self.z = [self.layer(x).to(self.case.dtype) for x in (x1, x2)]
         for z in self.z:
             z.retain_grad()
-        return nt_xent(*self.z, self.temperature, group=self.group, **self.case.options)
+        loss = LOSSES[self.case.loss]
+        return loss(*self.z, labels, self.temperature, group=self.group, **self.case.options)
 
 
 @dataclass(frozen=True)
 class Result:
     """The result of one case on one rank."""
 
-    losses: Tensor  # the return value of nt_xent
+    losses: Tensor  # the return value of the loss
     dz1: Tensor
     dz2: Tensor
     gradients: dict[str, Tensor]  # of the parameters, averaged over the ranks by DDP
@@ -132,7 +169,7 @@ class Result:
 def tile_size(rows: int | None) -> Iterator[None]:
     with pytest.MonkeyPatch.context() as patch:
         if rows is not None:
-            patch.setattr(tiled, "_tile_size", lambda device: rows)
+            patch.setattr(tiles, "tile_size", lambda device: rows)
         yield
 
 
@@ -145,7 +182,7 @@ def run_all_cases(rank: int, layouts: tuple[Layout, ...]) -> dict[tuple[str, Cas
             model = Model(case, mine or "world")
             parallel = DistributedDataParallel(model, process_group=mine)
             with tile_size(case.tile):
-                losses = parallel(*layout.images(rank))
+                losses = parallel(*layout.images(rank), layout.labels(rank))
                 (losses if case.reduction == "mean" else losses @ layout.weights(rank).to(losses.dtype)).backward()
             z1, z2 = model.z
             assert z1.grad is not None
@@ -164,9 +201,9 @@ def results() -> dict[int, list[dict[tuple[str, Case], Result]]]:
 def one_process(layout: Layout, case: Case, members: tuple[int, ...]) -> Result:
     """Run the same step in one process on the concatenated batch of `members` with the dense loss. The objective is the
     mean over the ranks."""
-    model = Model(Case("reference", "none", case.decoupled, case.temperature), None)
+    model = Model(Case("reference", "none", case.decoupled, case.temperature, loss=case.loss), None)
     x1, x2 = (torch.cat(x) for x in zip(*(layout.images(rank) for rank in members), strict=True))
-    losses = model(x1, x2)
+    losses = model(x1, x2, torch.cat([layout.labels(rank) for rank in members]))
     if case.reduction == "mean":
         losses.mean().backward()
     else:
@@ -188,7 +225,8 @@ def compare(got: Tensor, expected: Tensor, case: Case, scale: float = 1.0) -> No
     """Assert that `got` is `expected`. scale: size of the terms of the result, if it is above 1 and they may cancel."""
     scale = max(scale, expected.abs().max().item())
     relative, absolute = case.tolerance
-    torch.testing.assert_close(got.double(), expected, rtol=relative, atol=absolute * scale / case.temperature)
+    options = {"rtol": relative, "atol": absolute * scale / case.temperature}
+    torch.testing.assert_close(got.double(), expected, **options, msg=lambda text: f"{case}: {text}")
 
 
 @by_layout
