@@ -132,9 +132,9 @@ class LossConfig:
 class OptimConfig:
     """The optimizer and the learning-rate schedule."""
 
-    name: Literal["auto", "lars", "sgd", "adamw"] = "auto"
-    """Optimizer: lars (as in the paper), sgd or adamw. auto: adamw for encoders with layer normalization or attention
-    or without batch normalization (ViT, ConvNeXt), otherwise lars."""
+    name: Literal["auto", "lars", "sgd", "adamw", "muon"] = "auto"
+    """Optimizer: lars (as in the paper), sgd, adamw, or muon (orthogonalized momentum, for short runs). auto: adamw for
+    encoders with layer normalization or attention or without batch normalization (ViT, ConvNeXt), otherwise lars."""
     lr: Positive | Literal["auto"] = "auto"
     """Peak learning rate; auto scales it with the batch size as set by lr_rule."""
     lr_rule: Literal["auto", "linear", "sqrt"] = "auto"
@@ -142,7 +142,7 @@ class OptimConfig:
     sqrt(batch_size). Both are equal at 4096; sqrt is better below 1024. auto: for adamw on the encoders named above,
     linear, which is MoCo v3's 1.5e-4 * batch_size / 256; otherwise sqrt."""
     momentum: Annotated[float, Range(0, 1, below=True)] = 0.9
-    """Momentum; beta1 for adamw."""
+    """Momentum; beta1 for adamw, and for the parameters of muon that are no weights."""
     weight_decay: NonNegative | Literal["auto"] = "auto"
     """Weight decay; not applied to normalization parameters, biases, scales, position embeddings and class tokens.
     auto: 0.1 for adamw on the encoders named above, as in MoCo v3; otherwise 1e-6, as in SimCLR."""

@@ -17,7 +17,7 @@ import torch
 from fake_cuda import GPU, fake_cuda, real
 from torch import Tensor
 
-from fastsimclr import _extension, encoder, nt_xent
+from fastsimclr import _extension, encoder, info_nce, nt_xent, sup_con
 from fastsimclr.config import parse
 from fastsimclr.data import open_source, open_views
 from fastsimclr.data.augmentation import Augmentation
@@ -29,6 +29,7 @@ from fastsimclr.evaluation.classifier import Classifier, Schedule, train_classif
 from fastsimclr.evaluation.features import Shard
 from fastsimclr.evaluation.knn import knn_ranking, measure
 from fastsimclr.loss import fused, tiled
+from fastsimclr.loss.log_sums import log_sums_backward, log_sums_forward
 from fastsimclr.models import Encoder
 from fastsimclr.precision import choose_precision
 from fastsimclr.training.trainer import Trainer
@@ -134,6 +135,40 @@ def loss_operators(module: Any, name: str, precision: str, reduction: str, tempe
         assert gradient.device == GPU
 
 
+def other_losses(backend: str, precision: str, reduction: str, temperature: str) -> None:
+    t: Any = 0.1 if temperature == "float" else torch.tensor(0.1, device=temperature)
+    options: dict[str, Any] = {"backend": backend, "precision": precision, "reduction": reduction}
+    labels, queue = torch.zeros(6, dtype=torch.int64, device=GPU), torch.randn(4, 16, device=GPU)
+    for of, count in (
+        (lambda a, b: info_nce(a, b, t, **options), 12),
+        (lambda a, b: info_nce(a, b, t, symmetric=False, queue=queue, **options), 6),
+        (lambda a, b: nt_xent(a, b, t, hardness=0.5, **options), 12),
+        (lambda a, b: sup_con(a * b, labels, t, **options), 6),
+    ):
+        z = [torch.randn(6, 16, device=GPU, requires_grad=True) for _ in range(2)]
+        value = of(*z)
+        assert_on_gpu(value, *(() if reduction == "mean" else (count,)))
+        value.sum().backward()
+        for projections in z:
+            assert_on_gpu(projections.grad, 6, 16)
+
+
+def sums_operators(implementation: str, precision: str, _: str, temperature: str) -> None:
+    """As `loss_operators`: the sums of a symmetric matrix, of two towers, and of a queue."""
+    a, b = (torch.randn(6, 16, device=GPU) for _ in range(2))
+    t = torch.tensor(0.1, device="cpu" if temperature == "cpu" else GPU)
+    how = (implementation, precision, None if temperature == "cuda" else 0.1)
+    for other, offset, columns in ((None, 0, False), (b, 0, True), (b[:4], -1, False)):
+        sizes = ("", [6], offset, 0)
+        inputs = (a, other, t, *sizes, columns, other is not None, *how)
+        outputs = assert_same_metadata(log_sums_forward._init_fn(*inputs), log_sums_forward(*inputs))
+        g, h = torch.ones_like(outputs[0]), torch.ones_like(outputs[1])
+        backward_inputs = (g, h, a, other, *outputs, t, *sizes, other is not None, *how)
+        results = log_sums_backward._init_fn(*backward_inputs), log_sums_backward(*backward_inputs)
+        for gradient in assert_same_metadata(*results):
+            assert gradient.device == GPU
+
+
 def assert_same_metadata(outputs: tuple[Tensor, ...], fakes: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
     for output, fake in zip(outputs, fakes, strict=True):
         assert (output.shape, output.dtype, output.device) == (fake.shape, fake.dtype, fake.device)
@@ -204,9 +239,12 @@ LOSSES = [  # precision, reduction, temperature
 CASES = [
     case(train, "--optim.name=lars"),
     case(train, "--optim.name=adamw", "--micro_batch_size=3", capability=TURING),
+    case(train, "--optim.name=muon"),
     *(case(loss, backend, *options) for backend in ("auto", "tiled", "reference") for options in LOSSES),
     *(case(loss_operators, module, name, *options) for module, name in ((fused, "fused"), (tiled, "tiled"))
       for options in LOSSES),
+    *(case(other_losses, backend, *options) for backend in ("auto", "tiled", "reference") for options in LOSSES),
+    *(case(sums_operators, name, *options) for name in ("fused", "tiled") for options in LOSSES),
     case(loader, "memory", torch.bfloat16),
     case(loader, "memory", torch.float16, capability=TURING),
     case(loader, "torchvision", torch.bfloat16),
@@ -247,7 +285,7 @@ def test_old_gpu_uses_fp16_and_the_tiled_loss_with_one_warning_each(tmp_path: Pa
 def moved_to_cpu(function: Callable[..., Any]) -> Callable[..., Any]:
     def faulty(*arguments: Any, **options: Any) -> Any:
         result = function(*arguments, **options)
-        return [each.cpu() for each in result] if isinstance(result, list) else result.cpu()
+        return [each.cpu() for each in result] if isinstance(result, list | tuple) else result.cpu()
 
     return faulty
 
@@ -258,9 +296,9 @@ def moved_to_cpu(function: Callable[..., Any]) -> Callable[..., Any]:
     [
         ("fastsimclr.training.step.Step._project", HOPPER, train, ()),
         ("fastsimclr.optim.lars.LARS._velocities", HOPPER, train, ()),
-        ("fastsimclr.loss.tiled._negative_sums", HOPPER, loss_operators, (tiled, "tiled", *LOSSES[0])),
-        ("fastsimclr.loss.tiled._negatives_gradient", HOPPER, loss_operators, (tiled, "tiled", *LOSSES[0])),
-        ("fastsimclr.loss.fused._Kernels.floats", HOPPER, loss_operators, (fused, "fused", *LOSSES[0])),
+        ("fastsimclr.loss.tiled.log_sums", HOPPER, loss_operators, (tiled, "tiled", *LOSSES[0])),
+        ("fastsimclr.loss.tiled.gradients", HOPPER, loss_operators, (tiled, "tiled", *LOSSES[0])),
+        ("fastsimclr.loss.fused.Kernels.floats", HOPPER, loss_operators, (fused, "fused", *LOSSES[0])),
         ("fastsimclr.data.native.on_device", HOPPER, loader, ("memory", torch.bfloat16)),
         ("fastsimclr.data.photometric._luma", TURING, loader, ("memory", torch.float16)),
         ("fastsimclr.data.crop._weights", TURING, loader, ("memory", torch.float16)),

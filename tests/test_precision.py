@@ -167,7 +167,7 @@ def snapshot(training: Trainer) -> list[Tensor]:
     return [tensor.clone() for tensor in (*training.model.parameters(), *buffers)]
 
 
-@pytest.mark.parametrize("optimizer", ["lars", "sgd", "adamw"])
+@pytest.mark.parametrize("optimizer", ["lars", "sgd", "adamw", "muon"])
 @pytest.mark.parametrize("clip", ["none", "1.0"])
 def test_overflowing_gradients_skip_the_step(tmp_path: Path, small_encoder: None, optimizer: str, clip: str) -> None:
     training = open_training(tmp_path, f"--optim.name={optimizer}", f"--optim.clip_grad={clip}")

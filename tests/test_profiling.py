@@ -81,7 +81,7 @@ def test_profile_traces_from_the_sixth_step(tmp_path: Path, capfd: pytest.Captur
 
 
 @pytest.mark.gpu
-@pytest.mark.parametrize("optimizer", ["lars", "sgd", "adamw"])
+@pytest.mark.parametrize("optimizer", ["lars", "sgd", "adamw", "muon"])
 def test_step_on_a_gpu_never_synchronizes(tmp_path: Path, optimizer: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """CUDA's sync debug mode raises on any synchronization: enabled from the third step until the checkpoint."""
     options = [*SMALL, "--data.train=digits", "--max_steps=12", f"--output={tmp_path}", "--device=cuda"]

@@ -61,10 +61,12 @@ AT_EQUAL_TIME = (
     Contender("lightly with ImageNet stem", ("--recipe=lightly", "--stem=imagenet"), LIGHTLY_LOOP, "lightly"),
     Contender("solo-learn", SOLO_LEARN),
 )
-# With bilinear interpolation and without the last, smaller batch of an epoch, as in lightly's loop.
+# With bilinear interpolation, float32 and without the last, smaller batch of an epoch, as in lightly's loop. The
+# ImageNet stem, instead of the paper's for CIFAR-10, takes a sixteenth of the operations.
+IN_LIGHTLYS_WAY = ("--data.interpolation=bilinear", "--data.drop_last", "--precision=fp32")
 AT_EQUAL_STEPS = (
-    Contender("paper in fastsimclr", ("--config=cifar10", "--data.interpolation=bilinear", "--data.drop_last")),
-    Contender("paper in lightly's loop", ("--recipe=paper",), LIGHTLY_LOOP, "lightly"),
+    Contender("paper in fastsimclr", ("--config=cifar10", "--model.stem=imagenet", *IN_LIGHTLYS_WAY)),
+    Contender("paper in lightly's loop", ("--recipe=paper", "--stem=imagenet"), LIGHTLY_LOOP, "lightly"),
 )
 
 

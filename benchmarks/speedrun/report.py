@@ -88,32 +88,36 @@ def describe_machine(record: Record) -> str:
 
 
 def draw(records: Sequence[Record], file: Path) -> None:
-    """Draw the accuracies against the seconds of training, and the loss curves of the first seed."""
+    """Draw a row for each budget or number of steps: the accuracies, and the loss curves of the first seed."""
     groups = group(records)
     names = sorted({record["name"] for record in records})
     colors = {name: COLORS[i % len(COLORS)] for i, name in enumerate(names)}
-    figure = Figure(figsize=(13, 4), layout="constrained", dpi=110)
+    figure = Figure(figsize=(13, 3.4 * len(groups)), layout="constrained", dpi=110)
     FigureCanvasAgg(figure)
-    knn, linear, loss = figure.subplots(1, 3)
-    for axes, accuracy in ((knn, "knn20"), (linear, "linear")):
-        for name in names:
-            points = [contenders[name] for contenders in groups.values() if name in contenders]
-            draw_accuracy(axes, points, accuracy, colors[name], name)
-        axes.set(title=f"{ACCURACIES[accuracy]}: mean, lowest and highest", xlabel="seconds", ylabel="%")
-    for name, seeds in list(groups.values())[-1].items():
-        curve = seeds[0]["curve"]
-        loss.plot(curve["seconds"], curve["loss"], color=colors[name], label=name)
-    loss.set(title=f"loss, {list(groups)[-1]}", xlabel="seconds")
-    for axes in (knn, linear, loss):
-        axes.spines[["top", "right"]].set_visible(False)
-    knn.legend(frameon=False, fontsize=8)
+    for row_of_axes, (name, contenders) in zip(
+        figure.subplots(len(groups), 3, squeeze=False), groups.items(), strict=True
+    ):
+        knn, linear, loss = row_of_axes
+        draw_bars(knn, contenders, "knn20", colors)
+        draw_bars(linear, contenders, "linear", colors)
+        linear.set_yticklabels([])
+        for contender, seeds in contenders.items():
+            loss.plot(seeds[0]["curve"]["seconds"], seeds[0]["curve"]["loss"], color=colors[contender])
+        knn.set_title(f"{name}\n{ACCURACIES['knn20']}", loc="left")
+        linear.set_title(f"\n{ACCURACIES['linear']}", loc="left")
+        loss.set_title("\nloss", loc="left")
+        loss.set(xlabel="seconds")
+        for axes in row_of_axes:
+            axes.spines[["top", "right"]].set_visible(False)
     figure.savefig(file)
 
 
-def draw_accuracy(axes: Axes, points: Sequence[Sequence[Record]], accuracy: str, color: str, label: str) -> None:
-    """Draw a line through the points, each of which has several seeds."""
-    x = [statistics.mean(record["seconds"] for record in seeds) for seeds in points]
-    y = [mean(seeds, accuracy) for seeds in points]
-    below = [high - min(accuracies(seeds, accuracy)) for high, seeds in zip(y, points, strict=True)]
-    above = [max(accuracies(seeds, accuracy)) - low for low, seeds in zip(y, points, strict=True)]
-    axes.errorbar(x, y, yerr=[below, above], color=color, label=label, marker="o", markersize=4, capsize=3)
+def draw_bars(axes: Axes, contenders: dict[str, list[Record]], accuracy: str, colors: dict[str, str]) -> None:
+    """Draw a bar for the mean of each contender, the most accurate at the top, with a dot for each seed."""
+    for y, (name, seeds) in enumerate(contenders.items()):
+        axes.barh(y, mean(seeds, accuracy), color=colors[name], height=0.6)
+        axes.plot(accuracies(seeds, accuracy), [y] * len(seeds), "o", color="black", markersize=3)
+        axes.text(0.5, y, f"{mean(seeds, accuracy):.1f}", color="white", va="center", weight="bold")
+    axes.set_yticks(range(len(contenders)), list(contenders))
+    axes.invert_yaxis()
+    axes.set(xlabel="% of the test images; dots: seeds")

@@ -13,6 +13,8 @@ _PUBLISHED_LR: dict[str, tuple[float, int]] = {
     "sgd": (0.6, 512),
     # leftthomas/SimCLR (CIFAR-10, ResNet-50): Adam with weight decay 1e-6, thus close to AdamW; 1e-3 at B=512.
     "adamw": (1e-3, 512),
+    # Liu et al., arXiv 2502.16982: the updates have the size of AdamW's, and so take its rate.
+    "muon": (1e-3, 512),
 }
 # MoCo v3 (arXiv 2104.02057), section 4.1: AdamW for ViTs, 1.5e-4 · B / 256 = 2.4e-3 at B=4096. ConvNeXt V2 (arXiv
 # 2301.00808) pre-trains with the same rate.
@@ -49,8 +51,8 @@ def resolve_lr(rule: str, batch_size: int, optimizer: str, *, transformer: bool 
     """Return the peak learning rate for a global batch of B images by "linear" or "sqrt" scaling (SimCLR, app. B.1).
 
     "linear" is proportional to the batch size, "sqrt" to its square root; both equal the published rate at its batch
-    size. lars: .3 · B / 256 or .075 · √B (better below B=1024); sgd: .3 · B / 256 or .6 · √(B / 512); adamw:
-    1e-3 · B / 512 or 1e-3 · √(B / 512).
+    size. lars: .3 · B / 256 or .075 · √B (better below B=1024); sgd: .3 · B / 256 or .6 · √(B / 512); adamw and
+    muon: 1e-3 · B / 512 or 1e-3 · √(B / 512).
     transformer: for adamw, use the rate of MoCo v3 for ViTs, 1.5e-4 · B / 256 or 2.4e-3 · √(B / 4096).
     Raises ValueError for an unknown rule or optimizer or a batch size below 1.
     """

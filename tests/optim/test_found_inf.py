@@ -12,7 +12,7 @@ def train(name: str, found_inf: list[float] | None, momentum: float = 0.9) -> tu
     torch.manual_seed(0)
     model = nn.Sequential(nn.Conv2d(3, 4, 3), nn.Flatten(), nn.Linear(4 * 36, 5)).to(memory_format=torch.channels_last)
     optimizer = build_optimizer(name, model.parameters(), 0.1, momentum, 1e-2)
-    if name != "lars":
+    if name in ("sgd", "adamw"):
         for group in optimizer.param_groups:
             assert group["fused"] == (name == "adamw")
             group["fused"] = found_inf is not None
@@ -31,7 +31,7 @@ def train(name: str, found_inf: list[float] | None, momentum: float = 0.9) -> tu
     return list(model.parameters()), history
 
 
-@pytest.mark.parametrize("name", ["lars", "sgd", "adamw"])
+@pytest.mark.parametrize("name", ["lars", "sgd", "adamw", "muon"])
 @pytest.mark.parametrize("momentum", [0.9, 0.0])
 def test_finite_steps_are_those_of_the_plain_optimizer(name: str, momentum: float) -> None:
     _, fused = train(name, [0.0, 0.0, 0.0], momentum)
@@ -42,7 +42,7 @@ def test_finite_steps_are_those_of_the_plain_optimizer(name: str, momentum: floa
             torch.testing.assert_close(a, b, rtol=1e-6, atol=1e-7)
 
 
-@pytest.mark.parametrize("name", ["lars", "sgd", "adamw"])
+@pytest.mark.parametrize("name", ["lars", "sgd", "adamw", "muon"])
 def test_skipped_step_changes_nothing(name: str) -> None:
     _, (first, second, third) = train(name, [0.0, 1.0, 0.0])
     assert all(map(torch.equal, first, second))

@@ -13,7 +13,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.optim.lr_scheduler import LambdaLR
 from torchvision.models import resnet18
 
-from fastsimclr.optim import LARS, build_optimizer, is_norm_or_bias, learning_rate
+from fastsimclr.optim import LARS, Muon, build_optimizer, is_norm_or_bias, learning_rate
 
 
 def parameter(values: list[list[float]], grad: list[list[float]]) -> nn.Parameter:
@@ -314,7 +314,9 @@ def test_sparse_and_complex_gradients_raise() -> None:
         LARS([w], lr=1.0, exclude=None)
 
 
-@pytest.mark.parametrize(("name", "kind"), [("lars", LARS), ("sgd", torch.optim.SGD), ("adamw", torch.optim.AdamW)])
+@pytest.mark.parametrize(
+    ("name", "kind"), [("lars", LARS), ("sgd", torch.optim.SGD), ("adamw", torch.optim.AdamW), ("muon", Muon)]
+)
 def test_build_optimizer_does_not_decay_norm_or_bias(name: str, kind: type) -> None:
     net = conv_net()
     net[3].requires_grad_(False)
@@ -329,7 +331,7 @@ def test_build_optimizer_does_not_decay_norm_or_bias(name: str, kind: type) -> N
 
 
 def test_build_optimizer_rejects_unknown_name_and_frozen_parameters() -> None:
-    with pytest.raises(ValueError, match="'lamb', expected 'lars', 'sgd' or 'adamw'"):
+    with pytest.raises(ValueError, match="'lamb', expected 'lars', 'sgd', 'adamw' or 'muon'"):
         build_optimizer("lamb", conv_net().parameters(), lr=0.1, momentum=0.9, weight_decay=0.0)
     with pytest.raises(ValueError, match="requires_grad"):
         build_optimizer("lars", conv_net().requires_grad_(False).parameters(), lr=0.1, momentum=0.9, weight_decay=0.0)

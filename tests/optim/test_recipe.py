@@ -89,7 +89,7 @@ def test_names_and_shapes_of_a_user_module() -> None:
     assert names == {"head.bias", "blur.bias", "scale", "pos_embed.weight", "register_tokens", "queries"}
 
 
-@pytest.mark.parametrize("name", ["lars", "sgd", "adamw"])
+@pytest.mark.parametrize("name", ["lars", "sgd", "adamw", "muon"])
 def test_excluded_parameters_get_no_decay_and_no_adaptation(name: str) -> None:
     torch.manual_seed(0)
     model = encoder("timm/test_vit", image_size=32)

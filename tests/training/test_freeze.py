@@ -52,7 +52,7 @@ def changed(model: nn.Module, before: dict[str, Any]) -> set[str]:
 
 
 @pytest.mark.parametrize("micro_batch_size", [None, 2])
-@pytest.mark.parametrize("name", ["lars", "sgd", "adamw"])
+@pytest.mark.parametrize("name", ["lars", "sgd", "adamw", "muon"])
 def test_nothing_frozen_changes(name: str, micro_batch_size: int | None) -> None:
     model = small_model()
     freezing = Freezing(model, "conv1, bn1,layer1.0,layer2.0.conv1.weight", epochs=1)
