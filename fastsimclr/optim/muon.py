@@ -86,9 +86,9 @@ class Muon(Optimizer):
         return loss
 
     def _update_matrices(self, params: list[Tensor], group: dict[str, Any]) -> None:
-        lr, momentum, found_inf = group["lr"], group["momentum"], getattr(self, "found_inf", None)
-        # Matrices of the same shape share the launches of a batch: (parameter, its update, used columns, their number).
-        by_shape: dict[Any, list[tuple[Tensor, Tensor, Tensor | None, Tensor]]] = {}
+        momentum, found_inf = group["momentum"], getattr(self, "found_inf", None)
+        # Matrices of the same shape share the launches of a batch: (parameter, its update, used columns).
+        by_shape: dict[Any, list[tuple[Tensor, Tensor, Tensor]]] = {}
         for p in params:
             assert p.grad is not None
             if "momentum_buffer" not in self.state[p]:
@@ -98,22 +98,24 @@ class Muon(Optimizer):
                 buffer.lerp_(p.grad, 1 - momentum)
             else:
                 buffer.copy_(torch.where(found_inf.bool(), buffer, buffer.lerp(p.grad, 1 - momentum)))
-            update = p.grad.lerp(buffer, momentum).flatten(1)
-            is_used = update.any(dim=0)
-            used = None
-            if p.device.type == "cpu" and not is_used.all():  # on a GPU the host would wait for the indices
-                used = is_used.nonzero()[:, 0]
+            update = _as_matrix(p.grad.lerp(buffer, momentum), p)
+            used = update.any(dim=0)
+            if p.device.type == "cpu" and not used.all():  # on a GPU the host would wait for the number of columns
                 update = update[:, used]
-            by_shape.setdefault((update.shape, p.device, p.dtype), []).append((p, update, used, is_used.sum()))
+            by_shape.setdefault((update.shape, p.device, p.dtype), []).append((p, update, used))
         for members in by_shape.values():
-            orthogonal = orthogonalize(torch.stack([update for _, update, _, _ in members]))
-            for (p, _, used, columns), u in zip(members, orthogonal, strict=True):
-                if used is not None:
-                    u = u.new_zeros(p.shape).flatten(1).index_copy_(1, used, u)
-                scaled = u.view(p.shape) * (lr * _RMS * columns.clamp(min=len(p)).sqrt().to(p.dtype))
+            orthogonal = orthogonalize(torch.stack([update for _, update, _ in members]))
+            for (p, _, used), u in zip(members, orthogonal, strict=True):
+                if u.shape[1] < len(used):
+                    u = u.new_zeros(len(u), len(used)).index_copy_(1, used.nonzero()[:, 0], u)
+                rate = group["lr"] * _RMS * used.sum().clamp(min=len(p)).sqrt().to(p.dtype)
+                if found_inf is not None:
+                    rate = torch.where(found_inf.bool(), 0.0, rate)
+                    u = u.nan_to_num_(0.0)  # 0 * NaN is NaN
                 if group["weight_decay"]:
-                    scaled += p * (lr * group["weight_decay"])
-                p.sub_(scaled if found_inf is None else torch.where(found_inf.bool(), 0.0, scaled))
+                    decay = group["lr"] * group["weight_decay"]
+                    p.mul_(1 - decay if found_inf is None else 1 - decay * (1 - found_inf).to(p.dtype))
+                p.addcmul_(_as_weight(u, p), rate, value=-1)
 
     def _update_others(self, params: list[Tensor], group: dict[str, Any]) -> None:
         for p in params:
@@ -144,12 +146,32 @@ def orthogonalize(matrices: Tensor) -> Tensor:
 
     By five steps of a Newton-Schulz iteration, in bf16 where the device multiplies it faster.
     """
-    tall = matrices.shape[1] > matrices.shape[2]
-    x = matrices.mT if tall else matrices
-    x = x / x.norm(dim=(1, 2), keepdim=True).clamp_min(1e-20)
-    if choose_precision("auto", matrices.device).autocast == torch.bfloat16:
-        x = x.bfloat16()
+    has_bf16 = choose_precision("auto", matrices.device).autocast == torch.bfloat16
+    x = matrices.bfloat16() if has_bf16 else matrices
+    tall = x.shape[1] > x.shape[2]
+    x = x.mT if tall else x
+    x = x / torch.linalg.vector_norm(x, dim=(1, 2), keepdim=True, dtype=torch.float32).clamp_min(1e-20).to(x.dtype)
     for _ in range(_STEPS):
         gram = x @ x.mT
         x = torch.baddbmm(x, torch.baddbmm(gram, gram, gram, beta=_B, alpha=_C), x, beta=_A)
     return (x.mT if tall else x).to(matrices.dtype)
+
+
+def _as_matrix(x: Tensor, weight: Tensor) -> Tensor:
+    """Return x, of the shape (out, in, ...) of a weight, as a matrix (out, in * kernel).
+
+    The columns have the order of the weight's memory, so that x, in the same order, is not copied.
+    """
+    return (x.movedim(1, 3) if _is_channels_last(weight) else x).flatten(1)
+
+
+def _as_weight(matrix: Tensor, weight: Tensor) -> Tensor:
+    """Undo `_as_matrix`."""
+    if not _is_channels_last(weight):
+        return matrix.reshape(weight.shape)
+    rows, columns, height, width = weight.shape
+    return matrix.reshape(rows, height, width, columns).movedim(3, 1)
+
+
+def _is_channels_last(weight: Tensor) -> bool:
+    return weight.ndim == 4 and weight.is_contiguous(memory_format=torch.channels_last)
