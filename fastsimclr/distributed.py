@@ -18,6 +18,7 @@ from torch.distributed.rendezvous import rendezvous
 
 from fastsimclr import stopping
 from fastsimclr.errors import OtherRankError, UserError
+from fastsimclr.gloo import choose_interface
 from fastsimclr.profiling import stage
 from fastsimclr.progress_bar import Phase
 from fastsimclr.slurm import set_ranks
@@ -106,11 +107,13 @@ def start(device: str) -> World:
         backend = "cpu:gloo,cuda:nccl" if chosen.type == "cuda" else "gloo"
         with _waiting(rank):
             store, rank, world_size = next(rendezvous("env://", timeout=_TIMEOUT))
+            store = without_old_keys(store, rank, world_size, _TIMEOUT)
+            choose_interface(store, rank, world_size)
             dist.init_process_group(
                 backend,
                 device_id=chosen if chosen.type == "cuda" else None,
                 timeout=_TIMEOUT,
-                store=without_old_keys(store, rank, world_size, _TIMEOUT),
+                store=store,
                 rank=rank,
                 world_size=world_size,
             )

@@ -89,14 +89,23 @@ class Process:
         return (self._folder / "err").read_text(errors="replace")
 
 
-def start(*options: str, ranks: int = 1, torchrun: tuple[str, ...] = ("--standalone",), **environment: str) -> Process:
-    """Start `python -m fastsimclr.train`, under torchrun with these options if ranks > 1."""
+def start(
+    *options: str,
+    ranks: int = 1,
+    torchrun: tuple[str, ...] = ("--standalone",),
+    prefix: tuple[str, ...] = (),
+    **environment: str,
+) -> Process:
+    """Start `python -m fastsimclr.train`, under torchrun with these options if ranks > 1.
+
+    prefix: a command that runs the rest of its command line, such as `ip netns exec NAME`.
+    """
     launcher = ["-m", "torch.distributed.run", *torchrun, f"--nproc-per-node={ranks}"] if ranks > 1 else []
     separator = ["--"] if ranks > 1 else []  # otherwise torchrun takes --log for an abbreviation of --log-dir
     folder = _new_folder()
     with open(folder / "out", "wb") as out, open(folder / "err", "wb") as err:
         popen = subprocess.Popen(
-            [sys.executable, *launcher, "-m", *separator, "fastsimclr.train", *options],
+            [*prefix, sys.executable, *launcher, "-m", *separator, "fastsimclr.train", *options],
             stdout=out,
             stderr=err,
             start_new_session=True,
