@@ -10,10 +10,12 @@ the signals, too (signal.set_wakeup_fd), and ends the process if the main thread
     SIGINT for the second time       the process ends at once
 
 A process that has nothing to save and has not ended some seconds after the signal is made to end. With several ranks,
-each of them tells the others through the store of the process group.
+each of them tells the others through the store of the process group. If torchrun started them on several hosts, a
+SIGTERM on one means that this host is preempted: the others end with an exit code after which torchrun restarts them.
 """
 
 import atexit
+import json
 import os
 import select
 import signal
@@ -51,6 +53,10 @@ class StopSignal:
         """ends_process: whether the process may be made to end. Otherwise it is a user's program or notebook."""
         self.received = 0
         """The number of the first signal received, by this rank or another, or TIME_LIMIT; 0 if there was none."""
+        self.host = self._own_host = (
+            int(os.environ.get("GROUP_RANK", "0")) if "TORCHELASTIC_RUN_ID" in os.environ else 0
+        )
+        """The host on which it was received, as torchrun counts them."""
         self.program, self.returns_zero = "fastsimclr", False
         """The name of the program, and whether its exit code is 0 after a signal, instead of 128 + its number."""
         self._ends_process = ends_process or _has_other_ranks()
@@ -95,15 +101,30 @@ class StopSignal:
             self._interruptible_since = float("inf")
 
     @property
+    def success_code(self) -> int:
+        """The exit code of a training that a signal has ended.
+
+        Not 0 after SIGTERM on another host: torchrun does not restart ranks that have succeeded, so the other host
+        would wait for this one in vain when it is back.
+        """
+        return 128 + self.received if self.received == signal.SIGTERM and self.host != self._own_host else 0
+
+    @property
     def exit_code(self) -> int:
         """The exit code of the process. Not 0 before the ranks are connected, so that the launcher ends the others."""
         if self._final_exit_code is not None:
-            return self._final_exit_code
-        return 0 if self.returns_zero and self._patience != _SETUP_S else 128 + self.received
+            return self._final_exit_code or self.success_code
+        return self.success_code if self.returns_zero and self._patience != _SETUP_S else 128 + self.received
 
     def finish(self, exit_code: int) -> None:
         """Ignore signals from now on: the work is done. exit_code: of the process."""
         self._final_exit_code, self._received_at = exit_code, time.monotonic()
+
+    def learn(self, number: int, host: int) -> None:
+        """Note a signal that another rank has received on `host`."""
+        if not self.received:
+            self.host = host
+        self._set_received(number)
 
     def set_time_limit(self, seconds: float) -> None:
         """Stop the work early enough for it to be over `seconds` after the start of the process."""
@@ -234,7 +255,7 @@ class StopSignal:
     def _check_time(self) -> None:
         now = time.monotonic()
         if not self.received and now >= self._started + self._time_limit - self._margin - 2 * self._longest:
-            self._stop_from_thread(TIME_LIMIT)
+            self._stop_from_thread(TIME_LIMIT, self._own_host)
         if not self.received:
             return
         if self._is_block_due() or (self._patience and self._is_due() and not self._is_raised):
@@ -247,8 +268,8 @@ class StopSignal:
                 os.write(2, f"{self.describe()}\n".encode())
             os._exit(self.exit_code)
 
-    def _stop_from_thread(self, number: int) -> None:
-        self._set_received(number)
+    def _stop_from_thread(self, number: int, host: int) -> None:
+        self.learn(number, host)
         self._interrupt_main_thread()
 
     def _interrupt_main_thread(self) -> None:
@@ -274,9 +295,9 @@ class StopSignal:
         with suppress(RuntimeError):
             while not self._is_unshared.wait(_TELL_EVERY_S):
                 if not self.received and store.check([_KEY]):
-                    self._stop_from_thread(int(store.get(_KEY)))
+                    self._stop_from_thread(*json.loads(store.get(_KEY)))
                 if self.received and not is_told:
-                    store.set(_KEY, str(self.received))
+                    store.set(_KEY, json.dumps([int(self.received), self.host]))
                     store.add(_COUNT, 1)
                     is_told = True
                 if is_told and store.add(_COUNT, 0) == world_size:

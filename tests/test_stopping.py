@@ -65,3 +65,21 @@ def test_the_time_limit_leaves_time_for_the_end() -> None:
             wait()
         assert stop.received == TIME_LIMIT
     assert 1.5 <= time.monotonic() - started < 4
+
+
+@pytest.mark.parametrize(
+    ("number", "host", "code"),
+    [(signal.SIGTERM, 0, 143), (signal.SIGTERM, 1, 0), (signal.SIGINT, 0, 0), (TIME_LIMIT, 0, 0)],
+)
+def test_sigterm_on_another_host_is_no_success(
+    number: int, host: int, code: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """torchrun has set the variables. It does not restart ranks that have succeeded."""
+    monkeypatch.setenv("TORCHELASTIC_RUN_ID", "run")
+    monkeypatch.setenv("GROUP_RANK", "1")
+    with stop_signals() as stop:
+        stop.defer()
+        stop.learn(number, host)
+        stop.learn(signal.SIGTERM, 0)  # only the first counts
+        stop.finish(0)
+        assert stop.exit_code == code

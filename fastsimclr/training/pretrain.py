@@ -127,9 +127,9 @@ def pretrain(
                 )
             )
         except Stopped:
-            raise _interruption(stop.received) from None
+            raise _interruption(stop.received, stop.success_code) from None
     if trainer.sync.stop_signal:
-        raise _interruption(trainer.sync.stop_signal)
+        raise _interruption(trainer.sync.stop_signal, stop.success_code)
     return Run(trainer.folder.path, module)
 
 
@@ -153,9 +153,9 @@ def train(config: Config, command: Sequence[str], **objects: Any) -> Trainer:
         return trainer
 
 
-def _interruption(stop_signal: int) -> BaseException:
+def _interruption(stop_signal: int, exit_code: int) -> BaseException:
     """Return what a stop signal raises in the user's program."""
-    return KeyboardInterrupt() if stop_signal == signal.SIGINT else SystemExit(0)
+    return KeyboardInterrupt() if stop_signal == signal.SIGINT else SystemExit(exit_code)
 
 
 def _configure(

@@ -112,14 +112,16 @@ class RankSync:
 
         Returns each value on all ranks.
         """
-        stops = [self._stop.received, self._stop_requested, self._failure is not None]
+        stops = [self._stop.received, self._stop.host, self._stop_requested, self._failure is not None]
         own = torch.tensor([*stops, *values])
         all_ranks = own[None]
         if self._world.world_size > 1:
             with stage("rank_wait"), Phase("waiting for the other ranks", visible=self._world.is_rank_zero):
                 all_ranks = own.new_empty(self._world.world_size, len(own))
                 all_gather(all_ranks, own[None])
-        signals, requests, failures, *columns = all_ranks.T.tolist()
-        self.stop_signal = max(signals)
+        signals, hosts, requests, failures, *columns = all_ranks.T.tolist()
+        self.stop_signal, host = max(zip(signals, hosts, strict=True))
+        if self.stop_signal:
+            self._stop.learn(self.stop_signal, host)
         self._any_request, self._any_failure = any(requests), any(failures)
         return columns

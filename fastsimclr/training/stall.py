@@ -132,7 +132,7 @@ class Watchdog:
                     self._end(self._publish_verdict(what, rank, json.loads(state)))
 
     def _end_without_store(self) -> None:
-        holder = "torchrun" if "TORCHELASTIC_RUN_ID" in os.environ else "rank 0"
+        holder = "torchrun" if os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True" else "rank 0"
         verdict = f"{holder} does not answer: it was killed or stopped, or its machine or network failed"
         self._print(verdict)
         self._end(verdict)
