@@ -7,9 +7,11 @@ import sys
 from pathlib import Path
 
 import pytest
+import yaml
 
 import fastsimclr
 from fastsimclr.cli import COMMANDS
+from fastsimclr.config import parse
 from fastsimclr.evaluation.config import PROTOCOLS
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -17,7 +19,9 @@ DOCS = ROOT / "docs"
 TROUBLESHOOTING = (DOCS / "troubleshooting.md").read_text()
 REFERENCE = {page.name: page.read_text() for page in (DOCS / "reference").glob("*.md")}
 OTHER_PROGRAMS = {"--nproc-per-node", "--max-restarts", "--ipc", "--shm-size", "--strict"}  # torchrun, docker, mkdocs
-OTHER_PROGRAMS |= {"--nodes", "--ntasks-per-node", "--gpus-per-node", "--time", "--requeue", "--open-mode", "--signal"}
+OTHER_PROGRAMS |= {"--nnodes", "--rdzv-backend", "--rdzv-endpoint", "--rdzv-id", "--rdzv-conf", "--log-dir"}
+OTHER_PROGRAMS |= {"--nodes", "--ntasks", "--ntasks-per-node", "--gpus-per-node", "--cpus-per-task"}  # SLURM
+OTHER_PROGRAMS |= {"--time", "--requeue", "--open-mode", "--signal", "--update"}  # SLURM, cp
 COMMAND_LINES = [[name] for name in COMMANDS if name != "evaluate"] + [["evaluate", name] for name in PROTOCOLS]
 
 
@@ -75,6 +79,28 @@ def test_every_option_in_the_docs_exists(page: str, options: set[str]) -> None:
     code = re.findall(r"```.*?```|`[^`]+`", (DOCS / page).read_text(), flags=re.DOTALL)
     named = {option.rstrip(".") for text in code for option in re.findall(r"(?<![\w-])--[a-z][\w.-]*", text)}
     assert not named - options - OTHER_PROGRAMS
+
+
+@pytest.mark.parametrize("page", sorted(page.name for page in DOCS.glob("*.md")))
+def test_shell_commands_in_the_docs_are_valid(page: str) -> None:
+    for script in re.findall(r"```(?:ba)?sh[^\n]*\n(.*?)```", (DOCS / page).read_text(), flags=re.DOTALL):
+        done = subprocess.run(["bash", "-n"], input=script, capture_output=True, text=True)
+        assert (done.returncode, done.stderr) == (0, ""), script
+
+
+def test_the_manifest_for_kubernetes_is_valid() -> None:
+    (manifest,) = re.findall(r"```yaml[^\n]*\n(.*?)```", (DOCS / "cluster.md").read_text(), flags=re.DOTALL)
+    job = yaml.safe_load(manifest)
+    assert (job["apiVersion"], job["kind"]) == ("kubeflow.org/v1", "PyTorchJob")
+    pod = job["spec"]["pytorchReplicaSpecs"]["Worker"]["template"]["spec"]
+    (container,) = pod["containers"]
+    assert container["name"] == "pytorch", "the operator sets environment variables in this container only"
+    assert [mount["name"] for mount in container["volumeMounts"]] == [volume["name"] for volume in pod["volumes"]]
+    assert all(isinstance(variable["value"], str) for variable in container["env"])
+    command = container["command"]
+    config = parse(command[command.index("fastsimclr.train") + 1 :])
+    mounts = {mount["mountPath"] for mount in container["volumeMounts"]}
+    assert {str(Path(str(config.output)).parent), str(config.data.local_cache)} < mounts
 
 
 def test_every_public_name_is_in_the_reference() -> None:

@@ -1,4 +1,4 @@
-"""The script for SLURM in docs/reliability.md, with stand-ins for srun and scontrol."""
+"""The script for SLURM in docs/cluster.md, with stand-ins for srun and scontrol."""
 
 import os
 import re
@@ -14,14 +14,11 @@ from faults import runs
 from fastsimclr.checkpoint_format import load_checkpoint
 from fastsimclr.run_folder import RunFolder
 
-DOCUMENT = Path(__file__).parents[2] / "docs" / "reliability.md"
-# As srun does, passes SIGUSR1 on to its task and returns the task's exit code.
+DOCUMENT = Path(__file__).parents[2] / "docs" / "cluster.md"
+# Runs one task, whose process id it writes to a file: SLURM signals the tasks.
 SRUN = """#!/bin/bash
-trap 'kill -USR1 $task' USR1
-"$@" & task=$!
-wait $task; code=$?
-while kill -0 $task 2>/dev/null; do wait $task; code=$?; done
-exit $code
+echo $$ > task
+exec "${@:2}"
 """
 SCONTROL = """#!/bin/bash
 echo "$@" >> requeued
@@ -33,9 +30,10 @@ def job(folder: Path, options: list[str]) -> "subprocess.Popen[bytes]":
     found = re.search(r'```bash title="pretrain.sbatch"\n(.*?)```', DOCUMENT.read_text(), re.DOTALL)
     assert found is not None
     script, replaced = re.subn(
-        r"srun python .* &", f"srun {sys.executable} -m fastsimclr.train {' '.join(options)} &", found[1]
+        r"(fastsimclr\.train) .*?( \|\| exit)", rf"\1 {' '.join(options)}\2", found[1], flags=re.DOTALL
     )
     assert replaced == 1
+    script = script.replace("python -m", f"{sys.executable} -m").replace("runs/photos", "run")
     for name, text in (("srun", SRUN), ("scontrol", SCONTROL), ("job", script)):
         (folder / name).write_text(text)
         (folder / name).chmod(0o755)
@@ -45,8 +43,8 @@ def job(folder: Path, options: list[str]) -> "subprocess.Popen[bytes]":
     )
 
 
-@pytest.mark.slow
-def test_a_job_near_its_time_limit_is_requeued_and_resumes(tmp_path: Path) -> None:
+@pytest.mark.parametrize("number", [signal.SIGUSR1, signal.SIGTERM])
+def test_a_job_that_is_stopped_is_requeued_and_resumes(tmp_path: Path, number: int) -> None:
     options = [*runs.TINY, "--epochs=1000", "--checkpoint_every=1e6", f"--output={tmp_path / 'run'}"]
     first = job(tmp_path, options)
     deadline = time.monotonic() + 120
@@ -54,7 +52,7 @@ def test_a_job_near_its_time_limit_is_requeued_and_resumes(tmp_path: Path) -> No
         assert first.poll() is None
         assert time.monotonic() < deadline
         time.sleep(0.05)
-    first.send_signal(signal.SIGUSR1)
+    os.kill(int((tmp_path / "task").read_text()), number)
     assert first.wait(60) == 0
     assert (tmp_path / "requeued").read_text() == "requeue 4711\n"
     step = load_checkpoint(RunFolder(tmp_path / "run").checkpoint)["step"]
