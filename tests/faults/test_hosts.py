@@ -1,6 +1,6 @@
-"""Runs on two hosts: network namespaces that a cable, a veth pair, joins. Two ranks on each, over gloo.
+"""Runs on two emulated hosts, network namespaces joined by a veth pair, with two ranks each over gloo.
 
-As on Debian, /etc/hosts of each host has its own name as 127.0.1.1, which the other cannot connect to.
+As on Debian, /etc/hosts maps the host's own name to 127.0.1.1, which the other host cannot connect to.
 """
 
 import json
@@ -28,7 +28,7 @@ class Host:
         self._hosts_file = folder / f"{name}.hosts"
 
     def connect(self, other: "Host") -> None:
-        """Write /etc/hosts, and bring the devices up, of which the cable has been made."""
+        """Write /etc/hosts, set the address, and bring the devices up. Both namespaces and the veth pair must exist."""
         names = {"127.0.0.1": "localhost", "127.0.1.1": self.name, other.address: other.name}
         self._hosts_file.write_text("".join(f"{address} {name}\n" for address, name in names.items()))
         ip("-n", self.name, "address", "add", f"{self.address}/24", "dev", self.device)
@@ -36,7 +36,7 @@ class Host:
         self.set_link("up")
 
     def set_link(self, state: str) -> None:
-        """Connect the cable ("up"), or disconnect it ("down")."""
+        """state: "up" or "down", which cuts the host off."""
         ip("-n", self.name, "link", "set", self.device, state)
 
     @property
