@@ -26,6 +26,7 @@ COMMANDS = {
     "preview": "draw the views that an encoder will see",
     "shard": "pack images into tar shards",
     "report": "write an HTML report of one run, or a comparison of several",
+    "plan": "predict step time, memory and epoch time on several GPUs from a short run on one",
     "doctor": "show what is installed, what will be used, and why; check the images of a data set",
 }
 """Commands and their help. Command X is the module fastsimclr.X, imported only when the command runs."""

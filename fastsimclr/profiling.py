@@ -13,7 +13,7 @@ them: "data_wait" is the time that the GPU is idle, not the time that Python wai
 import itertools
 import time
 from collections.abc import Callable, Iterator
-from contextlib import AbstractContextManager, contextmanager, nullcontext
+from contextlib import AbstractContextManager, contextmanager, nullcontext, suppress
 from pathlib import Path
 
 import torch
@@ -100,6 +100,18 @@ def _milliseconds(boundaries: "list[tuple[str, float | torch.cuda.Event]]") -> d
         stages[name] = stages.get(name, 0.0) + elapsed_ms
     rest = stages.pop(OTHER)
     return {name: round(ms, 4) for name, ms in {**stages, OTHER: rest}.items()}
+
+
+def peak_mib() -> float | None:
+    """Return the peak memory so far: PyTorch's allocator on the GPU that this process uses, else the resident memory of
+    this process, without its workers. None if the system does not report it."""
+    if torch.cuda.is_initialized():  # any GPU: a thread does not know the current one of another
+        return max(torch.cuda.max_memory_allocated(gpu) for gpu in range(torch.cuda.device_count())) / 2**20
+    with suppress(OSError):
+        for line in Path("/proc/self/status").read_text().splitlines():
+            if line.startswith("VmHWM:"):  # getrusage's ru_maxrss may be that of the process that started this one
+                return int(line.split()[1]) / 1024
+    return None
 
 
 class Trace:

@@ -9,7 +9,7 @@ import pytest
 
 ROOT = Path(__file__).resolve().parents[1]
 API = {"fastsimclr"}
-COMMANDS = {"train", "evaluate", "embed", "export", "preview", "report", "doctor", "shard"}
+COMMANDS = {"train", "evaluate", "embed", "export", "preview", "report", "plan", "doctor", "shard"}
 LAYERS = (
     API,
     COMMANDS,

@@ -5,6 +5,7 @@ import time
 from collections.abc import Callable
 from typing import Any
 
+from fastsimclr.profiling import peak_mib
 from fastsimclr.progress_bar import current_phase
 
 ENDED = "ended"
@@ -16,7 +17,7 @@ class Heartbeat:
     """Writes a record at once, every 30 s from a thread of its own, also while no step ends, and a last one on `close`.
 
     A record holds the time, in seconds since 1970, the last step that has ended, the last step of the run, the phase
-    that the process is in, and its seconds so far.
+    that the process is in and its seconds so far, and the peak memory of the process.
     """
 
     def __init__(self, write: Callable[[dict[str, Any]], None], step: int, last_step: int) -> None:
@@ -41,4 +42,4 @@ class Heartbeat:
 
     def _beat(self, phase: str, seconds: float) -> None:
         record = {"step": self.step, "time": round(time.time(), 1), "phase": phase, "phase_seconds": round(seconds, 1)}
-        self._write(record | {"last_step": self._last_step})
+        self._write(record | {"last_step": self._last_step, "peak_mib": peak_mib()})

@@ -301,7 +301,7 @@ class Trainer:
         if estimate is not None:
             self._print(*summary.describe_estimate(config, estimate, progress.last_step - progress.step))
         self.checkpoints.open()
-        run_on_all_ranks(self._open_files, self.world)
+        run_on_all_ranks(partial(self._open_files, estimate), self.world)
         self.skipped.start()
         self.skipped.report(self.metrics, progress.step, progress.epoch)
         if config.knn_at_start and self.measures_knn and progress.step == 0:
@@ -317,12 +317,12 @@ class Trainer:
         self.metrics.show_first_step(estimate.step_seconds if estimate else None)
         self.clock.restart()
 
-    def _open_files(self) -> None:
+    def _open_files(self, estimate: Estimate | None) -> None:
         """Record the run in its folder, and open its metrics. Raises UserError if the disk cannot be written."""
         if not self.world.is_rank_zero:
             return
         try:
-            record_run(self)
+            record_run(self, estimate)
             self.metrics.open(
                 self.folder,
                 first_step=self.progress.step,

@@ -1,0 +1,223 @@
+"""Compare what `fastsimclr plan` predicts with runs of 1, 2, 4 and 8 gloo ranks on the cores of this machine.
+
+    python -m benchmarks.scaling --json benchmarks/results/scaling-cpu.json
+
+In each round, two runs of one process predict the others, which follow: with 64 images per rank ("weak"), with 64
+images over all ranks ("strong"), and weak with synchronized batch normalization. Each rank has one thread. The ranks
+are pinned to the cores in turn; above the number of cores they share them, which is what `--cores` is for. Bandwidth
+and latency, the other inputs, are those of gloo's all-reduce between two ranks on two cores, measured in each round.
+The model is ResNet-18 of half the width on random images of 32x32, with the preset cifar10_fast.
+
+A run during which other processes took over a tenth of the machine's time is repeated, up to --tries times. The last
+try counts, and the record has the share that they took.
+"""
+
+import argparse
+import json
+import os
+import socket
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+import torch.distributed as dist
+
+from fastsimclr.environment import commit
+from fastsimclr.metrics_file import read_records
+from fastsimclr.reporting.plan import WARM_UP_STEPS, make_plan
+from fastsimclr.reporting.scaling import Cluster, Prediction
+from fastsimclr.run_folder import RunFolder
+
+ROOT = Path(__file__).resolve().parents[1]
+CORES = sorted(os.sched_getaffinity(0))
+RANKS, IMAGES, BATCH = (1, 2, 4, 8), 8192, 64
+MAX_OTHERS = 0.1
+ALL_REDUCE_BYTES = 25 * 2**20  # a bucket of DistributedDataParallel
+WARM_UP, REPEATS = 5, 30
+
+
+@dataclass(frozen=True)
+class Mode:
+    """How the batch size depends on the number of ranks."""
+
+    measured: tuple[int, int]
+    """Batch sizes of the runs that predict."""
+    per_rank: bool
+    """Whether there are BATCH images per rank, or over all."""
+    sync_bn: str
+
+
+MODES = {
+    "weak": Mode((64, 256), True, "false"),
+    "strong": Mode((8, 64), False, "false"),
+    "weak, sync_bn": Mode((64, 256), True, "true"),
+}
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--json", type=Path, help="file to write the results to, after each round")
+    parser.add_argument("--rounds", type=int, default=3)
+    parser.add_argument("--tries", type=int, default=3)
+    parser.add_argument("--steps", type=int, default=35)
+    parser.add_argument("--ranks", type=int, nargs="+", default=RANKS)
+    parser.add_argument("--modes", nargs="+", default=list(MODES), choices=MODES)
+    parser.add_argument("--measure_link", action="store_true", help=argparse.SUPPRESS)  # each of the two ranks
+    options = parser.parse_args()
+    if options.measure_link:
+        print(json.dumps(measure_link()))
+        return
+    rounds: list[dict[str, Any]] = []
+    for _ in range(options.rounds):
+        rounds.append(run_round(options))
+        summary = [summarize(rounds, mode, ranks) for mode in options.modes for ranks in options.ranks]
+        if options.json:
+            record = {
+                "what": "step times by fastsimclr plan and of gloo ranks; ResNet-18 x0.5, 32x32",
+                "cpu": f"{cpu_name()}, {len(CORES)} cores",
+                "torch": torch.__version__,
+                "commit": commit(),
+                "steps": options.steps,
+                "summary": summary,
+                "rounds": rounds,
+            }
+            options.json.write_text(json.dumps(record, indent=1) + "\n")
+    print(*summary, sep="\n")
+
+
+def run_round(options: argparse.Namespace) -> dict[str, Any]:
+    """Measure the link and the runs of one process, predict the other runs and measure them."""
+    bandwidth, latency_us = json.loads(run_ranks(2, "-m", "benchmarks.scaling", "--measure_link")[0])
+    cluster = Cluster(bandwidth, latency_us, len(CORES))
+    runs = []
+    with tempfile.TemporaryDirectory() as folder:
+        data = Path(folder) / "images.npy"
+        np.save(data, np.random.default_rng(0).integers(0, 256, (IMAGES, 32, 32, 3), dtype=np.uint8))
+        for name in options.modes:
+            mode = MODES[name]
+            train = [f"--data.train={data}", f"--max_steps={options.steps}", f"--model.sync_bn={mode.sync_bn}"]
+            single = []
+            for batch_size in mode.measured:
+                run, others = train_undisturbed(1, batch_size, options.tries, *train)
+                single.append(str(run))
+                print(f"{name}: one process, {batch_size} images; others took {others:.0%}", flush=True)
+            for ranks in options.ranks:
+                batch_size = BATCH * ranks if mode.per_rank else BATCH
+                run, others = train_undisturbed(ranks, batch_size, options.tries, *train)
+                prediction = make_plan(single, cluster, [ranks], batch_size=batch_size).predictions[0]
+                runs.append({"mode": name, "ranks": ranks, "others": round(others, 3)} | compare(prediction, run))
+                print(json.dumps(runs[-1]), flush=True)
+    return {"bandwidth": bandwidth, "latency_us": latency_us, "runs": runs}
+
+
+def train_undisturbed(ranks: int, batch_size: int, tries: int, *options: str) -> tuple[RunFolder, float]:
+    """Train, again if other processes disturb. Returns the run and the share of the machine's time that they took."""
+    for _ in range(tries):
+        run = tempfile.mkdtemp(dir=Path(options[0].partition("=")[2]).parent)
+        busy, own = cpu_seconds()
+        started = time.perf_counter()
+        run_ranks(
+            ranks, "-m", "fastsimclr.train", "--config=cifar10_fast", *options, f"--batch_size={batch_size}",
+            "--checkpoint_every=1000", "--device=cpu", f"--output={run}",
+        )  # fmt: skip
+        busy_after, own_after = cpu_seconds()
+        others = (busy_after - busy - (own_after - own)) / (time.perf_counter() - started) / len(CORES)
+        if others < MAX_OTHERS:
+            break
+    return RunFolder(run), others
+
+
+def cpu_seconds() -> tuple[float, float]:
+    """Return the busy seconds of all cores, and those of this process's children that have ended."""
+    user, nice, system, _, _, irq, softirq, *_ = map(int, Path("/proc/stat").read_text().splitlines()[0].split()[1:])
+    times = os.times()
+    busy = (user + nice + system + irq + softirq) / os.sysconf("SC_CLK_TCK")
+    return busy, times.children_user + times.children_system
+
+
+def compare(predicted: Prediction, run: RunFolder) -> dict[str, Any]:
+    """Return the predicted step, and what rank zero of the run has measured."""
+    records = list(read_records(run.metrics))
+    steps = [record for record in records if record.get("images") == predicted.batch_size][WARM_UP_STEPS:]
+    step_ms = [record["step_ms"] for record in steps]
+    names = dict.fromkeys(name for record in steps for name in record["stages_ms"])
+    stages = {name: statistics.median(record["stages_ms"].get(name, 0.0) for record in steps) for name in names}
+    return {
+        "predicted_ms": round(predicted.step_ms, 2),
+        "measured_ms": round(statistics.median(step_ms), 2),
+        "measured_quartiles_ms": [round(float(each), 2) for each in np.quantile(step_ms, (0.25, 0.75))],
+        "predicted_parts_ms": {name: round(ms, 2) for name, ms in predicted.parts_ms.items()},
+        "measured_stages_ms": {name: round(ms, 2) for name, ms in stages.items()},
+        "predicted_mib": round(predicted.memory_mib or 0.0),
+        "measured_mib": round(max(record["peak_mib"] for record in records if record.get("peak_mib"))),
+    }
+
+
+def summarize(rounds: Sequence[dict[str, Any]], mode: str, ranks: int) -> dict[str, Any]:
+    """Return the medians over the rounds."""
+    runs = [run for each in rounds for run in each["runs"] if (run["mode"], run["ranks"]) == (mode, ranks)]
+    errors = [round(run["predicted_ms"] / run["measured_ms"] - 1, 3) for run in runs]
+    columns = ("predicted_ms", "measured_ms", "predicted_mib", "measured_mib")
+    medians = {column: statistics.median(run[column] for run in runs) for column in columns}
+    return {"mode": mode, "ranks": ranks, **medians, "error": statistics.median(errors), "errors": errors}
+
+
+def run_ranks(ranks: int, *arguments: str) -> list[str]:
+    """Run Python on this many ranks, as torchrun does, but each pinned to a core. Returns their output."""
+    with socket.create_server(("127.0.0.1", 0)) as server:
+        port = server.getsockname()[1]
+    shared = {"WORLD_SIZE": ranks, "LOCAL_WORLD_SIZE": ranks, "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
+    shared |= {"GLOO_SOCKET_IFNAME": "lo", "OMP_NUM_THREADS": 1}
+    processes = [
+        subprocess.Popen(
+            ["taskset", "--cpu-list", str(CORES[rank % len(CORES)]), sys.executable, *arguments],
+            cwd=ROOT,
+            env=os.environ
+            | {name: str(value) for name, value in (shared | {"RANK": rank, "LOCAL_RANK": rank}).items()},
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
+            text=True,
+        )
+        for rank in range(ranks)
+    ]
+    output = [process.communicate() for process in processes]
+    for process, (_, errors) in zip(processes, output, strict=True):
+        if process.returncode != 0:
+            raise RuntimeError(errors)
+    return [out for out, _ in output]
+
+
+def measure_link() -> tuple[float, float]:
+    """Return the bandwidth of an all-reduce between the ranks in GB/s, and the time of a small one in microseconds."""
+    torch.set_num_threads(1)
+    dist.init_process_group("gloo")
+    ranks = dist.get_world_size()
+    medians = []
+    for size in (ALL_REDUCE_BYTES, 8):
+        tensor, times = torch.zeros(size // 4), []
+        for _ in range(WARM_UP + REPEATS):
+            dist.barrier()
+            started = time.perf_counter()
+            dist.all_reduce(tensor)
+            times.append(time.perf_counter() - started)
+        medians.append(statistics.median(times[WARM_UP:]))
+    dist.destroy_process_group()
+    large, small = medians
+    return 2 * (ranks - 1) / ranks * ALL_REDUCE_BYTES / (large - small) / 1e9, 1e6 * small
+
+
+def cpu_name() -> str:
+    lines = Path("/proc/cpuinfo").read_text().splitlines()
+    return next((line.partition(": ")[2] for line in lines if line.startswith("model name")), "unknown CPU")
+
+
+if __name__ == "__main__":
+    main()
