@@ -10,13 +10,10 @@ import argparse
 import json
 from collections.abc import Sequence
 from dataclasses import asdict
-from typing import Annotated
 
 from fastsimclr.cli import Parser, exit_code
-from fastsimclr.ranges import Count, NonNegative, Positive, Range, number
+from fastsimclr.ranges import Count, NonNegative, Positive, number
 from fastsimclr.stopping import run_process
-
-Ranks = Annotated[int, Range(1, 2**16)]
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -43,7 +40,10 @@ def run(options: argparse.Namespace) -> str:
 def _options(arguments: Sequence[str] | None) -> argparse.Namespace:
     parser = Parser(prog="python -m fastsimclr.plan", description=(__doc__ or "").split(":")[0], allow_abbrev=False)
     parser.add_argument(
-        "runs", nargs="+", metavar="RUN", help="folder of a short run of train on one device, or of two batch sizes"
+        "runs",
+        nargs="+",
+        metavar="RUN",
+        help="folder of a short run on one device; two of different batch sizes predict better",
     )
     parser.add_argument(
         "--ranks", type=_ranks, default=(1, 2, 4, 8), metavar="N,N", help="numbers of ranks; default: 1,2,4,8"
@@ -60,12 +60,15 @@ def _options(arguments: Sequence[str] | None) -> argparse.Namespace:
         type=number(NonNegative),
         default=0.0,
         metavar="US",
-        help="time of a collective without its data, in microseconds; default: 0",
+        help="time of a collective of a few bytes, in microseconds; default: 0",
     )
     batch = parser.add_mutually_exclusive_group()
     batch.add_argument("--batch_size", type=number(Count), metavar="N", help="images per step over all ranks")
     batch.add_argument(
-        "--local_batch_size", type=number(Count), metavar="N", help="images per step and rank; default: those of RUN"
+        "--local_batch_size",
+        type=number(Count),
+        metavar="N",
+        help="images per step and rank; default: of the larger RUN",
     )
     parser.add_argument("--images", type=number(Count), metavar="N", help="images per epoch; default: those of RUN")
     parser.add_argument(
@@ -79,7 +82,7 @@ def _options(arguments: Sequence[str] | None) -> argparse.Namespace:
 
 
 def _ranks(text: str) -> tuple[int, ...]:
-    return tuple(int(number(Ranks)(each)) for each in text.split(","))
+    return tuple(int(number(Count)(each)) for each in text.split(","))
 
 
 if __name__ == "__main__":

@@ -17,7 +17,7 @@ class Heartbeat:
     """Writes a record at once, every 30 s from a thread of its own, also while no step ends, and a last one on `close`.
 
     A record holds the time, in seconds since 1970, the last step that has ended, the last step of the run, the phase
-    that the process is in and its seconds so far, and the peak memory of the process.
+    that the process is in, and its seconds so far. The last one also holds the peak memory of the process.
     """
 
     def __init__(self, write: Callable[[dict[str, Any]], None], step: int, last_step: int) -> None:
@@ -32,7 +32,7 @@ class Heartbeat:
         if not self._closed.is_set():
             self._closed.set()
             self._thread.join()
-            self._beat(ENDED, 0.0)
+            self._beat(ENDED, 0.0, peak_mib=peak_mib())
 
     def _run(self) -> None:
         while True:
@@ -40,6 +40,6 @@ class Heartbeat:
             if self._closed.wait(SECONDS):
                 return
 
-    def _beat(self, phase: str, seconds: float) -> None:
+    def _beat(self, phase: str, seconds: float, **more: float | None) -> None:
         record = {"step": self.step, "time": round(time.time(), 1), "phase": phase, "phase_seconds": round(seconds, 1)}
-        self._write(record | {"last_step": self._last_step, "peak_mib": peak_mib()})
+        self._write(record | {"last_step": self._last_step} | more)

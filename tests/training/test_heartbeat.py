@@ -1,6 +1,7 @@
 """The heartbeat of a run, and what `doctor --run` makes of it."""
 
 import json
+import resource
 import time
 from pathlib import Path
 
@@ -45,6 +46,8 @@ def test_heartbeats_name_the_phase_while_no_step_ends(tmp_path: Path, monkeypatc
     assert abs(named[-1]["time"] - time.time()) < 60
     *_, last = read_records(file)
     assert last["phase"] == heartbeat.ENDED
+    # An import of torch alone takes more than 50 MiB; ru_maxrss may include a process that has started this one.
+    assert 50 < last["peak_mib"] <= resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024 + 1
 
 
 def status(run: Path) -> RunStatus:
