@@ -39,11 +39,9 @@ def run(options: argparse.Namespace) -> str:
 
 def _options(arguments: Sequence[str] | None) -> argparse.Namespace:
     parser = Parser(prog="python -m fastsimclr.plan", description=(__doc__ or "").split(":")[0], allow_abbrev=False)
+    count = number(Count)
     parser.add_argument(
-        "runs",
-        nargs="+",
-        metavar="RUN",
-        help="folder of a short run on one device; two of different batch sizes predict better",
+        "runs", nargs="+", metavar="RUN", help="a short run on one device; two of different batch sizes predict better"
     )
     parser.add_argument(
         "--ranks", type=_ranks, default=(1, 2, 4, 8), metavar="N,N", help="numbers of ranks; default: 1,2,4,8"
@@ -63,20 +61,12 @@ def _options(arguments: Sequence[str] | None) -> argparse.Namespace:
         help="time of a collective of a few bytes, in microseconds; default: 0",
     )
     batch = parser.add_mutually_exclusive_group()
-    batch.add_argument("--batch_size", type=number(Count), metavar="N", help="images per step over all ranks")
+    batch.add_argument("--batch_size", type=count, metavar="N", help="images per step over all ranks")
     batch.add_argument(
-        "--local_batch_size",
-        type=number(Count),
-        metavar="N",
-        help="images per step and rank; default: of the larger RUN",
+        "--local_batch_size", type=count, metavar="N", help="images per step and rank; default: of the larger run"
     )
-    parser.add_argument("--images", type=number(Count), metavar="N", help="images per epoch; default: those of RUN")
-    parser.add_argument(
-        "--cores",
-        type=number(Count),
-        metavar="N",
-        help="CPU cores that all ranks share; default: each rank has a device of its own",
-    )
+    parser.add_argument("--images", type=count, metavar="N", help="images per epoch; default: of the runs")
+    parser.add_argument("--cores", type=count, metavar="N", help="CPU cores that all ranks share; default: unlimited")
     parser.add_argument("--json", action="store_true", help="print JSON")
     return parser.parse_args(arguments)
 
