@@ -15,7 +15,7 @@ BUCKET_BYTES = 25 * 2**20  # DistributedDataParallel's default
 UNSHARED_WORK = {"tiled": 2.0, "fused": 1.2, "reference": 1.0}
 """Work of the loss per pair of views on several ranks, relative to one process, which uses the symmetry of the
 similarities: tiled in both passes, fused in the forward pass only (2.5 instead of 3 matrix products)."""
-OPTIMIZER_TENSORS = {"lars": 1, "sgd": 1, "adamw": 2}
+OPTIMIZER_TENSORS = {"lars": 1, "sgd": 1, "adamw": 2, "muon": 1}
 """Tensors of a parameter's size that the optimizer keeps."""
 ADVICE = {
     "communication": "use a faster link, or more images per rank",
