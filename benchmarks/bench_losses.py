@@ -97,7 +97,7 @@ def with_queue() -> Task:
 
     def dense(a: Tensor, b: Tensor) -> Tensor:
         a, b = F.normalize(a, dim=1), F.normalize(b, dim=1)
-        s = torch.cat([(a * b).sum(1, keepdim=True), a @ b.T.fill_diagonal_(-torch.inf), a @ queue.T], dim=1)
+        s = torch.cat([(a * b).sum(1, keepdim=True), (a @ b.T).fill_diagonal_(-torch.inf), a @ queue.T], dim=1)
         return F.cross_entropy(s / TEMPERATURE, torch.zeros(n, dtype=torch.int64, device=s.device))
 
     return Task(
