@@ -1,8 +1,16 @@
 """Encoders and the projection head."""
 
-from fastsimclr.models.backbone import Backbone, as_encoder, count_features, import_module, unused_parameters
+from fastsimclr.models.backbone import (
+    Backbone,
+    as_encoder,
+    checkpoint_stages,
+    count_features,
+    import_module,
+    unused_parameters,
+)
 from fastsimclr.models.registry import build, encoder_names, nearest_encoders, torchvision_options
 from fastsimclr.models.resnet import ENCODERS, STEMS, Encoder, resnet
+from fastsimclr.models.running_statistics import discarded_statistics
 from fastsimclr.models.simclr import SimCLR, projector
 from fastsimclr.models.spec import USER_MODULE, EncoderSpec
 from fastsimclr.models.sync_batch_norm import synchronize_batch_norm
@@ -17,7 +25,9 @@ __all__ = [
     "SimCLR",
     "as_encoder",
     "build",
+    "checkpoint_stages",
     "count_features",
+    "discarded_statistics",
     "encoder_names",
     "import_module",
     "nearest_encoders",

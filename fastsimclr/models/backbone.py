@@ -45,6 +45,22 @@ def as_encoder(module: nn.Module, *, image_size: int, channels: int) -> Encoder 
     return module
 
 
+def checkpoint_stages(encoder: Encoder | Backbone) -> None:
+    """Turn on activation checkpointing: of each residual stage of our ResNets, or as a module's own
+    `set_grad_checkpointing` does, which most models of timm have.
+
+    Raises UserError for a module without it.
+    """
+    network: Any = encoder.module if isinstance(encoder, Backbone) else encoder
+    try:
+        network.set_grad_checkpointing(True)
+    except (AttributeError, AssertionError) as error:  # AssertionError: timm's, where a model does not support it
+        raise UserError(
+            f"--model.checkpoint_stages: got {encoder.spec.name}, expected resnet18 to resnet152, or a module with "
+            "set_grad_checkpointing, as most of timm have: use --micro_batch_size instead"
+        ) from error
+
+
 def import_module(reference: str) -> nn.Module:
     """Return the module of a reference such as `mymodel.py:make_encoder`: a class, a function or an instance.
 

@@ -4,7 +4,9 @@ from collections.abc import Callable
 from dataclasses import replace
 from typing import Any
 
+import torch
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 from torchvision.models.resnet import BasicBlock, Bottleneck, ResNet
 
 from fastsimclr.errors import UserError
@@ -28,6 +30,8 @@ class Encoder(ResNet):
 
     spec: its architecture; `build(spec)` builds the same one.
     """
+
+    grad_checkpointing: bool = False
 
     def __init__(self, spec: EncoderSpec) -> None:
         width, stem, channels = spec.width, spec.stem, spec.channels
@@ -64,6 +68,22 @@ class Encoder(ResNet):
                 nn.init.zeros_(module.bn2.weight)
             elif isinstance(module, Bottleneck):
                 nn.init.zeros_(module.bn3.weight)
+
+    def set_grad_checkpointing(self, enable: bool = True) -> None:
+        """Keep only the input of each residual stage for the backward pass, which computes the stage again.
+
+        The name is timm's. The second computation updates the running statistics of batch normalization again, unless
+        the backward pass runs in `fastsimclr.models.discarded_statistics`.
+        """
+        self.grad_checkpointing = enable
+
+    def _forward_impl(self, x: Tensor) -> Tensor:
+        x = self.maxpool(self.relu(self.bn1(self.conv1(x))))
+        for stage in (self.layer1, self.layer2, self.layer3, self.layer4):
+            recomputes = self.grad_checkpointing and torch.is_grad_enabled()
+            x = checkpoint(stage, x, use_reentrant=False) if recomputes else stage(x)
+        h: Tensor = self.fc(self.avgpool(x).flatten(1))
+        return h
 
 
 def resnet(spec: EncoderSpec) -> Encoder:

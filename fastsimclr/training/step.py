@@ -15,6 +15,7 @@ from torch.amp import GradScaler
 from torch.nn.parallel import DistributedDataParallel
 from torch.optim.optimizer import Optimizer
 
+from fastsimclr.models import discarded_statistics
 from fastsimclr.precision import Precision, autocast_to
 from fastsimclr.profiling import stage
 
@@ -51,6 +52,8 @@ class Step:
     computed in float32 and logged."""
     outputs: Outputs | None = None
     """Where to keep the outputs of each step; the model must then be a `SimCLR`. None: nowhere."""
+    recomputes: bool = False
+    """Whether the model computes activations a second time in the backward pass (--model.checkpoint_stages)."""
 
     def backward(self, views: Sequence[Tensor], largest_local_batch: int) -> Tensor:
         """Accumulate the gradients and return this rank's loss, detached.
@@ -67,20 +70,20 @@ class Step:
             return self._in_micro_batches(views, -(-largest_local_batch // size))
         z = self._project(views)
         loss, gradients = self._loss(z)
-        with stage("backward"):
-            torch.autograd.backward(z, self.scaler.scale(gradients))
+        self._backward(z, gradients)
         return loss
 
     def _in_micro_batches(self, views: Sequence[Tensor], parts: int) -> Tensor:
         """Loss and gradients of the whole batch, with the activations of one part in memory at a time.
 
         GradCache (Gao et al., arXiv 2101.06983): project without a graph, compute dz, then project each part again and
-        backpropagate its dz. Both passes of a part have the same random state, and so the same dropout masks.
+        backpropagate its dz. Both passes of a part have the same random state, and so the same dropout masks. Only the
+        second updates the running statistics of batch normalization, once per part.
         """
         pieces = list(zip(*(view.tensor_split(parts) for view in views), strict=True))
         device = views[0].device
         states, projected = [], []
-        with torch.no_grad():
+        with torch.no_grad(), discarded_statistics(self.model):
             for piece in pieces:
                 states.append(_random_state(device))
                 projected.append(self._project(piece))
@@ -91,10 +94,13 @@ class Step:
             defers = not is_last and isinstance(self.model, DistributedDataParallel)
             _set_random_state(state, device)
             with self.model.no_sync() if defers else nullcontext():
-                z = self._project(piece)
-                with stage("backward"):
-                    torch.autograd.backward(z, self.scaler.scale(gradient))
+                self._backward(self._project(piece), list(gradient))
         return loss
+
+    def _backward(self, z: list[Tensor], dz: list[Tensor]) -> None:
+        """Accumulate the gradients of the parameters. Activations that are recomputed do not count as statistics."""
+        with stage("backward"), discarded_statistics(self.model) if self.recomputes else nullcontext():
+            torch.autograd.backward(z, self.scaler.scale(dz))
 
     def _project(self, views: Sequence[Tensor]) -> list[Tensor]:
         """Projections of each view, in float32 or wider. Views of the same size share one forward pass."""
