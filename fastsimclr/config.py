@@ -103,8 +103,16 @@ class ModelConfig:
     batch normalization uses its running statistics."""
     freeze_epochs: Index = 0
     """Number of epochs, at the start, in which the whole encoder is frozen and only the projection head trains."""
+    frozen_bn: bool = False
+    """Let the batch normalization of the encoder apply its running statistics, and never update them; its weights and
+    biases still train. For pretrained weights: random ones have no statistics. Micro-batches of the encoder then give
+    the same representations as the whole batch."""
     sync_bn: bool = True
     """Synchronize batch normalization statistics across ranks."""
+    checkpoint_stages: bool = False
+    """Keep only the input of each residual stage for the backward pass, which computes the stage again. Saves memory at
+    the cost of most of a forward pass; gradients and statistics stay the same. For our ResNets, and models of timm
+    that support it (set_grad_checkpointing). Not with compile."""
 
 
 @dataclass(frozen=True)
@@ -236,6 +244,8 @@ class Config:
             parse_duration(self.time_limit, "time_limit")
         if self.model.freeze_epochs >= self.epochs:
             raise UserError(f"--model.freeze_epochs: got {self.model.freeze_epochs}, expected 0 to --epochs minus 1")
+        if self.compile and self.model.checkpoint_stages:
+            raise UserError("--model.checkpoint_stages: got true with --compile, expected only one of them")
         if self.output is not None and not self.output.isprintable():  # TensorBoard and others cannot write there
             raise UserError(f"--output: got {self.output!r}, expected a name in UTF-8 without control characters")
         if self.keep_best is not None and self.knn_every == 0:

@@ -22,6 +22,7 @@ from fastsimclr.models import (
     SimCLR,
     as_encoder,
     build,
+    checkpoint_stages,
     count_features,
     import_module,
     projector,
@@ -92,6 +93,8 @@ def build_learner(
 
     torch.manual_seed(config.seed)
     chosen = _build_encoder(config.model, augmentation, channels, module)
+    if config.model.checkpoint_stages:
+        checkpoint_stages(chosen)
     loaded = initialize(chosen, weights) if weights is not None else []
     head = projector(chosen.out_features, config.model.hidden, config.model.out, config.model.layers)
     model: nn.Module = SimCLR(chosen, head)
@@ -100,7 +103,7 @@ def build_learner(
         _check_gradients(chosen)
         if config.model.sync_bn:
             model = synchronize_batch_norm(model, world.device)
-    freezing = Freezing(model, config.model.freeze or "", config.model.freeze_epochs)
+    freezing = Freezing(model, config.model.freeze or "", config.model.freeze_epochs, frozen_bn=config.model.frozen_bn)
 
     optim = config.optim
     recipe = choose_recipe(chosen, optim.name, optim.lr, optim.lr_rule, optim.weight_decay, config.batch_size)

@@ -16,12 +16,13 @@ class Freezing:
     batch normalization is in eval mode: it applies its running statistics and does not update them.
     """
 
-    def __init__(self, model: nn.Module, names: str, epochs: int) -> None:
+    def __init__(self, model: nn.Module, names: str, epochs: int, *, frozen_bn: bool = False) -> None:
         """Freeze `names` for the whole run; `start_epoch` freezes the rest of the encoder.
 
         model: a SimCLR module. names: names of the encoder's modules or parameters, separated by commas; a module
         contains those whose names begin with its own and a dot. epochs: epochs for which the whole encoder is frozen.
-        Raises UserError for a name that the encoder does not have.
+        frozen_bn: freeze the running statistics of the whole encoder, but not the weights and biases beside them.
+        Raises UserError for a name that the encoder does not have, and for frozen_bn without batch normalization.
         """
         encoder: nn.Module = model.encoder  # type: ignore[assignment]
         network = encoder.module if isinstance(encoder, Backbone) else encoder
@@ -31,8 +32,11 @@ class Freezing:
         self._model = model
         # Parameters of a user's module that do not train stay so.
         self._trainable = [parameter for parameter in network.parameters() if parameter.requires_grad]
-        self._frozen_norms = _norms(network, self.names)
         self._norms = _norms(network, [""])
+        self._frozen_norms = self._norms if frozen_bn else _norms(network, self.names)
+        self._frozen_bn = frozen_bn
+        if frozen_bn and not self._norms:
+            raise UserError("--model.frozen_bn: got true for an encoder without batch normalization, expected false")
         self._is_whole: bool | None = None
 
     def start_epoch(self, epoch: int) -> bool:
@@ -51,6 +55,8 @@ class Freezing:
     def __str__(self) -> str:
         """Describe what is frozen; "" for nothing."""
         parts = list(self.names)
+        if self._frozen_bn:
+            parts.append("the running statistics of batch normalization")
         if self.epochs:
             parts.append(f"the whole encoder until the end of epoch {self.epochs}")
         return ", ".join(parts)

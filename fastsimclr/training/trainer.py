@@ -284,7 +284,10 @@ class Trainer:
         if self.world.world_size > 1:
             devices = [device] if device.type == "cuda" else None
             model = DistributedDataParallel(model, device_ids=devices, gradient_as_bucket_view=True)
-        return Step(model, self.loss, self.precision, config.micro_batch_size, self.scaler, self.outputs)
+        recomputes = config.model.checkpoint_stages
+        return Step(
+            model, self.loss, self.precision, config.micro_batch_size, self.scaler, self.outputs, recomputes
+        )
 
     def _start(self) -> None:
         """Print the choices made, open the run's files, and measure the untrained encoder if asked."""

@@ -8,7 +8,7 @@ import torch
 from pictures import jpeg, photo, write
 from ranks import run_ranks
 from torch import nn
-from weights import steps
+from weights import randomize_norms, steps
 
 from fastsimclr import NTXentLoss, SimCLR, UserError, encoder, projector
 from fastsimclr.checkpoint_format import load_checkpoint
@@ -72,6 +72,42 @@ def test_nothing_frozen_changes(name: str, micro_batch_size: int | None) -> None
     train(model, optimizer, micro_batch_size)
     assert changed(model, before) == set(before) - always
     assert all(parameter.requires_grad for group in optimizer.param_groups for parameter in group["params"])
+
+
+@pytest.mark.parametrize("micro_batch_size", [None, 2])
+def test_frozen_bn_keeps_the_statistics_and_trains_the_rest(micro_batch_size: int | None) -> None:
+    model = small_model()
+    freezing = Freezing(model, "conv1", epochs=0, frozen_bn=True)
+    optimizer = build_optimizer("lars", model.parameters(), 0.1, 0.9, 0.1)
+    freezing.start_epoch(0)
+    before = snapshot(model)
+    train(model, optimizer, micro_batch_size)
+    statistics = ("running_mean", "running_var", "num_batches_tracked")
+    fixed = {key for key in before if key.startswith("encoder.") and key.endswith(statistics)}
+    assert changed(model, before) == set(before) - fixed - {"encoder.conv1.weight"}
+    assert str(freezing) == "conv1, the running statistics of batch normalization"
+
+
+def test_micro_batches_with_frozen_bn_equal_the_whole_batch() -> None:
+    """Without batch normalization in the projector, which frozen_bn leaves as it is."""
+    gradients = []
+    for micro_batch_size in (None, 1, 3):
+        model = small_model().double()
+        model.projector = nn.Linear(model.encoder.out_features, 8).double()
+        randomize_norms(model.encoder)
+        Freezing(model, "", epochs=0, frozen_bn=True).start_epoch(0)
+        precision = choose_precision("fp64", CPU)
+        step = Step(model, NTXentLoss(), precision, micro_batch_size, precision.grad_scaler(CPU))
+        step.backward(list(torch.randn(2, 4, 3, 16, 16, generator=torch.Generator().manual_seed(0)).double()), 4)
+        gradients.append([parameter.grad for parameter in model.parameters()])
+    for parts in gradients[1:]:
+        torch.testing.assert_close(parts, gradients[0], rtol=0, atol=1e-10)
+
+
+def test_frozen_bn_needs_batch_normalization() -> None:
+    model = SimCLR(as_encoder(nn.Conv2d(3, 4, 3), image_size=8, channels=3), projector(4, 4, 4))
+    with pytest.raises(UserError, match=r"--model.frozen_bn: got true for an encoder without batch normalization"):
+        Freezing(model, "", 0, frozen_bn=True)
 
 
 def test_users_module_is_frozen_by_its_own_names_and_keeps_what_it_does_not_train() -> None:
