@@ -170,9 +170,11 @@ class Config:
     optim: OptimConfig = field(default_factory=OptimConfig)
     batch_size: Count = 256
     """Global batch size: images per step over all ranks. Each image yields data.num_views views."""
-    micro_batch_size: Count | None = None
+    micro_batch_size: Count | Literal["auto"] | None = None
     """Images that a rank encodes at a time; the loss still covers the whole batch. Saves memory at the cost of a second
-    forward pass. Batch normalization statistics are then per micro-batch. null encodes the whole batch at once."""
+    forward pass. Batch normalization then normalizes each micro-batch by its own statistics, and each updates the
+    running statistics once. null encodes the whole batch at once. auto: the largest number that fits in memory, found
+    by trials before the first step and recorded in config.yaml; a resumed run uses that of its checkpoint."""
     epochs: Count = 100
     """Number of epochs; the learning-rate schedule spans them."""
     steps: Count | None = None

@@ -51,6 +51,9 @@ def fake_cuda(capability: tuple[int, int] = (9, 0)) -> Iterator[torch.device]:
             "get_device_name": lambda device=None: "a fake GPU",
             "is_bf16_supported": lambda including_emulation=True: including_emulation or capability >= (8, 0),
             "Event": _Event,
+            "mem_get_info": lambda device=None: (2**33, 2**34),
+            **dict.fromkeys(("memory_allocated", "memory_reserved", "max_memory_reserved"), lambda device=None: 0),
+            **dict.fromkeys(("empty_cache", "reset_peak_memory_stats"), lambda device=None: None),
         }.items():
             patch.setattr(torch.cuda, name, answer)
         patch.setattr(Tensor, "pin_memory", lambda self: self)

@@ -17,7 +17,8 @@ LAYERS = (
     {"training", "evaluation", "reporting"},
     {"config", "data", "environment", "options", "pretrained"},
     {"loss", "models", "optim"},
-    {"distributed", "gloo", "node", "precision", "profiling", "progress_bar", "malloc", "run_folder", "presets"}
+    {"distributed", "gloo", "node", "precision", "profiling", "progress_bar", "malloc", "memory", "run_folder"}
+    | {"presets"}
     | {"checkpoint_format", "errors", "imports", "metrics_file", "ranges", "slurm", "stopping", "torchrun", "version"}
     | {"_lazy", "_extension", "_C", "_emulated"},
 )

@@ -5,7 +5,7 @@ Detects tensors on the wrong device, except those that PyTorch accepts there: 0-
 
 import itertools
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from contextlib import nullcontext
 from pathlib import Path
 from pkgutil import resolve_name
@@ -32,6 +32,7 @@ from fastsimclr.loss import fused, tiled
 from fastsimclr.loss.log_sums import log_sums_backward, log_sums_forward
 from fastsimclr.models import Encoder
 from fastsimclr.precision import choose_precision
+from fastsimclr.training.step import Step
 from fastsimclr.training.trainer import Trainer
 
 pytestmark = [
@@ -280,6 +281,21 @@ def test_old_gpu_uses_fp16_and_the_tiled_loss_with_one_warning_each(tmp_path: Pa
     assert training.loss_backend.startswith("tiled (auto: a fake GPU has compute capability 7.5; ")
     _, loss_warning = caught
     assert training.loss_backend.removeprefix("tiled ") in str(loss_warning.message)
+
+
+def test_micro_batches_are_halved_while_the_gpu_runs_out_of_memory(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    project = Step._project
+
+    def project_up_to_3(self: Step, views: Sequence[Tensor]) -> list[Tensor]:
+        if torch.is_grad_enabled() and len(views[0]) > 3:
+            raise torch.OutOfMemoryError
+        return project(self, views)
+
+    monkeypatch.setattr(Step, "_project", project_up_to_3)
+    with fake_cuda():
+        assert open_training(tmp_path, "--micro_batch_size=auto").config.micro_batch_size == 2
 
 
 def moved_to_cpu(function: Callable[..., Any]) -> Callable[..., Any]:

@@ -12,10 +12,13 @@ from fastsimclr.errors import UserError
 class CpuSyncBatchNorm(_BatchNorm):
     """SyncBatchNorm for CPU tensors, which torch's own does not support; in plain operations with exact gradients."""
 
+    process_group: dist.ProcessGroup | None = None
+    """The ranks to synchronize; None: all. The name is that of torch's SyncBatchNorm."""
+
     def forward(self, input: Tensor) -> Tensor:
         if not self.training:
             return super().forward(input)
-        group = dist.group.WORLD
+        group = self.process_group or dist.group.WORLD
         assert group is not None
         # Under autocast the statistics are float32, as in torch's batch normalization.
         x = input.to(torch.promote_types(input.dtype, torch.float32))

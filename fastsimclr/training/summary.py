@@ -92,6 +92,7 @@ def describe_estimate(config: Config, estimate: Estimate, steps: int) -> list[st
             smaller.append("--epochs 10")
         options = " ".join(smaller) or f"--max_steps {steps // 10}"
         lines.append(f"this is more than a day: use a GPU, or shorten the run, e.g. {options}")
+    assert not isinstance(config.micro_batch_size, str)  # auto is a number by now
     images = config.micro_batch_size or config.batch_size
     needed, memory = estimate.activation_bytes * images, os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
     if needed > memory:

@@ -33,6 +33,7 @@ from fastsimclr.training.health import Health
 from fastsimclr.training.images import as_recorded, open_images, record_pixels
 from fastsimclr.training.loggers import make_loggers
 from fastsimclr.training.metrics import Metrics
+from fastsimclr.training.micro_batch import as_resumed, choose_size
 from fastsimclr.training.non_finite import NonFiniteError, NonFiniteSteps
 from fastsimclr.training.options_check import check_resumed, run_options
 from fastsimclr.training.probe import OnlineProbe
@@ -95,6 +96,7 @@ class Trainer:
         channels = sources[0].pixels.channels
         # Before the images are checked, which may take long: errors in these options are reported at once.
         checkpoint = checkpoint_to_resume(config, self.folder, world)
+        config, self._micro_batches = as_resumed(config, checkpoint)
         self.source = as_recorded(sources.train, checkpoint.path if checkpoint else None, world)
         sources = sources._replace(train=self.source)
         # DistributedDataParallel copies the weights of rank zero to the others.
@@ -150,6 +152,9 @@ class Trainer:
         self.progress = Progress(self.loader.state_dict(), last_step)
         if checkpoint is not None:
             run_on_all_ranks(partial(resume, self, checkpoint), world)
+        self.config, found = choose_size(self.config, learner, self.augmentation, world)
+        self._micro_batches += found
+        self.options["micro_batch_size"] = self.config.micro_batch_size
         self.freezing.start_epoch(self.progress.epoch)
         self.stepper = self._build_stepper()
 
@@ -284,10 +289,10 @@ class Trainer:
         if self.world.world_size > 1:
             devices = [device] if device.type == "cuda" else None
             model = DistributedDataParallel(model, device_ids=devices, gradient_as_bucket_view=True)
+        size = config.micro_batch_size
+        assert not isinstance(size, str)  # auto is a number by now
         recomputes = config.model.checkpoint_stages
-        return Step(
-            model, self.loss, self.precision, config.micro_batch_size, self.scaler, self.outputs, recomputes
-        )
+        return Step(model, self.loss, self.precision, size, self.scaler, self.outputs, recomputes)
 
     def _start(self) -> None:
         """Print the choices made, open the run's files, and measure the untrained encoder if asked."""
@@ -297,7 +302,7 @@ class Trainer:
         lines += summary.describe_model(
             config, self.model, self.freezing, self.precision, self.loss_backend, self.world
         )
-        lines += self._weights
+        lines += [*self._weights, *self._micro_batches]
         lines += [summary.describe_schedule(self.recipe, self.schedule), f"output: {self.folder}"]
         self._print(*lines)
         estimate = self._estimate_step()
