@@ -54,6 +54,8 @@ def fake_cuda(capability: tuple[int, int] = (9, 0)) -> Iterator[torch.device]:
             "mem_get_info": lambda device=None: (2**33, 2**34),
             **dict.fromkeys(("memory_allocated", "memory_reserved", "max_memory_reserved"), lambda device=None: 0),
             **dict.fromkeys(("empty_cache", "reset_peak_memory_stats"), lambda device=None: None),
+            "get_rng_state": lambda device=None: None,
+            "set_rng_state": lambda state, device=None: None,
         }.items():
             patch.setattr(torch.cuda, name, answer)
         patch.setattr(Tensor, "pin_memory", lambda self: self)
