@@ -24,6 +24,7 @@ from fastsimclr.loss import NTXentLoss
 from fastsimclr.precision import Precision
 from fastsimclr.progress_bar import Phase
 from fastsimclr.training.build import Learner
+from fastsimclr.training.estimate import recorded_activations
 from fastsimclr.training.step import Step
 
 _SMALLEST = 2  # images; batch normalization needs more than one of each view
@@ -100,7 +101,8 @@ class Trials:
 
         Otherwise the peak of a small trial would be at the end of its backward pass, when all gradients exist, and that
         of a large one at its start, when all activations do. The second peak is not measured from the end of the first
-        trial: malloc keeps what that has freed, and in training, too, a heap in fragments grows.
+        trial: malloc keeps what that has freed, and in training, too, a heap in fragments grows. After an earlier run
+        in this process malloc may have kept enough for both; what autograd saves per image is therefore the least.
         """
         pixels = sum(recipe.image_size**2 for recipe in self.augmentation.recipes)
         small = max(_SMALLEST, min(self.local_batch_size // 2, _PROBE_PIXELS // pixels))
@@ -114,8 +116,9 @@ class Trials:
         peak = memory.watch_peak(self.world.device)
         self._step(model, loss, small, small)
         first = peak()
-        self._step(model, loss, 2 * small, 2 * small)
-        per_image = (peak() - first) / small
+        with recorded_activations(model) as saved:
+            self._step(model, loss, 2 * small, 2 * small)
+        per_image = max((peak() - first) / small, sum(saved.values()) / (2 * small))
         return lambda size: max(0.0, first + per_image * (size - small)) + gradients + views
 
     def _step(self, model: nn.Module, loss: nn.Module, images: int, size: int) -> None:

@@ -13,12 +13,15 @@ import yaml
 from ranks import run_ranks
 from torch import Tensor, nn
 
-from fastsimclr import UserError, memory
+from fastsimclr import Augmentation, NTXentLoss, SimCLR, UserError, memory
 from fastsimclr.checkpoint_format import load_checkpoint
 from fastsimclr.config import parse
 from fastsimclr.distributed import SINGLE_PROCESS, World
+from fastsimclr.malloc import keep_freed_memory
+from fastsimclr.models import as_encoder
+from fastsimclr.precision import choose_precision
 from fastsimclr.train import main
-from fastsimclr.training.micro_batch import largest_that_fits
+from fastsimclr.training.micro_batch import Trials, largest_that_fits
 from fastsimclr.training.trainer import Trainer
 
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -135,6 +138,23 @@ def test_resumed_run_takes_the_size_of_its_checkpoint(tmp_path: Path, capsys: py
     assert "micro-batches: 11 images per rank (auto: as in " in capsys.readouterr().out
     assert main([*options, "--micro_batch_size=6", "--max_steps=5"]) == 2
     assert "--micro_batch_size was 11, is 6: refused" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("kept_mib", [0, 512])
+def test_extrapolation_covers_a_larger_step(kept_mib: int) -> None:
+    """Also where malloc has kept freed memory, which the trials use again."""
+    keep_freed_memory()
+    torch.ones(kept_mib * MIB // 4)
+    layers = nn.Sequential(nn.Flatten(), nn.Linear(3 * 64 * 64, 4096), *(nn.Sigmoid() for _ in range(32)))
+    model = SimCLR(as_encoder(layers, image_size=64, channels=3), nn.Linear(4096, 8))
+    precision = choose_precision("fp32", torch.device("cpu"))
+    trials = Trials(model, NTXentLoss(), precision, Augmentation(image_size=64), 256, 0, SINGLE_PROCESS, False)
+    needed = trials._extrapolated(model, NTXentLoss())
+    activations = 256 * 2 * 33 * 4096 * 4  # of the linear layer and the sigmoids, in float32
+    fixed = (
+        2 * 4096 * 3 * 64 * 64 * 4 + 256 * 2 * 3 * 64 * 64 * 4 * 3
+    )  # gradients, once more while they are added; views
+    assert activations < needed(256) < 1.5 * (activations + fixed)
 
 
 def per_rank(rank: int, folder: Path) -> tuple[Any, int]:
