@@ -102,7 +102,7 @@ class Trials:
         Otherwise the peak of a small trial would be at the end of its backward pass, when all gradients exist, and that
         of a large one at its start, when all activations do. The second peak is not measured from the end of the first
         trial: malloc keeps what that has freed, and in training, too, a heap in fragments grows. After an earlier run
-        in this process malloc may have kept enough for both; what autograd saves per image is therefore the least.
+        in this process malloc may have kept enough for both: what autograd saves per image is the least that is needed.
         """
         pixels = sum(recipe.image_size**2 for recipe in self.augmentation.recipes)
         small = max(_SMALLEST, min(self.local_batch_size // 2, _PROBE_PIXELS // pixels))
@@ -118,7 +118,9 @@ class Trials:
         first = peak()
         with recorded_activations(model) as saved:
             self._step(model, loss, 2 * small, 2 * small)
-        per_image = max((peak() - first) / small, sum(saved.values()) / (2 * small))
+        per_image = (peak() - first) / small
+        if not self.recomputes:  # otherwise what is saved includes all recomputed stages, which do not exist together
+            per_image = max(per_image, sum(saved.values()) / (2 * small))
         return lambda size: max(0.0, first + per_image * (size - small)) + gradients + views
 
     def _step(self, model: nn.Module, loss: nn.Module, images: int, size: int) -> None:
