@@ -109,6 +109,9 @@ class ModelConfig:
     the same representations as the whole batch."""
     sync_bn: bool = True
     """Synchronize batch normalization statistics across ranks."""
+    bn_group: Count | None = None
+    """Number of neighboring ranks that synchronize these statistics, such as those of a host; it must divide the number
+    of ranks. The running statistics are then those of the first group. null: all ranks."""
     checkpoint_stages: bool = False
     """Keep only the input of each residual stage for the backward pass, which computes the stage again. Saves memory at
     the cost of most of a forward pass; gradients and statistics stay the same. For our ResNets, and models of timm

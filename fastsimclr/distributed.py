@@ -196,6 +196,19 @@ def resolve_group(group: dist.ProcessGroup | str | None) -> dist.ProcessGroup | 
     return group if dist.get_world_size(group) > 1 else None
 
 
+def neighbors(count: int | None, world: World) -> dist.ProcessGroup | None:
+    """Return the group of this rank, of `count` neighboring ranks; None for all ranks. All ranks call it.
+
+    Raises UserError if the ranks cannot be divided into such groups.
+    """
+    if count is None or count == world.world_size:
+        return None
+    if world.world_size % count:
+        raise UserError(f"--model.bn_group: got {count}, expected a divisor of the number of ranks, {world.world_size}")
+    groups = [dist.new_group(range(first, first + count)) for first in range(0, world.world_size, count)]
+    return groups[world.rank // count]
+
+
 def group_name(group: dist.ProcessGroup | None) -> str:
     """Register `group` for `group_of` and return its name; "" for None."""
     if group is None:

@@ -18,9 +18,8 @@ LAYERS = (
     {"config", "data", "environment", "options", "pretrained"},
     {"loss", "models", "optim"},
     {"distributed", "gloo", "node", "precision", "profiling", "progress_bar", "malloc", "memory", "run_folder"}
-    | {"presets"}
-    | {"checkpoint_format", "errors", "imports", "metrics_file", "ranges", "slurm", "stopping", "torchrun", "version"}
-    | {"_lazy", "_extension", "_C", "_emulated"},
+    | {"checkpoint_format", "errors", "imports", "metrics_file", "presets", "ranges", "slurm", "stopping", "torchrun"}
+    | {"version", "_lazy", "_extension", "_C", "_emulated"},
 )
 """The modules and packages of fastsimclr, top to bottom. Each imports only from its own layer and those below."""
 

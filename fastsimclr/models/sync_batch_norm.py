@@ -58,9 +58,12 @@ class CpuSyncBatchNormAct(CpuSyncBatchNorm):
         return y
 
 
-def synchronize_batch_norm(module: nn.Module, device: torch.device) -> nn.Module:
-    """Synchronize every batch normalization of `module` across all ranks; parameters and statistics are kept.
+def synchronize_batch_norm(
+    module: nn.Module, device: torch.device, group: dist.ProcessGroup | None = None
+) -> nn.Module:
+    """Synchronize every batch normalization of `module` across ranks; parameters and statistics are kept.
 
+    group: the ranks; None: all.
     Raises UserError for a subclass of torch's batch normalization with a forward of its own, which would be lost. That
     of timm's BatchNormAct2d is kept.
     """
@@ -74,12 +77,13 @@ def synchronize_batch_norm(module: nn.Module, device: torch.device) -> nn.Module
     if device.type == "cpu":
         for layer in layers:  # replace only its forward
             layer.__class__ = CpuSyncBatchNormAct if _is_timm_norm_act(layer) else CpuSyncBatchNorm
+            layer.process_group = group  # type: ignore[assignment]
         return module
     if not any(map(_is_timm_norm_act, layers)):
-        return nn.SyncBatchNorm.convert_sync_batchnorm(module)
+        return nn.SyncBatchNorm.convert_sync_batchnorm(module, group)
     from timm.layers import convert_sync_batchnorm  # torch's would drop the activations
 
-    return convert_sync_batchnorm(module)
+    return convert_sync_batchnorm(module, group)
 
 
 def _is_timm_norm_act(layer: nn.Module) -> bool:

@@ -11,7 +11,7 @@ from torch.optim.optimizer import Optimizer
 
 from fastsimclr.config import Config, ModelConfig
 from fastsimclr.data.augmentation import Augmentation
-from fastsimclr.distributed import World
+from fastsimclr.distributed import World, neighbors
 from fastsimclr.errors import UserError
 from fastsimclr.imports import is_object_reference
 from fastsimclr.loss import BackendError, NTXentLoss, choose_backend
@@ -29,17 +29,12 @@ from fastsimclr.models import (
     synchronize_batch_norm,
     unused_parameters,
 )
-from fastsimclr.optim import LARS, Recipe, build_optimizer, choose_optimizer, choose_recipe, excluded_from_decay
+from fastsimclr.optim import Muon, Recipe, build_optimizer, choose_optimizer, choose_recipe, excluded_from_decay
 from fastsimclr.precision import Precision, choose_precision
 from fastsimclr.pretrained import initialize
 from fastsimclr.training.freeze import Freezing
 
-_OPTIMIZER_STATE: dict[type[Optimizer], set[str]] = {
-    LARS: {"momentum_buffer"},
-    torch.optim.SGD: {"momentum_buffer"},
-    torch.optim.AdamW: {"step", "exp_avg", "exp_avg_sq"},
-}
-"""What an optimizer keeps of each parameter after a step."""
+_MOMENTUM, _MOMENTS = {"momentum_buffer"}, {"step", "exp_avg", "exp_avg_sq"}
 
 
 @dataclass(frozen=True)
@@ -102,7 +97,7 @@ def build_learner(
     if world.world_size > 1:
         _check_gradients(chosen)
         if config.model.sync_bn:
-            model = synchronize_batch_norm(model, world.device)
+            model = synchronize_batch_norm(model, world.device, neighbors(config.model.bn_group, world))
     freezing = Freezing(model, config.model.freeze or "", config.model.freeze_epochs, frozen_bn=config.model.frozen_bn)
 
     optim = config.optim
@@ -196,12 +191,13 @@ def check_optimizer(file: Path, saved: dict[str, Any], optimizer: Optimizer) -> 
         problem = f"{[len(group['params']) for group in groups]} parameters instead of {[*map(len, indices)]}"
     elif any(got.keys() != group.keys() for got, group in zip(groups, expected, strict=True)):
         problem = f"the options {', '.join(groups[0])} instead of {', '.join(expected[0])}"
-    names = _OPTIMIZER_STATE[type(optimizer)]
+    names = [_state_names(optimizer, group) for group in optimizer.param_groups for _ in group["params"]]
     for index, state in saved["state"].items():
         if not 0 <= index < len(parameters):
             problem = problem or f"a state of parameter {index} of {len(parameters)}"
-        elif state and state.keys() != names:
-            problem = problem or f"{', '.join(map(str, state))} of parameter {index} instead of {', '.join(names)}"
+        elif state and state.keys() != names[index]:
+            wanted = ", ".join(names[index])
+            problem = problem or f"{', '.join(map(str, state))} of parameter {index} instead of {wanted}"
         elif any(isinstance(x, Tensor) and x.shape not in (parameters[index].shape, ()) for x in state.values()):
             problem = problem or f"a state of another shape than parameter {index}, {tuple(parameters[index].shape)}"
     if problem is not None:
@@ -209,6 +205,13 @@ def check_optimizer(file: Path, saved: dict[str, Any], optimizer: Optimizer) -> 
             f"{file}: got the state of another optimizer ({problem}); expected that of this run: use the same "
             "--optim options, or another --output or --resume never"
         )
+
+
+def _state_names(optimizer: Optimizer, group: dict[str, Any]) -> set[str]:
+    """Return the names of what an optimizer keeps of each parameter of a group after a step."""
+    if isinstance(optimizer, torch.optim.AdamW):
+        return _MOMENTS
+    return _MOMENTS if isinstance(optimizer, Muon) and not group["matrices"] else _MOMENTUM
 
 
 def _form(tensor: Tensor) -> str:

@@ -135,7 +135,9 @@ class Trials:
     @contextmanager
     def _model_and_loss(self) -> Iterator[tuple[nn.Module, nn.Module]]:
         """Yield a copy of the model, and of the loss, that do not communicate: a rank may run out of memory alone."""
-        model, loss, group = copy.deepcopy(self.model), copy.copy(self.loss), None
+        groups = [getattr(module, "process_group", None) for module in self.model.modules()]
+        shared = {id(group): group for group in groups if group is not None}  # cannot be copied
+        model, loss, group = copy.deepcopy(self.model, shared), copy.copy(self.loss), None
         loss.group = None
         if self.world.world_size > 1:
             group = dist.new_group([self.world.rank], backend="gloo", use_local_synchronization=True)

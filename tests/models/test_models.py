@@ -12,7 +12,8 @@ import torchvision
 from ranks import run_ranks
 from torch import Tensor, nn
 
-from fastsimclr import SimCLR, encoder, projector
+from fastsimclr import SimCLR, UserError, encoder, projector
+from fastsimclr.distributed import World, neighbors
 from fastsimclr.models import synchronize_batch_norm
 from fastsimclr.models.cpu_conv import SmallMapConv2d
 
@@ -171,9 +172,12 @@ def test_invalid_arguments_raise(make: object) -> None:
         make()  # type: ignore[operator]
 
 
-def normalize_on_a_rank(rank: int, batches: list[Tensor], weight: Tensor) -> tuple[Tensor, Tensor, dict[str, Tensor]]:
+def normalize_on_a_rank(
+    rank: int, batches: list[Tensor], weight: Tensor, group_size: int | None = None
+) -> tuple[Tensor, Tensor, dict[str, Tensor]]:
     module = batch_norm(batches[0], weight)
-    synced = synchronize_batch_norm(module, torch.device("cpu"))
+    device = torch.device("cpu")
+    synced = synchronize_batch_norm(module, device, neighbors(group_size, World(rank, len(batches), device)))
     x = batches[rank].clone().requires_grad_()
     y = synced(x)
     (y * torch.arange(y.numel(), dtype=y.dtype).view_as(y).sin()).sum().backward()
@@ -187,15 +191,10 @@ def batch_norm(like: Tensor, weight: Tensor) -> nn.Module:
     return module
 
 
-@pytest.mark.parametrize("shape", [(5, 3, 2, 4), (5, 3)])
-@pytest.mark.slow
-def test_synchronized_batch_norm_matches_the_whole_batch(shape: tuple[int, ...]) -> None:
-    generator = torch.Generator().manual_seed(0)
-    batch = torch.randn(shape, generator=generator, dtype=torch.float64) * 3 + 1
-    weight = torch.rand(3, generator=generator, dtype=torch.float64)
-    parts = list(batch.split([2, 3]))  # different batch sizes on the ranks
-    results = run_ranks(2, normalize_on_a_rank, parts, weight)
-
+def assert_like_one_process(
+    results: list[tuple[Tensor, Tensor, dict[str, Tensor]]], parts: list[Tensor], weight: Tensor
+) -> None:
+    batch = torch.cat(parts)
     x = batch.clone().requires_grad_()
     whole = batch_norm(batch, weight)
     y = whole(x)
@@ -206,3 +205,31 @@ def test_synchronized_batch_norm_matches_the_whole_batch(shape: tuple[int, ...])
     for _, _, state in results:
         for name, value in whole.state_dict().items():
             torch.testing.assert_close(state[name], value, rtol=1e-12, atol=1e-12)
+
+
+def parts_of_ranks(shape: tuple[int, ...], sizes: list[int]) -> tuple[list[Tensor], Tensor]:
+    generator = torch.Generator().manual_seed(0)
+    batch = torch.randn(shape, generator=generator, dtype=torch.float64) * 3 + 1
+    return list(batch.split(sizes)), torch.rand(3, generator=generator, dtype=torch.float64)
+
+
+@pytest.mark.parametrize("shape", [(5, 3, 2, 4), (5, 3)])
+@pytest.mark.slow
+def test_synchronized_batch_norm_matches_the_whole_batch(shape: tuple[int, ...]) -> None:
+    parts, weight = parts_of_ranks(shape, [2, 3])  # different batch sizes on the ranks
+    assert_like_one_process(run_ranks(2, normalize_on_a_rank, parts, weight), parts, weight)
+
+
+@pytest.mark.slow
+def test_groups_of_ranks_have_statistics_of_their_own() -> None:
+    parts, weight = parts_of_ranks((9, 3, 2, 4), [2, 3, 1, 3])
+    results = run_ranks(4, normalize_on_a_rank, parts, weight, 2)
+    for group in (slice(0, 2), slice(2, 4)):
+        assert_like_one_process(results[group], parts[group], weight)
+
+
+def test_groups_must_divide_the_ranks() -> None:
+    world = World(0, 6, torch.device("cpu"))
+    assert neighbors(None, world) is neighbors(6, world) is None
+    with pytest.raises(UserError, match=r"--model.bn_group: got 4, expected a divisor of the number of ranks, 6"):
+        neighbors(4, world)
