@@ -101,9 +101,9 @@ def resume(trainer: ResumableTrainer, checkpoint: Checkpoint) -> None:
     of_options = [
         {name: value for name, value in group.items() if name != "params"} for group in trainer.optimizer.param_groups
     ]
-    for group in optimizer["param_groups"]:
+    for group, own in zip(optimizer["param_groups"], trainer.optimizer.param_groups, strict=True):
         if "fused" in group:  # a choice of this machine, not of the run
-            group["fused"] = trainer.optimizer.defaults["fused"]
+            group["fused"] = own["fused"]
     trainer.optimizer.load_state_dict(optimizer)
     for group, options in zip(trainer.optimizer.param_groups, of_options, strict=True):
         group.update(options)  # the checkpoint's may be other ones: --resume_changed

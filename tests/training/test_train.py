@@ -256,6 +256,19 @@ def test_checkpoint_of_another_architecture_raises(tmp_path: Path, capsys: pytes
     assert "encoder 'resnet18' instead of 'resnet34'" in line
 
 
+@pytest.mark.parametrize("name", ["lars", "sgd", "adamw", "muon"])
+def test_every_optimizer_resumes_bit_for_bit(tmp_path: Path, photos: Path, name: str) -> None:
+    options = [*TINY, f"--data.train={photos}", "--data.backend=torchvision", f"--optim.name={name}", "--optim.lr=0.01"]
+    whole, parts = tmp_path / "whole", tmp_path / "parts"
+    assert main([*options, f"--output={whole}"]) == 0
+    for steps_so_far in (2, 6):
+        assert main([*options, f"--max_steps={steps_so_far}", f"--output={parts}"]) == 0
+    expected, got = (load_checkpoint(run / "checkpoints" / "last.pt") for run in (whole, parts))
+    assert expected["step"] == got["step"] == 6
+    for part in ("model", "optimizer"):
+        torch.testing.assert_close(got[part], expected[part], rtol=0, atol=0)
+
+
 def test_non_finite_loss_stops_the_run_without_a_checkpoint(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     options = [*TINY, "--data.train=digits", f"--output={tmp_path}", "--optim.name=sgd", "--optim.lr=1e30"]
     assert main([*options, "--epochs=1", "--optim.warmup_epochs=0", "--max_skipped=2"]) == 2
