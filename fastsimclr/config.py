@@ -81,9 +81,9 @@ class ModelConfig:
     """The encoder and the projection head."""
 
     encoder: str = "resnet50"
-    """Encoder: resnet18, resnet34, resnet50, resnet101 or resnet152; timm/NAME or torchvision/NAME for any image
-    backbone of timm or torchvision, listed by `fastsimclr doctor --encoders`; or FILE.py:NAME or PACKAGE.MODULE:NAME
-    for an nn.Module of your own, its class or a function that returns it."""
+    """Encoder: resnet10, resnet18, resnet34, resnet50, resnet101 or resnet152; timm/NAME or torchvision/NAME for any
+    image backbone of timm or torchvision, listed by `fastsimclr doctor --encoders`; or FILE.py:NAME or
+    PACKAGE.MODULE:NAME for an nn.Module of your own, its class or a function that returns it."""
     width: Width = 1
     """Width multiplier: multiplies the number of channels of every layer. A multiple of 1/64, such as 0.5 or 2."""
     stem: Literal["auto", "imagenet", "small"] = "auto"

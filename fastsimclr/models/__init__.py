@@ -9,7 +9,7 @@ from fastsimclr.models.backbone import (
     unused_parameters,
 )
 from fastsimclr.models.registry import build, encoder_names, nearest_encoders, torchvision_options
-from fastsimclr.models.resnet import ENCODERS, STEMS, Encoder, resnet
+from fastsimclr.models.resnet import ENCODERS, STANDARD_ENCODERS, STEMS, Encoder, resnet
 from fastsimclr.models.running_statistics import discarded_statistics
 from fastsimclr.models.simclr import SimCLR, projector
 from fastsimclr.models.spec import USER_MODULE, EncoderSpec
@@ -17,6 +17,7 @@ from fastsimclr.models.sync_batch_norm import synchronize_batch_norm
 
 __all__ = [
     "ENCODERS",
+    "STANDARD_ENCODERS",
     "STEMS",
     "USER_MODULE",
     "Backbone",

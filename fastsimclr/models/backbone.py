@@ -56,7 +56,7 @@ def checkpoint_stages(encoder: Encoder | Backbone) -> None:
         network.set_grad_checkpointing(True)
     except (AttributeError, AssertionError) as error:  # AssertionError: timm's, where a model does not support it
         raise UserError(
-            f"--model.checkpoint_stages: got {encoder.spec.name}, expected resnet18 to resnet152, or a module with "
+            f"--model.checkpoint_stages: got {encoder.spec.name}, expected resnet10 to resnet152, or a module with "
             "set_grad_checkpointing, as most of timm have: use --micro_batch_size instead"
         ) from error
 

@@ -14,6 +14,7 @@ from fastsimclr.models.cpu_conv import SmallMapConv2d
 from fastsimclr.models.spec import EncoderSpec
 
 _BLOCKS: dict[str, tuple[type[BasicBlock | Bottleneck], list[int]]] = {
+    "resnet10": (BasicBlock, [1, 1, 1, 1]),
     "resnet18": (BasicBlock, [2, 2, 2, 2]),
     "resnet34": (BasicBlock, [3, 4, 6, 3]),
     "resnet50": (Bottleneck, [3, 4, 6, 3]),
@@ -21,6 +22,7 @@ _BLOCKS: dict[str, tuple[type[BasicBlock | Bottleneck], list[int]]] = {
     "resnet152": (Bottleneck, [3, 8, 36, 3]),
 }
 ENCODERS = tuple(_BLOCKS)
+STANDARD_ENCODERS = ENCODERS[1:]  # which torchvision and timm have under the same names
 STEMS = ("auto", "imagenet", "small")
 SMALL_IMAGE = 40  # pixels: largest image size for which stem "auto" is "small"
 

@@ -15,7 +15,7 @@ from torch import nn
 
 from fastsimclr.data.transform import Transform
 from fastsimclr.errors import UserError
-from fastsimclr.models import USER_MODULE, Encoder
+from fastsimclr.models import STANDARD_ENCODERS, USER_MODULE, Encoder
 from fastsimclr.pretrained.files import FOLDER_FILES, FORMAT
 from fastsimclr.pretrained.libraries import describe, network, tensors, torchvision_code
 from fastsimclr.pretrained.load import Pretrained, open_checkpoint
@@ -115,7 +115,7 @@ def write_timm(pretrained: Pretrained, file: Path, options: argparse.Namespace) 
     arguments: dict[str, Any] = {}
     about: dict[str, Any]
     if isinstance(encoder, Encoder):
-        if (spec.width, spec.stem, spec.channels) != (1, "imagenet", 3):
+        if (spec.width, spec.stem, spec.channels) != (1, "imagenet", 3) or spec.name not in STANDARD_ENCODERS:
             raise _no_such_model("timm", pretrained)
         _refuse_unusual_stem(pretrained, "timm")
         architecture, about = spec.name, {"first_conv": "conv1", "classifier": "fc"}

@@ -30,9 +30,9 @@ def encoder(
 ) -> Encoder | Backbone:
     """Build an encoder: images (N, channels, H, W) to representations h (N, encoder.out_features).
 
-    name: "resnet18", "resnet34", "resnet50", "resnet101" or "resnet152"; "timm/NAME" or "torchvision/NAME" for any
-        image backbone of timm or torchvision, without its classifier and with pooled features. `encoder_names` lists
-        all names.
+    name: "resnet10" (one block per stage), "resnet18", "resnet34", "resnet50", "resnet101" or "resnet152"; "timm/NAME"
+        or "torchvision/NAME" for any image backbone of timm or torchvision, without its classifier and with pooled
+        features. `encoder_names` lists all names.
     width: width multiplier of our ResNets, applied to the channels of every layer; a multiple of 1/64 (1, 2 or 4 in
         the paper).
     stem: first layers of our ResNets: "imagenet" (7x7 convolution of stride 2, max-pooling), "small" (3x3 convolution

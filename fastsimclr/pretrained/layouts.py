@@ -221,6 +221,7 @@ def _simclr_v2(state: State) -> Weights:
 
 
 _BLOCKS: dict[tuple[bool, tuple[int, ...]], str] = {
+    (False, (1, 1, 1, 1)): "resnet10",
     (False, (2, 2, 2, 2)): "resnet18",
     (False, (3, 4, 6, 3)): "resnet34",
     (True, (3, 4, 6, 3)): "resnet50",

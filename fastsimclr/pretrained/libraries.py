@@ -5,7 +5,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from fastsimclr.models import USER_MODULE, Backbone, Encoder, EncoderSpec, torchvision_options
+from fastsimclr.models import STANDARD_ENCODERS, USER_MODULE, Backbone, Encoder, EncoderSpec, torchvision_options
 
 
 def network(encoder: nn.Module) -> nn.Module:
@@ -55,6 +55,8 @@ def torchvision_code(encoder: Encoder | Backbone) -> str | None:
     if spec.width != 1 or spec.channels != 3:
         return None
     if isinstance(encoder, Encoder):
+        if name not in STANDARD_ENCODERS:
+            return None
         rest = "model.fc = torch.nn.Identity()"
         if spec.stem == "small":
             conv = encoder.conv1

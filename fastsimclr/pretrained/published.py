@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from fastsimclr.errors import UserError
-from fastsimclr.models import ENCODERS, USER_MODULE, EncoderSpec
+from fastsimclr.models import ENCODERS, STANDARD_ENCODERS, USER_MODULE, EncoderSpec
 from fastsimclr.models.registry import create_timm
 from fastsimclr.pretrained.layouts import find_tensors
 from fastsimclr.pretrained.safe_pickle import read_foreign
@@ -30,6 +30,8 @@ def load_published(spec: EncoderSpec) -> tuple[dict[str, Tensor], str]:
     """
     if spec.name == USER_MODULE:
         raise UserError("weights: got imagenet for a module of your own, expected a file of its weights")
+    if spec.name in set(ENCODERS) - set(STANDARD_ENCODERS):
+        raise UserError(f"weights: got imagenet for {spec.name}, which has no published weights; expected a file")
     if spec.name in ENCODERS:
         return _torchvision(spec.name)
     library, _, name = spec.name.partition("/")

@@ -16,12 +16,17 @@ from fastsimclr import SimCLR, UserError, encoder, projector
 from fastsimclr.distributed import World, neighbors
 from fastsimclr.models import synchronize_batch_norm
 from fastsimclr.models.cpu_conv import SmallMapConv2d
+from fastsimclr.models.resnet import ENCODERS
 
 
-@pytest.mark.parametrize("name", ["resnet18", "resnet34", "resnet50", "resnet101", "resnet152"])
+@pytest.mark.parametrize("name", ENCODERS)
 @pytest.mark.slow
 def test_state_dict_matches_torchvision_except_fc(name: str) -> None:
-    ours, theirs = encoder(name), torchvision.models.get_model(name)
+    ours = encoder(name)
+    if name == "resnet10":
+        theirs = torchvision.models.ResNet(torchvision.models.resnet.BasicBlock, [1, 1, 1, 1])
+    else:
+        theirs = torchvision.models.get_model(name)
     result = theirs.load_state_dict(ours.state_dict(), strict=False)
     assert result.missing_keys == ["fc.weight", "fc.bias"]
     assert result.unexpected_keys == []

@@ -345,23 +345,40 @@ def test_user_error_is_one_line_with_exit_code_2(
 
 
 @pytest.mark.parametrize(
-    ("form", "width", "stem", "words"),
+    ("form", "encoder", "words"),
     [
         (
             "torchvision",
-            2,
-            "imagenet",
+            ("resnet18", 2, "imagenet"),
             "width 2, for which torchvision has no equivalent; expected safetensors or onnx",
         ),
-        ("timm", 2, "imagenet", "width 2, for which timm has no equivalent; expected safetensors or onnx"),
-        ("timm", 1, "small", "small stem, for which timm has no equivalent; expected torchvision, safetensors or onnx"),
+        (
+            "timm",
+            ("resnet18", 2, "imagenet"),
+            "width 2, for which timm has no equivalent; expected safetensors or onnx",
+        ),
+        (
+            "timm",
+            ("resnet18", 1, "small"),
+            "small stem, for which timm has no equivalent; expected torchvision, safetensors or onnx",
+        ),
+        (
+            "torchvision",
+            ("resnet10", 1, "imagenet"),
+            "resnet10, for which torchvision has no equivalent; expected safetensors or onnx",
+        ),
+        (
+            "timm",
+            ("resnet10", 1, "imagenet"),
+            "resnet10, for which timm has no equivalent; expected safetensors or onnx",
+        ),
     ],
 )
 @pytest.mark.slow
 def test_format_without_a_model_for_the_encoder_suggests_another(
-    form: str, width: int, stem: str, words: str, working_directory: Path, capsys: pytest.CaptureFixture[str]
+    form: str, encoder: Any, words: str, working_directory: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    save_encoder("resnet18", width, stem)
+    save_encoder(*encoder)
     assert main(["--checkpoint=run", f"--format={form}", f"--output={NAMES[form]}"]) == 2
     assert words in capsys.readouterr().err
     assert exported_files() == set()

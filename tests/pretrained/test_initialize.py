@@ -114,6 +114,8 @@ def test_encoders_without_published_weights(caches: Path) -> None:
         encoder("timm/botnet50ts_256", image_size=64, weights="imagenet")
     with pytest.raises(UserError, match="imagenet for a module of your own"):
         initialize(as_encoder(nn.Conv2d(3, 4, 1), image_size=8, channels=3), "imagenet")
+    with pytest.raises(UserError, match="got imagenet for resnet10, which has no published weights; expected a file"):
+        encoder("resnet10", weights="imagenet")
 
 
 @pytest.mark.parametrize("channels", [1, 5])

@@ -18,6 +18,7 @@ from weights import outputs, randomize_norms
 
 from fastsimclr import UserError, encoder, import_weights
 from fastsimclr.data.augmentation import Augmentation
+from fastsimclr.models.resnet import ENCODERS
 from fastsimclr.pretrained import open_pretrained
 from fastsimclr.pretrained.layouts import GOOGLE_AUGMENTATION, architecture_of, find_weights
 
@@ -370,7 +371,7 @@ def test_lightly_modules_have_the_names_of_these_copies(tmp_path: Path) -> None:
     torch.testing.assert_close(outputs(import_weights(tmp_path / "theirs.ckpt")), outputs(backbone))
 
 
-@pytest.mark.parametrize("name", ["resnet18", "resnet34", "resnet50", "resnet101", "resnet152"])
+@pytest.mark.parametrize("name", ENCODERS)
 @pytest.mark.parametrize("width", [1, 2])
 @pytest.mark.parametrize("small", [False, True])
 def test_architecture_from_shapes(name: str, width: int, small: bool) -> None:

@@ -168,7 +168,7 @@ def test_checkpointed_stages_change_neither_gradients_nor_statistics(
 @pytest.mark.parametrize("name", ["torchvision/resnet18", "timm/dla46_c", "module"])
 def test_checkpointing_is_refused_where_there_is_none(name: str) -> None:
     made = as_encoder(nn.Flatten(), image_size=32, channels=3) if name == "module" else encoder(name, image_size=32)
-    with pytest.raises(UserError, match=f"--model.checkpoint_stages: got {name}, expected resnet18 to resnet152, or"):
+    with pytest.raises(UserError, match=f"--model.checkpoint_stages: got {name}, expected resnet10 to resnet152, or"):
         checkpoint_stages(made)
 
 
