@@ -126,8 +126,9 @@ class Muon(Optimizer):
         adamw(
             params,
             [p.grad for p in params if p.grad is not None],
-            *([state[name] for state in states] for name in ("exp_avg", "exp_avg_sq")),
-            [],
+            [state["exp_avg"] for state in states],
+            [state["exp_avg_sq"] for state in states],
+            [],  # of AMSGrad
             [state["step"] for state in states],
             fused=True,
             found_inf=getattr(self, "found_inf", None),
