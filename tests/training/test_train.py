@@ -140,14 +140,30 @@ def test_two_ranks_compute_the_same_as_one(tmp_path: Path, views: list[str]) -> 
     ]
     for run, ranks in (("one", 1), ("two", 2)):
         runs.start(*options, f"--output={tmp_path / run}", ranks=ranks).end()
-    losses = [[line["loss"] for line in steps(tmp_path / run)] for run in ("one", "two")]
-    assert len(losses[0]) == 5
+    assert_same_runs(tmp_path / "one", tmp_path / "two", count=5)
     assert all({"gather", "rank_wait"} <= set(line["stages_ms"]) for line in steps(tmp_path / "two"))
+
+
+def assert_same_runs(one: Path, other: Path, *, count: int) -> None:
+    """Compare the losses of `count` steps, and the final weights, statistics included, of two runs in float64."""
+    losses = [[line["loss"] for line in steps(run)] for run in (one, other)]
+    assert len(losses[0]) == count
     np.testing.assert_allclose(losses[0], losses[1], rtol=0, atol=1e-8)
-    ours = weights(tmp_path / "one")
-    for name, tensor in weights(tmp_path / "two").items():
+    ours = weights(one)
+    for name, tensor in weights(other).items():
         assert tensor.dtype in (torch.float64, torch.int64)
         torch.testing.assert_close(tensor, ours[name], rtol=0, atol=1e-8, msg=lambda m, name=name: f"{name}: {m}")
+
+
+@pytest.mark.slow
+def test_eight_ranks_with_uneven_batches_compute_the_same_as_one(tmp_path: Path) -> None:
+    """One update. Of 21 images, five ranks have 3 and three have 2."""
+    options = [*TINY, "--data.train=digits", "--batch_size=21", "--max_steps=1", "--precision=fp64"]
+    options += ["--optim.warmup_epochs=0", "--optim.lr=0.5"]
+    for run, ranks in (("one", 1), ("eight", 8)):
+        for process in runs.fork(*options, f"--output={tmp_path / run}", ranks=ranks):
+            process.end()
+    assert_same_runs(tmp_path / "one", tmp_path / "eight", count=1)
 
 
 @pytest.mark.slow
