@@ -175,9 +175,10 @@ class Config:
     """Global batch size: images per step over all ranks. Each image yields data.num_views views."""
     micro_batch_size: Count | Literal["auto"] | None = None
     """Images that a rank encodes at a time; the loss still covers the whole batch. Saves memory at the cost of a second
-    forward pass. Batch normalization then normalizes each micro-batch by its own statistics, and each updates the
-    running statistics once. null encodes the whole batch at once. auto: the largest number that fits in memory, found
-    by trials before the first step and recorded in config.yaml; a resumed run uses that of its checkpoint."""
+    forward pass. Batch normalization then normalizes each micro-batch by its own statistics; together they move the
+    running statistics as one batch does. null encodes the whole batch at once. auto: the largest number that fits in
+    memory, found by trials before the first step and recorded in config.yaml; a resumed run uses that of its
+    checkpoint."""
     epochs: Count = 100
     """Number of epochs; the learning-rate schedule spans them."""
     steps: Count | None = None

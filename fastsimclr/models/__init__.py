@@ -10,7 +10,7 @@ from fastsimclr.models.backbone import (
 )
 from fastsimclr.models.registry import build, encoder_names, nearest_encoders, torchvision_options
 from fastsimclr.models.resnet import ENCODERS, STANDARD_ENCODERS, STEMS, Encoder, resnet
-from fastsimclr.models.running_statistics import discarded_statistics
+from fastsimclr.models.running_statistics import discarded_statistics, divided_momentum
 from fastsimclr.models.simclr import SimCLR, projector
 from fastsimclr.models.spec import USER_MODULE, EncoderSpec
 from fastsimclr.models.sync_batch_norm import synchronize_batch_norm
@@ -29,6 +29,7 @@ __all__ = [
     "checkpoint_stages",
     "count_features",
     "discarded_statistics",
+    "divided_momentum",
     "encoder_names",
     "import_module",
     "nearest_encoders",

@@ -1,4 +1,4 @@
-"""Passes that leave the running statistics of batch normalization as they are."""
+"""The running statistics of batch normalization in micro-batches and recomputed passes."""
 
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -24,3 +24,22 @@ def discarded_statistics(model: nn.Module) -> Iterator[None]:
     finally:
         for norm, kept in zip(norms, buffers, strict=True):
             norm._buffers.update(kept)
+
+
+@contextmanager
+def divided_momentum(model: nn.Module, parts: int) -> Iterator[None]:
+    """Have `parts` forward passes in the block move the running statistics together as far as one outside it.
+
+    A momentum m becomes 1 - (1 - m)^(1/parts), so that 1 - m of the old statistics remains. A cumulative mean (momentum
+    None) weighs all passes alike.
+    """
+    norms = [module for module in model.modules() if isinstance(module, _NormBase) and module.momentum is not None]
+    momenta = [norm.momentum for norm in norms]
+    for norm in norms:
+        assert norm.momentum is not None
+        norm.momentum = 1 - (1 - norm.momentum) ** (1 / parts)
+    try:
+        yield
+    finally:
+        for norm, momentum in zip(norms, momenta, strict=True):
+            norm.momentum = momentum

@@ -15,7 +15,7 @@ from torch.amp import GradScaler
 from torch.nn.parallel import DistributedDataParallel
 from torch.optim.optimizer import Optimizer
 
-from fastsimclr.models import discarded_statistics
+from fastsimclr.models import discarded_statistics, divided_momentum
 from fastsimclr.precision import Precision, autocast_to
 from fastsimclr.profiling import stage
 
@@ -78,7 +78,7 @@ class Step:
 
         GradCache (Gao et al., arXiv 2101.06983): project without a graph, compute dz, then project each part again and
         backpropagate its dz. Both passes of a part have the same random state, and so the same dropout masks. Only the
-        second updates the running statistics of batch normalization, once per part.
+        second pass updates the running statistics of batch normalization, which all parts together move as one batch.
         """
         pieces = list(zip(*(view.tensor_split(parts) for view in views), strict=True))
         device = views[0].device
@@ -93,7 +93,7 @@ class Step:
             is_last = number == parts  # DDP averages the gradients in the last backward pass only
             defers = not is_last and isinstance(self.model, DistributedDataParallel)
             _set_random_state(state, device)
-            with self.model.no_sync() if defers else nullcontext():
+            with self.model.no_sync() if defers else nullcontext(), divided_momentum(self.model, parts):
                 self._backward(self._project(piece), list(gradient))
         return loss
 

@@ -117,8 +117,8 @@ def test_outputs_are_kept(micro_batch_size: int | None) -> None:
 # Batch normalization
 
 
-def test_each_micro_batch_counts_once_in_the_running_statistics() -> None:
-    """Micro-batches of 4, 3 and 3 images: two views each, in one forward pass."""
+def test_micro_batches_move_the_running_statistics_as_one_batch() -> None:
+    """Micro-batches of 4, 3 and 3 images: two views each, in one forward pass. 0.9 of the old statistics remain."""
     torch.manual_seed(0)
     conv, norm = nn.Conv2d(3, 4, 3), nn.BatchNorm2d(4)
     model = SimCLR(as_encoder(nn.Sequential(conv, norm), image_size=8, channels=3), nn.Linear(4, 8)).double()
@@ -128,10 +128,11 @@ def test_each_micro_batch_counts_once_in_the_running_statistics() -> None:
     expected_mean, expected_variance = torch.zeros_like(mean), torch.ones_like(variance)
     for piece in zip(*(view.split([4, 3, 3]) for view in views()), strict=True):
         maps = conv(torch.cat(piece)).detach()
-        expected_mean.lerp_(maps.mean((0, 2, 3)), 0.1)
-        expected_variance.lerp_(maps.var((0, 2, 3)), 0.1)
+        expected_mean.lerp_(maps.mean((0, 2, 3)), 1 - 0.9 ** (1 / 3))
+        expected_variance.lerp_(maps.var((0, 2, 3)), 1 - 0.9 ** (1 / 3))
     step(model, 4).backward(views(), 10)
     assert norm.num_batches_tracked == 3
+    assert norm.momentum == 0.1
     assert norm.running_mean is mean
     torch.testing.assert_close(mean, expected_mean)
     torch.testing.assert_close(variance, expected_variance)
