@@ -1,6 +1,7 @@
 """Compare what `fastsimclr plan` predicts with runs of 1, 2, 4 and 8 gloo ranks on the cores of this machine.
 
     python -m benchmarks.scaling --json benchmarks/results/scaling-cpu.json
+    python -m benchmarks.scaling --clock cpu --json benchmarks/results/scaling-cpu-time.json
 
 In each round, two runs of one process predict the others, which follow: with 64 images per rank ("weak"), with 64
 images over all ranks ("strong"), and weak with synchronized batch normalization. Each rank has one thread. The ranks
@@ -10,38 +11,44 @@ The model is ResNet-18 of half the width on random images of 32x32, with the pre
 
 A run during which other processes took over a tenth of the machine's time is repeated, up to --tries times. The last
 try counts, and the record has the share that they took.
+
+--clock cpu is for a machine that others use, too: everything, the inputs as well, is measured in CPU time of the ranks.
+The step is then the CPU time of all ranks divided by the cores. It lacks the time in which a rank waits for another.
 """
 
 import argparse
 import json
+import multiprocessing
 import os
 import socket
 import statistics
-import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
 import torch
 import torch.distributed as dist
 
+import fastsimclr.training.pretrain  # noqa: F401 # before the ranks are forked
+from fastsimclr import profiling, train
 from fastsimclr.environment import commit
 from fastsimclr.metrics_file import read_records
 from fastsimclr.reporting.plan import WARM_UP_STEPS, make_plan
 from fastsimclr.reporting.scaling import Cluster, Prediction
 from fastsimclr.run_folder import RunFolder
 
-ROOT = Path(__file__).resolve().parents[1]
 CORES = sorted(os.sched_getaffinity(0))
 RANKS, IMAGES, BATCH = (1, 2, 4, 8), 8192, 64
 MAX_OTHERS = 0.1
 ALL_REDUCE_BYTES = 25 * 2**20  # a bucket of DistributedDataParallel
 WARM_UP, REPEATS = 5, 30
+CLOCKS = {"wall": time.perf_counter, "cpu": time.process_time}
 
 
 @dataclass(frozen=True)
@@ -70,11 +77,8 @@ def main() -> None:
     parser.add_argument("--steps", type=int, default=35)
     parser.add_argument("--ranks", type=int, nargs="+", default=RANKS)
     parser.add_argument("--modes", nargs="+", default=list(MODES), choices=MODES)
-    parser.add_argument("--measure_link", action="store_true", help=argparse.SUPPRESS)  # each of the two ranks
+    parser.add_argument("--clock", choices=CLOCKS, default="wall")
     options = parser.parse_args()
-    if options.measure_link:
-        print(json.dumps(measure_link()))
-        return
     rounds: list[dict[str, Any]] = []
     for _ in range(options.rounds):
         rounds.append(run_round(options))
@@ -85,6 +89,7 @@ def main() -> None:
                 "cpu": f"{cpu_name()}, {len(CORES)} cores",
                 "torch": torch.__version__,
                 "commit": commit(),
+                "clock": options.clock,
                 "steps": options.steps,
                 "summary": summary,
                 "rounds": rounds,
@@ -95,44 +100,57 @@ def main() -> None:
 
 def run_round(options: argparse.Namespace) -> dict[str, Any]:
     """Measure the link and the runs of one process, predict the other runs and measure them."""
-    bandwidth, latency_us = json.loads(run_ranks(2, "-m", "benchmarks.scaling", "--measure_link")[0])
-    cluster = Cluster(bandwidth, latency_us, len(CORES))
     runs = []
-    with tempfile.TemporaryDirectory() as folder:
-        data = Path(folder) / "images.npy"
-        np.save(data, np.random.default_rng(0).integers(0, 256, (IMAGES, 32, 32, 3), dtype=np.uint8))
-        for name in options.modes:
-            mode = MODES[name]
-            train = [f"--data.train={data}", f"--max_steps={options.steps}", f"--model.sync_bn={mode.sync_bn}"]
+    with tempfile.TemporaryDirectory() as name:
+        folder = Path(name)
+        run_ranks(2, measure_link, folder / "link.json", options.clock)
+        bandwidth, latency_us = json.loads((folder / "link.json").read_text())
+        cluster = Cluster(bandwidth, latency_us, len(CORES))
+        print(cluster, flush=True)
+        np.save(folder / "images", np.random.default_rng(0).integers(0, 256, (IMAGES, 32, 32, 3), dtype=np.uint8))
+        for mode_name in options.modes:
+            mode = MODES[mode_name]
             single = []
             for batch_size in mode.measured:
-                run, others = train_undisturbed(1, batch_size, options.tries, *train)
+                run, others = train_undisturbed(1, batch_size, mode, folder, options)
                 single.append(str(run))
-                print(f"{name}: one process, {batch_size} images; others took {others:.0%}", flush=True)
+                print(f"{mode_name}: one process, {batch_size} images; others took {others:.0%}", flush=True)
             for ranks in options.ranks:
                 batch_size = BATCH * ranks if mode.per_rank else BATCH
-                run, others = train_undisturbed(ranks, batch_size, options.tries, *train)
+                run, others = train_undisturbed(ranks, batch_size, mode, folder, options)
                 prediction = make_plan(single, cluster, [ranks], batch_size=batch_size).predictions[0]
-                runs.append({"mode": name, "ranks": ranks, "others": round(others, 3)} | compare(prediction, run))
+                runs.append({"mode": mode_name, "ranks": ranks, "others": round(others, 3)})
+                runs[-1] |= compare(prediction, run, options.clock)
                 print(json.dumps(runs[-1]), flush=True)
     return {"bandwidth": bandwidth, "latency_us": latency_us, "runs": runs}
 
 
-def train_undisturbed(ranks: int, batch_size: int, tries: int, *options: str) -> tuple[RunFolder, float]:
+def train_undisturbed(
+    ranks: int, batch_size: int, mode: Mode, folder: Path, options: argparse.Namespace
+) -> tuple[RunFolder, float]:
     """Train, again if other processes disturb. Returns the run and the share of the machine's time that they took."""
-    for _ in range(tries):
-        run = tempfile.mkdtemp(dir=Path(options[0].partition("=")[2]).parent)
+    for _ in range(options.tries):
+        run = tempfile.mkdtemp(dir=folder)
+        words = ["--config=cifar10_fast", "--device=cpu", "--log=none", "--checkpoint_every=1000", f"--output={run}"]
+        words += [f"--data.train={folder / 'images.npy'}", f"--batch_size={batch_size}"]
+        words += [f"--max_steps={options.steps}", f"--model.sync_bn={mode.sync_bn}"]
         busy, own = cpu_seconds()
         started = time.perf_counter()
-        run_ranks(
-            ranks, "-m", "fastsimclr.train", "--config=cifar10_fast", *options, f"--batch_size={batch_size}",
-            "--checkpoint_every=1000", "--device=cpu", f"--output={run}",
-        )  # fmt: skip
+        run_ranks(ranks, train_rank, words, options.clock)
         busy_after, own_after = cpu_seconds()
         others = (busy_after - busy - (own_after - own)) / (time.perf_counter() - started) / len(CORES)
         if others < MAX_OTHERS:
             break
     return RunFolder(run), others
+
+
+def train_rank(words: list[str], clock: str) -> None:
+    """Train, with the stages timed by `clock`."""
+    profiling.time = SimpleNamespace(perf_counter=CLOCKS[clock])  # type: ignore[assignment]
+    with open(os.devnull, "w") as null:
+        sys.stdout = null
+        if train.main(words) != 0:
+            raise RuntimeError(f"fastsimclr train {' '.join(words)} failed")
 
 
 def cpu_seconds() -> tuple[float, float]:
@@ -143,13 +161,14 @@ def cpu_seconds() -> tuple[float, float]:
     return busy, times.children_user + times.children_system
 
 
-def compare(predicted: Prediction, run: RunFolder) -> dict[str, Any]:
+def compare(predicted: Prediction, run: RunFolder, clock: str) -> dict[str, Any]:
     """Return the predicted step, and what rank zero of the run has measured."""
+    share = max(1.0, predicted.ranks / len(CORES)) if clock == "cpu" else 1.0  # of the ranks, in the time of a core
     records = list(read_records(run.metrics))
     steps = [record for record in records if record.get("images") == predicted.batch_size][WARM_UP_STEPS:]
-    step_ms = [record["step_ms"] for record in steps]
+    step_ms = [share * record["step_ms"] for record in steps]
     names = dict.fromkeys(name for record in steps for name in record["stages_ms"])
-    stages = {name: statistics.median(record["stages_ms"].get(name, 0.0) for record in steps) for name in names}
+    stages = {name: share * statistics.median(record["stages_ms"].get(name, 0.0) for record in steps) for name in names}
     return {
         "predicted_ms": round(predicted.step_ms, 2),
         "measured_ms": round(statistics.median(step_ms), 2),
@@ -170,48 +189,47 @@ def summarize(rounds: Sequence[dict[str, Any]], mode: str, ranks: int) -> dict[s
     return {"mode": mode, "ranks": ranks, **medians, "error": statistics.median(errors), "errors": errors}
 
 
-def run_ranks(ranks: int, *arguments: str) -> list[str]:
-    """Run Python on this many ranks, as torchrun does, but each pinned to a core. Returns their output."""
+def run_ranks(ranks: int, function: Callable[..., None], *args: Any) -> None:
+    """Call function(*args) on this many ranks, as under torchrun, but forked from this process and pinned to a core."""
     with socket.create_server(("127.0.0.1", 0)) as server:
         port = server.getsockname()[1]
-    shared = {"WORLD_SIZE": ranks, "LOCAL_WORLD_SIZE": ranks, "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
-    shared |= {"GLOO_SOCKET_IFNAME": "lo", "OMP_NUM_THREADS": 1}
-    processes = [
-        subprocess.Popen(
-            ["taskset", "--cpu-list", str(CORES[rank % len(CORES)]), sys.executable, *arguments],
-            cwd=ROOT,
-            env=os.environ
-            | {name: str(value) for name, value in (shared | {"RANK": rank, "LOCAL_RANK": rank}).items()},
-            stdout=subprocess.PIPE,
-            stderr=subprocess.PIPE,
-            text=True,
-        )
-        for rank in range(ranks)
-    ]
-    output = [process.communicate() for process in processes]
-    for process, (_, errors) in zip(processes, output, strict=True):
-        if process.returncode != 0:
-            raise RuntimeError(errors)
-    return [out for out, _ in output]
+    context = multiprocessing.get_context("fork")
+    processes = [context.Process(target=_rank, args=(rank, ranks, port, function, args)) for rank in range(ranks)]
+    for process in processes:
+        process.start()
+    for process in processes:
+        process.join()
+    if any(process.exitcode != 0 for process in processes):
+        raise RuntimeError(f"exit codes of the ranks: {[process.exitcode for process in processes]}")
 
 
-def measure_link() -> tuple[float, float]:
-    """Return the bandwidth of an all-reduce between the ranks in GB/s, and the time of a small one in microseconds."""
+def _rank(rank: int, ranks: int, port: int, function: Callable[..., None], args: tuple[Any, ...]) -> None:
+    os.sched_setaffinity(0, {CORES[rank % len(CORES)]})
     torch.set_num_threads(1)
+    variables = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": ranks, "LOCAL_WORLD_SIZE": ranks}
+    variables |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port, "GLOO_SOCKET_IFNAME": "lo"}
+    os.environ.update({name: str(value) for name, value in variables.items()})
+    function(*args)
+
+
+def measure_link(file: Path, clock: str) -> None:
+    """Write the bandwidth of an all-reduce between the ranks in GB/s, and the time of a small one in microseconds."""
     dist.init_process_group("gloo")
-    ranks = dist.get_world_size()
+    ranks, rank = dist.get_world_size(), dist.get_rank()
     medians = []
     for size in (ALL_REDUCE_BYTES, 8):
         tensor, times = torch.zeros(size // 4), []
         for _ in range(WARM_UP + REPEATS):
             dist.barrier()
-            started = time.perf_counter()
+            started = CLOCKS[clock]()
             dist.all_reduce(tensor)
-            times.append(time.perf_counter() - started)
+            times.append(CLOCKS[clock]() - started)
         medians.append(statistics.median(times[WARM_UP:]))
     dist.destroy_process_group()
     large, small = medians
-    return 2 * (ranks - 1) / ranks * ALL_REDUCE_BYTES / (large - small) / 1e9, 1e6 * small
+    if rank == 0:
+        bandwidth = 2 * (ranks - 1) / ranks * ALL_REDUCE_BYTES / (large - small) / 1e9
+        file.write_text(json.dumps([bandwidth, 1e6 * small]))
 
 
 def cpu_name() -> str:
