@@ -206,7 +206,7 @@ def neighbors(count: int | None, world: World) -> dist.ProcessGroup | None:
     if world.world_size % count:
         raise UserError(f"--model.bn_group: got {count}, expected a divisor of the number of ranks, {world.world_size}")
     groups = [dist.new_group(range(first, first + count)) for first in range(0, world.world_size, count)]
-    return groups[world.rank // count]
+    return cast(dist.ProcessGroup, groups[world.rank // count])  # the one that this rank is in
 
 
 def group_name(group: dist.ProcessGroup | None) -> str:
