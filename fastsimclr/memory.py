@@ -7,6 +7,8 @@ from pathlib import Path
 
 import torch
 
+from fastsimclr.malloc import return_freed_memory
+
 _CGROUPS = Path("/sys/fs/cgroup")
 _UNLIMITED = 2**60  # bytes; cgroup v1 has a number near 2^63 for no limit
 
@@ -71,6 +73,7 @@ def watch_peak(device: torch.device) -> Callable[[], int]:
         torch.cuda.reset_peak_memory_stats(device)
         reserved = torch.cuda.memory_reserved(device)
         return lambda: torch.cuda.max_memory_reserved(device) - reserved
+    return_freed_memory()  # it would be used again, and so not count as needed
     Path("/proc/self/clear_refs").write_text("5")  # sets the peak to the present value
     resident = _status_bytes("VmRSS")
     return lambda: _status_bytes("VmHWM") - resident

@@ -209,7 +209,7 @@ def test_lightlys_loss_with_a_memory_bank_is_ours() -> None:
     lightly = pytest.importorskip("lightly.loss", reason="compared with its loss: pip install -e '.[integrations]'")
     theirs = lightly.NTXentLoss(temperature=0.5, memory_bank_size=(8, 16))
     theirs(*projections(1))  # fills the bank
-    bank = theirs.memory_bank.bank.T.clone()
+    bank = theirs.memory_bank.bank.clone()
 
     def ours(z1: Tensor, z2: Tensor) -> Tensor:
         return info_nce(z1, z2, 0.5, symmetric=False, queue=bank, batch_negatives=False)

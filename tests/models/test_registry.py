@@ -87,7 +87,7 @@ def test_nothing_is_downloaded_and_the_names_cover_both_libraries(monkeypatch: p
     monkeypatch.setattr("socket.socket.connect", lambda *_: pytest.fail("a connection"))
     encoder("timm/test_vit.r160_in1k", image_size=32)  # the name of published weights
     names = encoder_names()
-    assert len(names) == len(set(names)) == 5 + len(timm.list_models()) + 80
+    assert len(names) == len(set(names)) == 6 + len(timm.list_models()) + 80
     assert {"resnet18", "timm/vit_tiny_patch16_224", "torchvision/vit_b_16"} <= set(names)
     assert "torchvision/raft_large" not in names
 
@@ -95,7 +95,7 @@ def test_nothing_is_downloaded_and_the_names_cover_both_libraries(monkeypatch: p
 @pytest.mark.parametrize(
     ("name", "options", "message"),
     [
-        ("resnet19", {}, r"got 'resnet19', expected one of resnet18, .*; the nearest are resnet18, "),
+        ("resnet19", {}, r"got 'resnet19', expected one of resnet10, resnet18, .*; the nearest are resnet18, "),
         ("vit_b_16", {}, "the nearest are torchvision/vit_b_16"),
         ("timm/vit_tiny_patch16_244", {}, "the nearest are timm/vit_tiny_patch16_224, "),
         (

@@ -110,7 +110,7 @@ def test_users_module_is_filled(working_directory: Path) -> None:
         (lambda: import_weights("vit.pth"), "vit.pth: got tensors named cls_token.*expected a ResNet's.*or the name"),
         (lambda: import_weights("vit.pth", "timm/test_vit2"), "vit.pth: got tensors without reg_token.*timm/test_vit2"),
         (lambda: import_weights("vit.pth", "timm/vit_tini"), "vit.pth: encoder: got 'timm/vit_tini'.* nearest"),
-        (lambda: import_weights("vit.pth", "timm"), "encoder: got 'timm', expected resnet18"),
+        (lambda: import_weights("vit.pth", "timm"), "encoder: got 'timm', expected resnet10"),
     ],
 )
 def test_refused_in_one_line(load: Callable[[], Any], words: str, working_directory: Path) -> None:

@@ -89,7 +89,7 @@ def test_unexpected_architecture_raises(working_directory: Path) -> None:
         assert load_encoder(path, name="resnet18").spec.name == "resnet18"
         with pytest.raises(UserError, match=f"{path}: got a resnet18, expected a resnet50"):
             load_encoder(path, name="resnet50")
-    with pytest.raises(UserError, match="encoder: got 'vit', expected resnet18"):
+    with pytest.raises(UserError, match="encoder: got 'vit', expected resnet10"):
         import_weights("theirs.pth", name="vit")
 
 
@@ -214,7 +214,7 @@ def save_folder(**changes: Any) -> None:
         (lambda: save_folder(encoder="resnet18"), "folder", "missing or invalid parts"),
         (lambda: save_folder(encoder={"name": "resnet18", "width": 5}), "folder", "conv1.weight"),
         (lambda: save_folder(encoder={"name": "resnet18", "channels": 5}), "folder", "conv1.weight"),
-        (lambda: save_folder(encoder={"name": "resnet"}), "folder", "'resnet', expected one of resnet18"),
+        (lambda: save_folder(encoder={"name": "resnet"}), "folder", "'resnet', expected one of resnet10"),
         (lambda: save_folder(encoder={"name": "module"}), "folder", "module of your own"),
         (lambda: save_folder(augmentation={"std": [0, 1, 1]}), "folder", "std: got"),
     ],
