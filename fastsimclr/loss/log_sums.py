@@ -57,7 +57,10 @@ def unit_rows(z: Tensor, how: Computation) -> Tensor:
 
 
 def softmax_losses(log_negatives: Tensor, positive: Tensor, decoupled: bool) -> Tensor:
-    """Return -log of the softmax of the positives, (N,), from their similarities; decoupled: without them below."""
+    """Return -log of the softmax of the positives, (N,), from their similarities divided by temperature, (N,).
+
+    decoupled: leave the positives out of the denominators.
+    """
     x = log_negatives - positive
     return x if decoupled else -F.logsigmoid(-x)
 
@@ -79,12 +82,13 @@ def log_negatives(
     extra: Tensor | None = None,
     among_columns: bool = True,
 ) -> LogSums:
-    """Return the logarithms of the sums over the negatives: all columns but the row's own.
+    """Return the logarithms of the sums over the negatives of each row: over all columns except its own.
 
-    a, b: (N, D) unit rows. b None: the columns are the rows of a. partners: nor is the row N/2 further a negative of a
-    row. columns: also sum over the rows, for each column. extra: (K, D) unit rows, further negatives of the rows of a.
-    among_columns: if False, only those are negatives. hardness: see `nt_xent`; the sum is then that of the weighted
-    exponentials.
+    a, b: (N, D) unit rows. b None: the columns are the rows of a.
+    partners: also leave out the column of the row's other view, N/2 rows away.
+    columns: also return the sums of each column over the rows.
+    extra: (K, D) unit rows, further negatives of the rows of a. among_columns: if False, they are the only ones.
+    hardness: as for `nt_xent`; the exponentials are then weighted.
     """
     if hardness:
         options: dict[str, Any] = {"partners": partners, "columns": columns}
@@ -118,7 +122,7 @@ def _log_sums(
     *,
     columns: bool = False,
 ) -> tuple[Tensor, Tensor]:
-    """The sums over the columns b (M, D), or a's, of all ranks of the group, which have `sizes`."""
+    """Sum over the columns: the rows of b, or of a, on all ranks of the group. sizes: number of rows on each rank."""
     if how.implementation == "reference":
         return _dense(a, b, how, pairs, sizes, group, columns=columns)
     refuse_transforms(how.implementation)
