@@ -100,9 +100,7 @@ class Trials:
         """Measure two trials that add to existing gradients, as all micro-batches but the first do.
 
         Otherwise the peak of a small trial would be at the end of its backward pass, when all gradients exist, and that
-        of a large one at its start, when all activations do. The second peak is not measured from the end of the first
-        trial: malloc keeps what that has freed, and in training, too, a heap in fragments grows. After an earlier run
-        in this process malloc may have kept enough for both: what autograd saves per image is the least that is needed.
+        of a large one at its start, when all activations do. What autograd saves per image is the least that is needed.
         """
         pixels = sum(recipe.image_size**2 for recipe in self.augmentation.recipes)
         small = max(_SMALLEST, min(self.local_batch_size // 2, _PROBE_PIXELS // pixels))
@@ -116,6 +114,7 @@ class Trials:
         peak = memory.watch_peak(self.world.device)
         self._step(model, loss, small, small)
         first = peak()
+        peak = memory.watch_peak(self.world.device)  # which returns what the first trial has left in the heap
         with recorded_activations(model) as saved:
             self._step(model, loss, 2 * small, 2 * small)
         per_image = (peak() - first) / small
