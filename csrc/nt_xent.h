@@ -54,8 +54,8 @@ struct UnitRows {
   int count = 0;
 };
 
-// The similarities that are not among the negatives: of row i with column offset + i, and with the column of its partner,
-// which is row i + distance for i < distance, and otherwise row i - distance.
+// The similarities that are not among the negatives: of row i with column offset + i, and with the column of its
+// partner, which is row i + distance for i < distance, and otherwise row i - distance.
 struct Pairs {
   bool among_columns = false;  // false: all columns are negatives of all rows
   int offset = 0;
