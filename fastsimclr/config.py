@@ -153,7 +153,7 @@ class OptimConfig:
     sqrt(batch_size). Both are equal at 4096; sqrt is better below 1024. auto: for adamw on the encoders named above,
     linear, which is MoCo v3's 1.5e-4 * batch_size / 256; otherwise sqrt."""
     momentum: Annotated[float, Range(0, 1, below=True)] = 0.9
-    """Momentum; beta1 for adamw, and for the parameters of muon that are no weights."""
+    """Momentum; beta1 for adamw, and in muon for parameters other than weights."""
     weight_decay: NonNegative | Literal["auto"] = "auto"
     """Weight decay; not applied to normalization parameters, biases, scales, position embeddings and class tokens.
     auto: 0.1 for adamw on the encoders named above, as in MoCo v3; otherwise 1e-6, as in SimCLR."""

@@ -47,7 +47,9 @@ def info_nce(
         check_projections("queue", queue)
         check_same("a and queue", a, queue, shape=False)
         if symmetric:
-            raise ValueError("queue: got one with symmetric=True, expected symmetric=False: it has no rows of a's kind")
+            raise ValueError(
+                "queue: got one with symmetric=True, expected symmetric=False: a queue has negatives for a only"
+            )
     elif not batch_negatives:
         raise ValueError("batch_negatives: got False without a queue, so there are no negatives; expected a queue")
     how = resolve(a, temperature, group, backend, precision, reduction)

@@ -1,4 +1,4 @@
-"""Muon: momentum whose weight matrices are orthogonalized, for fewer steps to the same loss than AdamW or SGD."""
+"""Muon: orthogonalized momentum for weights, which needs fewer steps than AdamW to reach the same loss."""
 
 import math
 from collections.abc import Callable, Iterable
@@ -28,12 +28,12 @@ class Muon(Optimizer):
         M <- momentum M + (1 - momentum) G;  U = orthogonalize(momentum M + (1 - momentum) G)
         W <- W - lr (0.2 sqrt(max(rows, columns)) U + weight_decay W)
 
-    So it takes learning rates of AdamW's size. torch.optim.Muon has the same update, for matrices only. Columns whose
+    Learning rates are therefore of AdamW's size. torch.optim.Muon has the same update, for matrices only. Columns whose
     gradient is always zero do not count: in a convolution whose input is smaller than its kernel, most taps see only
     padding.
 
-    params: parameters; those that `exclude` selects (default: norms and biases) and vectors take AdamW without weight
-        decay.
+    params: parameters. Vectors, and those that `exclude` selects (default: norms and biases), are updated by AdamW
+        without weight decay.
     lr, momentum (also AdamW's beta1), weight_decay: as in torch.optim.AdamW.
     Raises ValueError if there is no parameter, or for values out of range.
     """
@@ -56,9 +56,9 @@ class Muon(Optimizer):
         if not params:
             raise ValueError("params: got an empty list, expected at least one parameter")
         others = [p for p in params if p.ndim < 2 or exclude(p)]
-        names = {id(p) for p in others}
+        others_ids = {id(p) for p in others}
         groups = [
-            {"params": [p for p in params if id(p) not in names], "matrices": True, "weight_decay": weight_decay},
+            {"params": [p for p in params if id(p) not in others_ids], "matrices": True, "weight_decay": weight_decay},
             # fused: load_state_dict then moves the step counts to the device, where AdamW's kernel expects them.
             {"params": others, "matrices": False, "weight_decay": 0.0, "fused": True},
         ]
