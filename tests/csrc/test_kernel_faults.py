@@ -101,7 +101,7 @@ def test_planted_data_race_is_reported_with_the_first_seed(tmp_path: Path, fault
                 "      products.exclude(",
                 """
                 const TileProducts<S> all = products;
-                const TileMask<S> mask(pairs, p.rows.count, p.columns.count, row0, column0);
+                const TileMask<S> mask(p.pairs, p.rows.count, p.columns.count, row0, column0);
                 for (int e = 0; kExpFits && e < S::kRowTiles * S::kColumnTiles * 4; e++) {
                   const int i = e / 4 / S::kColumnTiles, j = e / 4 % S::kColumnTiles, lane = threadIdx.x % 32;
                   const float x = all.value[i][j][e % 4] * scale_log2;

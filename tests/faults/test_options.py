@@ -78,6 +78,7 @@ LAST = {  # options that end each command before it works on images; options tha
     "preview": ["--data=nowhere"],
     "shard": ["nowhere", "--output=out"],
     "report": ["nowhere"],
+    "plan": ["{}", "--bandwidth=1"],
     "doctor": ["--data=nowhere"],
 }
 values = st.sampled_from(NUMBERS + TEXTS + PATHS) | st.floats().map(str) | st.integers().map(str) | st.text(max_size=8)
