@@ -72,6 +72,11 @@ def usage() -> str:
 class Parser(argparse.ArgumentParser):
     """An argparse parser that reports errors in one line."""
 
+    def parse_known_args(self, args: Any = None, namespace: Any = None) -> Any:
+        if any("\0" in argument for argument in args or ()):  # which no shell passes, but a program may
+            self.error("got a NUL character, expected arguments without")
+        return super().parse_known_args(args, namespace)
+
     def error(self, message: str) -> Any:
         raise UserError(f"{message.removeprefix('argument ')}; see {self.prog} --help")
 

@@ -196,6 +196,10 @@ class Config:
     """Precision of the encoder: autocast to bf16 or fp16, or float32 or float64 throughout. auto: bf16 if the hardware
     supports it, else fp16 on a GPU with tensor cores (V100, T4), else float32. fp16 scales the gradients and skips a
     step if they overflow."""
+    distributed: Literal["ddp", "fsdp"] = "ddp"
+    """How several ranks train one model: ddp: each has all of it; fsdp: each keeps a part of the weights, of their
+    gradients and of the optimizer's state, which saves memory. Both compute the same. A resumed run may use the other
+    one."""
     device: str = "auto"
     """Device: cuda, cpu or auto (cuda if available). Under torchrun each rank uses its own GPU."""
     compile: bool = False
@@ -252,6 +256,8 @@ class Config:
             raise UserError(f"--model.freeze_epochs: got {self.model.freeze_epochs}, expected 0 to --epochs minus 1")
         if self.compile and self.model.checkpoint_stages:
             raise UserError("--model.checkpoint_stages: got true with --compile, expected only one of them")
+        if self.distributed == "fsdp" and self.micro_batch_size == "auto":
+            raise UserError("--micro_batch_size: got auto with --distributed fsdp, expected a number or none")
         if self.output is not None and not self.output.isprintable():  # TensorBoard and others cannot write there
             raise UserError(f"--output: got {self.output!r}, expected a name in UTF-8 without control characters")
         if self.keep_best is not None and self.knn_every == 0:

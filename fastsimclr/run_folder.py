@@ -104,7 +104,9 @@ class RunFolder:
 
 
 def check_output(output: Path, force: bool, option: str = "--output") -> None:
-    """Raise UserError if `output` exists and may not be overwritten, or cannot be written. Creates nothing."""
+    """Raise UserError if the file `output` exists and may not be overwritten, or cannot be written. Creates nothing."""
+    if output.is_dir():
+        raise UserError(f"{option}: got {output}, which is a folder; expected the name of a file")
     if output.exists() and not force:
         raise UserError(f"{option}: got {output}, which already exists; choose another name or --force to replace it")
     folder = next(parent for parent in output.parents if os.path.lexists(parent))

@@ -9,12 +9,14 @@ kernel per tensor.
 """
 
 import math
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any, overload
 
 import torch
 from torch import Tensor
 from torch.optim.optimizer import Optimizer, ParamsT
+
+from fastsimclr.sharding import local, norms
 
 # Elements per part. CPU: scratch, w, g and v of a part fit in a last-level cache of 16 MiB or more (measured on
 # ResNet-50: 2^20 18 ms, 2^22 25 ms, all at once 30 ms). GPU: the launches dominate, so all of ResNet-50 is one part.
@@ -129,48 +131,45 @@ class LARS(Optimizer):
     def _update_excluded(self, params: list[Tensor], group: dict[str, Any]) -> None:
         if not params:
             return
+        weights, grads, velocities = self._parts_here(params)
         if self._found_inf() is not None:
-            self._update_unless_found_inf(params, list(torch._foreach_mul(_gradients(params), group["lr"])), group)
+            self._update_unless_found_inf(weights, torch._foreach_mul(grads, group["lr"]), velocities, group)
             return
-        velocities = self._velocities(params)
         torch._foreach_mul_(velocities, group["momentum"])
-        torch._foreach_add_(velocities, _gradients(params), alpha=group["lr"])
-        torch._foreach_sub_(params, velocities)
+        torch._foreach_add_(velocities, grads, alpha=group["lr"])
+        torch._foreach_sub_(weights, velocities)
 
     def _update_adapted(self, params: list[Tensor], group: dict[str, Any]) -> None:
-        grads = _gradients(params)
+        weights, grads, velocities = self._parts_here(params)
         if group["weight_decay"] != 0:
-            scratch = self._scratch_like(params)
+            scratch = self._scratch_like(weights)
             torch._foreach_copy_(scratch, grads)
-            torch._foreach_add_(scratch, params, alpha=group["weight_decay"])
+            torch._foreach_add_(scratch, weights, alpha=group["weight_decay"])
             grads = scratch
         # A float16 norm would overflow at 65504; bfloat16 would round the rate to 8 bits.
-        norm_dtype = torch.promote_types(params[0].dtype, torch.float32)
-        w_norms = torch.stack(torch._foreach_norm(params, 2, dtype=norm_dtype))  # (T,)
-        g_norms = torch.stack(torch._foreach_norm(grads, 2, dtype=norm_dtype))  # (T,)
+        norm_dtype = torch.promote_types(weights[0].dtype, torch.float32)
+        w_norms, g_norms = norms([*weights, *grads], params[0], norm_dtype).chunk(2)  # (T,)
         nonzero = (w_norms > 0) & (g_norms > 0)
         rates = torch.where(nonzero, group["trust_coefficient"] * w_norms / g_norms, 1.0) * group["lr"]  # (T,)
         if self._found_inf() is not None:
-            self._update_unless_found_inf(params, list(torch._foreach_mul(grads, rates.unbind())), group)
+            self._update_unless_found_inf(weights, torch._foreach_mul(grads, rates.unbind()), velocities, group)
             return
-        velocities = self._velocities(params)
         torch._foreach_mul_(velocities, group["momentum"])
         # The rates stay tensors, as .item() would synchronize with the GPU; addcmul takes them without a temporary.
         torch._foreach_addcmul_(velocities, grads, rates.unbind())
-        torch._foreach_sub_(params, velocities)
+        torch._foreach_sub_(weights, velocities)
 
     def _found_inf(self) -> Tensor | None:
         return getattr(self, "found_inf", None)
 
     def _update_unless_found_inf(
-        self, params: list[Tensor], scaled: tuple[Tensor, ...] | list[Tensor], group: dict[str, Any]
+        self, weights: list[Tensor], scaled: Sequence[Tensor], velocities: list[Tensor], group: dict[str, Any]
     ) -> None:
         """v ← momentum · v + scaled, w ← w − v, in the kernel of SGD, which checks `found_inf` on the device."""
-        has_momentum = group["momentum"] != 0  # without it the kernel takes no velocities
         torch._fused_sgd_(
-            params,
-            scaled,
-            self._velocities(params) if has_momentum else [],
+            weights,
+            list(scaled),
+            velocities if group["momentum"] != 0 else [],  # without it the kernel takes none
             weight_decay=0.0,
             momentum=group["momentum"],
             lr=1.0,
@@ -181,11 +180,13 @@ class LARS(Optimizer):
             found_inf=self._found_inf(),
         )
 
-    def _velocities(self, params: list[Tensor]) -> list[Tensor]:
+    def _parts_here(self, params: list[Tensor]) -> tuple[list[Tensor], list[Tensor], list[Tensor]]:
+        """Return the parameters, their gradients and their velocities: this rank's parts of sharded ones."""
         for p in params:
             if "momentum_buffer" not in self.state[p]:
                 self.state[p]["momentum_buffer"] = torch.zeros_like(p)
-        return [self.state[p]["momentum_buffer"] for p in params]
+        velocities = [local(self.state[p]["momentum_buffer"]) for p in params]
+        return [local(p) for p in params], [local(p.grad) for p in params if p.grad is not None], velocities
 
     def _scratch_like(self, params: list[Tensor]) -> list[Tensor]:
         """Return views of one uninitialized buffer with the shapes and strides of `params` (one device and dtype)."""
@@ -205,10 +206,6 @@ class LARS(Optimizer):
             views.append(flat.as_strided(p.shape, p.stride()) if extent == p.numel() else flat.view(p.shape))
             start += p.numel()
         return views
-
-
-def _gradients(params: list[Tensor]) -> list[Tensor]:
-    return [p.grad for p in params if p.grad is not None]
 
 
 def _by_device_and_dtype(params: Iterable[Tensor]) -> Iterable[list[Tensor]]:

@@ -11,6 +11,7 @@ from torch.optim.optimizer import Optimizer
 
 from fastsimclr.optim.lars import is_norm_or_bias
 from fastsimclr.precision import choose_precision
+from fastsimclr.sharding import local, sharded_like, whole
 
 # Coefficients of the quintic iteration, of Jordan et al.: singular values between 0.7 and 1.2 after five steps.
 _A, _B, _C = 3.4445, -4.7750, 2.0315
@@ -93,12 +94,12 @@ class Muon(Optimizer):
             assert p.grad is not None
             if "momentum_buffer" not in self.state[p]:
                 self.state[p]["momentum_buffer"] = torch.zeros_like(p)
-            buffer = self.state[p]["momentum_buffer"]
+            buffer, grad = local(self.state[p]["momentum_buffer"]), local(p.grad)
             if found_inf is None:
-                buffer.lerp_(p.grad, 1 - momentum)
+                buffer.lerp_(grad, 1 - momentum)
             else:
-                buffer.copy_(torch.where(found_inf.bool(), buffer, buffer.lerp(p.grad, 1 - momentum)))
-            update = _as_matrix(p.grad.lerp(buffer, momentum), p)
+                buffer.copy_(torch.where(found_inf.bool(), buffer, buffer.lerp(grad, 1 - momentum)))
+            update = _as_matrix(whole(p.grad.lerp(self.state[p]["momentum_buffer"], momentum)), p)
             used = update.any(dim=0)
             if p.device.type == "cpu" and not used.all():  # on a GPU the host would wait for the number of columns
                 update = update[:, used]
@@ -112,10 +113,11 @@ class Muon(Optimizer):
                 if found_inf is not None:
                     rate = torch.where(found_inf.bool(), 0.0, rate)
                     u = u.nan_to_num_(0.0)  # 0 * NaN is NaN
+                weight = local(p)
                 if group["weight_decay"]:
                     decay = group["lr"] * group["weight_decay"]
-                    p.mul_(1 - decay if found_inf is None else 1 - decay * (1 - found_inf).to(p.dtype))
-                p.addcmul_(_as_weight(u, p), rate, value=-1)
+                    weight.mul_(1 - decay if found_inf is None else 1 - decay * (1 - found_inf).to(p.dtype))
+                weight.addcmul_(local(sharded_like(_as_weight(u, p), p)), rate, value=-1)
 
     def _update_others(self, params: list[Tensor], group: dict[str, Any]) -> None:
         for p in params:

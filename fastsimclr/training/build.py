@@ -2,7 +2,7 @@
 
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -11,7 +11,7 @@ from torch.optim.optimizer import Optimizer
 
 from fastsimclr.config import Config, ModelConfig
 from fastsimclr.data.augmentation import Augmentation
-from fastsimclr.distributed import World, neighbors
+from fastsimclr.distributed import World, neighbors, run_on_all_ranks
 from fastsimclr.errors import UserError
 from fastsimclr.imports import is_object_reference
 from fastsimclr.loss import BackendError, NTXentLoss, choose_backend
@@ -32,6 +32,7 @@ from fastsimclr.models import (
 from fastsimclr.optim import Muon, Recipe, build_optimizer, choose_optimizer, choose_recipe, excluded_from_decay
 from fastsimclr.precision import Precision, choose_precision
 from fastsimclr.pretrained import initialize
+from fastsimclr.sharding import shard, template_of
 from fastsimclr.training.freeze import Freezing
 
 _MOMENTUM, _MOMENTS = {"momentum_buffer"}, {"step", "exp_avg", "exp_avg_sq"}
@@ -43,7 +44,9 @@ class Learner:
 
     augmentation: Augmentation
     model: nn.Module
-    """A SimCLR module; with several ranks its batch norm may be synchronized."""
+    """A SimCLR module; with several ranks its batch norm may be synchronized, and its weights sharded."""
+    template: nn.Module | None
+    """For `assemble`, if the weights are sharded: the encoder without weights."""
     weights: list[str]
     """Lines that describe the pretrained weights."""
     freezing: Freezing
@@ -56,6 +59,17 @@ class Learner:
     scaler: GradScaler
 
 
+class _Built(NamedTuple):
+    """The parts of a learner that a rank builds alone."""
+
+    augmentation: Augmentation
+    model: nn.Module
+    weights: list[str]
+    loss: NTXentLoss
+    loss_backend: str
+    precision: Precision
+
+
 def build_learner(
     config: Config,
     world: World,
@@ -64,11 +78,39 @@ def build_learner(
     module: nn.Module | None = None,
     weights: str | None = None,
 ) -> Learner:
-    """Build the learner. Raises UserError for options that contradict each other or do not fit this machine.
+    """Build the learner. All ranks call it.
 
     channels: channels of the images. module: the encoder, instead of the one that config.model names.
     weights: pretrained weights to start the encoder from.
+    Raises UserError on all ranks for options that contradict each other or do not fit the machine of one.
     """
+    built = run_on_all_ranks(lambda: _build_alone(config, world, channels, module, weights), world)
+    model, template = built.model, None
+    if world.world_size > 1:
+        template = template_of(model.get_submodule("encoder")) if config.distributed == "fsdp" else None
+        if config.model.sync_bn:
+            model = synchronize_batch_norm(model, world.device, neighbors(config.model.bn_group, world))
+        if template is not None:
+            shard(model)
+    return run_on_all_ranks(lambda: _with_optimizer(config, built._replace(model=model), template), world)
+
+
+def _with_optimizer(config: Config, built: _Built, template: nn.Module | None) -> Learner:
+    model, optim = built.model, config.optim
+    encoder: Any = model.encoder
+    freezing = Freezing(model, config.model.freeze or "", config.model.freeze_epochs, frozen_bn=config.model.frozen_bn)
+    recipe = choose_recipe(encoder, optim.name, optim.lr, optim.lr_rule, optim.weight_decay, config.batch_size)
+    exclude = excluded_from_decay(model).__contains__
+    optimizer = build_optimizer(
+        recipe.optimizer, model.parameters(), recipe.lr, optim.momentum, recipe.weight_decay, exclude=exclude
+    )
+    scaler = built.precision.grad_scaler(next(model.parameters()).device)
+    return Learner(
+        **built._asdict(), template=template, freezing=freezing, optimizer=optimizer, recipe=recipe, scaler=scaler
+    )
+
+
+def _build_alone(config: Config, world: World, channels: int, module: nn.Module | None, weights: str | None) -> _Built:
     augmentation = config.data.augmentation()
     if augmentation.num_views < 2:
         raise UserError(f"--data.num_views: got {augmentation.num_views}, expected at least 2: the loss compares views")
@@ -88,27 +130,15 @@ def build_learner(
 
     torch.manual_seed(config.seed)
     chosen = _build_encoder(config.model, augmentation, channels, module)
+    if world.world_size > 1:
+        _check_parameters(chosen, config.distributed)
     if config.model.checkpoint_stages:
         checkpoint_stages(chosen)
     loaded = initialize(chosen, weights) if weights is not None else []
     head = projector(chosen.out_features, config.model.hidden, config.model.out, config.model.layers)
-    model: nn.Module = SimCLR(chosen, head)
+    model = SimCLR(chosen, head)
     model.to(world.device, precision.dtype, memory_format=torch.channels_last)  # type: ignore[call-overload]
-    if world.world_size > 1:
-        _check_gradients(chosen)
-        if config.model.sync_bn:
-            model = synchronize_batch_norm(model, world.device, neighbors(config.model.bn_group, world))
-    freezing = Freezing(model, config.model.freeze or "", config.model.freeze_epochs, frozen_bn=config.model.frozen_bn)
-
-    optim = config.optim
-    recipe = choose_recipe(chosen, optim.name, optim.lr, optim.lr_rule, optim.weight_decay, config.batch_size)
-    exclude = excluded_from_decay(model).__contains__
-    optimizer = build_optimizer(
-        recipe.optimizer, model.parameters(), recipe.lr, optim.momentum, recipe.weight_decay, exclude=exclude
-    )
-    scaler = precision.grad_scaler(world.device)
-    why = f"{backend} ({why})"
-    return Learner(augmentation, model, loaded, freezing, optimizer, recipe, loss, why, precision, scaler)
+    return _Built(augmentation, model, loaded, loss, f"{backend} ({why})", precision)
 
 
 def _build_encoder(
@@ -127,8 +157,17 @@ def _build_encoder(
     return chosen
 
 
-def _check_gradients(encoder: Encoder | Backbone) -> None:
-    """Raise UserError if a parameter gets no gradient: DistributedDataParallel would wait for it."""
+def _check_parameters(encoder: Encoder | Backbone, distributed: str) -> None:
+    """Raise UserError if several ranks cannot train a parameter. The stages are not checkpointed yet.
+
+    DistributedDataParallel would wait for one without a gradient, and fully_shard cannot divide one without dimensions.
+    """
+    scalars = [name for name, parameter in encoder.named_parameters() if parameter.ndim == 0]
+    if distributed == "fsdp" and scalars:
+        raise UserError(
+            f"encoder: got {encoder.spec.name} with parameters without dimensions ({', '.join(scalars[:3])}); expected "
+            "none with --distributed fsdp: give them the shape (1,), or use ddp"
+        )
     if names := unused_parameters(encoder):
         raise UserError(
             f"encoder: got {encoder.spec.name} with {len(names)} parameters that its output does not depend on "

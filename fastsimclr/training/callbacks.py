@@ -23,7 +23,8 @@ class TrainerInterface(Protocol):
     folder: RunFolder
     """The run's folder; the same on all ranks."""
     model: nn.Module
-    """The `SimCLR` module: `model.encoder` and `model.projector`."""
+    """The `SimCLR` module: `model.encoder` and `model.projector`. With --distributed fsdp, its weights are sharded: use
+    `encoder()` to evaluate it."""
     progress: Progress
     """Finished steps (`step`) and epochs (`epoch`), and whether the run is complete (`is_done`)."""
     measures_knn: bool
@@ -34,6 +35,12 @@ class TrainerInterface(Protocol):
     @property
     def saved_step(self) -> int:
         """Finished steps in the newest checkpoint of this run; 0 if there is none."""
+
+    def encoder(self) -> nn.Module:
+        """Return the encoder: that of `model`, or, with --distributed fsdp, a whole copy. All ranks must call it.
+
+        Its buffers, such as running statistics, are those of rank zero, which the checkpoint has.
+        """
 
     def stop(self) -> None:
         """End the run on all ranks before the next step, with a checkpoint. One rank's call is enough."""

@@ -4,7 +4,6 @@ import errno
 import time
 from collections.abc import Callable
 from concurrent.futures import Future, ThreadPoolExecutor
-from copy import copy
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +16,7 @@ from fastsimclr.distributed import World, broadcast_object
 from fastsimclr.errors import OtherRankError, RunError
 from fastsimclr.progress_bar import Phase, print_line
 from fastsimclr.run_folder import RunFolder, flush, replace_atomically
+from fastsimclr.sharding import map_tensors
 
 _FULL_DISK = (errno.ENOSPC, errno.EDQUOT)
 
@@ -137,14 +137,10 @@ class CheckpointWriter:
 
 def copy_to_cpu(value: Any) -> Any:
     """Return a copy of nested containers with their tensors in (pinned) memory of the CPU."""
-    if isinstance(value, dict):
-        copied = copy(value)  # a module's state dict is an OrderedDict with attributes
-        copied.update({key: copy_to_cpu(item) for key, item in value.items()})
-        return copied
-    if isinstance(value, list | tuple):
-        return type(value)(map(copy_to_cpu, value))
-    if not isinstance(value, Tensor):
-        return value
+    return map_tensors(_copy_to_cpu, value)
+
+
+def _copy_to_cpu(tensor: Tensor) -> Tensor:
     # Pinned memory is about ten times faster to copy to. PyTorch keeps it for the next checkpoint.
-    pinned = value.device.type == "cuda"
-    return torch.empty_like(value, device="cpu", pin_memory=pinned).copy_(value.detach())
+    pinned = tensor.device.type == "cuda"
+    return torch.empty_like(tensor, device="cpu", pin_memory=pinned).copy_(tensor.detach())

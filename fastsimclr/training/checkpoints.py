@@ -3,6 +3,7 @@
 from pathlib import Path
 from typing import Any, Protocol
 
+from torch import Tensor
 from torch.amp import GradScaler
 from torch.optim.optimizer import Optimizer
 
@@ -13,6 +14,7 @@ from fastsimclr.distributed import World, broadcast_object, run_on_all_ranks
 from fastsimclr.errors import UserError
 from fastsimclr.progress_bar import print_line
 from fastsimclr.run_folder import RunFolder
+from fastsimclr.sharding import is_sharded, map_tensors, sharded_like, whole
 from fastsimclr.training.build import architecture, check_optimizer, check_weights
 from fastsimclr.training.callbacks import Callbacks, TrainerInterface
 from fastsimclr.training.checkpoint_writer import CheckpointWriter, copy_to_cpu
@@ -67,15 +69,32 @@ def _select(config: Config, folder: RunFolder) -> Checkpoint | None:
     return checkpoint
 
 
-def state_of(trainer: ResumableTrainer) -> dict[str, Any]:
-    """Return what a checkpoint holds: the keys of `fastsimclr.checkpoint_format.CONTENTS`."""
+def learned_state(trainer: ResumableTrainer) -> dict[str, Any]:
+    """Return the states of the model and the optimizer. All ranks call it; if they are sharded, only rank zero gets
+    them, whole and on the CPU.
+    """
+    state = {"model": trainer.model.state_dict(), "optimizer": trainer.optimizer.state_dict()}
+    if not any(map(is_sharded, trainer.model.parameters())):
+        return state
+
+    def gather(tensor: Tensor) -> Tensor:  # one after the other, as the device may not have room for all
+        gathered = whole(tensor)
+        return gathered.cpu() if trainer.world.is_rank_zero else gathered.new_empty(0)
+
+    return map_tensors(gather, state)  # type: ignore[no-any-return]
+
+
+def state_of(trainer: ResumableTrainer, learned: dict[str, Any]) -> dict[str, Any]:
+    """Return what a checkpoint holds: the keys of `fastsimclr.checkpoint_format.CONTENTS`.
+
+    learned: from `learned_state`.
+    """
     return {
         "format": FORMAT,
         "step": trainer.progress.step,
         "batch_size": trainer.config.batch_size,
         "architecture": architecture(trainer.config, trainer.model),
-        "model": trainer.model.state_dict(),
-        "optimizer": trainer.optimizer.state_dict(),
+        **learned,
         "grad_scaler": trainer.scaler.state_dict(),
         "data": trainer.progress.position,
         "skipped_images": trainer.skipped.state_dict(),
@@ -97,13 +116,19 @@ def resume(trainer: ResumableTrainer, checkpoint: Checkpoint) -> None:
     config, model = trainer.config, trainer.model
     check_weights(file, state["model"], model)
     check_optimizer(file, optimizer, trainer.optimizer)
-    model.load_state_dict(state["model"])
+    own = model.state_dict()
+    model.load_state_dict({name: sharded_like(tensor, own[name]) for name, tensor in state["model"].items()})
     of_options = [
         {name: value for name, value in group.items() if name != "params"} for group in trainer.optimizer.param_groups
     ]
     for group, own in zip(optimizer["param_groups"], trainer.optimizer.param_groups, strict=True):
         if "fused" in group:  # a choice of this machine, not of the run
             group["fused"] = own["fused"]
+    parameters = [parameter for group in trainer.optimizer.param_groups for parameter in group["params"]]
+    for index, of_parameter in optimizer["state"].items():
+        for name, value in of_parameter.items():
+            if isinstance(value, Tensor) and value.shape == parameters[index].shape:
+                of_parameter[name] = sharded_like(value, parameters[index])
     trainer.optimizer.load_state_dict(optimizer)
     for group, options in zip(trainer.optimizer.param_groups, of_options, strict=True):
         group.update(options)  # the checkpoint's may be other ones: --resume_changed

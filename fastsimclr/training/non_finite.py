@@ -11,6 +11,7 @@ from torch.nn.modules.batchnorm import _BatchNorm
 from fastsimclr.errors import UserError
 from fastsimclr.progress_bar import print_line
 from fastsimclr.run_folder import RunFolder, replace_atomically
+from fastsimclr.sharding import whole
 
 
 class NonFiniteError(UserError):
@@ -105,8 +106,10 @@ class NonFiniteSteps:
             "error": str(error),
             "loss": float(loss),
             "views": [view.cpu() for view in self._views],
-            "weight_norms": {name: float(p.detach().norm()) for name, p in parameters.items()},
-            "gradient_norms": {name: float(p.grad.norm()) for name, p in parameters.items() if p.grad is not None},
+            "weight_norms": {name: float(whole(p.detach().norm())) for name, p in parameters.items()},
+            "gradient_norms": {
+                name: float(whole(p.grad.norm())) for name, p in parameters.items() if p.grad is not None
+            },
         }
         file = self._folder.non_finite(rank)
         try:
@@ -125,3 +128,7 @@ class NonFiniteSteps:
 
     def load_state_dict(self, state: dict[str, int]) -> None:
         self.total, self.in_a_row = state["total"], state["in_a_row"]
+
+
+def _norms(tensors: dict[str, Tensor]) -> dict[str, float]:
+    return {name: float(whole(tensor.norm())) for name, tensor in tensors.items()}

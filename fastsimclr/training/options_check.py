@@ -31,7 +31,7 @@ _OF_ARCHITECTURE = {
 _FREE = {
     *("ranks", "epochs", "steps", "max_steps", "device", "compile", "profile", "log", "stall_timeout"),
     *("checkpoint_every", "keep_every", "keep_best", "knn_every", "knn_k", "knn_images", "knn_at_start"),
-    *("health", "probe", "model.checkpoint_stages"),
+    *("distributed", "health", "probe", "model.checkpoint_stages"),
     *("data.backend", "data.workers", "data.cache", "data.local_cache", "data.local_cache_gb"),
     *("data.max_bad", "loss.backend", "max_skipped", "stall_timeout", "time_limit"),
 }

@@ -23,11 +23,12 @@ from fastsimclr.optim import LRSchedule
 from fastsimclr.profiling import StageClock, Trace
 from fastsimclr.progress_bar import Phase
 from fastsimclr.run_folder import RunFolder
+from fastsimclr.sharding import assemble, broadcast
 from fastsimclr.training import summary
 from fastsimclr.training.build import architecture, build_learner
 from fastsimclr.training.callbacks import Callback, Callbacks, KeepCheckpoints
 from fastsimclr.training.checkpoint_writer import CheckpointWriter
-from fastsimclr.training.checkpoints import checkpoint_to_resume, resume, state_of
+from fastsimclr.training.checkpoints import checkpoint_to_resume, learned_state, resume, state_of
 from fastsimclr.training.estimate import Estimate, estimate_step
 from fastsimclr.training.health import Health
 from fastsimclr.training.images import as_recorded, open_images, record_pixels
@@ -99,15 +100,13 @@ class Trainer:
         config, self._micro_batches = as_resumed(config, checkpoint)
         self.source = as_recorded(sources.train, checkpoint.path if checkpoint else None, world)
         sources = sources._replace(train=self.source)
-        # DistributedDataParallel copies the weights of rank zero to the others.
+        # DistributedDataParallel and `shard` copy the weights of rank zero to the others.
         weights = config.model.weights if world.is_rank_zero and checkpoint is None else None
-        learner = run_on_all_ranks(
-            lambda: build_learner(config, world, channels=channels, module=encoder, weights=weights), world
-        )
+        learner = build_learner(config, world, channels=channels, module=encoder, weights=weights)
         self.model, self.optimizer = learner.model, learner.optimizer
         self.precision, self.scaler, self.recipe = learner.precision, learner.scaler, learner.recipe
         self.loss, self.loss_backend = learner.loss, learner.loss_backend
-        self.freezing, self._weights = learner.freezing, learner.weights
+        self.freezing, self._weights, self._template = learner.freezing, learner.weights, learner.template
         self.options = run_options(config, learner, world)
         if checkpoint is not None:
             check_resumed(checkpoint, config, self.options, architecture(config, self.model), world)
@@ -241,6 +240,18 @@ class Trainer:
         self.callbacks.on_epoch(record)
         self.clock.restart()
 
+    def encoder(self) -> nn.Module:
+        """Return the encoder: that of `model`, or, with --distributed fsdp, a whole copy. All ranks must call it.
+
+        Its buffers, such as running statistics, are those of rank zero, which the checkpoint has.
+        """
+        encoder = self.model.get_submodule("encoder")
+        if self._template is not None:
+            return assemble(self._template, encoder)
+        if self.world.world_size > 1:
+            broadcast(list(encoder.buffers()))
+        return encoder
+
     def stop(self) -> None:
         """End the run on all ranks before the next step, with a checkpoint. One rank's call is enough."""
         self.sync.stop()
@@ -267,7 +278,8 @@ class Trainer:
 
     def _start_checkpoint(self, on_written: Callable[[Path], None] | None = None) -> None:
         self.metrics.sync()
-        self.checkpoints.start(self.progress.step, lambda: state_of(self), on_written)
+        learned = learned_state(self)
+        self.checkpoints.start(self.progress.step, lambda: state_of(self, learned), on_written)
 
     @property
     def saved_step(self) -> int:
@@ -286,7 +298,7 @@ class Trainer:
     def _build_stepper(self) -> Step:
         config, device = self.config, self.world.device
         model: Any = torch.compile(self.model) if config.compile else self.model
-        if self.world.world_size > 1:
+        if self.world.world_size > 1 and self._template is None:
             devices = [device] if device.type == "cuda" else None
             model = DistributedDataParallel(model, device_ids=devices, gradient_as_bucket_view=True)
         size = config.micro_batch_size

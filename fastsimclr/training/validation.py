@@ -40,7 +40,7 @@ def measure_accuracy(trainer: ValidatedTrainer) -> dict[str, float] | None:
     try:
         with Phase("measuring kNN accuracy", visible=False):
             measured = measure(
-                trainer.model.encoder,  # type: ignore[arg-type]
+                trainer.encoder(),  # type: ignore[arg-type]
                 data.train,
                 data.val,
                 trainer.augmentation,
