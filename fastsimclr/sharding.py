@@ -66,11 +66,11 @@ def local(tensor: Tensor) -> Tensor:
 
 
 def sharded_like(tensor: Tensor, other: Tensor) -> Tensor:
-    """Return a tensor that all ranks have as `other`, of the same shape, is: sharded or not."""
+    """Return a tensor that all ranks have as `other`, of the same shape, is: sharded or not, and with its strides."""
     if not isinstance(other, DTensor):
-        return tensor
-    tensor = tensor.to(other.device)
-    return distribute_tensor(tensor, other.device_mesh, other.placements, src_data_rank=None)
+        return torch.empty_like(other, dtype=tensor.dtype, device=tensor.device).copy_(tensor)
+    whole = tensor.to(other.device).contiguous()
+    return distribute_tensor(whole, other.device_mesh, other.placements, src_data_rank=None)
 
 
 def norms(parts: Sequence[Tensor], of: Tensor, dtype: torch.dtype | None = None) -> Tensor:

@@ -17,7 +17,18 @@ LAYERS = (
     {"training", "evaluation", "reporting"},
     {"config", "data", "environment", "options", "pretrained"},
     {"loss", "models", "optim"},
-    {"distributed", "gloo", "node", "precision", "profiling", "progress_bar", "malloc", "memory", "run_folder", "sharding"}
+    {
+        "distributed",
+        "gloo",
+        "node",
+        "precision",
+        "profiling",
+        "progress_bar",
+        "malloc",
+        "memory",
+        "run_folder",
+        "sharding",
+    }
     | {"checkpoint_format", "errors", "imports", "metrics_file", "presets", "ranges", "slurm", "stopping", "torchrun"}
     | {"version", "_lazy", "_extension", "_C", "_emulated"},
 )

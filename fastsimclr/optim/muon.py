@@ -147,13 +147,14 @@ class Muon(Optimizer):
 def orthogonalize(matrices: Tensor) -> Tensor:
     """Return matrices (B, rows, columns) with singular values near 1, and those of the zero matrix 0.
 
-    By five steps of a Newton-Schulz iteration, in bf16 where the device multiplies it faster.
+    By five steps of a Newton-Schulz iteration, for float32 in bf16 where the device multiplies it faster.
     """
     has_bf16 = choose_precision("auto", matrices.device).autocast == torch.bfloat16
-    x = matrices.bfloat16() if has_bf16 else matrices
+    x = matrices.bfloat16() if has_bf16 and matrices.dtype == torch.float32 else matrices
     tall = x.shape[1] > x.shape[2]
     x = x.mT if tall else x
-    x = x / torch.linalg.vector_norm(x, dim=(1, 2), keepdim=True, dtype=torch.float32).clamp_min(1e-20).to(x.dtype)
+    norms = torch.linalg.vector_norm(x, dim=(1, 2), keepdim=True, dtype=torch.promote_types(x.dtype, torch.float32))
+    x = x / norms.clamp_min(1e-20).to(x.dtype)
     for _ in range(_STEPS):
         gram = x @ x.mT
         x = torch.baddbmm(x, torch.baddbmm(gram, gram, gram, beta=_B, alpha=_C), x, beta=_A)

@@ -58,15 +58,15 @@ class CheckpointWriter:
     def start(
         self, step: int, state: Callable[[], dict[str, Any]], on_written: Callable[[Path], None] | None = None
     ) -> None:
-        """Copy the state, and start to write it. If the one before is still being written, wait for it.
+        """Start to write a state. If the one before is still being written, wait for it.
 
-        state: returns what the checkpoint holds; called on rank zero, before `start` returns.
+        state: returns what the checkpoint holds, copied; called on rank zero, before `start` returns.
         on_written: called by `finish` on all ranks with the path of the checkpoint, if it was written.
         """
         self.finish()
         self._step, self._on_written = step, on_written
         if self._world.is_rank_zero:
-            copied = copy_to_cpu(state())
+            copied = state()
             problem = find_problem(copied)
             assert problem is None, problem
             self._written = self._thread.submit(self._write, copied)

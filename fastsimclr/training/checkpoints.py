@@ -70,31 +70,29 @@ def _select(config: Config, folder: RunFolder) -> Checkpoint | None:
 
 
 def learned_state(trainer: ResumableTrainer) -> dict[str, Any]:
-    """Return the states of the model and the optimizer. All ranks call it; if they are sharded, only rank zero gets
-    them, whole and on the CPU.
-    """
+    """Return copies of the states of the model and the optimizer on the CPU, on rank zero. All ranks call it."""
     state = {"model": trainer.model.state_dict(), "optimizer": trainer.optimizer.state_dict()}
-    if not any(map(is_sharded, trainer.model.parameters())):
-        return state
+    is_rank_zero = trainer.world.is_rank_zero
 
-    def gather(tensor: Tensor) -> Tensor:  # one after the other, as the device may not have room for all
-        gathered = whole(tensor)
-        return gathered.cpu() if trainer.world.is_rank_zero else gathered.new_empty(0)
+    def copy(tensor: Tensor) -> Any:
+        if is_sharded(tensor):
+            gathered = whole(tensor)  # one after the other, as the device may not have room for all
+            return gathered.cpu() if is_rank_zero else None
+        return copy_to_cpu(tensor) if is_rank_zero else None
 
-    return map_tensors(gather, state)  # type: ignore[no-any-return]
+    return map_tensors(copy, state)  # type: ignore[no-any-return]
 
 
 def state_of(trainer: ResumableTrainer, learned: dict[str, Any]) -> dict[str, Any]:
-    """Return what a checkpoint holds: the keys of `fastsimclr.checkpoint_format.CONTENTS`.
+    """Return what a checkpoint holds, on the CPU: the keys of `fastsimclr.checkpoint_format.CONTENTS`.
 
     learned: from `learned_state`.
     """
-    return {
+    others = {
         "format": FORMAT,
         "step": trainer.progress.step,
         "batch_size": trainer.config.batch_size,
         "architecture": architecture(trainer.config, trainer.model),
-        **learned,
         "grad_scaler": trainer.scaler.state_dict(),
         "data": trainer.progress.position,
         "skipped_images": trainer.skipped.state_dict(),
@@ -106,6 +104,7 @@ def state_of(trainer: ResumableTrainer, learned: dict[str, Any]) -> dict[str, An
         "config": to_yaml(with_absolute_paths(trainer.config)),
         "options": trainer.options,
     }
+    return learned | copy_to_cpu(others)  # type: ignore[no-any-return]
 
 
 def resume(trainer: ResumableTrainer, checkpoint: Checkpoint) -> None:

@@ -185,9 +185,14 @@ def test_two_ranks_train_a_timm_encoder_like_one_process() -> None:
         torch.testing.assert_close(result, expected, rtol=1e-7, atol=1e-9)
 
 
-def test_unused_parameters_are_refused_on_several_ranks(module_file: Path) -> None:
+def build_on_rank(rank: int, encoder: str) -> None:
     expected = (
         r"module with 2 parameters that its output does not depend on \(module.unused.weight, module.unused.bias\)"
     )
     with pytest.raises(UserError, match=expected):
-        build_learner(configure(f"--model.encoder={module_file}:make_half_used"), World(0, 2, torch.device("cpu")))
+        build_learner(configure(f"--model.encoder={encoder}"), World(rank, 2, torch.device("cpu")))
+
+
+@pytest.mark.slow
+def test_unused_parameters_are_refused_on_several_ranks(module_file: Path) -> None:
+    run_ranks(2, build_on_rank, f"{module_file}:make_half_used")
