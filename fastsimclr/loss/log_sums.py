@@ -30,7 +30,7 @@ from fastsimclr.loss.autograd_modes import define_modes, refuse_transforms
 from fastsimclr.loss.fused_sums import FusedSums, as_multiplied
 from fastsimclr.loss.options import Computation
 from fastsimclr.loss.reference import row_norms
-from fastsimclr.loss.tiles import LOG2_E, Pairs, RowLosses, TiledSums
+from fastsimclr.loss.tiles import LOG2_E, Pairs, RowLosses, TiledSums, gather_factors
 
 
 @dataclass(frozen=True)
@@ -198,8 +198,8 @@ def log_sums_forward(
         if not group:
             return *sums.log_sums(x, x if y is None else y, pairs, columns=columns), empty, empty.clone()
         needs_all_a = y is None or columns or b_needs_gradient
-        all_x = all_gather_rows(x, sizes, group_of(group)) if needs_all_a else empty
-        all_y = empty.clone() if y is None else all_gather_rows(y, sizes, group_of(group))
+        all_x = gather_factors(x, sizes, group_of(group), precision) if needs_all_a else empty
+        all_y = empty.clone() if y is None else gather_factors(y, sizes, group_of(group), precision)
         rows, of_columns = sums.log_sums(x, all_x if y is None else all_y, pairs)
         if columns:
             assert y is not None

@@ -27,7 +27,17 @@ from torch import Tensor
 from fastsimclr.distributed import all_gather_rows, gather_sizes, group_name, group_of
 from fastsimclr.loss.autograd_modes import define_modes, refuse_transforms
 from fastsimclr.loss.reference import NORM_EPS, row_norms
-from fastsimclr.loss.tiles import LOG2_E, Pairs, RowLosses, exp_is_safe, gradients, log_sums, matmul_precision, scale_of
+from fastsimclr.loss.tiles import (
+    LOG2_E,
+    Pairs,
+    RowLosses,
+    exp_is_safe,
+    gather_factors,
+    gradients,
+    log_sums,
+    matmul_precision,
+    scale_of,
+)
 
 
 def nt_xent_tiled(
@@ -71,7 +81,7 @@ def tiled_forward(
         if group:
             sizes = gather_sizes(2 * n, group_of(group), z.device)
             offset = sum(sizes[: dist.get_rank(group_of(group))])
-            all_z = all_gather_rows(z, sizes, group_of(group))
+            all_z = gather_factors(z, sizes, group_of(group), precision)
         rows = sum(sizes)
 
         safe = exp_is_safe(temperature, temperature_value, rows, dtype)

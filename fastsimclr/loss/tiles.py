@@ -13,7 +13,11 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
+import torch.distributed as dist
 from torch import Tensor
+
+from fastsimclr.distributed import all_gather_rows
+from fastsimclr.precision import choose_precision
 
 LOG2_E = math.log2(math.e)
 
@@ -227,6 +231,14 @@ def exp_is_safe(temperature: Tensor, value: float | None, terms: int, dtype: tor
         value = float(temperature)
     largest = -math.log(torch.finfo(dtype).tiny)  # 87.3 in float32
     return 1.01 / value + math.log(terms) < largest  # 1.01: rounding of unit rows, also in bf16
+
+
+def gather_factors(rows: Tensor, sizes: list[int], group: dist.ProcessGroup, precision: str) -> Tensor:
+    """`all_gather_rows` of factors of products: in bf16, half as many bytes, where a CPU rounds them to that anyway."""
+    on_cpu = precision == "medium" and rows.dtype == torch.float32 and rows.device.type == "cpu"
+    if on_cpu and choose_precision("auto", rows.device).autocast == torch.bfloat16:
+        return all_gather_rows(rows.bfloat16(), sizes, group).float()
+    return all_gather_rows(rows, sizes, group)
 
 
 class _MatmulPrecision:

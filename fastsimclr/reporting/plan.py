@@ -52,7 +52,8 @@ class Plan:
         lines += ["  ".join(map(str.rjust, row, widths)) for row in rows]
         if setup.synchronized_norms and not setup.on_gpu and self.predictions[-1].ranks > 1:
             lines.append(
-                "not predicted: the computation of synchronized batch normalization on a CPU, see docs/scaling.md"
+                "not predicted: how long ranks wait for each other in synchronized batch normalization, see "
+                "docs/scaling.md"
             )
         return "\n".join([*lines, *self.limits])
 

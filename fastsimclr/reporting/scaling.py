@@ -206,8 +206,7 @@ def _communication_ms(measured: Measured, cluster: Cluster, ranks: int, local: i
     if setup.global_negatives:
         collectives += 3 * setup.pairs  # the number of rows, the rows, and two numbers for each
         gathered_bytes = (ranks - 1) / ranks * setup.gathered_bytes(batch_size)
-    of_each_norm = micro_batches * (setup.forward_passes(local) + 1) * (1 if setup.on_gpu else 2)
-    collectives += setup.synchronized_norms * of_each_norm
+    collectives += setup.synchronized_norms * micro_batches * (setup.forward_passes(local) + 1)
     return gradients_ms + collectives * latency_ms + cluster.transfer_ms(gathered_bytes)
 
 

@@ -347,3 +347,42 @@ def reference_is_finite(rank: int) -> bool:
     if rank == 1:
         z1[0, 0] = torch.nan
     return bool(nt_xent(z1, z2, group="world", backend="reference").isfinite())
+
+
+def gathered_on_rank(rank: int, rows: list[Tensor]) -> list[tuple[Tensor, Tensor, set[torch.dtype]]]:
+    """Return loss, gradient and the dtype of the gathered rows, on CPUs with and without products of bf16."""
+    results, exchange = [], tiles.all_gather_rows
+    for has_bf16 in (True, False):
+        gathered: set[torch.dtype] = set()
+
+        def spy(part: Tensor, *arguments: Any, seen: set[torch.dtype] = gathered) -> Tensor:
+            seen.add(part.dtype)
+            return exchange(part, *arguments)
+
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(tiles, "all_gather_rows", spy)
+            for name in ("_is_avx512_bf16_supported", "_is_amx_tile_supported"):
+                patch.setattr(torch.cpu, name, lambda result=has_bf16: result)
+            z = rows[rank].clone().requires_grad_()
+            options: Any = {"backend": "tiled", "precision": "medium", "group": "world"}
+            loss = nt_xent(*z.chunk(2), **options) + info_nce(*z.chunk(2), **options)
+            loss.backward()
+        assert z.grad is not None
+        results.append((loss.detach(), z.grad, gathered))
+    return results
+
+
+def test_rows_are_gathered_in_the_precision_of_their_products() -> None:
+    rows = list(torch.randn(2, 8, 16, generator=torch.Generator().manual_seed(0)))
+    z = torch.cat([part[:4] for part in rows] + [part[4:] for part in rows]).requires_grad_()
+    loss = nt_xent(*z.chunk(2), backend="tiled") + info_nce(*z.chunk(2), backend="tiled")
+    loss.backward()
+    assert z.grad is not None
+    of_ranks = run_ranks(2, gathered_on_rank, rows)
+    for case, expected in enumerate((torch.bfloat16, torch.float32)):
+        losses, gradients, dtypes = zip(*(results[case] for results in of_ranks), strict=True)
+        assert set.union(*dtypes) == {expected}
+        torch.testing.assert_close(sum(losses) / 2, loss.detach(), rtol=2e-2, atol=0)
+        for rank, gradient in enumerate(gradients):
+            own = torch.cat([part[4 * rank : 4 * rank + 4] for part in z.grad.chunk(2)])
+            torch.testing.assert_close(gradient / 2, own, rtol=0, atol=2e-2 * float(own.abs().max()))  # DDP averages

@@ -190,6 +190,18 @@ def normalize_on_a_rank(
     return y.detach(), x.grad, {k: v.detach() for k, v in synced.state_dict().items()}
 
 
+def normalize_bf16_on_a_rank(
+    rank: int, batches: list[Tensor], weight: Tensor
+) -> tuple[Tensor, Tensor, dict[str, Tensor]]:
+    module = nn.BatchNorm2d(len(weight))
+    module.weight.data.copy_(weight)
+    x = batches[rank].clone().requires_grad_()
+    y = synchronize_batch_norm(module, torch.device("cpu"))(x)
+    y.float().square().sum().backward()
+    assert x.grad is not None
+    return y.detach(), x.grad, module.state_dict()
+
+
 def batch_norm(like: Tensor, weight: Tensor) -> nn.Module:
     module = nn.BatchNorm2d(len(weight)) if like.ndim == 4 else nn.BatchNorm1d(len(weight))
     module.double().weight.data.copy_(weight)
@@ -223,6 +235,23 @@ def parts_of_ranks(shape: tuple[int, ...], sizes: list[int]) -> tuple[list[Tenso
 def test_synchronized_batch_norm_matches_the_whole_batch(shape: tuple[int, ...]) -> None:
     parts, weight = parts_of_ranks(shape, [2, 3])  # different batch sizes on the ranks
     assert_like_one_process(run_ranks(2, normalize_on_a_rank, parts, weight), parts, weight)
+
+
+@pytest.mark.slow
+def test_synchronized_batch_norm_of_bf16_has_float32_statistics() -> None:
+    parts = [part.float().bfloat16() for part in parts_of_ranks((40, 3, 8, 8), [15, 25])[0]]
+    weight = torch.tensor([0.5, 1.0, 2.0])
+    batch = torch.cat(parts)
+    expected = nn.BatchNorm2d(3)
+    expected(batch.float())
+    for of_rank, part in zip(run_ranks(2, normalize_bf16_on_a_rank, parts, weight), parts, strict=True):
+        y, dx, state = of_rank
+        mean, variance = batch.float().mean((0, 2, 3)), batch.float().var((0, 2, 3), correction=0)
+        plain = F.batch_norm(part.float(), mean, variance, weight)
+        assert y.dtype == dx.dtype == torch.bfloat16
+        torch.testing.assert_close(y.float(), plain, rtol=1e-2, atol=1e-2)
+        for name in ("running_mean", "running_var"):
+            torch.testing.assert_close(state[name], expected.get_buffer(name), rtol=1e-4, atol=1e-4)
 
 
 @pytest.mark.slow

@@ -177,6 +177,7 @@ def resumed_on_rank(rank: int, images: Path, folder: Path) -> tuple[Tensor, int,
             output = folder / f"{name}-{first}"
             train(rank, 2, output, *options, f"--distributed={first}", "--max_steps=2")
             train(rank, 2, output, *options, f"--distributed={then}")
+        train(rank, 2, folder / f"{name}-one", *options, "--distributed=fsdp", "--max_steps=2")
         train(rank, 2, folder / name, *options)
     options = [f"--data.train={images}", "--optim.name=adamw", "--model.sync_bn=false", "--distributed=fsdp"]
     represent = Represent()
@@ -188,11 +189,13 @@ def resumed_on_rank(rank: int, images: Path, folder: Path) -> tuple[Tensor, int,
 
 
 def test_checkpoints_are_those_of_ddp(images: Path, tmp_path: Path) -> None:
-    """A run resumes from those of either way, and load_encoder reads them without ranks."""
+    """A run resumes from those of either way, also with one process, and load_encoder reads them without ranks."""
     results = run_ranks(2, resumed_on_rank, images, tmp_path)
     for name in ("adamw", "muon"):
         expected = load_checkpoint(tmp_path / name / "checkpoints" / "last.pt")
-        for first in ("ddp", "fsdp"):
+        one = [f"--data.train={images}", f"--optim.name={name}", "--distributed=fsdp"]
+        train(0, 1, tmp_path / f"{name}-one", *one)
+        for first in ("ddp", "fsdp", "one"):
             state = load_checkpoint(tmp_path / f"{name}-{first}" / "checkpoints" / "last.pt")
             for part in ("model", "optimizer"):
                 torch.testing.assert_close(state[part], expected[part], rtol=0, atol=1e-10)
