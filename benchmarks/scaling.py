@@ -1,7 +1,6 @@
 """Compare what `fastsimclr plan` predicts with runs of 1, 2, 4 and 8 gloo ranks on the cores of this machine.
 
     python -m benchmarks.scaling --json benchmarks/results/scaling-cpu.json
-    python -m benchmarks.scaling --clock cpu --json benchmarks/results/scaling-cpu-time.json
 
 In each round, two runs of one process predict the others, which follow: with 64 images per rank ("weak"), with 64
 images over all ranks ("strong"), and weak with synchronized batch normalization. Each rank has one thread. The ranks
@@ -11,9 +10,6 @@ The model is that of the preset cifar10_fast, ResNet-10 of half the width, on ra
 
 A run during which other processes took over a tenth of the machine's time is repeated, up to --tries times. The last
 try counts, and the record has the share that they took.
-
---clock cpu is for a machine that others use, too: everything, the inputs as well, is measured in CPU time of the ranks.
-The step is then the CPU time of all ranks divided by the cores. It lacks the time in which a rank waits for another.
 """
 
 import argparse
@@ -28,7 +24,6 @@ import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -36,7 +31,7 @@ import torch
 import torch.distributed as dist
 
 import fastsimclr.training.pretrain  # noqa: F401 # before the ranks are forked
-from fastsimclr import profiling, train
+from fastsimclr import train
 from fastsimclr.environment import commit
 from fastsimclr.metrics_file import read_records
 from fastsimclr.reporting.plan import WARM_UP_STEPS, make_plan
@@ -49,7 +44,6 @@ MAX_OTHERS = 0.1
 ALL_REDUCE_BYTES = 25 * 2**20  # a bucket of DistributedDataParallel
 SMALL_BYTES = 1024  # the statistics of a batch normalization
 WARM_UP, REPEATS, EXCHANGES = 1, 7, 10
-CLOCKS = {"wall": time.perf_counter, "cpu": time.process_time}
 
 
 @dataclass(frozen=True)
@@ -78,7 +72,6 @@ def main() -> None:
     parser.add_argument("--steps", type=int, default=35)
     parser.add_argument("--ranks", type=int, nargs="+", default=RANKS)
     parser.add_argument("--modes", nargs="+", default=list(MODES), choices=MODES)
-    parser.add_argument("--clock", choices=CLOCKS, default="wall")
     options = parser.parse_args()
     rounds: list[dict[str, Any]] = []
     for _ in range(options.rounds):
@@ -90,7 +83,6 @@ def main() -> None:
                 "cpu": f"{cpu_name()}, {len(CORES)} cores",
                 "torch": torch.__version__,
                 "commit": commit(),
-                "clock": options.clock,
                 "steps": options.steps,
                 "summary": summary,
                 "rounds": rounds,
@@ -104,7 +96,7 @@ def run_round(options: argparse.Namespace) -> dict[str, Any]:
     runs = []
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
-        run_ranks(2, measure_link, folder / "link.json", options.clock)
+        run_ranks(2, measure_link, folder / "link.json")
         bandwidth, latency_us = json.loads((folder / "link.json").read_text())
         cluster = Cluster(bandwidth, latency_us, len(CORES))
         print(cluster, flush=True)
@@ -121,7 +113,7 @@ def run_round(options: argparse.Namespace) -> dict[str, Any]:
                 run, others = train_undisturbed(ranks, batch_size, mode, folder, options)
                 prediction = make_plan(single, cluster, [ranks], batch_size=batch_size).predictions[0]
                 runs.append({"mode": mode_name, "ranks": ranks, "others": round(others, 3)})
-                runs[-1] |= compare(prediction, run, options.clock)
+                runs[-1] |= compare(prediction, run)
                 print(json.dumps(runs[-1]), flush=True)
     return {"bandwidth": bandwidth, "latency_us": latency_us, "runs": runs}
 
@@ -137,7 +129,7 @@ def train_undisturbed(
         words += [f"--max_steps={options.steps}", f"--model.sync_bn={mode.sync_bn}"]
         busy, own = cpu_seconds()
         started = time.perf_counter()
-        run_ranks(ranks, train_rank, words, options.clock)
+        run_ranks(ranks, train_rank, words)
         busy_after, own_after = cpu_seconds()
         others = (busy_after - busy - (own_after - own)) / (time.perf_counter() - started) / len(CORES)
         if others < MAX_OTHERS:
@@ -145,9 +137,7 @@ def train_undisturbed(
     return RunFolder(run), others
 
 
-def train_rank(words: list[str], clock: str) -> None:
-    """Train, with the stages timed by `clock`."""
-    profiling.time = SimpleNamespace(perf_counter=CLOCKS[clock])  # type: ignore[assignment]
+def train_rank(words: list[str]) -> None:
     with open(os.devnull, "w") as null:
         sys.stdout = null
         if train.main(words) != 0:
@@ -162,14 +152,13 @@ def cpu_seconds() -> tuple[float, float]:
     return busy, times.children_user + times.children_system
 
 
-def compare(predicted: Prediction, run: RunFolder, clock: str) -> dict[str, Any]:
+def compare(predicted: Prediction, run: RunFolder) -> dict[str, Any]:
     """Return the predicted step, and what rank zero of the run has measured."""
-    share = max(1.0, predicted.ranks / len(CORES)) if clock == "cpu" else 1.0  # of the ranks, in the time of a core
     records = list(read_records(run.metrics))
     steps = [record for record in records if record.get("images") == predicted.batch_size][WARM_UP_STEPS:]
-    step_ms = [share * record["step_ms"] for record in steps]
+    step_ms = [record["step_ms"] for record in steps]
     names = dict.fromkeys(name for record in steps for name in record["stages_ms"])
-    stages = {name: share * statistics.median(record["stages_ms"].get(name, 0.0) for record in steps) for name in names}
+    stages = {name: statistics.median(record["stages_ms"].get(name, 0.0) for record in steps) for name in names}
     return {
         "predicted_ms": round(predicted.step_ms, 2),
         "measured_ms": round(statistics.median(step_ms), 2),
@@ -213,7 +202,7 @@ def _rank(rank: int, ranks: int, port: int, function: Callable[..., None], args:
     function(*args)
 
 
-def measure_link(file: Path, clock: str) -> None:
+def measure_link(file: Path) -> None:
     """Write the bandwidth of an all-reduce between the ranks in GB/s, and the time of a small one in microseconds.
 
     As in a training step, the ranks compute between the exchanges, and no barrier precedes one: gloo's small all-reduce
@@ -226,12 +215,12 @@ def measure_link(file: Path, clock: str) -> None:
     def seconds(size: int) -> float:
         tensor, times = torch.zeros(size // 4), []
         for _ in range(WARM_UP + REPEATS):
-            started = CLOCKS[clock]()
+            started = time.perf_counter()
             for _ in range(EXCHANGES):
                 matrix @ matrix
                 if size:
                     dist.all_reduce(tensor)
-            times.append((CLOCKS[clock]() - started) / EXCHANGES)
+            times.append((time.perf_counter() - started) / EXCHANGES)
         return statistics.median(times[WARM_UP:])
 
     alone, small, large = seconds(0), seconds(SMALL_BYTES), seconds(ALL_REDUCE_BYTES)

@@ -58,7 +58,7 @@ def _options(arguments: Sequence[str] | None) -> argparse.Namespace:
         type=number(NonNegative),
         default=0.0,
         metavar="US",
-        help="time of a collective of a few bytes, in microseconds; default: 0",
+        help="time that a collective of 1 KiB adds to a step, in microseconds; default: 0",
     )
     batch = parser.add_mutually_exclusive_group()
     batch.add_argument("--batch_size", type=count, metavar="N", help="images per step over all ranks")

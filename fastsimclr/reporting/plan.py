@@ -50,11 +50,6 @@ class Plan:
         rows += map(_cells, self.predictions)
         widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
         lines += ["  ".join(map(str.rjust, row, widths)) for row in rows]
-        if setup.synchronized_norms and not setup.on_gpu and self.predictions[-1].ranks > 1:
-            lines.append(
-                "not predicted: how long ranks wait for each other in synchronized batch normalization, see "
-                "docs/scaling.md"
-            )
         return "\n".join([*lines, *self.limits])
 
 

@@ -31,7 +31,7 @@ class Cluster:
     bandwidth: float
     """Of the slowest link between two ranks, in one direction, in 10^9 bytes per second."""
     latency_us: float = 0.0
-    """Time of a collective of a few bytes."""
+    """Time that a collective of 1 KiB adds to a step."""
     cores: int | None = None
     """CPU cores that all ranks share to compute and communicate; None: each rank has a device of its own."""
 
