@@ -103,13 +103,17 @@ class RunFolder:
                 shutil.copyfile(checkpoint, partial)
 
 
-def check_output(output: Path, force: bool, option: str = "--output") -> None:
-    """Raise UserError if the file `output` exists and may not be overwritten, or cannot be written. Creates nothing."""
-    if output.is_dir():
-        raise UserError(f"{option}: got {output}, which is a folder; expected the name of a file")
+def check_output(output: Path, force: bool, option: str = "--output", *, is_folder: bool = False) -> None:
+    """Raise UserError if the file or folder `output` exists and may not be replaced, or cannot be written.
+
+    Creates nothing.
+    """
+    if output.exists() and output.is_dir() != is_folder:
+        expected, got = ("folder", "file") if is_folder else ("file", "folder")
+        raise UserError(f"{option}: got {output}, which is a {got}; expected a {expected}: give another name")
     if output.exists() and not force:
         raise UserError(f"{option}: got {output}, which already exists; choose another name or --force to replace it")
-    folder = next(parent for parent in output.parents if os.path.lexists(parent))
+    folder = next((parent for parent in output.parents if os.path.lexists(parent)), output)
     if not folder.is_dir() or not os.access(folder, os.W_OK | os.X_OK):
         reason = f"{folder} is read-only" if folder.is_dir() else f"{folder} is not a folder"
         raise UserError(f"{option}: got {output}, which cannot be written ({reason}); choose another folder")

@@ -311,7 +311,7 @@ def moved_to_cpu(function: Callable[..., Any]) -> Callable[..., Any]:
     ("faulty", "capability", "function", "arguments"),
     [
         ("fastsimclr.training.step.Step._project", HOPPER, train, ()),
-        ("fastsimclr.optim.lars.LARS._velocities", HOPPER, train, ()),
+        ("fastsimclr.optim.lars.LARS._scratch_like", HOPPER, train, ()),
         ("fastsimclr.loss.tiled.log_sums", HOPPER, loss_operators, (tiled, "tiled", *LOSSES[0])),
         ("fastsimclr.loss.tiled.gradients", HOPPER, loss_operators, (tiled, "tiled", *LOSSES[0])),
         ("fastsimclr.loss.fused.Kernels.floats", HOPPER, loss_operators, (fused, "fused", *LOSSES[0])),

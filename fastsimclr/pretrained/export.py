@@ -31,11 +31,7 @@ def export(options: argparse.Namespace) -> str:
     form, output = FORMATS[options.format], Path(options.output)
     if form.suffixes and output.suffix not in form.suffixes:
         raise UserError(f"--output: got {output}, expected a file name that ends in {' or '.join(form.suffixes)}")
-    check_output(output, options.force)
-    if output.exists() and output.is_dir() == bool(form.suffixes):
-        raise UserError(
-            f"--output: got {output}, expected a {'file' if form.suffixes else 'folder'}; give another name"
-        )
+    check_output(output, options.force, is_folder=not form.suffixes)
     source = options.checkpoint
     pretrained = open_checkpoint(source, options.encoder)
     if output.exists() and any(
