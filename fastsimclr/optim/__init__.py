@@ -10,6 +10,8 @@ from fastsimclr.optim.lars import LARS, is_norm_or_bias
 from fastsimclr.optim.muon import Muon
 from fastsimclr.optim.recipe import Recipe, choose_optimizer, choose_recipe, excluded_from_decay, is_transformer
 from fastsimclr.optim.schedule import LRSchedule, learning_rate, resolve_lr
+from fastsimclr.optim.sharded_sgd import ShardedSGD
+from fastsimclr.sharding import is_sharded
 
 __all__ = [
     "LARS",
@@ -58,7 +60,10 @@ def build_optimizer(
     ]
     fused = trainable[0].is_cuda  # one launch, and the training step can skip it without waiting for the GPU
     if name == "sgd":
-        sgd = torch.optim.SGD(groups, lr=lr, momentum=momentum, nesterov=nesterov, fused=fused)
+        kind = torch.optim.SGD
+        if is_sharded(trainable[0]):
+            kind, fused = ShardedSGD, True
+        sgd = kind(groups, lr=lr, momentum=momentum, nesterov=nesterov, fused=fused)
         for p in trainable if fused and momentum else []:
             # Otherwise SGD allocates the momentum in its first step, and leaves it uninitialized if that is skipped.
             sgd.state[p]["momentum_buffer"] = torch.zeros_like(p)
