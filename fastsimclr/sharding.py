@@ -101,4 +101,5 @@ def map_tensors(function: Callable[[Tensor], Any], value: Any) -> Any:
 def broadcast(tensors: list[Tensor]) -> None:
     """Copy tensors of rank zero to all ranks."""
     assert dist.group.WORLD is not None
-    dist._broadcast_coalesced(dist.group.WORLD, tensors, _COALESCED_BYTES, 0)
+    if tensors:  # of an encoder without buffers there are none
+        dist._broadcast_coalesced(dist.group.WORLD, tensors, _COALESCED_BYTES, 0)

@@ -31,7 +31,13 @@ VARIANTS = [
     ["--optim.name=adamw", "--optim.clip_grad=0.01", "--micro_batch_size=3"],
     ["--optim.name=muon", "--model.checkpoint_stages", "--model.freeze_epochs=1"],
     ["--optim.name=sgd", "--optim.lr=0.1", "--model.sync_bn=false", "--data.num_views=3", "--knn_every=1"],
-    ["--model.encoder=timm/vit_tiny_patch16_224", "--model.width=1", "--model.stem=auto", "--model.freeze=patch_embed"],
+    [
+        "--model.encoder=timm/vit_tiny_patch16_224",
+        "--model.width=1",
+        "--model.stem=auto",
+        "--model.freeze=patch_embed",
+        "--knn_every=1",
+    ],
 ]
 
 
