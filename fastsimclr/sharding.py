@@ -1,7 +1,7 @@
 """Models divided over the ranks: --distributed fsdp, by PyTorch's `fully_shard`.
 
-Each rank keeps a part of every weight, and of what belongs to it, its gradient and the optimizer's state. A block's
-weights are whole only while it computes.
+Each rank keeps a part of every weight, of its gradient and of the optimizer's state for it. The weights of a block are
+whole only while it computes.
 """
 
 import copy
@@ -18,10 +18,11 @@ _COALESCED_BYTES = 250 * 2**20  # per broadcast
 
 
 def shard(model: nn.Module) -> None:
-    """Divide the weights of all ranks' models, which become those of rank zero. In place; all ranks call it.
+    """Divide the weights of rank zero's model over the ranks' models, in place. All ranks must call it.
 
-    Each block, a child with children of an nn.Sequential or nn.ModuleList, such as a residual block or a transformer
-    layer, is gathered for itself, and the other weights together. The parameters are new objects.
+    The blocks are the modules in an nn.Sequential or nn.ModuleList that have modules of their own, such as residual
+    blocks and transformer layers. Each is gathered on its own, and the other weights together. The parameters are new
+    objects.
     """
     with torch.no_grad():
         broadcast([*model.parameters(), *model.buffers()])
@@ -42,7 +43,7 @@ def template_of(module: nn.Module) -> nn.Module:
 
 
 def assemble(template: nn.Module, sharded: nn.Module) -> nn.Module:
-    """Return a whole copy of a sharded module. Its buffers are those of rank zero. All ranks call it."""
+    """Return a whole copy of a sharded module, with the buffers of rank zero. All ranks must call it."""
     state = {name: whole(tensor.detach()).clone() for name, tensor in sharded.state_dict().items()}
     broadcast([state[name] for name, _ in sharded.named_buffers() if name in state])
     assembled = copy.deepcopy(template)
@@ -56,7 +57,7 @@ def is_sharded(tensor: Tensor) -> bool:
 
 
 def whole(tensor: Tensor) -> Tensor:
-    """Return the whole of a sharded tensor, on all ranks, which all call it; any other tensor as it is."""
+    """Return a sharded tensor as a whole, and any other tensor as it is. All ranks must call it."""
     return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
 
 
@@ -66,7 +67,7 @@ def local(tensor: Tensor) -> Tensor:
 
 
 def sharded_like(tensor: Tensor, other: Tensor) -> Tensor:
-    """Return a tensor that all ranks have as `other`, of the same shape, is: sharded or not, and with its strides."""
+    """Return a tensor that all ranks have, sharded if `other` is, and with its strides. Both have the same shape."""
     if not isinstance(other, DTensor):
         return torch.empty_like(other, dtype=tensor.dtype, device=tensor.device).copy_(tensor)
     whole = tensor.to(other.device).contiguous()
@@ -74,7 +75,7 @@ def sharded_like(tensor: Tensor, other: Tensor) -> Tensor:
 
 
 def norms(parts: Sequence[Tensor], of: Tensor, dtype: torch.dtype | None = None) -> Tensor:
-    """Return the Euclidean norm of each tensor, (T,). All ranks call it if they are sharded.
+    """Return the Euclidean norm of each tensor, (T,). If the tensors are sharded, all ranks must call it.
 
     parts: this rank's part of each. of: one of the tensors, sharded as all of them are.
     dtype: of the result; None: that of the tensors.

@@ -19,6 +19,7 @@ from fastsimclr.precision import Precision
 from fastsimclr.profiling import FIRST_TRACED, Trace
 from fastsimclr.progress_bar import duration
 from fastsimclr.run_folder import RunFolder
+from fastsimclr.sharding import is_sharded
 from fastsimclr.training.estimate import Estimate
 from fastsimclr.training.freeze import Freezing
 
@@ -48,9 +49,10 @@ def describe_model(
     if str(freezing):
         trainable = sum(p.numel() for p in model.parameters() if p.requires_grad)
         size += f", of which {trainable:,} train (frozen: {freezing})"
+    sharded = ", with sharded weights" if any(map(is_sharded, model.parameters())) else ""
     return [
         f"model: {describe_encoder(config.model, model.encoder)}, {size}",  # type: ignore[arg-type]
-        f"device: {world.world_size} x {world.device.type}, {precision.why}",
+        f"device: {world.world_size} x {world.device.type}{sharded}, {precision.why}",
         f"loss: NT-Xent, temperature {config.loss.temperature}, backend {loss_backend}",
         describe_build(),
     ]

@@ -278,6 +278,7 @@ class Trainer:
 
     def _start_checkpoint(self, on_written: Callable[[Path], None] | None = None) -> None:
         self.metrics.sync()
+        self.checkpoints.finish()  # before the next one takes memory
         learned = learned_state(self)
         self.checkpoints.start(self.progress.step, lambda: state_of(self, learned), on_written)
 
