@@ -29,7 +29,7 @@ from fastsimclr.training.step import Step
 
 _SMALLEST = 2  # images; batch normalization needs more than one of each view
 _PROBE_PIXELS = 224**2  # of a small trial on a CPU, which has at least two images
-_USED = {"cuda": 0.9, "cpu": 0.8}
+_USED = {"cuda": 0.9, "cpu": 0.65}
 """The part of the available memory to use. The rest is for what the trials do not have: the loader's batches, the
 buffers of DistributedDataParallel and NCCL, fragmentation; on a CPU also for the error of the extrapolation."""
 

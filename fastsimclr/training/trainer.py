@@ -19,6 +19,7 @@ from fastsimclr.data.loader import LoaderConfig
 from fastsimclr.data.urls import redacted
 from fastsimclr.distributed import World, run_on_all_ranks
 from fastsimclr.errors import UserError
+from fastsimclr.malloc import return_freed_memory
 from fastsimclr.optim import LRSchedule
 from fastsimclr.profiling import StageClock, Trace
 from fastsimclr.progress_bar import Phase
@@ -335,6 +336,7 @@ class Trainer:
         if self.unfinished_epoch is not None:  # the run was interrupted while it measured kNN accuracy
             self.end_epoch()
             self.save()
+        return_freed_memory()  # what has been measured so far leaves gaps in the heap
         self.metrics.show_first_step(estimate.step_seconds if estimate else None)
         self.clock.restart()
 
