@@ -74,7 +74,7 @@ class Parser(argparse.ArgumentParser):
 
     def parse_known_args(self, args: Any = None, namespace: Any = None) -> Any:
         if any("\0" in argument for argument in args or ()):  # which no shell passes, but a program may
-            self.error("got a NUL character, expected arguments without")
+            self.error("got a NUL character in an argument, expected none")
         return super().parse_known_args(args, namespace)
 
     def error(self, message: str) -> Any:

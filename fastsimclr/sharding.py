@@ -67,11 +67,11 @@ def local(tensor: Tensor) -> Tensor:
 
 
 def sharded_like(tensor: Tensor, other: Tensor) -> Tensor:
-    """Return a tensor that all ranks have, sharded if `other` is, and with its strides. Both have the same shape."""
+    """Shard a tensor that all ranks have, if `other`, of the same shape, is sharded; otherwise return it as it is."""
     if not isinstance(other, DTensor):
-        return torch.empty_like(other, dtype=tensor.dtype, device=tensor.device).copy_(tensor)
-    whole = tensor.to(other.device).contiguous()
-    return distribute_tensor(whole, other.device_mesh, other.placements, src_data_rank=None)
+        return tensor
+    tensor = tensor.to(other.device).contiguous()
+    return distribute_tensor(tensor, other.device_mesh, other.placements, src_data_rank=None)
 
 
 def norms(parts: Sequence[Tensor], of: Tensor, dtype: torch.dtype | None = None) -> Tensor:

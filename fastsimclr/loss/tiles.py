@@ -234,9 +234,9 @@ def exp_is_safe(temperature: Tensor, value: float | None, terms: int, dtype: tor
 
 
 def gather_factors(rows: Tensor, sizes: list[int], group: dist.ProcessGroup, precision: str) -> Tensor:
-    """`all_gather_rows` of factors of products: in bf16, half as many bytes, where a CPU rounds them to that anyway."""
-    on_cpu = precision == "medium" and rows.dtype == torch.float32 and rows.device.type == "cpu"
-    if on_cpu and choose_precision("auto", rows.device).autocast == torch.bfloat16:
+    """Gather rows of all ranks to multiply them: in bf16, which halves the bytes, if a CPU rounds them to it anyway."""
+    is_rounded = precision == "medium" and rows.dtype == torch.float32 and rows.device.type == "cpu"
+    if is_rounded and choose_precision("auto", rows.device).autocast == torch.bfloat16:
         return all_gather_rows(rows.bfloat16(), sizes, group).float()
     return all_gather_rows(rows, sizes, group)
 

@@ -8,10 +8,10 @@ from fastsimclr.sharding import local
 
 
 class ShardedSGD(torch.optim.SGD):
-    """torch.optim.SGD of sharded parameters, by its fused kernel, which PyTorch has for whole ones only.
+    """torch.optim.SGD for sharded parameters, which PyTorch's fused SGD does not support.
 
     As in PyTorch's fused optimizers, a step changes nothing if the attribute `found_inf`, a float32 tensor, is 1. The
-    momentum buffers must exist before the first step. Without dampening.
+    momentum buffers must exist before the first step. There is no dampening.
     """
 
     @torch.no_grad()

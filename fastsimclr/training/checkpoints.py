@@ -3,6 +3,7 @@
 from pathlib import Path
 from typing import Any, Protocol
 
+import torch
 from torch import Tensor
 from torch.amp import GradScaler
 from torch.optim.optimizer import Optimizer
@@ -127,7 +128,7 @@ def resume(trainer: ResumableTrainer, checkpoint: Checkpoint) -> None:
     for index, of_parameter in optimizer["state"].items():
         for name, value in of_parameter.items():
             if isinstance(value, Tensor) and value.shape == parameters[index].shape:
-                of_parameter[name] = sharded_like(value, parameters[index])
+                of_parameter[name] = _state_like(value, parameters[index])
     trainer.optimizer.load_state_dict(optimizer)
     for group, options in zip(trainer.optimizer.param_groups, of_options, strict=True):
         group.update(options)  # the checkpoint's may be other ones: --resume_changed
@@ -153,3 +154,13 @@ def resume(trainer: ResumableTrainer, checkpoint: Checkpoint) -> None:
         ) from error
     if trainer.world.is_rank_zero:
         print(f"resumed from {file} at step {trainer.progress.step}", flush=True)
+
+
+def _state_like(state: Tensor, parameter: Tensor) -> Tensor:
+    """Return an optimizer's state of a parameter, sharded as that is, or with its strides.
+
+    Fused optimizers take the strides for equal, but a run with sharded weights has saved others.
+    """
+    if is_sharded(parameter):
+        return sharded_like(state, parameter)
+    return torch.empty_like(parameter, dtype=state.dtype, device=state.device).copy_(state)

@@ -106,10 +106,8 @@ class NonFiniteSteps:
             "error": str(error),
             "loss": float(loss),
             "views": [view.cpu() for view in self._views],
-            "weight_norms": {name: float(whole(p.detach().norm())) for name, p in parameters.items()},
-            "gradient_norms": {
-                name: float(whole(p.grad.norm())) for name, p in parameters.items() if p.grad is not None
-            },
+            "weight_norms": _norms({name: p.detach() for name, p in parameters.items()}),
+            "gradient_norms": _norms({name: p.grad for name, p in parameters.items() if p.grad is not None}),
         }
         file = self._folder.non_finite(rank)
         try:

@@ -18,7 +18,7 @@ from torch.optim.optimizer import Optimizer
 from fastsimclr.models import discarded_statistics, divided_momentum
 from fastsimclr.precision import Precision, autocast_to
 from fastsimclr.profiling import stage
-from fastsimclr.sharding import local, norms
+from fastsimclr.sharding import is_sharded, local, norms
 
 
 @dataclass
@@ -177,7 +177,7 @@ def update_weights(
         scaler.unscale_(optimizer)
         parameters = [p for group in optimizer.param_groups for p in group["params"] if p.grad is not None]
         norm = nn.utils.get_total_norm([local(p.grad) for p in parameters])
-        if parameters:
+        if parameters and is_sharded(parameters[0]):
             norm = norms([norm], parameters[0])[0]
         if max_norm is not None:
             nn.utils.clip_grads_with_norm_(parameters, max_norm, norm)
