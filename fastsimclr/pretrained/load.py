@@ -46,7 +46,7 @@ def load_encoder(path: str | Path, name: str | None = None, *, encoder: nn.Modul
         "hf://USER/NAME@REVISION" for an export on the Hugging Face Hub, or a checkpoint that import_weights supports.
     name: the expected architecture, such as "resnet50" or "timm/vit_tiny_patch16_224"; None accepts any. A state dict
         that is not a ResNet's needs it.
-    encoder: for the weights of a module of your own, an instance of it, whose weights are replaced.
+    encoder: an instance to load the weights into, which are replaced. Needed for those of a module of your own.
     The encoder is in eval mode, in float32, on the CPU. Never runs code from the file. Raises UserError, a ValueError,
     if the file is missing or damaged, or does not hold an encoder of this name.
     """
@@ -125,7 +125,9 @@ def _read(path: str | Path, name: str | None) -> Saved:
 
 
 def _build(spec: EncoderSpec, module: nn.Module | None = None) -> Encoder | Backbone:
-    """Build the encoder without changing the random state. module: the user's, if the spec says so."""
+    """Build the encoder without changing the random state. module: one to return instead, which must be of the spec."""
+    if isinstance(module, Encoder | Backbone) and module.spec == spec:
+        return module
     if spec.name == USER_MODULE:
         if module is None:
             raise UserError(

@@ -14,7 +14,7 @@ import torch
 from torch import nn
 from weights import metrics, steps
 
-from fastsimclr import Augmentation, UserError, load_encoder, pretrain
+from fastsimclr import Augmentation, UserError, encoder, load_encoder, pretrain
 from fastsimclr.checkpoint_format import load_checkpoint
 from fastsimclr.run_folder import RunFolder
 from fastsimclr.train import main as train
@@ -60,6 +60,17 @@ def test_run_is_that_of_the_command_line(tmp_path: Path) -> None:
     images = torch.randn(2, 3, 16, 16)
     assert not run.encoder.training
     assert torch.equal(run.encoder(images), load_encoder(command.path)(images))
+
+
+def test_encoder_that_was_built_by_name_is_trained_in_place(tmp_path: Path) -> None:
+    options = {name: value for name, value in TINY.items() if name != "model"}
+    made = encoder("resnet18", width=0.25, stem="imagenet", image_size=16)
+    before = {name: value.clone() for name, value in made.state_dict().items()}
+    run = pretrain("digits", made, output=tmp_path, max_steps=1, knn_every=0, **options)
+    assert run.encoder is made
+    assert any(not torch.equal(value, before[name]) for name, value in made.state_dict().items())
+    for name, value in load_encoder(tmp_path).state_dict().items():
+        assert torch.equal(value, made.state_dict()[name]), name
 
 
 def test_same_call_resumes_to_the_same_bits(tmp_path: Path) -> None:
