@@ -96,8 +96,9 @@ class ModelConfig:
     layers: Annotated[int, Range(2, 3)] = 2
     """Number of linear layers in the projection head: 2 or 3."""
     weights: str | None = None
-    """Weights to start the encoder from: imagenet (published by torchvision or timm), or a file or run that
-    fastsimclr.load_encoder reads. null: random. A resumed run takes its weights from the checkpoint."""
+    """Weights to start the encoder from: imagenet (published by torchvision or timm), a file or run that
+    fastsimclr.load_encoder reads, or dct: cosine filters in the first convolution of our ResNets, which short runs do
+    better not to train (freeze: conv1). null: random. A resumed run takes its weights from the checkpoint."""
     freeze: str | None = None
     """Modules or parameters of the encoder that do not train, separated by commas, such as conv1,bn1,layer1. Their
     batch normalization uses its running statistics."""

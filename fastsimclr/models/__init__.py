@@ -8,6 +8,7 @@ from fastsimclr.models.backbone import (
     import_module,
     unused_parameters,
 )
+from fastsimclr.models.cosine_filters import cosine_filters
 from fastsimclr.models.registry import build, encoder_names, nearest_encoders, torchvision_options
 from fastsimclr.models.resnet import ENCODERS, STANDARD_ENCODERS, STEMS, Encoder, resnet
 from fastsimclr.models.running_statistics import discarded_statistics, divided_momentum
@@ -27,6 +28,7 @@ __all__ = [
     "as_encoder",
     "build",
     "checkpoint_stages",
+    "cosine_filters",
     "count_features",
     "discarded_statistics",
     "divided_momentum",

@@ -1,21 +1,22 @@
-"""Start an encoder from pretrained weights."""
+"""Start an encoder from pretrained weights, or from fixed filters in its first layer."""
 
 import math
 import warnings
 from pathlib import Path
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 from torchvision.models.vision_transformer import VisionTransformer, interpolate_embeddings
 
 from fastsimclr.errors import UserError
-from fastsimclr.models import Backbone, Encoder, EncoderSpec, build
+from fastsimclr.models import ENCODERS, Backbone, Encoder, EncoderSpec, build, cosine_filters
 from fastsimclr.pretrained.layouts import State, without_prefix
 from fastsimclr.pretrained.libraries import network
 from fastsimclr.pretrained.load import load_state
 from fastsimclr.pretrained.published import load_published
 
-IMAGENET = "imagenet"
+IMAGENET, DCT = "imagenet", "dct"
 COUNTER = ".num_batches_tracked"
 
 
@@ -39,8 +40,9 @@ def encoder(
         of stride 1, no pooling; for CIFAR), or "auto": "small" for images of up to 40 pixels, otherwise "imagenet".
     image_size: side of the images in pixels; used by stem "auto" and by encoders with position embeddings.
     channels: channels of the images.
-    weights: weights to start from: "imagenet" for those that torchvision publishes (timm for timm/NAME), or a file or
-        run that `load_encoder` reads; None: random. Warns of what does not fit.
+    weights: weights to start from: "imagenet" for those that torchvision publishes (timm for timm/NAME), a file or
+        run that `load_encoder` reads, or "dct", which sets only the first convolution of our ResNets, to cosine
+        filters (docs/learning.md); None: random. Warns of what does not fit.
 
     encoder.spec holds these arguments. With width 1 and stem "imagenet" the state dict of our ResNets is torchvision's
     without `fc`.
@@ -58,10 +60,12 @@ def initialize(encoder: nn.Module, weights: str | Path) -> list[str]:
     """Load pretrained weights into an encoder. Returns lines to print: what was loaded, then what did not fit.
 
     encoder: as built by `encoder` or `as_encoder`; on the CPU.
-    weights: "imagenet" or a file or run, as for `encoder`.
+    weights: "imagenet", a file or run, or "dct", as for `encoder`.
     A first layer for other channels, and position embeddings for another image size are adapted.
     Raises UserError if the weights cannot be read or downloaded, or if less than half of the encoder's values fit.
     """
+    if weights == DCT:
+        return [_set_cosine_filters(encoder)]
     spec: EncoderSpec = encoder.spec  # type: ignore[assignment]
     model = network(encoder)
     expected = model.state_dict()
@@ -95,6 +99,16 @@ def initialize(encoder: nn.Module, weights: str | Path) -> list[str]:
     }
     lines = [f"weights: {len(fitting)} of {len(expected)} tensors from {origin}"]
     return lines + [f"weights: {what}: {', '.join(names)}" for what, names in differences.items() if names]
+
+
+def _set_cosine_filters(encoder: nn.Module) -> str:
+    if not isinstance(encoder, Encoder):
+        name = encoder.spec.name  # type: ignore[union-attr]
+        raise UserError(f"weights: got dct for {name}, expected it with one of {', '.join(ENCODERS)}")
+    weight = encoder.conv1.weight
+    with torch.no_grad():
+        weight.copy_(cosine_filters(weight.shape[0], weight.shape[1], weight.shape[2]))
+    return f"weights: {len(weight)} cosine filters in conv1, and random ones elsewhere"
 
 
 def _check_half(weights: str | Path, spec: EncoderSpec, fitting: State, expected: State) -> None:
