@@ -86,9 +86,10 @@ class ModelConfig:
     PACKAGE.MODULE:NAME for an nn.Module of your own, its class or a function that returns it."""
     width: Width = 1
     """Width multiplier: multiplies the number of channels of every layer. A multiple of 1/64, such as 0.5 or 2."""
-    stem: Literal["auto", "imagenet", "small"] = "auto"
-    """First layers of the encoder: imagenet (7x7 convolution of stride 2, max-pooling) or small (3x3 convolution of
-    stride 1, no pooling), which takes about 16 times the operations. auto picks small for images of up to 40 pixels."""
+    stem: Literal["auto", "imagenet", "medium", "small"] = "auto"
+    """First layers of the encoder: imagenet (7x7 convolution of stride 2, max-pooling), medium (5x5 convolution of
+    stride 2, no pooling), which takes about 4 times the operations, or small (3x3 convolution of stride 1, no pooling),
+    which takes about 16 times. auto picks small for images of up to 40 pixels, otherwise imagenet."""
     hidden: Features | None = None
     """Hidden features of the projection head; null uses the encoder's number of features."""
     out: Features = 128

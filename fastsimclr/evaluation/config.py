@@ -113,7 +113,7 @@ class SupervisedConfig(_WithLabels):
 
     width: Width = 1
     """Without --checkpoint: width multiplier of all layers."""
-    stem: Literal["auto", "imagenet", "small"] = "auto"
+    stem: Literal["auto", "imagenet", "medium", "small"] = "auto"
     """Without --checkpoint: first layers; auto: small for images of up to 40 pixels, else imagenet."""
     epochs: Count = 90
     """Number of epochs."""

@@ -33,7 +33,7 @@ def build(spec: EncoderSpec) -> Encoder | Backbone:
                 f"the nearest are {nearest_encoders(name)}"
             )
         return resnet(spec)
-    if spec.width != 1 or spec.stem == "small":
+    if spec.width != 1 or spec.stem not in ("auto", "imagenet"):
         raise UserError(
             f"width, stem: got {spec.width:g}, {spec.stem} for {name}; expected 1, auto: only our ResNets have others"
         )

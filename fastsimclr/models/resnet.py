@@ -1,4 +1,4 @@
-"""torchvision's ResNets as encoders, with a width multiplier and a stem for small images."""
+"""torchvision's ResNets as encoders, with a width multiplier and stems for small images."""
 
 from collections.abc import Callable
 from dataclasses import replace
@@ -23,7 +23,8 @@ _BLOCKS: dict[str, tuple[type[BasicBlock | Bottleneck], list[int]]] = {
 }
 ENCODERS = tuple(_BLOCKS)
 STANDARD_ENCODERS = ENCODERS[1:]  # which torchvision and timm have under the same names
-STEMS = ("auto", "imagenet", "small")
+STEMS = ("auto", "imagenet", "medium", "small")
+_FIRST_CONV = {"imagenet": (7, 2), "medium": (5, 2), "small": (3, 1)}  # size and stride; small: paper, appendix B.9
 SMALL_IMAGE = 40  # pixels: largest image size for which stem "auto" is "small"
 
 
@@ -44,13 +45,9 @@ class Encoder(ResNet):
         features = round(64 * width)  # of the first stage
         self._norm_layer = nn.BatchNorm2d
         self.inplanes, self.dilation, self.groups, self.base_width = features, 1, 1, 64
-        self.maxpool: nn.Module
-        if stem == "small":  # for CIFAR, as in the paper's appendix B.9
-            self.conv1 = nn.Conv2d(channels, self.inplanes, kernel_size=3, stride=1, padding=1, bias=False)
-            self.maxpool = nn.Identity()
-        else:
-            self.conv1 = nn.Conv2d(channels, self.inplanes, kernel_size=7, stride=2, padding=3, bias=False)
-            self.maxpool = nn.MaxPool2d(kernel_size=3, stride=2, padding=1)
+        size, stride = _FIRST_CONV[stem]
+        self.conv1 = nn.Conv2d(channels, self.inplanes, size, stride, padding=size // 2, bias=False)
+        self.maxpool = nn.MaxPool2d(kernel_size=3, stride=2, padding=1) if stem == "imagenet" else nn.Identity()
         self.bn1 = nn.BatchNorm2d(self.inplanes)
         self.relu = nn.ReLU(inplace=True)
         self.layer1 = self._make_layer(block, features, layers[0])

@@ -15,7 +15,7 @@ class EncoderSpec:
     width: float = 1
     """Width multiplier; only for our ResNets."""
     stem: str = "imagenet"
-    """First layers: "imagenet" or "small"; only for our ResNets."""
+    """First layers: "imagenet", "medium" or "small"; only for our ResNets."""
     image_size: int = 224
     """Height and width of the images, which fix the position embeddings of a ViT."""
     channels: int = 3

@@ -36,8 +36,9 @@ def encoder(
         features. `encoder_names` lists all names.
     width: width multiplier of our ResNets, applied to the channels of every layer; a multiple of 1/64 (1, 2 or 4 in
         the paper).
-    stem: first layers of our ResNets: "imagenet" (7x7 convolution of stride 2, max-pooling), "small" (3x3 convolution
-        of stride 1, no pooling; for CIFAR), or "auto": "small" for images of up to 40 pixels, otherwise "imagenet".
+    stem: first layers of our ResNets: "imagenet" (7x7 convolution of stride 2, max-pooling), "medium" (5x5 convolution
+        of stride 2, no pooling), "small" (3x3 convolution of stride 1, no pooling; for CIFAR), or "auto": "small" for
+        images of up to 40 pixels, otherwise "imagenet".
     image_size: side of the images in pixels; used by stem "auto" and by encoders with position embeddings.
     channels: channels of the images.
     weights: weights to start from: "imagenet" for those that torchvision publishes (timm for timm/NAME), a file or

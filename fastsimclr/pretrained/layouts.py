@@ -228,6 +228,8 @@ _BLOCKS: dict[tuple[bool, tuple[int, ...]], str] = {
     (True, (3, 4, 23, 3)): "resnet101",
     (True, (3, 8, 36, 3)): "resnet152",
 }
+_STEMS = {7: ("imagenet", 224), 5: ("medium", 32), 3: ("small", 32)}
+"""Stem and size of the images by the size of the first convolution. No other project's ResNet has a 5x5 one."""
 
 
 def architecture_of(state: State) -> EncoderSpec:
@@ -236,10 +238,10 @@ def architecture_of(state: State) -> EncoderSpec:
     if conv1 is None or conv1.ndim != 4 or conv2 is None or conv2.ndim != 4:
         raise UserError(f"got tensors named {_some(state)}, expected a ResNet's conv1.weight and layer1.0.conv2.weight")
     features, channels, side, _ = conv1.shape
-    if side not in (3, 7) or features % 64 or not features:
+    if side not in _STEMS or features % 64 or not features:
         raise UserError(
             f"got a ResNet whose first convolution is {side}x{side}, from {channels} to {features} channels; expected "
-            "7x7 or 3x3, to a multiple of 64 channels"
+            "7x7, 5x5 or 3x3, to a multiple of 64 channels"
         )
     width, bottlenecks = features // 64, "layer1.0.conv3.weight" in state
     if conv2.shape[1] != conv2.shape[0]:
@@ -257,8 +259,7 @@ def architecture_of(state: State) -> EncoderSpec:
     if name is None:
         kind = "bottlenecks" if bottlenecks else "basic blocks"
         raise UserError(f"got a ResNet of {layers} {kind}, expected {', '.join(ENCODERS)}")
-    stem, image_size = ("small", 32) if side == 3 else ("imagenet", 224)
-    return EncoderSpec(name, width, stem, image_size, channels)
+    return EncoderSpec(name, width, *_STEMS[side], channels)
 
 
 def select(state: State, expected: Mapping[str, Tensor], what: str) -> State:

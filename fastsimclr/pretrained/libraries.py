@@ -24,7 +24,7 @@ def describe(spec: EncoderSpec) -> str:
     if spec.name == USER_MODULE:
         return "a module of your own"
     width = f" of width {spec.width:g}" if spec.width != 1 else ""
-    stem = " with the small stem" if spec.stem == "small" else ""
+    stem = f" with the {spec.stem} stem" if spec.stem != "imagenet" else ""
     return f"{spec.name}{width}{stem}" + (f" for {spec.channels} channels" if spec.channels != 3 else "")
 
 
@@ -58,9 +58,10 @@ def torchvision_code(encoder: Encoder | Backbone) -> str | None:
         if name not in STANDARD_ENCODERS:
             return None
         rest = "model.fc = torch.nn.Identity()"
-        if spec.stem == "small":
+        if spec.stem != "imagenet":
             conv = encoder.conv1
-            arguments = f"3, {conv.out_channels}, {conv.kernel_size[0]}, padding={conv.padding[0]}, bias=False"
+            size, stride, padding = conv.kernel_size[0], conv.stride[0], conv.padding[0]
+            arguments = f"3, {conv.out_channels}, {size}, {stride}, {padding}, bias=False"
             rest += f"; model.conv1 = torch.nn.Conv2d({arguments}); model.maxpool = torch.nn.Identity()"
     else:
         module = network(encoder)

@@ -65,8 +65,10 @@ def describe_encoder(config: ModelConfig, encoder: Encoder | Backbone) -> str:
     if isinstance(encoder, Encoder):
         stem = f"{spec.stem} stem"
         if config.stem == "auto" and spec.image_size <= _EITHER_STEM:
-            other = "imagenet takes about a sixteenth of" if spec.stem == "small" else "small takes about 16 times"
-            stem += f" (auto: small up to {SMALL_IMAGE} pixels; --model.stem {other} the operations)"
+            others = "medium takes about a quarter of the operations, imagenet a sixteenth"
+            if spec.stem == "imagenet":
+                others = "medium takes about 4 times the operations, small 16 times"
+            stem += f" (auto: small up to {SMALL_IMAGE} pixels; --model.stem {others})"
         built = f"{spec.name} x{spec.width:g}, {stem}"
     elif spec.name == USER_MODULE:
         built = f"a module of your own, {config.encoder.removeprefix('object:')}"

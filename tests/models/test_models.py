@@ -45,13 +45,14 @@ def test_width_multiplies_every_layer(width: int, features: int, parameters: flo
     assert sum(p.numel() for p in model.parameters()) == pytest.approx(parameters, rel=0.01)
 
 
-def test_small_stem_keeps_the_resolution_of_small_images() -> None:
+def test_stems_for_small_images_keep_more_of_their_resolution() -> None:
     shapes = {}
-    for stem in ("small", "imagenet"):
+    for stem in ("small", "medium", "imagenet"):
         model = encoder("resnet18", stem=stem)
         model.layer1.register_forward_hook(lambda _, __, out, stem=stem: shapes.update({stem: out.shape}))
         model(torch.zeros(2, 3, 32, 32))
     assert shapes["small"] == (2, 64, 32, 32)
+    assert shapes["medium"] == (2, 64, 16, 16)
     assert shapes["imagenet"] == (2, 64, 8, 8)
     assert isinstance(encoder("resnet18", image_size=32).maxpool, nn.Identity)
     assert isinstance(encoder("resnet18", image_size=224).maxpool, nn.MaxPool2d)

@@ -67,7 +67,7 @@ def exported_files() -> set[str]:
     return {str(path) for path in Path().rglob("*") if not str(path).startswith("run")}
 
 
-@pytest.mark.parametrize("stem", ["imagenet", "small"])
+@pytest.mark.parametrize("stem", ["imagenet", "medium", "small"])
 @pytest.mark.parametrize("name", ["resnet18", "resnet50"])
 @pytest.mark.slow
 def test_torchvision_loads_the_state_dict(
@@ -90,7 +90,7 @@ def test_torchvision_loads_the_state_dict(
     assert torch.equal(outputs(again), outputs(model))
 
 
-@pytest.mark.parametrize(("width", "stem"), [(1, "imagenet"), (2, "small")])
+@pytest.mark.parametrize(("width", "stem"), [(1, "imagenet"), (1, "medium"), (2, "small")])
 @pytest.mark.slow
 def test_safetensors_restore_encoder_recipe_and_config(
     width: int, stem: str, working_directory: Path, capsys: pytest.CaptureFixture[str]

@@ -422,7 +422,7 @@ def numbered(model: nn.Module, without: tuple[str, ...]) -> State:
         (timm_state("resnet50d"), ["conv1.0.weight", "conv1.weight"]),
         (timm_state("seresnet50"), ["layer1.0.se.fc1.weight", "resnet50"]),
         (timm_state("resnet50_gn"), ["without bn1.running_mean", "resnet50"]),
-        (lambda: with_tensor("conv1.weight", torch.zeros(64, 3, 5, 5)), ["5x5, from 3 to 64 channels", "7x7 or 3x3"]),
+        (lambda: with_tensor("conv1.weight", torch.zeros(64, 3, 9, 9)), ["9x9, from 3 to 64", "7x7, 5x5 or 3x3"]),
         (lambda: with_tensor("conv1.weight", torch.zeros(96, 3, 7, 7)), ["to 96", "a multiple of 64"]),
         (lambda: with_tensor("conv1.weight", torch.zeros(0, 3, 7, 7)), ["to 0"]),
         (lambda: with_tensor("conv1.weight", torch.zeros(())), ["conv1.weight"]),
