@@ -12,7 +12,7 @@ from torchvision.models.vision_transformer import VisionTransformer, interpolate
 from fastsimclr.errors import UserError
 from fastsimclr.models import ENCODERS, Backbone, Encoder, EncoderSpec, build, cosine_filters
 from fastsimclr.pretrained.layouts import State, without_prefix
-from fastsimclr.pretrained.libraries import network
+from fastsimclr.pretrained.libraries import describe, network
 from fastsimclr.pretrained.load import load_state
 from fastsimclr.pretrained.published import load_published
 
@@ -104,8 +104,10 @@ def initialize(encoder: nn.Module, weights: str | Path) -> list[str]:
 
 def _set_cosine_filters(encoder: nn.Module) -> str:
     if not isinstance(encoder, Encoder):
-        name = encoder.spec.name  # type: ignore[union-attr]
-        raise UserError(f"weights: got dct for {name}, expected it with one of {', '.join(ENCODERS)}")
+        which = describe(encoder.spec)  # type: ignore[arg-type]
+        raise UserError(
+            f"weights: got dct for {which}, expected it with {', '.join(ENCODERS)} only; for others use none"
+        )
     weight = encoder.conv1.weight
     with torch.no_grad():
         weight.copy_(cosine_filters(weight.shape[0], weight.shape[1], weight.shape[2]))

@@ -15,7 +15,9 @@ from benchmarks.speedrun.evaluation import evaluate, load, open_images
 from benchmarks.speedrun.report import draw, report
 
 TINY = Path(__file__).parents[1] / "faults" / "tiny.py"
-LEVER = f"--lever=tiny=--model.encoder={TINY}:Tiny --batch_size=16 --device=cpu"
+LEVER = (
+    f"--lever=tiny=--model.encoder={TINY}:Tiny --model.weights=none --model.freeze=none --batch_size=16 --device=cpu"
+)
 
 
 def measured(seconds: float, *steps: float) -> Measured:
